@@ -1,0 +1,158 @@
+"""Config keys, both ways: every Hugging Face key is mapped, required at a value, or ignored by name.
+
+A Megatron Core config in mbx is flat: TransformerConfig field names, and constructor arguments of the model
+behind `model.` (`model.vocab_size`, `model.rotary_base`, …).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from converters.errors import CoverageError, TableError, UsageError
+from converters.expr import Value, evaluate
+from converters.isos import FIELDS, VALUE
+from converters.spelling import GENERIC_KEYS, canonical
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigRow:
+    """One Megatron Core field: its Hugging Face key, what holds when the key is absent, its conversion."""
+
+    mcore: str
+    hf: str
+    otherwise: Value
+    via: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigTable:
+    """The `[config]` part of a table.
+
+    `groups`: FIELDS iso → its Hugging Face keys. `fixed`: Megatron Core fields this architecture always has.
+    `require`: Hugging Face keys that must have this value when present. `ignore`: keys without effect on the
+    weights or the forward pass.
+    """
+
+    table: str
+    rows: tuple[ConfigRow, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    fixed: Mapping[str, Value]
+    require: Mapping[str, Value]
+    ignore: frozenset[str]
+
+    def known_keys(self) -> frozenset[str]:
+        """Hugging Face keys this table accounts for."""
+        keys = {row.hf.split(".")[0] for row in self.rows} | set(self.require) | self.ignore
+        return frozenset(keys | {key for group in self.groups.values() for key in group})
+
+    def to_mcore(self, config: Mapping[str, Value], *, allow_unused: Collection[str] = ()) -> dict[str, Value]:
+        """Megatron Core config of a Hugging Face one, in either Transformers spelling.
+
+        Raises CoverageError listing every key the table does not know, UsageError on a value it cannot express.
+        """
+        hf = canonical(config)
+        known = self.known_keys() | GENERIC_KEYS | frozenset(allow_unused)
+        if unknown := sorted(key for key in hf if key not in known and not key.startswith("_")):
+            raise CoverageError(
+                f"config.json has {len(unknown)} key(s) the table `{self.table}` does not know: {', '.join(unknown[:10])}",
+                hint="a key that cannot change the forward pass may be waived with --allow-unused-key NAME",
+                details=[f"{key} = {hf[key]!r}{_near(key, known)}" for key in unknown],
+            )
+        for key, value in self.require.items():
+            if key in hf and hf[key] != value:
+                raise UsageError(
+                    f"config.json: `{key}` is {hf[key]!r}; the table `{self.table}` covers only {value!r}"
+                )
+        out: dict[str, Value] = dict(self.fixed)
+        for row in self.rows:
+            value = _get(hf, row.hf)
+            if value is None and row.otherwise is not None:
+                value = evaluate(row.otherwise, hf) if isinstance(row.otherwise, str) else row.otherwise
+            elif row.via is not None:
+                value = VALUE[row.via].to_mcore(value, hf)
+            out[row.mcore] = value
+        for group in self.groups:
+            out |= FIELDS[group].to_mcore(hf)
+        return out
+
+    def to_hf(self, mcore: Mapping[str, Value]) -> dict[str, Value]:
+        """Hugging Face config, in the v4 spelling, of a Megatron Core one; UsageError where `fixed` disagrees."""
+        for field, value in self.fixed.items():
+            if field in mcore and mcore[field] != value:
+                raise UsageError(
+                    f"the checkpoint has `{field}` = {mcore[field]!r}; the table `{self.table}` stands for {value!r}"
+                )
+        out: dict[str, Value] = dict(self.require)
+        for row in self.rows:
+            value = mcore.get(row.mcore)
+            if row.via is not None:
+                value = VALUE[row.via].to_hf(value, mcore)
+            _set(out, row.hf, value)
+        for group in self.groups:
+            out |= FIELDS[group].to_hf(mcore)
+        return out
+
+
+def environment(mcore: Mapping[str, Value]) -> dict[str, Value]:
+    """Names that table expressions see: fields without their `model.` prefix, dots as underscores."""
+    return {name.removeprefix("model.").replace(".", "_"): value for name, value in mcore.items()}
+
+
+def parse_config(table: str, raw: object) -> ConfigTable:
+    """`[config]` from parsed TOML; TableError names the key."""
+    if not isinstance(raw, dict):
+        raise TableError(f"{table}: [config] is not a table")
+    sections = {name: raw.get(name, {}) for name in ("fixed", "require", "via")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise TableError(f"{table}: [config.{name}] is not a table")
+    ignore = raw.get("ignore", [])
+    if not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
+        raise TableError(f"{table}: [config] `ignore` must be a list of keys")
+    rows = tuple(_row(table, key, spec) for key, spec in raw.items() if key not in (*sections, "ignore"))
+    groups = {}
+    for name, keys in sections["via"].items():
+        if name not in FIELDS:
+            raise TableError(f"{table}: [config.via] `{name}` is not registered; known: {', '.join(sorted(FIELDS))}")
+        groups[name] = (keys,) if isinstance(keys, str) else tuple(keys)
+    seen: dict[str, str] = {}
+    for field, where in [(r.mcore, "a row") for r in rows] + [(f, "[config.fixed]") for f in sections["fixed"]]:
+        if field in seen:
+            raise TableError(f"{table}: [config] sets `{field}` twice, in {seen[field]} and in {where}")
+        seen[field] = where
+    return ConfigTable(table, rows, groups, sections["fixed"], sections["require"], frozenset(ignore))
+
+
+def _row(table: str, field: str, spec: object) -> ConfigRow:
+    if isinstance(spec, str):
+        return ConfigRow(field, spec, None, None)
+    if not isinstance(spec, dict) or not isinstance(spec.get("hf"), str) or set(spec) - {"hf", "else", "via"}:
+        raise TableError(f"{table}: [config] `{field}` must be a key or {{ hf = …, else = …, via = … }}, got {spec!r}")
+    via = spec.get("via")
+    if via is not None and via not in VALUE:
+        raise TableError(f"{table}: [config] `{field}`: via `{via}` is not registered; known: {', '.join(sorted(VALUE))}")
+    return ConfigRow(field, spec["hf"], spec.get("else"), via)
+
+
+def _get(config: Mapping[str, Value], path: str) -> Value:
+    value: Value = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _set(config: dict[str, Value], path: str, value: Value) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        child = config.setdefault(part, {})
+        if not isinstance(child, dict):
+            return
+        config = child
+    config[leaf] = value
+
+
+def _near(key: str, known: Collection[str]) -> str:
+    close = get_close_matches(key, known, n=1)
+    return f" (near `{close[0]}`)" if close else ""

@@ -1,0 +1,92 @@
+"""The ledger: every tensor on both sides is accounted for exactly once, or the run does not start."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from converters.errors import CoverageError
+
+_NEAR_MISS_LIMIT = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Waivers:
+    """Shell-style patterns of tensors a user accepts to lack or to leave unused."""
+
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What a plan consumes and produces.
+
+    `waived_missing` are produced as zeros; `waived_unused` are not read. `dropped` are buffers Transformers
+    recomputes; `repeated` are copies of another tensor, compared with it on import and written again on export.
+    """
+
+    consumed: int
+    produced: int
+    waived_missing: tuple[str, ...] = ()
+    waived_unused: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
+
+
+def settle(
+    table: str, side: str, present: Collection[str], wanted: Iterable[str], waivers: Waivers
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names waived as missing and as unused; CoverageError when anything else is left over or claimed twice.
+
+    `present` are the tensors of the source, `wanted` those the table's rows read (stacked ones may repeat).
+    """
+    want = set(wanted)
+    missing = sorted(want - set(present))
+    unused = sorted(set(present) - want)
+    waived_missing = tuple(name for name in missing if _matches(name, waivers.missing))
+    waived_unused = tuple(name for name in unused if _matches(name, waivers.unused))
+    missing = [name for name in missing if not _matches(name, waivers.missing)]
+    unused = [name for name in unused if not _matches(name, waivers.unused)]
+    if missing or unused:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} tensor(s) the table `{table}` needs are missing")
+        if unused:
+            parts.append(f"{len(unused)} tensor(s) of the source have no row")
+        raise CoverageError(
+            f"{side}: {' and '.join(parts)}, first `{(missing or unused)[0]}`",
+            hint="`mbx models check TABLE --against SRC` lists them by row; waive by name with "
+            "--allow-missing GLOB (written as zeros) or --allow-unused GLOB",
+            details=[f"missing  {line}" for line in _with_near(missing, unused)]
+            + [f"unmapped {line}" for line in _with_near(unused, missing)],
+        )
+    return waived_missing, waived_unused
+
+
+def reject_twice(table: str, side: str, claims: Sequence[tuple[str, str]]) -> None:
+    """CoverageError when two rows claim one tensor; `claims` are (tensor with its entry, row)."""
+    first: dict[str, str] = {}
+    twice = []
+    for tensor, row in claims:
+        if tensor in first:
+            twice.append(f"`{tensor}` by `{first[tensor]}` and by `{row}`")
+        first.setdefault(tensor, row)
+    if twice:
+        raise CoverageError(f"table `{table}`: {side} tensor claimed twice: {twice[0]}", details=twice)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _with_near(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    if len(names) > _NEAR_MISS_LIMIT or len(others) > _NEAR_MISS_LIMIT * 10:
+        return [f"`{name}`" for name in names]
+    lines = []
+    for name in names:
+        close = get_close_matches(name, others, n=1, cutoff=0.85)
+        lines.append(f"`{name}`" + (f" (near `{close[0]}`)" if close else ""))
+    return lines

@@ -1,0 +1,1 @@
+"""How one Megatron Core flavour spells the canonical parameter names."""

@@ -1,0 +1,100 @@
+"""The torch_dist dialect: keys, stacking and `_extra_state` objects of Megatron Core's distributed checkpoints.
+
+Sources: `sharded_state_dict` in megatron/core/transformer/{transformer_block,mlp,attention}.py,
+moe/experts.py, extensions/transformer_engine.py and ssm/ of megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from converters.expr import Value
+from converters.ops import ATOM_NAMES
+from converters.table import Row
+
+DECODER = "decoder.layers.{L}."
+#: Modules that Transformer Engine backs, and so carry an `_extra_state` object beside their weights.
+_TE_LINEARS = frozenset(
+    """linear_qkv linear_proj linear_fc1 linear_fc2 linear_q_proj linear_q_down_proj linear_q_up_proj
+    linear_kv_down_proj linear_kv_up_proj in_proj out_proj eh_proj""".split()
+)
+_NORM_SUFFIXES = ("layernorm", "norm")
+#: Norms that are plain torch modules even in a Transformer Engine model.
+_TORCH_NORMS = ("mixer.norm",)
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a parameter lives: the key, and the leading index (layer, expert) into a stack of `stack` entries.
+
+    `atoms` names the atoms stored under this key; None means all of them, packed.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    stack: tuple[int, ...]
+    atoms: tuple[int, ...] | None = None
+
+
+def stacks_layers(family: str, config: Mapping[str, Value]) -> bool:
+    """Whether decoder layers are stored as one tensor each with the layer as first dimension.
+
+    Mixed layers (dense and MoE, attention and linear attention, heterogeneous blocks) and hybrid models keep
+    a key per layer.
+    """
+    mixed = any(
+        isinstance(config.get(field), list) or int(config.get(field) or 1) > 1  # type: ignore[arg-type]
+        for field in ("moe_layer_freq", "linear_attention_freq")
+    )
+    return (
+        family == "gpt"
+        and not mixed
+        and not config.get("heterogeneous_block_specs")
+        and not config.get("hetereogenous_dist_checkpoint")
+    )
+
+
+def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[Home, ...]:
+    """Keys of a row's parameter; several where the format stores fused atoms apart."""
+    index: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+    if stacked and row.site == DECODER and row.index is not None:
+        prefix, index, stack = "decoder.layers.", (row.index,), (num_layers,)
+    else:
+        prefix = row.site if row.index is None else row.site.replace("{I}", str(row.index)).replace("{L}", str(row.layer))
+    param = row.spec.param
+    if row.expert is not None:
+        param = param.replace("mlp.experts.", "mlp.experts.experts.").replace("{E}", "")
+        index, stack = (*index, row.expert), (*stack, num_experts)
+    key = prefix + param
+    if names := ATOM_NAMES.get(row.spec.op):
+        return tuple(Home(f"{key}.{name}", index, stack, (i,)) for i, name in enumerate(names))
+    return (Home(key, index, stack),)
+
+
+def extra_state(row: Row, home: Home) -> str | None:
+    """Name of the `_extra_state` object that accompanies this parameter, None where its module has none."""
+    param = row.spec.param
+    if row.expert is not None:
+        module = param.replace("{E}", "").rpartition(".")[0]
+    else:
+        module = param.rpartition(".")[0]
+    leaf = module.rpartition(".")[2]
+    whole = row.site + module
+    if not (leaf in _TE_LINEARS or leaf == "core_attention" or leaf.endswith(_NORM_SUFFIXES)):
+        return None
+    if whole.endswith(_TORCH_NORMS):
+        return None
+    key = home.key
+    for name in ATOM_NAMES.get(row.spec.op, ()):
+        key = key.removesuffix(f".{name}")
+    key = key.rpartition(".")[0]
+    offset = ".".join(map(str, home.index)) or "0"
+    shape = ".".join(map(str, home.stack)) or "1"
+    return f"{key}._extra_state/shard_{offset}_{shape}"
+
+
+def extra_states(rows: Iterator[tuple[Row, Home]]) -> list[str]:
+    """All `_extra_state` object names of a model, in first-seen order, without repeats."""
+    return list(dict.fromkeys(name for row, home in rows if (name := extra_state(row, home)) is not None))

@@ -1,0 +1,64 @@
+"""Every error a user can meet: a fact, a hint to paste, and the exit code it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class MbxError(Exception):
+    """Base of all expected failures.
+
+    `fact` says what is wrong with got and expected values; `hint` is a command or an action;
+    `details` lists every further instance (all unmapped tensors, say), one line each.
+    """
+
+    exit_code: ClassVar[int] = 70
+
+    def __init__(self, fact: str, *, hint: str | None = None, details: Sequence[str] = ()) -> None:
+        super().__init__(fact)
+        self.fact = fact
+        self.hint = hint
+        self.details = tuple(details)
+
+
+class DifferenceError(MbxError):
+    """A check ran to its end and found a difference."""
+
+    exit_code = 1
+
+
+class UsageError(MbxError):
+    """The command line, a setting or a config value cannot be honoured."""
+
+    exit_code = 2
+
+
+class LayoutError(UsageError):
+    """The requested parallel layout does not fit the model."""
+
+
+class UnsupportedError(MbxError):
+    """The architecture has no table, or the table does not cover this checkpoint."""
+
+    exit_code = 3
+
+
+class TableError(UnsupportedError):
+    """A mapping table is malformed: the message names the file and the row."""
+
+
+class CoverageError(UnsupportedError):
+    """Tensors or config keys were left over, missing or claimed twice."""
+
+
+class StorageError(MbxError):
+    """A file or a hub could not be read or written, or its content is not valid."""
+
+    exit_code = 4
+
+
+class DeviceError(MbxError):
+    """Memory, disk space or an accelerator does not suffice."""
+
+    exit_code = 5

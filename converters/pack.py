@@ -1,0 +1,102 @@
+"""The one primitive of every fused weight: rows laid out as repeats of [atom 0 | atom 1 | …].
+
+An *atom* is a run of rows that every layout keeps whole or cuts evenly: the query heads, the gate half, …
+A tensor that fuses atoms stores them under a `Pack`; converting between two tensors that fuse the same
+atoms differently is index algebra on rows, computed by `runs`, and touches no value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """`groups` repeats of one row block per atom; `sizes[i]` is the rows of atom i in one repeat."""
+
+    groups: int
+    sizes: tuple[int, ...]
+
+    @property
+    def stride(self) -> int:
+        """Rows of one repeat."""
+        return sum(self.sizes)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole tensor."""
+        return self.groups * self.stride
+
+    def slots(self) -> tuple[Slot, ...]:
+        """Where each atom's rows lie."""
+        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
+        return tuple(
+            Slot(start, size, self.stride, self.groups) for start, size in zip(starts, self.sizes, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The rows of one atom inside a packed tensor.
+
+    Atom row `k * size + j` is tensor row `k * stride + start + j`, for `0 <= k < groups`, `0 <= j < size`.
+    """
+
+    start: int
+    size: int
+    stride: int
+    groups: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the atom."""
+        return self.groups * self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Maximal row runs shared by two tensors: `length[i]` rows from `source[i]` go to `target[i]`.
+
+    Sorted by `target`; all three arrays have shape [runs].
+    """
+
+    source: Rows
+    target: Rows
+    length: Rows
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    @property
+    def shortest(self) -> int:
+        """Rows of the shortest run."""
+        return int(self.length.min()) if len(self.length) else 0
+
+
+@lru_cache(maxsize=4096)
+def runs(source: Slot, target: Slot) -> Runs:
+    """Row runs that carry one atom from where `source` keeps it to where `target` does.
+
+    Law: `runs(a, b)` with source and target exchanged is `runs(b, a)` up to order.
+    """
+    if source.rows != target.rows:
+        raise ValueError(f"an atom of {source.rows} rows cannot fill one of {target.rows}")
+    edges = np.union1d(
+        np.arange(0, source.rows + 1, max(1, source.size), dtype=np.int64),
+        np.arange(0, target.rows + 1, max(1, target.size), dtype=np.int64),
+    )
+    first, length = edges[:-1], np.diff(edges)
+    src = first // max(1, source.size) * source.stride + source.start + first % max(1, source.size)
+    dst = first // max(1, target.size) * target.stride + target.start + first % max(1, target.size)
+    if len(first) > 1:
+        joined = (src[1:] == src[:-1] + length[:-1]) & (dst[1:] == dst[:-1] + length[:-1])
+        heads = np.flatnonzero(np.concatenate(([True], ~joined)))
+        src, dst, length = src[heads], dst[heads], np.add.reduceat(length, heads)
+    order = np.argsort(dst, kind="stable")
+    return Runs(src[order], dst[order], length[order])

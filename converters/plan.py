@@ -1,0 +1,109 @@
+"""A conversion plan: every source and target tensor, the moves between them, and the ledger, from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from converters.coverage import Ledger
+from converters.errors import CoverageError, UsageError
+from converters.expr import Value
+from converters.layout import Layout
+from converters.ops import Dims, Form, form
+from converters.regions import Move
+from converters.table import Row, Table
+from converters.tensors import Shape, StoredTensor, nbytes_of
+
+#: `--dtype` values and the storage dtype each asks for.
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_FLOATS = frozenset(("BF16", "F16", "F32", "F64"))
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A target tensor before a writer gives its chunks a place: boxes as (rank, offsets, sizes)."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    boxes: tuple[tuple[int, Shape, Shape], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a target tensor that a unit fills: rows that no move reaches become zero."""
+
+    tensor: str
+    index: tuple[int, ...]
+    fold: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The smallest independent part of a conversion: one row of the table at one layer and expert.
+
+    `shift` is added to every value.
+    """
+
+    row: str
+    moves: tuple[Move, ...]
+    entries: tuple[Entry, ...]
+    shift: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do. The run executes this object; `--dry-run` prints it.
+
+    `equal` are pairs of source tensors that must hold the same values. `objects` are the names of opaque
+    payloads (`_extra_state`) the target carries.
+    """
+
+    direction: str
+    table: Table
+    config: Mapping[str, Value]
+    layout: Layout
+    sources: Mapping[str, StoredTensor]
+    drafts: tuple[Draft, ...]
+    units: tuple[Unit, ...]
+    ledger: Ledger
+    equal: tuple[tuple[str, str], ...] = ()
+    objects: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    dtype_changes: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all source tensors."""
+        return sum(tensor.nbytes for tensor in self.sources.values())
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of all target tensors, containers not counted."""
+        return sum(nbytes_of(draft.dtype, draft.shape) for draft in self.drafts)
+
+
+def target_dtype(row: Row, source: str, requested: str | None) -> str:
+    """Storage dtype on the Megatron Core side for a row whose source tensor has dtype `source`."""
+    if source not in _FLOATS:
+        return source
+    if row.spec.dtype is not None:
+        return row.spec.dtype
+    return source if requested is None or row.spec.keep_dtype else requested
+
+
+def requested_dtype(name: str | None) -> str | None:
+    """Storage dtype of a `--dtype` value; UsageError lists the choices."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UsageError(f"--dtype {name!r} is not known", hint=f"choices: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def row_form(row: Row, dims: Dims, rows: int) -> Form:
+    """The form of a row's op, with the row named in every complaint."""
+    try:
+        return form(row.spec.op, dims, rows)
+    except CoverageError as error:
+        raise type(error)(f"`{row.mcore}` (op {row.spec.op}): {error.fact}", hint=error.hint) from error

@@ -1,0 +1,68 @@
+"""One spelling of Hugging Face config keys: what Transformers v4 and v5 write, read alike.
+
+v5 nests every rotary parameter in `rope_parameters` and says `dtype`; v4 says `rope_theta`, `rope_scaling`
+and `torch_dtype`. Tables are written against the v4 spelling. Exported folders get the source's own config
+file back, so this reading never has to be undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from converters.errors import UsageError
+from converters.expr import Value
+
+#: Keys of every PretrainedConfig that say nothing about weights or the forward pass.
+GENERIC_KEYS = frozenset(
+    """_name_or_path _attn_implementation add_cross_attention architectures auto_map bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id length_penalty max_length
+    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p use_bfloat16 use_cache cache_implementation quantization_config""".split()
+)
+
+
+def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
+    """`config` in the v4 spelling: `rope_theta`, `rope_scaling` (with `rope_type`), `torch_dtype`.
+
+    Models with one rotary set per layer type keep the full-attention one under these names; the other
+    becomes `rope_local_base_freq`. UsageError when two spellings of one key disagree.
+    """
+    out = dict(config)
+    if "dtype" in out:
+        _put(out, "torch_dtype", out.pop("dtype"))
+    parameters = out.pop("rope_parameters", None)
+    if isinstance(parameters, Mapping):
+        nested = {k: v for k, v in parameters.items() if isinstance(v, Mapping)}
+        if nested:
+            if local := nested.get("sliding_attention"):
+                _put(out, "rope_local_base_freq", local.get("rope_theta"))
+            parameters = nested.get("full_attention", {})
+            assert isinstance(parameters, Mapping)
+        rope = dict(parameters)
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rope:
+                _put(out, key, rope.pop(key))
+        if rope.get("rope_type", "default") != "default":
+            _put(out, "rope_scaling", rope)
+    scaling = out.get("rope_scaling")
+    if isinstance(scaling, Mapping):
+        rope = dict(scaling)
+        if "type" in rope:
+            kind = rope.pop("type")
+            rope.setdefault("rope_type", kind)
+        if rope.get("rope_type", "default") == "default":
+            out["rope_scaling"] = None
+        else:
+            out["rope_scaling"] = rope
+    return out
+
+
+def _put(config: dict[str, Value], key: str, value: Value) -> None:
+    if config.get(key) is not None and config[key] != value:
+        raise UsageError(f"config.json says `{key}` twice: {config[key]!r} and {value!r}")
+    config[key] = value

@@ -1,0 +1,172 @@
+"""A Hugging Face folder: config, side files, tensors; and the layout of a new one.
+
+What a folder held is recorded inside the Megatron Core checkpoint (`hf/mbx_layout.json`: every safetensors
+header, byte for byte), so that an export needs no reference folder and gives the same files back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.errors import StorageError, UsageError
+from converters.exporter import HfTensor
+from converters.expr import Value
+from converters.plan import Draft
+from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
+from mbx.io.safetensors import build_header, read_folder
+from mbx.io.safetensors import _parse_header as parse_header
+
+CONFIG = "config.json"
+LAYOUT = "mbx_layout.json"
+MANIFEST = "mbx_manifest.json"
+INDEX = "model.safetensors.index.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file as a folder held it: its name, its header's bytes, its tensors in data order."""
+
+    name: str
+    header: bytes
+    tensors: Mapping[str, HfTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class HfFolder:
+    """An opened Hugging Face folder."""
+
+    path: Path
+    config: Mapping[str, Value]
+    tensors: Mapping[str, StoredTensor]
+    weight_files: tuple[str, ...]
+    side_files: tuple[str, ...]
+
+
+def read_config(folder: Path) -> dict[str, Value]:
+    """`config.json` of a folder; StorageError when it is absent or not a JSON object."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"`{folder}` has no `{CONFIG}`") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"`{path}` cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise StorageError(f"`{path}` is not a JSON object")
+    return config
+
+
+def open_hf(path: Path) -> HfFolder:
+    """Open a folder with safetensors weights; nothing but headers is read."""
+    config = read_config(path)
+    weights = read_folder(path)
+    return HfFolder(path, config, weights.tensors, weights.files, tuple(side_files(path)))
+
+
+def side_files(path: Path) -> list[str]:
+    """Names of everything in a folder that is not weights: tokenizer, chat template, code, config."""
+    return sorted(
+        p.name
+        for p in path.iterdir()
+        if p.is_file()
+        and not p.name.startswith(".")
+        and not p.name.endswith(_WEIGHT_SUFFIXES)
+        and p.name not in (MANIFEST, LAYOUT)
+    )
+
+
+def record_layout(folder: HfFolder) -> str:
+    """JSON text that `recorded_layout` reads back: the header of every weight file, byte for byte."""
+    files = []
+    for name in folder.weight_files:
+        with (folder.path / name).open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            files.append({"file": name, "header": stream.read(length).decode("utf-8")})
+    return json.dumps({"files": files})
+
+
+def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:
+    """Weight files that `record_layout` noted in `folder`, None where nothing was noted."""
+    path = folder / LAYOUT
+    if not path.is_file():
+        return None
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        out = []
+        for entry in files:
+            header = str(entry["header"]).encode()
+            parsed, _ = parse_header(header, f"{path}: {entry['file']}")
+            ordered = sorted(parsed.items(), key=lambda item: item[1][2:])
+            tensors = {name: HfTensor(dtype, shape) for name, (dtype, shape, _, _) in ordered}
+            out.append(WeightFile(str(entry["file"]), header, tensors))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"`{path}` is damaged: {error}") from error
+    return tuple(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Target tensors with their place, the header of every file and every file's size."""
+
+    tensors: dict[str, StoredTensor]
+    headers: dict[str, bytes]
+    file_sizes: dict[str, int]
+    index: str | None
+
+
+def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_shard_bytes: int) -> Placement:
+    """Lay out safetensors files: the recorded ones where the names still fit, else shards of a bounded size."""
+    by_name = {draft.name: draft for draft in drafts}
+    if recorded is not None and {n for f in recorded for n in f.tensors} >= set(by_name):
+        groups = [(f.name, [by_name[n] for n in f.tensors if n in by_name], f) for f in recorded]
+        groups = [group for group in groups if group[1]]
+        same = {n for f in recorded for n in f.tensors} == set(by_name)
+    else:
+        shards = _shards(list(by_name.values()), max_shard_bytes)
+        groups = [(name, members, None) for name, members in shards]
+        same = False
+    tensors: dict[str, StoredTensor] = {}
+    headers: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    for name, members, old in groups:
+        described = [(d.name, d.dtype, d.shape) for d in members]
+        if old is not None and [(n, t.dtype, t.shape) for n, t in old.tensors.items()] == described:
+            header = len(old.header).to_bytes(8, "little") + old.header
+        else:
+            header = build_header([StoredTensor(*parts, ()) for parts in described], {"format": "pt"})
+        at = len(header)
+        for draft in members:
+            nbytes = nbytes_of(draft.dtype, draft.shape)
+            zero: Shape = tuple(0 for _ in draft.shape)
+            chunk = Chunk(zero, draft.shape, name, at, 0)
+            tensors[draft.name] = StoredTensor(draft.name, draft.dtype, draft.shape, (chunk,))
+            at += nbytes
+        headers[name], sizes[name] = header, at
+    index = None
+    if len(groups) > 1 and not same:
+        total = sum(nbytes_of(d.dtype, d.shape) for d in by_name.values())
+        weight_map = {d.name: name for name, members, _ in groups for d in members}
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+    return Placement(tensors, headers, sizes, None if index is None else index + "\n")
+
+
+def _shards(drafts: list[Draft], max_bytes: int) -> list[tuple[str, list[Draft]]]:
+    if max_bytes < 1:
+        raise UsageError(f"a shard cannot be {max_bytes} bytes")
+    shards: list[list[Draft]] = [[]]
+    room = max_bytes
+    for draft in drafts:
+        nbytes = nbytes_of(draft.dtype, draft.shape)
+        if shards[-1] and nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(draft)
+        room -= nbytes
+    if len(shards) == 1:
+        return [("model.safetensors", shards[0])]
+    count = len(shards)
+    return [(f"model-{n:05d}-of-{count:05d}.safetensors", shard) for n, shard in enumerate(shards, 1)]

@@ -1,0 +1,296 @@
+"""Where a source's files are: a local folder as it is, or a Hugging Face Hub model pinned to one commit.
+
+`HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME`, `HF_HUB_OFFLINE` and the hub client's other variables hold, because every call
+takes its settings from the client's own constants.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from converters.errors import DeviceError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import tqdm
+
+#: Called with (bytes here so far, bytes to download), from several threads but one at a time.
+Progress = Callable[[int, int], None]
+
+INDEX_FILE = "model.safetensors.index.json"
+
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_SIDE_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
+#: The one subfolder with files of a model: chat templates beside the default (Transformers, `save_pretrained`).
+_SIDE_FOLDERS = (".", "additional_chat_templates")
+#: The name that `huggingface_hub.snapshot_download` gives its bar of bytes on disk.
+_BYTES_BAR = "huggingface_hub.snapshot_download"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A model's folder; `repo_id` and `revision_sha` are None for a folder the user named."""
+
+    path: Path
+    repo_id: str | None
+    revision_sha: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a hub model: its path in the repo, its size, and whether the cache has it."""
+
+    path: str
+    nbytes: int
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadPlan:
+    """What `resolve` would fetch; without files for a local folder."""
+
+    repo_id: str | None
+    revision_sha: str | None
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes that are not in the cache yet."""
+        return sum(file.nbytes for file in self.files if not file.cached)
+
+
+def resolve(
+    source: str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | None = None,
+    weights: bool = True,
+    progress: Progress | None = None,
+) -> LocalModel:
+    """The folder of `source`: a local path where one exists, else the hub model `org/name[@revision]`, downloaded.
+
+    A branch or tag is first resolved to a commit, and that commit is downloaded: tokenizer, config, modeling code and,
+    with `weights`, safetensors files (pytorch_model*.bin only where there are none). A commit that is complete in the
+    cache is used without a request. When the hub cannot be reached, the commit last seen for the branch is used.
+    Raises StorageError when the source cannot be had, UsageError for two different revisions, DeviceError for a full
+    disk.
+    """
+    local = _local_folder(source, revision)
+    if local is not None:
+        return LocalModel(local, None, None)
+    repo_id, wanted = _parse(source, revision)
+    with _hub_errors(repo_id, wanted):
+        from huggingface_hub import snapshot_download
+
+        plan = _plan(repo_id, wanted, cache_dir, weights)
+        folder = snapshot_download(
+            repo_id,
+            revision=plan.revision_sha,
+            cache_dir=cache_dir,
+            allow_patterns=[glob.escape(file.path) for file in plan.files],
+            library_name="mbx",
+            tqdm_class=_bar_class(progress, plan.download_bytes),
+        )
+    return LocalModel(Path(folder), repo_id, plan.revision_sha)
+
+
+def plan_download(
+    source: str, *, revision: str | None = None, cache_dir: Path | None = None, weights: bool = True
+) -> DownloadPlan:
+    """The files that `resolve` with the same arguments would fetch, without fetching one; raises as `resolve` does."""
+    if _local_folder(source, revision) is not None:
+        return DownloadPlan(None, None, ())
+    repo_id, wanted = _parse(source, revision)
+    with _hub_errors(repo_id, wanted):
+        return _plan(repo_id, wanted, cache_dir, weights)
+
+
+def select_files(sizes: Mapping[str, int], *, weights: bool) -> list[str]:
+    """The files of a repo that a conversion reads, sorted; `sizes`: bytes by path in the repo.
+
+    Weights lie at the top: subfolders hold other forms of the same model (`original/`, `onnx/`), and so does
+    `consolidated*.safetensors` beside other safetensors files (Mistral).
+    """
+    tops = [path for path in sizes if "/" not in path]
+    tensors = [path for path in tops if path.endswith(".safetensors")]
+    tensors = [path for path in tensors if not path.startswith("consolidated")] or tensors
+    pickles = [path for path in tops if path.startswith("pytorch_model") and path.endswith(".bin")]
+    unused_index = "pytorch_model.bin.index.json" if tensors else INDEX_FILE
+    side = [
+        path
+        for path in sizes
+        if path.endswith(_SIDE_SUFFIXES) and str(PurePosixPath(path).parent) in _SIDE_FOLDERS and path != unused_index
+    ]
+    return sorted({*side, *((tensors or pickles) if weights else ())})
+
+
+def _local_folder(source: str, revision: str | None) -> Path | None:
+    """The existing path that `source` names, None for a hub model; raises StorageError for a path that is missing."""
+    path = Path(source).expanduser()
+    if source and path.exists():
+        if revision is not None:
+            raise UsageError(f"`{source}` is a local path and has no revision; got `{revision}`")
+        return path
+    name = source.partition("@")[0]
+    if not source or source.startswith((".", "/", "~")) or name.count("/") != 1 or not _REPO_ID.fullmatch(name):
+        raise StorageError(
+            f"no such folder: `{source}`",
+            hint="name a checkpoint folder, or a hub model as `org/name` or `org/name@revision`",
+        )
+    return None
+
+
+def _parse(source: str, revision: str | None) -> tuple[str, str | None]:
+    """Repo id and wanted revision of `org/name[@revision]`."""
+    repo_id, at, inline = source.partition("@")
+    if at and not inline:
+        raise UsageError(f"`{source}` names no revision after `@`")
+    if inline and revision is not None and inline != revision:
+        raise UsageError(f"two revisions for `{repo_id}`: `{inline}` and `{revision}`", hint="give one of them")
+    return repo_id, inline or revision
+
+
+def _plan(repo_id: str, revision: str | None, cache_dir: Path | None, weights: bool) -> DownloadPlan:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    api = HfApi(library_name="mbx")
+    sha = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved
+    sizes = _list_files(api, repo_id, sha, cache_dir)
+    chosen = select_files(sizes, weights=weights)
+    if weights and not any(path.endswith((".safetensors", ".bin")) for path in chosen):
+        raise StorageError(
+            f"`{repo_id}` holds no weights in safetensors or pytorch_model*.bin files",
+            hint="look for the repo with the original weights; quantised copies in other formats cannot be converted",
+            details=sorted(sizes),
+        )
+    files = tuple(
+        RemoteFile(
+            path,
+            sizes[path],
+            isinstance(try_to_load_from_cache(repo_id, path, cache_dir=cache_dir, revision=sha), str),
+        )
+        for path in chosen
+    )
+    return DownloadPlan(repo_id, sha, files)
+
+
+def _list_files(api: HfApi, repo_id: str, sha: str, cache_dir: Path | None) -> dict[str, int]:
+    """Bytes by path of a commit: from the cached listing, else the hub, else what the cache holds of it."""
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import (
+        CachedRepoTreeNotFoundError,
+        HfHubHTTPError,
+        HTTPError,  # type: ignore[attr-defined]  # of whichever HTTP library this client uses
+        OfflineModeIsEnabled,
+    )
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        return {file.path: file.size for file in get_cached_repo_tree(repo_id, revision=sha, cache_dir=cache_dir)}
+    except CachedRepoTreeNotFoundError:
+        pass  # never downloaded by this client; ask the hub
+    try:
+        tree = api.list_repo_tree(repo_id, recursive=True, revision=sha)
+        return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise  # the hub answered
+        # Unreachable. An older client may have cached the commit without its listing; raises if it did not.
+        folder = Path(snapshot_download(repo_id, revision=sha, cache_dir=cache_dir, local_files_only=True))
+        _require_shards(repo_id, folder)
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _require_shards(repo_id: str, folder: Path) -> None:
+    """Raise StorageError when the index names a shard that `folder` lacks."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return
+    shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise StorageError(
+            f"the hub cannot be reached and the cache lacks {len(missing)} of {len(shards)} shards of `{repo_id}`",
+            hint="run again with a network connection",
+            details=missing,
+        )
+
+
+def _bar_class(progress: Progress | None, total: int) -> type[tqdm]:
+    """A silent progress bar for the hub client that hands its bytes to `progress`."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    lock = threading.Lock()
+    done = 0
+
+    class BytesBar(tqdm):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            self._counts_bytes = kwargs.get("name") == _BYTES_BAR
+            kwargs["disable"] = True
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal done
+            if progress is not None and self._counts_bytes:
+                with lock:
+                    done += int(n or 0)
+                    progress(done, total)
+            return None
+
+    return BytesBar
+
+
+@contextmanager
+def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what the hub client raises into one StorageError that says what to do."""
+    from huggingface_hub import constants, errors
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    def failed(fact: str, hint: str, error: Exception) -> StorageError:
+        return StorageError(fact, hint=hint, details=[line for line in str(error).splitlines() if line.strip()])
+
+    where = constants.ENDPOINT
+    at = f"`{repo_id}`" + (f" at revision `{revision}`" if revision else "")
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise failed(f"`{repo_id}` is not a valid model name", "name a hub model as `org/name`", error) from error
+    except errors.GatedRepoError as error:
+        hint = f"accept its terms at {where}/{repo_id}, then run `hf auth login` or set HF_TOKEN"
+        raise failed(f"access to `{repo_id}` is gated", hint, error) from error
+    except errors.RevisionNotFoundError as error:
+        raise failed(f"`{repo_id}` has no revision `{revision}`", f"see {where}/{repo_id}/tree/main", error) from error
+    except errors.RepositoryNotFoundError as error:
+        hint = "check the spelling; for a private model run `hf auth login` or set HF_TOKEN"
+        raise failed(f"no model `{repo_id}` on {where} that this user may read", hint, error) from error
+    except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if constants.HF_HUB_OFFLINE:
+            hint = "unset HF_HUB_OFFLINE, or download it on a connected machine and copy the cache folder"
+            raise failed(f"{at} is not in the cache, and HF_HUB_OFFLINE is set", hint, error) from error
+        hint = "check the network and HF_ENDPOINT, or name a local folder"
+        raise failed(f"{where} cannot be reached, and {at} is not in the cache", hint, error) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            hint = "renew the token: `hf auth login`, or set HF_TOKEN"
+            raise failed(f"{where} refused the token for `{repo_id}` (HTTP {status})", hint, error) from error
+        raise failed(f"{where} answered HTTP {status} for {at}", "try again later", error) from error
+    except (HTTPError, errors.XetDownloadError, errors.FileMetadataError) as error:
+        hint = "check the network and HF_ENDPOINT, then run again: finished files are kept"
+        raise failed(f"the download of {at} from {where} failed", hint, error) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free space, or set HF_HOME to a larger disk"
+            raise DeviceError(f"no space left for {at} in {constants.HF_HUB_CACHE}", hint=hint) from error
+        hint = "check the cache folder's rights, or set HF_HOME"
+        raise failed(f"{at} could not be stored: {error}", hint, error) from error

@@ -1,0 +1,59 @@
+"""Finds the mapping table of a checkpoint: the user's own file, or the shipped one of its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+
+from converters.errors import StorageError, UnsupportedError, UsageError
+from converters.expr import Value
+from converters.table import Table, parse_table
+from mappings import table_names, table_text
+
+
+@lru_cache(maxsize=None)
+def shipped(name: str) -> Table:
+    """The shipped table `name`; UsageError with near misses when there is none."""
+    try:
+        return parse_table(name, table_text(name))
+    except KeyError:
+        close = get_close_matches(name, table_names(), n=3)
+        raise UsageError(
+            f"there is no table `{name}`",
+            hint=f"did you mean {', '.join(close)}?" if close else "`mbx models list` shows all",
+        ) from None
+
+
+def from_file(path: Path) -> Table:
+    """A user's own table."""
+    try:
+        return parse_table(path.stem, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot read the table `{path}`: {error}") from error
+
+
+def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
+    """The table for a Hugging Face config: `mapping` (a file or a shipped name) or by `model_type`.
+
+    UnsupportedError when no table knows the architecture.
+    """
+    if mapping is not None:
+        return from_file(Path(mapping)) if mapping.endswith(".toml") else shipped(mapping)
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    tables = [shipped(name) for name in table_names()]
+    fits = [t for t in tables if model_type in t.model_types]
+    assert isinstance(architectures, list)
+    exact = [t for t in fits if set(t.architectures) & set(map(str, architectures))]
+    chosen = exact or [t for t in fits if not architectures]
+    if chosen:
+        return chosen[0]
+    known = sorted({kind for t in tables for kind in t.model_types})
+    close = get_close_matches(str(model_type), known, n=3)
+    raise UnsupportedError(
+        f"no table for model_type {model_type!r} with architectures {architectures}",
+        hint=f"near: {', '.join(close)}; `mbx models new SRC` drafts a table, --mapping FILE uses it"
+        if close
+        else "`mbx models list` shows what is covered; --mapping FILE uses a table of your own",
+    )
