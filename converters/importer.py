@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from converters.config_map import environment
 from converters.coverage import Ledger, Waivers, reject_twice, settle
+from converters.decode import decoded_view
 from converters.dialects import torch_dist
 from converters.errors import CoverageError
 from converters.expr import Value
@@ -38,18 +39,20 @@ class _Target:
 def plan_import(
     table: Table,
     hf_config: Mapping[str, Value],
-    sources: Mapping[str, StoredTensor],
+    stored: Mapping[str, StoredTensor],
     layout: Layout,
     *,
     dtype: str | None = None,
     waivers: Waivers = Waivers(),
     allow_unused_keys: tuple[str, ...] = (),
 ) -> Plan:
-    """Plan that turns `sources` (Hugging Face names) into a torch_dist checkpoint under `layout`.
+    """Plan that turns `stored` (Hugging Face names, quantised or not) into a torch_dist checkpoint under `layout`.
 
     `dtype` is a storage dtype to cast floats to, None keeps each tensor's own. Raises CoverageError unless
     every tensor and config key is accounted for, LayoutError where the layout does not fit.
     """
+    quantization = hf_config.get("quantization_config")
+    sources, encoded = decoded_view(stored, quantization if isinstance(quantization, Mapping) else None)
     config = table.config.to_mcore(hf_config, allow_unused=allow_unused_keys)
     check_layout(layout, config)
     env = environment(config)
@@ -81,6 +84,7 @@ def plan_import(
         objects=tuple(dict.fromkeys(planner.objects)),
         notes=tuple(inexpressible_rope(canonical(hf_config))),
         dtype_changes=planner.dtype_changes,
+        encoded=encoded,
     )
 
 

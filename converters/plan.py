@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from converters.coverage import Ledger
+from converters.decode import Encoded
 from converters.errors import CoverageError, UsageError
 from converters.expr import Value
 from converters.layout import Layout
@@ -56,7 +57,7 @@ class Plan:
     """What a run will do. The run executes this object; `--dry-run` prints it.
 
     `equal` are pairs of source tensors that must hold the same values. `objects` are the names of opaque
-    payloads (`_extra_state`) the target carries.
+    payloads (`_extra_state`) the target carries. `encoded` are the sources that a codec stores in parts.
     """
 
     direction: str
@@ -71,11 +72,13 @@ class Plan:
     objects: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dtype_changes: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    encoded: Mapping[str, Encoded] = field(default_factory=dict)
 
     @property
     def source_bytes(self) -> int:
         """Bytes of all source tensors."""
-        return sum(tensor.nbytes for tensor in self.sources.values())
+        plain = sum(tensor.nbytes for name, tensor in self.sources.items() if name not in self.encoded)
+        return plain + sum(encoded.stored_bytes for encoded in self.encoded.values())
 
     @property
     def target_bytes(self) -> int:

@@ -117,6 +117,9 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     config = hf.read_config(reference)
     table = table_for(config, options.mapping)
     recorded_files = hf.recorded_layout(reference)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping) and recorded_files is not None:
+        recorded_files = hf.decoded_layout(recorded_files, quantization)
     recorded: dict[str, HfTensor] | None = None
     if recorded_files is not None:
         recorded = {name: tensor for file in recorded_files for name, tensor in file.tensors.items()}
@@ -136,8 +139,9 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
         sides.pop(hf.INDEX, None)
     elif recorded_files is None:
         sides.pop(hf.INDEX, None)
-    if options.dtype is not None:
-        texts[hf.CONFIG] = with_dtype((reference / hf.CONFIG).read_bytes(), options.dtype)
+    original = (reference / hf.CONFIG).read_bytes()
+    if (edited := edited_config(original, options.dtype)) != original:
+        texts[hf.CONFIG] = edited
         sides.pop(hf.CONFIG, None)
     return Job(
         plan, source, target, opened.iteration, placed.tensors, placed.file_sizes, sides, texts, options, placed
@@ -153,13 +157,15 @@ def model_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def with_dtype(config: bytes, dtype: str) -> bytes:
-    """`config.json` with its dtype key, in either Transformers spelling, set to `dtype`; nothing else changes."""
+def edited_config(config: bytes, dtype: str | None) -> bytes:
+    """`config.json` for tensors stored plainly, cast to `dtype` if one is asked for; nothing else changes."""
     loaded = json.loads(config)
-    key = "dtype" if "dtype" in loaded else "torch_dtype"
-    if loaded.get(key) == _DTYPE_NAMES[dtype]:
+    before = dict(loaded)
+    loaded.pop("quantization_config", None)
+    if dtype is not None:
+        loaded["dtype" if "dtype" in loaded else "torch_dtype"] = _DTYPE_NAMES[dtype]
+    if loaded == before:
         return config
-    loaded[key] = _DTYPE_NAMES[dtype]
     return (json.dumps(loaded, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -42,14 +42,16 @@ def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
     if mapping is not None:
         return from_file(Path(mapping)) if mapping.endswith(".toml") else shipped(mapping)
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    tables = [shipped(name) for name in table_names()]
-    fits = [t for t in tables if model_type in t.model_types]
-    assert isinstance(architectures, list)
+    # Parsing every table would cost more than a small conversion: look for the quoted model type first.
+    candidates = [shipped(name) for name in table_names() if f'"{model_type}"' in table_text(name)]
+    fits = [t for t in candidates if model_type in t.model_types]
+    if not isinstance(architectures, list):
+        raise UsageError(f"config.json: `architectures` is {architectures!r}, a list was expected")
     exact = [t for t in fits if set(t.architectures) & set(map(str, architectures))]
     chosen = exact or [t for t in fits if not architectures]
     if chosen:
         return chosen[0]
-    known = sorted({kind for t in tables for kind in t.model_types})
+    known = sorted({kind for name in table_names() for kind in shipped(name).model_types})
     close = get_close_matches(str(model_type), known, n=3)
     raise UnsupportedError(
         f"no table for model_type {model_type!r} with architectures {architectures}",

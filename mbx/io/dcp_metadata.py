@@ -57,7 +57,10 @@ class DcpMetadata:
 
 
 def load_dcp_metadata(data: bytes, *, source: str = ".metadata") -> DcpMetadata:
-    """Reads the `.metadata` of torch 2.1 and later; planner data is stepped over.
+    """Reads a `.metadata` that torch wrote; planner data is stepped over.
+
+    TensorProperties may come from the sharded-tensor module, as in torch 2.1, and the root may be Megatron
+    Core's subclass of Metadata.
 
     Raises StorageError for a pickle that is not sound, or does not describe a checkpoint.
     """
@@ -69,7 +72,8 @@ def load_dcp_metadata(data: bytes, *, source: str = ".metadata") -> DcpMetadata:
 def dump_dcp_metadata(metadata: DcpMetadata) -> bytes:
     """The `.metadata` that torch unpickles into its `Metadata`; load_dcp_metadata reads it back unchanged.
 
-    Only fields that torch 2.1 and every later release know are written.
+    Planner data and storage meta are left at None: torch's reader needs neither, and their fields differ
+    between releases.
     """
     out = PickleWriter()
     out.reference(_METADATA, "Metadata")

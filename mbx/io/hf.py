@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.decode import decoded_view
 from converters.errors import StorageError, UsageError
 from converters.exporter import HfTensor
 from converters.expr import Value
 from converters.plan import Draft
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
-from mbx.io.safetensors import build_header, read_folder
-from mbx.io.safetensors import _parse_header as parse_header
+from mbx.io.safetensors import build_header, parse_header, read_folder, read_header
 
 CONFIG = "config.json"
 LAYOUT = "mbx_layout.json"
@@ -90,10 +90,10 @@ def record_layout(folder: HfFolder) -> str:
 
 
 def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:
-    """Weight files that `record_layout` noted in `folder`, None where nothing was noted."""
+    """Weight files that `record_layout` noted in `folder`, or that lie there; None where there are neither."""
     path = folder / LAYOUT
     if not path.is_file():
-        return None
+        return tuple(_weight_file(p) for p in sorted(folder.glob("*.safetensors"))) or None
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
         out = []
@@ -106,6 +106,26 @@ def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"`{path}` is damaged: {error}") from error
     return tuple(out)
+
+
+def decoded_layout(files: tuple[WeightFile, ...], quantization: Mapping[str, object]) -> tuple[WeightFile, ...]:
+    """A recorded layout with every set of quantised parts replaced by the tensor they encode, in its first part's file."""
+    stored = {n: StoredTensor(n, t.dtype, t.shape, ()) for file in files for n, t in file.tensors.items()}
+    view, encoded = decoded_view(stored, quantization)
+    first = {next(iter(e.parts.values())).name: name for name, e in encoded.items()}
+    out = []
+    for file in files:
+        names = [first.get(name, name) for name in file.tensors]
+        tensors = {n: HfTensor(view[n].dtype, view[n].shape) for n in names if n in view}
+        out.append(WeightFile(file.name, b"", tensors))
+    return tuple(out)
+
+
+def _weight_file(path: Path) -> WeightFile:
+    header = read_header(path)
+    ordered = sorted(header.tensors.items(), key=lambda item: item[1][2:])
+    tensors = {name: HfTensor(dtype, shape) for name, (dtype, shape, _, _) in ordered}
+    return WeightFile(path.name, header.header_bytes[8:], tensors)
 
 
 @dataclass(frozen=True, slots=True)

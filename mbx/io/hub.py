@@ -186,10 +186,10 @@ def _plan(repo_id: str, revision: str | None, cache_dir: Path | None, weights: b
 def _list_files(api: HfApi, repo_id: str, sha: str, cache_dir: Path | None) -> dict[str, int]:
     """Bytes by path of a commit: from the cached listing, else the hub, else what the cache holds of it."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's
         CachedRepoTreeNotFoundError,
         HfHubHTTPError,
-        HTTPError,  # type: ignore[attr-defined]  # of whichever HTTP library this client uses
+        HTTPError,
         OfflineModeIsEnabled,
     )
     from huggingface_hub.hf_api import RepoFile

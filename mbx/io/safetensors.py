@@ -75,7 +75,7 @@ def read_header(path: Path) -> SafetensorsFile:
         raise StorageError(f"{path}: cannot be read: {exc.strerror}") from exc
     if len(raw) != header_bytes:
         raise StorageError(f"{path}: expected a header of {header_bytes} bytes, got {len(raw)}")
-    tensors, metadata = _parse_header(raw, str(path))
+    tensors, metadata = parse_header(raw, str(path))
     _check_layout(tensors, file_bytes - 8 - header_bytes, str(path))
     return SafetensorsFile(path, tensors, metadata, 8 + header_bytes, length + raw)
 
@@ -169,7 +169,8 @@ def _load_json(raw: bytes, source: str) -> dict[str, object]:
     return loaded
 
 
-def _parse_header(raw: bytes, source: str) -> tuple[dict[str, TensorRange], dict[str, str]]:
+def parse_header(raw: bytes, source: str) -> tuple[dict[str, TensorRange], dict[str, str]]:
+    """Tensors and metadata of a header's JSON, each entry valid in itself; StorageError, naming `source`, otherwise."""
     header = _load_json(raw, source)
     given = header.pop("__metadata__", {})
     if not isinstance(given, dict):

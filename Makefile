@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+DEMO = demo
+MODEL = fixtures/tiny/llama
+
+.PHONY: demo test test-all lint types contract tables docs clean
+
+demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
+	@rm -rf $(DEMO)
+	$(BIN)/mbx convert hf-to-mcore $(MODEL) $(DEMO)/mcore --tp 2
+	$(BIN)/mbx convert mcore-to-hf $(DEMO)/mcore $(DEMO)/hf
+	$(BIN)/mbx verify parity $(MODEL) $(DEMO)/mcore --forward
+	@diff -r --exclude=mbx_manifest.json $(MODEL) $(DEMO)/hf && echo "$(DEMO)/hf equals $(MODEL), byte for byte"
+
+test: lint types contract tables  ## everything CI runs
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+
+test-all: lint types contract tables  ## also the tests that take minutes
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+contract: $(READY)
+	$(BIN)/lint-imports
+
+tables: $(READY)
+	$(BIN)/mbx models check
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info

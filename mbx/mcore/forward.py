@@ -1,0 +1,279 @@
+"""Forward parity: logits of Megatron Core against logits of Transformers, two independent implementations."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from converters.errors import DifferenceError, StorageError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class LogitDiff:
+    """How far two logit tensors of one prompt set are apart.
+
+    `max_abs`: largest absolute difference of two logits, infinite where either side is not finite.
+    `kl`: KL(a || b) over the vocabulary in nats, mean over all positions of all rows; NaN where not finite.
+    `top1_agreement`: share of positions with the same arg max. `first_bad_position`: (row, position) of the first
+    position, in reading order, that is not finite or differs by more than `tolerance`; None where there is none.
+    `has_nan`: either side holds NaN or an infinity.
+    """
+
+    max_abs: float
+    kl: float
+    top1_agreement: float
+    first_bad_position: tuple[int, int] | None
+    has_nan: bool
+    num_positions: int
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """True only where everything is finite and every logit agrees within `tolerance`."""
+        return not self.has_nan and self.first_bad_position is None and self.max_abs <= self.tolerance
+
+
+def compare_logits(a: torch.Tensor, b: torch.Tensor, *, tolerance: float = 1e-4) -> LogitDiff:
+    """Compare two logit tensors position by position in float64.
+
+    a, b: [b, s, vocab]. Raises `DifferenceError` for unequal shapes (unequal vocabularies included) or no positions.
+    """
+    import torch
+
+    if a.shape != b.shape:
+        raise DifferenceError(
+            f"logits of unequal shape: got {list(a.shape)} against {list(b.shape)} ([batch, sequence, vocab])",
+            hint="trim padding rows to the true vocabulary size on both sides before comparing",
+        )
+    if a.dim() != 3:
+        raise UsageError(f"logits must be [batch, sequence, vocab], got {list(a.shape)}")
+    if a.numel() == 0:
+        raise DifferenceError(f"no logits to compare: shape {list(a.shape)}")
+    left, right = a.detach().double().cpu(), b.detach().double().cpu()
+    finite_BS = (left.isfinite() & right.isfinite()).all(-1)
+    diff_BS = (left - right).abs().amax(-1).masked_fill(~finite_BS, math.inf)
+    bad = torch.nonzero(diff_BS > tolerance)
+    has_nan = not bool(finite_BS.all())
+    log_p, log_q = left.log_softmax(-1), right.log_softmax(-1)
+    kl = math.nan if has_nan else float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return LogitDiff(
+        max_abs=float(diff_BS.max()),
+        kl=kl,
+        top1_agreement=float((left.argmax(-1) == right.argmax(-1)).double().mean()),
+        first_bad_position=(int(bad[0, 0]), int(bad[0, 1])) if len(bad) else None,
+        has_nan=has_nan,
+        num_positions=diff_BS.numel(),
+        tolerance=tolerance,
+    )
+
+
+def mcore_logits(
+    model: nn.Module, input_ids: torch.Tensor, *, vocab_size: int, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run a Megatron Core GPT or hybrid model in eval mode: `input_ids: [b, s]` → fp32 logits `[b, s, vocab_size]`.
+
+    `vocab_size` is the true one; mcore's padding columns behind it are trimmed. `positions: [s]` places the tokens
+    elsewhere than at 0, 1, 2, …. Gathers over tensor parallelism, so it is collective. Raises `UnsupportedError` for a pipeline of more than one stage, `DifferenceError` where the
+    model has fewer columns than `vocab_size`, `UsageError` for token ids outside the vocabulary.
+    """
+    import torch
+    from megatron.core import parallel_state
+
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        raise UnsupportedError("forward parity runs one pipeline stage; got pipeline_model_parallel_size > 1")
+    _check_ids(input_ids, vocab_size)
+    device = next(model.parameters()).device
+    ids = input_ids.to(device)
+    places = torch.arange(ids.shape[1]) if positions is None else positions
+    position_ids = places.to(device).expand_as(ids)
+
+    outputs: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[object, ...], output: tuple[torch.Tensor, object]) -> None:
+        del module, args
+        outputs[:] = [output[0].clone()]  # a copy: mcore's cross entropy works on the logits in place
+
+    was_training = model.training
+    model.eval()
+    handle = model.get_submodule("output_layer").register_forward_hook(keep)
+    try:
+        with torch.no_grad(), _rotated_at(model, positions):
+            # With MTP heads GPTModel wants labels even for logits (it clones them); the loss is thrown away, and the
+            # hook keeps the main head's logits, which are computed last. Labels change no logits.
+            labels = ids if getattr(model, "mtp_process", False) else None
+            model(ids, position_ids, None, labels=labels)
+    finally:
+        handle.remove()
+        model.train(was_training)
+    logits = outputs[0].transpose(0, 1)  # [s, b, vocab / tp] -> [b, s, vocab / tp]
+    logits = _gather_vocab(logits.contiguous())
+    if logits.shape[-1] < vocab_size:
+        raise DifferenceError(
+            f"Megatron Core gives {logits.shape[-1]} logits a position, the vocabulary has {vocab_size}"
+        )
+    return logits[..., :vocab_size].float()
+
+
+@contextlib.contextmanager
+def _rotated_at(model: nn.Module, positions: torch.Tensor | None) -> Iterator[None]:
+    """Make the rotary tables of `model` those of `positions: [s]`; mcore itself counts 0, 1, 2, … from the length."""
+    if positions is None:
+        yield
+        return
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    count = int(positions.max()) + 1
+
+    def lengthen(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+        del module
+        return (count, *args[1:])
+
+    def pick(module: nn.Module, args: object, output: object) -> object:
+        del module, args
+        if isinstance(output, tuple):  # YaRN: the table and its magnitude
+            return (output[0][positions.to(output[0].device)], *output[1:])
+        table = cast("torch.Tensor", output)
+        return table[positions.to(table.device)]
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            handles += [module.register_forward_pre_hook(lengthen), module.register_forward_hook(pick)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hf_logits(hf_dir: Path, input_ids: torch.Tensor, *, trust_remote_code: bool = False) -> torch.Tensor:
+    """Run a Hugging Face checkpoint in fp32 with eager attention: `input_ids: [b, s]` → fp32 logits `[b, s, vocab]`.
+
+    Raises what `load_transformers` raises.
+    """
+    return transformers_logits(load_transformers(hf_dir, trust_remote_code=trust_remote_code), input_ids)
+
+
+def transformers_logits(
+    model: PreTrainedModel, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Run a Transformers model: `input_ids: [b, s]`, at `positions: [s]` if given → fp32 logits `[b, s, vocab]`."""
+    import torch
+
+    _check_ids(input_ids, model.config.get_text_config().vocab_size)
+    ids = input_ids.to(model.device)
+    at = {}
+    if positions is not None:
+        # The mask says that all tokens are one sequence: Transformers takes a jump in positions for a border.
+        at = {"position_ids": positions.to(ids).expand_as(ids), "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids, use_cache=False, **at).logits.float()
+    return logits
+
+
+def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+    """A Hugging Face checkpoint as Transformers' model in fp32, eager attention and eval mode.
+
+    Nothing is downloaded. Raises `StorageError` where the folder cannot be read, `UnsupportedError` where
+    Transformers does not know the architecture or the weights do not fill it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not (hf_dir / "config.json").is_file():
+        raise StorageError(f"`{hf_dir}` is not a Hugging Face checkpoint: it has no config.json")
+    try:
+        # output_loading_info turns the result into a pair, which its annotation does not say.
+        loaded = AutoModelForCausalLM.from_pretrained(
+            hf_dir,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, ImportError) as error:
+        raise UnsupportedError(f"Transformers cannot build `{hf_dir}`: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise StorageError(f"Transformers cannot read `{hf_dir}`: {error}") from error
+    model, report = cast("tuple[PreTrainedModel, Mapping[str, Collection[object]]]", loaded)
+    # Transformers only warns when it invents weights; parity against invented weights would mean nothing.
+    invented = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
+    if invented:
+        raise UnsupportedError(
+            f"Transformers found no values for {len(invented)} weights of `{hf_dir}` and would invent them",
+            details=invented,
+        )
+    model.train(False)
+    return model.to(device)  # type: ignore[arg-type]  # the device, which its stub does not take
+
+
+def _gather_vocab(logits: torch.Tensor) -> torch.Tensor:
+    """Concatenate vocabulary shards over the tensor-parallel group: [b, s, vocab/tp] → [b, s, vocab]."""
+    import torch
+    from megatron.core import parallel_state
+
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    if tp == 1:
+        return logits
+    shards = [torch.empty_like(logits) for _ in range(tp)]
+    torch.distributed.all_gather(shards, logits, group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(shards, dim=-1)
+
+
+def _check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise UsageError(f"input_ids must be a non-empty [batch, sequence], got {list(input_ids.shape)}")
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise UsageError(f"input_ids span [{low}, {high}], outside a vocabulary of {vocab_size}")
+
+
+def set_rope_frequencies(model: nn.Module, inv_freq: torch.Tensor) -> None:
+    """Give a Megatron Core model rotary frequencies that its own arguments cannot express.
+
+    `inv_freq: [rotary_dim / 2]`, radians per position, fp32. Megatron Core fixes Llama 3's constants (low 1, high 4,
+    original length 8192; `RotaryEmbedding._apply_scaling`); a model with others is compared under its own, and the
+    caller says so. Raises `UnsupportedError` where the model has no such table (learned positions, YaRN, MLA),
+    `UsageError` for another number of frequencies.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    rope = getattr(model, "rotary_pos_emb", None)
+    if rope is None or type(rope) is not RotaryEmbedding:
+        raise UnsupportedError(
+            f"rotary frequencies can be set on RotaryEmbedding only, the model has {type(rope).__name__}"
+        )
+    if inv_freq.shape != rope.inv_freq.shape:
+        raise UsageError(f"inv_freq must be {list(rope.inv_freq.shape)}, got {list(inv_freq.shape)}")
+    rope.inv_freq = inv_freq.detach().to(rope.inv_freq)
+    RotaryEmbedding.forward.cache_clear()  # the cache is the class's, keyed by instance and length
+
+
+def transformers_frequencies(hf_dir: Path) -> torch.Tensor:
+    """Transformers' own rotary frequencies of a checkpoint with scaled positions: [rotary_dim / 2], fp32.
+
+    Raises `UnsupportedError` where its scaling also multiplies the tables, which Megatron Core's RotaryEmbedding
+    does not, or where Transformers has no such scaling.
+    """
+    import torch
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = AutoConfig.from_pretrained(hf_dir, local_files_only=True).get_text_config()
+    kind = (getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}).get("rope_type")
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise UnsupportedError(f"Transformers scales no rotary positions of type {kind!r}")
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    if factor != 1.0:
+        raise UnsupportedError(f"rotary scaling {kind!r} multiplies its tables by {factor}; Megatron Core does not")
+    return cast("torch.Tensor", inv_freq)
