@@ -56,7 +56,8 @@ class ConfigTable:
         known = self.known_keys() | GENERIC_KEYS | frozenset(allow_unused)
         if unknown := sorted(key for key in hf if key not in known and not key.startswith("_")):
             raise CoverageError(
-                f"config.json has {len(unknown)} key(s) the table `{self.table}` does not know: {', '.join(unknown[:10])}",
+                f"config.json has {len(unknown)} key(s) that the table `{self.table}` does not know: "
+                + ", ".join(unknown[:10]),
                 hint="a key that cannot change the forward pass may be waived with --allow-unused-key NAME",
                 details=[f"{key} = {hf[key]!r}{_near(key, known)}" for key in unknown],
             )
@@ -132,7 +133,9 @@ def _row(table: str, field: str, spec: object) -> ConfigRow:
         raise TableError(f"{table}: [config] `{field}` must be a key or {{ hf = …, else = …, via = … }}, got {spec!r}")
     via = spec.get("via")
     if via is not None and via not in VALUE:
-        raise TableError(f"{table}: [config] `{field}`: via `{via}` is not registered; known: {', '.join(sorted(VALUE))}")
+        raise TableError(
+            f"{table}: [config] `{field}`: via `{via}` is not registered; known: {', '.join(sorted(VALUE))}"
+        )
     return ConfigRow(field, spec["hf"], spec.get("else"), via)
 
 

@@ -107,7 +107,7 @@ def _part_rows(source: Source, part: StoredTensor, cut: tuple[int, int] | None) 
     data = np.empty(nbytes_of(part.dtype, shape), np.uint8)
     skip = 0 if cut is None else nbytes_of(part.dtype, (cut[0], *part.shape[1:]))
     if data.size:
-        source.read_into(chunk.file, source.data_start(chunk) + skip, memoryview(data))
+        source.read_into(chunk.file, source.data_start(chunk) + skip, data.data)
     return torch.from_numpy(data)
 
 

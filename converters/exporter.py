@@ -96,7 +96,7 @@ class _Exporter:
     ) -> None:
         self.table, self.dims, self.sources, self.recorded, self.dtype = table, dims, sources, recorded, dtype
         self.stacked = torch_dist.stacks_layers(table.family, config)
-        self.num_layers = int(env.get("num_layers") or 0)  # type: ignore[call-overload]
+        self.num_layers = table.num_layers(env)
         self.num_experts = table.num_experts(env)
         self.units: list[Unit] = []
         self.targets: dict[str, tuple[str, Shape]] = {}
@@ -188,7 +188,9 @@ class _Exporter:
         assert row.same_as is not None
         unit = self.origin.get(row.same_as)
         if unit is None:
-            raise CoverageError(f"table `{self.table.name}`: `{row.hf[0]}` repeats `{row.same_as}`, which no row makes")
+            raise CoverageError(
+                f"table `{self.table.name}`: `{row.hf[0]}` repeats `{row.same_as}`, which no row makes"
+            )
         name = row.hf[0]
         self.targets[name] = self.targets[row.same_as]
         self.filled[name] += 1

@@ -102,11 +102,11 @@ def _walk(node: ast.expr, env: Env, text: str) -> Value:
             return -value
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return _walk(body if _walk(test, env, text) else orelse, env, text)
-        case ast.Compare(left=left, ops=ops, comparators=comparators) if all(type(o) in _COMPARE for o in ops):
+        case ast.Compare(left=left, ops=signs, comparators=comparators) if all(type(s) in _COMPARE for s in signs):
             a = _walk(left, env, text)
-            for op, comparator in zip(ops, comparators, strict=True):
+            for sign, comparator in zip(signs, comparators, strict=True):
                 b = _walk(comparator, env, text)
-                if not _COMPARE[type(op)](a, b):
+                if not _COMPARE[type(sign)](a, b):
                     return False
                 a = b
             return True

@@ -109,7 +109,7 @@ class _Importer:
         self.sources, self.layout, self.dims, self.dtype, self.missing = sources, layout, dims, dtype, missing
         self.table = table
         self.stacked = torch_dist.stacks_layers(table.family, config)
-        self.num_layers = int(env.get("num_layers") or 0)  # type: ignore[call-overload]
+        self.num_layers = table.num_layers(env)
         self.num_experts = table.num_experts(env)
         self.targets: dict[str, _Target] = {}
         self.units: list[Unit] = []
@@ -182,7 +182,9 @@ class _Importer:
     ) -> None:
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1:
-            raise CoverageError(f"`{row.mcore}`: {', '.join(row.hf)} have different dtypes: {', '.join(sorted(dtypes))}")
+            raise CoverageError(
+                f"`{row.mcore}`: {', '.join(row.hf)} have different dtypes: {', '.join(sorted(dtypes))}"
+            )
         origin = dtypes.pop()
         dtype = target_dtype(row, origin, self.dtype)
         if dtype != origin:
@@ -221,7 +223,9 @@ class _Importer:
             for extent in target.stack:
                 size *= extent
             if len(target.entries) != size:
-                raise CoverageError(f"`{key}` is stacked over {list(target.stack)} but has {len(target.entries)} entries")
+                raise CoverageError(
+                    f"`{key}` is stacked over {list(target.stack)} but has {len(target.entries)} entries"
+                )
 
     def drafts(self) -> tuple[Draft, ...]:
         out = []

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.crc import combine
+from converters.decode import read_decoded
 from converters.errors import DeviceError, StorageError
 from converters.plan import Entry, Plan, Unit
 from converters.protocols import Sink, Source
@@ -233,6 +234,9 @@ class Engine:
 
     def _read(self, region: Region, row: int, out: Matrix) -> None:
         """Rows `[row, row + len(out))` of a region's matrix into `out`."""
+        if (encoded := self.plan.encoded.get(region.tensor)) is not None:
+            out[:] = read_decoded(self.source, encoded, region.index, row, len(out))
+            return
         tensor = self.plan.sources[region.tensor]
         extents = self._extents(tensor, 0, region.index, region.fold)
         got = 0

@@ -8,13 +8,14 @@ pair one Megatron Core parameter with its Hugging Face tensors under an op. `{L}
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ImportError:  # Python 3.10
+else:
     import tomli as tomllib
 
 from converters.config_map import ConfigTable, parse_config
@@ -128,6 +129,10 @@ class Table:
         """Routed experts of a MoE layer, 0 in a dense model."""
         return evaluate_int(self.experts, env) if evaluate(self.experts, env) else 0
 
+    def num_layers(self, env: Env) -> int:
+        """Decoder layers of the model."""
+        return evaluate_int("num_layers", env)
+
     def expand(self, env: Env, present: Collection[str] | None) -> Iterator[Row]:
         """Every row of the model that `env` describes.
 
@@ -149,7 +154,15 @@ class Table:
                         continue
                     for alternatives in self.blocks[block]:
                         yield from self._rows(
-                            alternatives, site, i if numbered else None, first + i, hf_prefix, number, here, experts, present
+                            alternatives,
+                            site,
+                            i if numbered else None,
+                            first + i,
+                            hf_prefix,
+                            number,
+                            here,
+                            experts,
+                            present,
                         )
 
     def _rows(
@@ -210,7 +223,9 @@ def parse_table(name: str, text: str) -> Table:
     blocks = {}
     for block, rows in parser.mapping("rows", raw.get("rows")).items():
         entries = parser.mapping(f"rows.{block}", rows)
-        blocks[block] = tuple(parser.alternatives(f"rows.{block}", param, spec, gamma) for param, spec in entries.items())
+        blocks[block] = tuple(
+            parser.alternatives(f"rows.{block}", param, spec, gamma) for param, spec in entries.items()
+        )
     sites = tuple(parser.site(site, spec, blocks) for site, spec in parser.mapping("sites", raw.get("sites")).items())
     when = parser.strings("when", raw.get("when", {}))
     for block in when:
@@ -232,7 +247,7 @@ def parse_table(name: str, text: str) -> Table:
         unsupported=str(raw.get("unsupported", "")),
         experts=raw.get("experts", 0),
         config=parse_config(name, raw.get("config", {})),
-        dims=parser.mapping("dims", raw.get("dims", {})),
+        dims=parser.numbers("dims", raw.get("dims", {})),
         sites=sites,
         when=when,
         blocks=blocks,
@@ -251,7 +266,9 @@ class _Parser:
 
     def keys(self, place: str, value: Mapping[str, object], allowed: frozenset[str]) -> None:
         if unknown := sorted(set(value) - allowed):
-            self.fail(place, f"unknown key {', '.join(f'`{k}`' for k in unknown)}; known: {', '.join(sorted(allowed))}")
+            self.fail(
+                place, f"unknown key {', '.join(f'`{k}`' for k in unknown)}; known: {', '.join(sorted(allowed))}"
+            )
 
     def mapping(self, place: str, value: object) -> dict[str, object]:
         if not isinstance(value, dict):
@@ -264,6 +281,15 @@ class _Parser:
             if not isinstance(text, str):
                 self.fail(place, f"`{key}` must be a string, got {text!r}")
         return {key: str(text) for key, text in entries.items()}
+
+    def numbers(self, place: str, value: object) -> dict[str, str | int]:
+        """Entries that are whole numbers or expressions."""
+        entries: dict[str, str | int] = {}
+        for key, number in self.mapping(place, value).items():
+            if isinstance(number, bool) or not isinstance(number, str | int):
+                raise TableError(f"{self.table}: [{place}]: `{key}` must be a number or an expression, got {number!r}")
+            entries[key] = number
+        return entries
 
     def string_list(self, place: str, value: object) -> tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -278,15 +304,10 @@ class _Parser:
         for block in used:
             if block not in blocks:
                 self.fail(place, f"block `{block}` has no [rows.{block}]")
-        first, n = spec.get("first", 0), spec.get("n", 1)
-        for key, bound in (("first", first), ("n", n)):
-            if isinstance(bound, bool) or not isinstance(bound, str | int):
-                self.fail(place, f"`{key}` must be a number or an expression, got {bound!r}")
-        return Site(name, str(spec.get("hf", "")), str(spec.get("mcore", "")), first, n, used)  # type: ignore[arg-type]
+        bounds = self.numbers(place, {"first": spec.get("first", 0), "n": spec.get("n", 1)})
+        return Site(name, str(spec.get("hf", "")), str(spec.get("mcore", "")), bounds["first"], bounds["n"], used)
 
-    def alternatives(
-        self, place: str, param: str, value: object, gamma: Mapping[str, str]
-    ) -> tuple[RowSpec, ...]:
+    def alternatives(self, place: str, param: str, value: object, gamma: Mapping[str, str]) -> tuple[RowSpec, ...]:
         options = value if isinstance(value, list) else [value]
         if not options:
             self.fail(place, f"`{param}` has no row")

@@ -78,7 +78,9 @@ class Outcome:
     bytes_written: int
 
 
-def plan_hf_to_mcore(source: Path, target: Path, options: Options, origin: Mapping[str, str | None] | None = None) -> Job:
+def plan_hf_to_mcore(
+    source: Path, target: Path, options: Options, origin: Mapping[str, str | None] | None = None
+) -> Job:
     """Plan a Hugging Face folder → torch_dist conversion; headers are read, nothing is written."""
     check_target(source, target, overwrite=options.overwrite)
     folder = hf.open_hf(source)
@@ -265,7 +267,7 @@ def _manifest(job: Job, crcs: Mapping[str, list[int]], files: Mapping[str, str])
         "layout": {"tp": plan.layout.tp, "pp": plan.layout.pp},
         "vocab": {
             "size": plan.config.get("model.vocab_size"),
-            "padded": plan.layout.padded_vocab(int(plan.config["model.vocab_size"])),  # type: ignore[call-overload]
+            "padded": plan.layout.padded_vocab(int(str(plan.config["model.vocab_size"]))),
         },
         "dtype_changes": [[a, b, count] for (a, b), count in plan.dtype_changes.items()],
         "waived": {"missing": list(plan.ledger.waived_missing), "unused": list(plan.ledger.waived_unused)},

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from converters.errors import StorageError, UsageError
+from converters.errors import DeviceError, StorageError, UsageError
 from mbx.io.files import os_failure
 
 
@@ -44,7 +44,9 @@ class PartialFolder:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
-            raise UsageError(f"another run is writing `{self.target}`", hint="wait for it, or choose another name") from error
+            raise UsageError(
+                f"another run is writing `{self.target}`", hint="wait for it, or choose another name"
+            ) from error
         except OSError as error:
             raise os_failure(error, f"cannot write beside `{self.target}`") from error
         if self.path.exists():
@@ -90,13 +92,13 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def check_free_space(target: Path, needed_bytes: int) -> int:
-    """Bytes free where `target` will lie; StorageError when `needed_bytes` do not fit."""
+    """Bytes free where `target` will lie; DeviceError when `needed_bytes` do not fit."""
     folder = target
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise StorageError(
+        raise DeviceError(
             f"`{folder}` has {free / 2**30:.1f} GiB free; the result needs {needed_bytes / 2**30:.1f} GiB",
             hint="free space, or choose another destination",
         )

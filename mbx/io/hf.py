@@ -142,6 +142,7 @@ def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_
     """Lay out safetensors files: the recorded ones where the names still fit, else shards of a bounded size."""
     by_name = {draft.name: draft for draft in drafts}
     if recorded is not None and {n for f in recorded for n in f.tensors} >= set(by_name):
+        groups: list[tuple[str, list[Draft], WeightFile | None]]
         groups = [(f.name, [by_name[n] for n in f.tensors if n in by_name], f) for f in recorded]
         groups = [group for group in groups if group[1]]
         same = {n for f in recorded for n in f.tensors} == set(by_name)
@@ -170,7 +171,9 @@ def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_
     if len(groups) > 1 and not same:
         total = sum(nbytes_of(d.dtype, d.shape) for d in by_name.values())
         weight_map = {d.name: name for name, members, _ in groups for d in members}
-        index = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2)
+        index = json.dumps(
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
+        )
     return Placement(tensors, headers, sizes, None if index is None else index + "\n")
 
 

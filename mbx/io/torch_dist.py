@@ -1,7 +1,7 @@
 """A Megatron Core torch_dist checkpoint as a folder: finding, reading and laying one out.
 
-    ckpt/latest_checkpointed_iteration.txt
-    ckpt/iter_0000000/{__R_N.distcp, .metadata, metadata.json, common.pt, hf/}
+ckpt/latest_checkpointed_iteration.txt
+ckpt/iter_0000000/{__R_N.distcp, .metadata, metadata.json, common.pt, hf/}
 """
 
 from __future__ import annotations

@@ -188,9 +188,12 @@ def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: b
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     if not (hf_dir / "config.json").is_file():
         raise StorageError(f"`{hf_dir}` is not a Hugging Face checkpoint: it has no config.json")
+    progress = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         # output_loading_info turns the result into a pair, which its annotation does not say.
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -205,6 +208,9 @@ def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: b
         raise UnsupportedError(f"Transformers cannot build `{hf_dir}`: {error}") from error
     except (OSError, RuntimeError) as error:
         raise StorageError(f"Transformers cannot read `{hf_dir}`: {error}") from error
+    finally:
+        if progress:
+            transformers_logging.enable_progress_bar()
     model, report = cast("tuple[PreTrainedModel, Mapping[str, Collection[object]]]", loaded)
     # Transformers only warns when it invents weights; parity against invented weights would mean nothing.
     invented = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])

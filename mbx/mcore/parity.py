@@ -11,13 +11,12 @@ from converters.errors import UsageError
 from converters.expr import Value
 from converters.isos import inexpressible_rope
 from mbx.mcore.forward import LogitDiff
-from mbx.mcore.prompts import Prompts
+from mbx.mcore.prompts import Batch, Passes, Prompts, passes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from mbx.mcore.prompts import Batch
+    from transformers import PreTrainedModel
 
 #: Largest difference of two fp32 logits that rounding explains on models of a few layers.
 FORWARD_TOLERANCE = 1e-4
@@ -36,16 +35,32 @@ class Forward:
 
     @property
     def summary(self) -> str:
-        """Every figure with its unit and reduction, on one line."""
+        """The figures, each with its unit, limit and reduction."""
         diff = self.diff
-        bad = f", first at (row, token) {diff.first_bad_position}" if diff.first_bad_position else ""
-        kl = "not finite" if diff.has_nan else f"{max(diff.kl, 0.0):.1e}"
-        text = (
-            f"max |Δlogit| {diff.max_abs:.2e} (limit {diff.tolerance:g}{bad}) at {diff.num_positions} positions; "
-            f"KL(Transformers‖mcore) {kl} nats, mean over positions; top-1 agreement {diff.top1_agreement:.2%}; "
-            f"{self.where}"
-        )
-        return f"{text}; rotary frequencies from Transformers, as Megatron Core fixes others" if self.lent else text
+        kl = "is not finite" if diff.has_nan else f"{max(diff.kl, 0.0):.1e} nats (mean over positions)"
+        return f"max |Δlogit| {diff.max_abs:.2e} (limit {diff.tolerance:g}), KL {kl}, top-1 {diff.top1_agreement:.2%}"
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """Where the figures were taken, where they first passed the limit, and what was lent."""
+        lines = [f"KL(Transformers ‖ Megatron Core) over {self.diff.num_positions} positions: {self.where}"]
+        if self.diff.first_bad_position is not None:
+            lines.append(f"the first position over the limit is number {self.diff.first_bad_position[1]}, from 0")
+        return (*lines, *(f"{line}: Transformers' own frequencies were used" for line in self.lent))
+
+
+def read_prompts(
+    prompts: Prompts, config: Mapping[str, Value], hf_path: Path, hf_config: Mapping[str, Value]
+) -> Passes:
+    """`prompts` as passes for the model of `config`; raises what `mbx.mcore.prompts.passes` raises."""
+    longest = config.get("model.max_sequence_length")
+    return passes(
+        prompts,
+        hf_path,
+        hf_config,
+        vocab_size=vocab_size(config),
+        max_length=longest if isinstance(longest, int) else None,
+    )
 
 
 def compare_forward(
@@ -53,13 +68,13 @@ def compare_forward(
     hf_path: Path,
     iteration: Path,
     hf_config: Mapping[str, Value],
+    read: Passes,
     *,
     padded_vocab: int | None = None,
     device: str = "cpu",
-    prompts: Prompts = Prompts(),
     tolerance: float = FORWARD_TOLERANCE,
 ) -> Forward:
-    """Difference of fp32 logits at every position of the prompts.
+    """Difference of fp32 logits at every position of `read`.
 
     `config` is the Megatron Core config; `hf_config` the folder's in the v4 spelling; `iteration` a torch_dist
     folder, loaded by Megatron Core itself at its default strictness. `padded_vocab` is the embedding's row count
@@ -68,13 +83,8 @@ def compare_forward(
     """
     from mbx.mcore.device import megatron_on
     from mbx.mcore.forward import compare_logits, load_transformers
-    from mbx.mcore.prompts import passes
 
     vocab = vocab_size(config)
-    longest = config.get("model.max_sequence_length")
-    read = passes(
-        prompts, hf_path, hf_config, vocab_size=vocab, max_length=longest if isinstance(longest, int) else None
-    )
     with megatron_on(device):
         model = loaded_model(config, iteration, padded_vocab=padded_vocab, device=device)
         lent = lend_frequencies(model, hf_path, hf_config)
@@ -122,16 +132,11 @@ def mcore_passes(model: nn.Module, batches: tuple[Batch, ...], vocab: int) -> to
     return _joined([mcore_logits(model, b.ids, vocab_size=vocab, positions=b.positions) for b in batches])
 
 
-def transformers_passes(model: nn.Module, batches: tuple[Batch, ...]) -> torch.Tensor:
+def transformers_passes(model: PreTrainedModel, batches: tuple[Batch, ...]) -> torch.Tensor:
     """The same of a Transformers model."""
-    from typing import cast
-
     from mbx.mcore.forward import transformers_logits
 
-    if TYPE_CHECKING:
-        from transformers import PreTrainedModel
-    reference = cast("PreTrainedModel", model)
-    return _joined([transformers_logits(reference, b.ids, positions=b.positions) for b in batches])
+    return _joined([transformers_logits(model, b.ids, positions=b.positions) for b in batches])
 
 
 def _joined(logits: list[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,119 @@
+"""The command line: `main` runs one command and returns its exit code.
+
+Commands import torch, NumPy, Megatron Core and the hub client only when they run, so `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from converters.errors import MbxError
+from mbx.cli import convert, doctor, inspect, models, verify
+from mbx.cli.failures import Interrupted, help_text, known_failure, usage_failure
+from mbx.cli.options import Quiet, Verbose, epilog
+from mbx.output import out
+
+BROKEN_PIPE = 141
+
+
+class _Ordered(TyperGroup):
+    """Lists commands in the order a user meets them."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        order = ["convert", "verify", "inspect", "models", "doctor"]
+        return sorted(self.commands, key=lambda name: order.index(name) if name in order else len(order))
+
+
+app = typer.Typer(
+    name="mbx",
+    cls=_Ordered,
+    help="Move model weights between Hugging Face and Megatron Core, and prove that nothing was lost.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog=epilog(
+        "mbx convert hf-to-mcore meta-llama/Llama-3.2-1B ckpt --tp 2",
+        "mbx verify parity meta-llama/Llama-3.2-1B ckpt",
+        "mbx convert mcore-to-hf ckpt hf-folder",
+    ),
+)
+app.add_typer(convert.app, name="convert")
+app.add_typer(verify.app, name="verify")
+app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
+app.add_typer(models.app, name="models")
+app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from mbx import __version__
+
+        out.result({"mbx": __version__}, lambda: [f"mbx {__version__}"])
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    out.configure(json=False, quiet=quiet, verbose=verbose)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (the process's own by default); returns the exit code, never raises."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    out.reset(json="--json" in options)
+    try:
+        with _termination_interrupts():
+            code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="mbx", standalone_mode=False)
+    except BrokenPipeError:
+        raise
+    except MbxError as error:
+        return out.error(error)
+    except typer.TyperException as error:
+        if not out.json and (text := help_text(error)) is not None:
+            out.error_text(text)
+            return error.exit_code
+        return out.error(usage_failure(error), error.exit_code)
+    except BaseException as error:  # torch's CheckpointException, for one, is no Exception
+        return out.error(known_failure(error))
+    if code == Interrupted.exit_code:  # what typer makes of a KeyboardInterrupt
+        return out.error(Interrupted())
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does, so that what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():  # where handlers cannot be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,185 @@
+"""`mbx convert`: between Hugging Face and Megatron Core, either way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mbx import settings
+from mbx.cli.options import Dtype, Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
+from mbx.output import out
+
+if TYPE_CHECKING:
+    from mbx.convert import Job, Options
+
+app = typer.Typer(
+    help="Convert checkpoints, as a stream and all or nothing.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog=epilog("mbx convert hf-to-mcore SRC DST --tp 2", "mbx convert mcore-to-hf SRC DST --dry-run"),
+)
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a destination that is not empty.")]
+ToDtype = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Cast floats to this; each tensor keeps its own if not given.")
+]
+AllowMissing = Annotated[
+    list[str] | None,
+    typer.Option("--allow-missing", metavar="GLOB", help="Accept that these tensors are absent; repeatable."),
+]
+AllowUnused = Annotated[
+    list[str] | None,
+    typer.Option("--allow-unused", metavar="GLOB", help="Leave these source tensors out; repeatable."),
+]
+AllowUnusedKey = Annotated[
+    list[str] | None,
+    typer.Option("--allow-unused-key", metavar="NAME", help="Accept this unknown config.json key; repeatable."),
+]
+
+
+@app.command(
+    "hf-to-mcore",
+    epilog=epilog(
+        "mbx convert hf-to-mcore meta-llama/Llama-3.2-1B ckpt",
+        "mbx convert hf-to-mcore ./llama ckpt --tp 2 --pp 4 --dry-run",
+        "mbx convert hf-to-mcore ./mine ckpt --mapping ./mine.toml --json",
+    ),
+)
+def hf_to_mcore(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder or hub model org/name[@revision].")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint folder to make.")],
+    tp: Annotated[int, typer.Option(help="Tensor-parallel size the chunks are cut for.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline-parallel size to check the model against.")] = 1,
+    dtype: ToDtype = None,
+    make_vocab_size_divisible_by: Annotated[
+        int, typer.Option(metavar="N", help="Pad the vocabulary with zero rows to a multiple of N x TP.")
+    ] = 1,
+    mapping: Mapping = None,
+    allow_missing: AllowMissing = None,
+    allow_unused: AllowUnused = None,
+    allow_unused_key: AllowUnusedKey = None,
+    workers: Workers = None,
+    max_memory: MaxMemory = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Convert a Hugging Face model to a Megatron Core checkpoint (torch_dist).
+
+    Any parallel layout can load the result; --tp and --pp choose how its files are cut.
+    """
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from converters.coverage import Waivers
+    from converters.layout import Layout
+    from mbx.cli.source import fetch, stop_before_download
+    from mbx.convert import Options, plan_hf_to_mcore
+
+    options = Options(
+        dtype=dtype and dtype.value,
+        layout=Layout(tp, pp, make_vocab_size_divisible_by),
+        mapping=mapping,
+        waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
+        allow_unused_keys=tuple(allow_unused_key or ()),
+        overwrite=overwrite,
+        workers=settings.number("workers", workers),
+        max_memory=settings.number("max_memory", max_memory),
+    )
+    _check_layout(options)
+    if dry_run:
+        stop_before_download(src)
+    source = fetch(src)
+    _carry_out(lambda: plan_hf_to_mcore(source.path, dst, options, source.origin), dry_run)
+
+
+@app.command(
+    "mcore-to-hf",
+    epilog=epilog(
+        "mbx convert mcore-to-hf ckpt ./llama",
+        "mbx convert mcore-to-hf ckpt/iter_0001000 ./llama --hf-config ./original",
+        "mbx convert mcore-to-hf ckpt ./llama --dtype bf16 --max-shard-size 2GB --dry-run",
+    ),
+)
+def mcore_to_hf(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A torch_dist checkpoint, or one iter_* folder of it.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The Hugging Face folder to make.")],
+    hf_config: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Take config.json and tokenizer from here, not from the checkpoint's hf/."),
+    ] = None,
+    dtype: ToDtype = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest weight file, where none is recorded (default: 5GB).")
+    ] = None,
+    mapping: Mapping = None,
+    allow_missing: AllowMissing = None,
+    allow_unused: AllowUnused = None,
+    allow_unused_key: AllowUnusedKey = None,
+    workers: Workers = None,
+    max_memory: MaxMemory = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Convert a Megatron Core checkpoint (torch_dist) to a Hugging Face model.
+
+    A checkpoint that mbx made carries the config, the tokenizer and the original file layout in its hf/ folder.
+    """
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from converters.coverage import Waivers
+    from mbx.cli.source import fetch
+    from mbx.convert import Options, plan_mcore_to_hf
+
+    options = Options(
+        dtype=dtype and dtype.value,
+        mapping=mapping,
+        waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
+        allow_unused_keys=tuple(allow_unused_key or ()),
+        overwrite=overwrite,
+        workers=settings.number("workers", workers),
+        max_memory=settings.number("max_memory", max_memory),
+        max_shard_bytes=settings.number("max_shard_size", max_shard_size),
+    )
+    reference = fetch(hf_config, weights=False).path if hf_config is not None else None
+    _carry_out(lambda: plan_mcore_to_hf(src, dst, options, reference), dry_run)
+
+
+def _check_layout(options: Options) -> None:
+    """Refuse impossible sizes before a hub model is downloaded; what the model cannot take is the plan's matter."""
+    from converters.layout import check
+
+    check(options.layout, {})
+
+
+def _carry_out(make_plan: Callable[[], Job], dry_run: bool) -> None:
+    from converters.errors import DeviceError
+    from mbx.cli import plan_view
+    from mbx.cli.progress import Meter, peak_memory_bytes
+    from mbx.convert import run
+
+    job = make_plan()
+    plan = plan_view.document(job)
+    if dry_run:
+        out.result({"dry_run": True, "plan": plan, "result": None}, lambda: plan_view.lines(plan))
+        if not plan["disk"]["fits"]:
+            raise DeviceError("the result does not fit on the disk", hint="free space, or choose another destination")
+        return
+    for line in plan_view.lines(plan)[1:]:
+        out.detail(line)
+    with Meter(job.plan.direction, job.plan.target_bytes) as meter:
+        outcome = run(job, meter.advance)
+    result = {
+        "target": str(outcome.target),
+        "bytes": outcome.bytes_written,
+        "seconds": outcome.seconds,
+        "gb_per_s": outcome.bytes_written / 1e9 / max(outcome.seconds, 1e-9),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    out.result({"dry_run": False, "plan": plan, "result": result}, lambda: plan_view.summary(plan, result))

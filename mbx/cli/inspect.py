@@ -1,0 +1,108 @@
+"""`mbx inspect`: what a checkpoint folder is and holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.output import SCREEN_WIDTH, aligned, human_bytes, out, paint, plural, wrapped
+
+if TYPE_CHECKING:
+    from mbx.inspect import Checkpoint
+
+EPILOG = epilog("mbx inspect ckpt", "mbx inspect ./llama --tensors", "mbx inspect ckpt --json | jq .writer")
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face folder or a Megatron checkpoint.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its chunks.")] = False,
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Say what a checkpoint is and holds.
+
+    Format, writer, architecture and tensors, from headers alone.
+    Exit code 4 for a checkpoint that is unfinished or damaged, with what is known of it.
+    """
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from mbx.inspect import examine
+
+    found = examine(path)
+    doc = _document(found, tensors)
+    out.result(doc, lambda: _lines(doc))
+    if found.fault is not None:
+        raise typer.Exit(4)
+
+
+def _document(found: Checkpoint, tensors: bool) -> dict[str, Any]:
+    doc: dict[str, Any] = {
+        "path": str(found.path),
+        "format": found.format,
+        "writer": found.writer,
+        "fault": found.fault,
+        "iteration": found.iteration,
+        "architecture": found.architecture,
+        "table": found.table,
+        "layout": dict(found.layout),
+        "tensors": found.num_tensors,
+        "parameters": found.parameters,
+        "bytes": found.nbytes,
+        "dtypes": {name: {"tensors": count, "bytes": size} for name, (count, size) in found.dtypes.items()},
+        "other_state": {name: {"tensors": count, "bytes": size} for name, (count, size) in found.other_state.items()},
+        "objects": found.num_objects,
+        "chunks": found.num_chunks,
+        "files": dict(found.files),
+        "side_files": list(found.side_files),
+    }
+    if tensors:
+        doc["tensor_list"] = [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "bytes": tensor.nbytes,
+                "grid": list(tensor.grid),
+                "files": list(tensor.files),
+            }
+            for tensor in found.tensors
+        ]
+    return doc
+
+
+def _lines(doc: dict[str, Any]) -> list[str]:
+    writer = f", written by {doc['writer']}" if doc["writer"] else ""
+    rows = [("path", doc["path"]), ("format", doc["format"] + writer)]
+    if doc["fault"]:
+        rows.append(("fault", paint(doc["fault"], "red")))
+    if doc["iteration"] is not None:
+        rows.append(("iteration", str(doc["iteration"])))
+    if doc["architecture"]:
+        covered = f"table {doc['table']}" if doc["table"] else "no table covers it"
+        rows.append(("model", f"{doc['architecture']}, {covered}"))
+    if doc["layout"]:
+        rows.append(("layout", ", ".join(f"{axis} {size}" for axis, size in doc["layout"].items())))
+    if doc["tensors"]:
+        rows.append(("tensors", f"{doc['tensors']:,}, {doc['parameters']:,} parameters, {human_bytes(doc['bytes'])}"))
+    for name, sizes in doc["dtypes"].items():
+        rows.append(("dtype", f"{name}: {plural(sizes['tensors'], 'tensor')}, {human_bytes(sizes['bytes'])}"))
+    for name, sizes in doc["other_state"].items():
+        rows.append(("also", f"{name}: {plural(sizes['tensors'], 'tensor')}, {human_bytes(sizes['bytes'])}"))
+    if doc["chunks"]:
+        rows.append(("chunks", f"{doc['chunks']:,} of tensors, {plural(doc['objects'], 'object')}"))
+    if doc["files"]:
+        rows.append(("files", f"{len(doc['files']):,}, {human_bytes(sum(doc['files'].values()))}"))
+    if doc["side_files"]:
+        beside = wrapped(doc["side_files"], SCREEN_WIDTH - 12)
+        rows += [("beside" if i == 0 else "", line) for i, line in enumerate(beside)]
+    lines = aligned(rows)
+    if "tensor_list" in doc:
+        lines.append("")
+        lines += aligned([
+            (t["name"], t["dtype"], str(t["shape"]), "×".join(map(str, t["grid"])) or "1", human_bytes(t["bytes"]))
+            for t in doc["tensor_list"]
+        ], right=(4,))  # fmt: skip
+    return lines

@@ -1,0 +1,152 @@
+"""`mbx models`: which architectures the tables cover, and whether a table covers a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.output import aligned, out, paint
+
+if TYPE_CHECKING:
+    from converters.table import Table
+
+app = typer.Typer(
+    help="Show and check the mapping tables, one an architecture.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog=epilog("mbx models list", "mbx models show llama", "mbx models check --against ./llama"),
+)
+
+
+@app.command("list", epilog=epilog("mbx models list", "mbx models list --json"))
+def list_models(json: Json = False, quiet: Quiet = 0, verbose: Verbose = 0) -> None:
+    """List the architectures that have a table."""
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from mappings import table_names
+    from mbx.registry import shipped
+
+    docs = [_document(shipped(name)) for name in table_names()]
+    rows = [(d["name"], ", ".join(d["model_types"]), ", ".join(d["architectures"])) for d in docs]
+    out.result({"tables": docs}, lambda: aligned([("TABLE", "MODEL TYPE", "ARCHITECTURE"), *rows]))
+
+
+@app.command("show", epilog=epilog("mbx models show llama", "mbx models show llama > mine.toml"))
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A table that `mbx models list` names.")],
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Print a table as it is: TOML that --mapping takes back."""
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from mappings import table_text
+    from mbx.registry import shipped
+
+    table = shipped(name)
+    text = table_text(name)
+    out.result({**_document(table), "toml": text}, lambda: text.rstrip("\n").split("\n"))
+
+
+@app.command(
+    "check",
+    epilog=epilog(
+        "mbx models check",
+        "mbx models check --against ./llama",
+        "mbx models check ./mine.toml --against org/name",
+    ),
+)
+def check(
+    table: Annotated[
+        str | None, typer.Argument(metavar="[TABLE]", help="A table's name or .toml file; all shipped ones if absent.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="HF", help="Prove that it covers this folder or hub model: every tensor and config key."),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Check that tables are well formed, or that one covers a checkpoint exactly.
+
+    With --against, every tensor without a row, every row without a tensor and every unknown config key is listed, and
+    the exit code is 3 unless there are none. Headers and config.json are read, no weights.
+    """
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    if against is None:
+        doc = _check_tables([table] if table is not None else None)
+    else:
+        from mbx.cli.source import fetch
+
+        doc = _check_cover(fetch(against).path, table)
+    out.result(doc, lambda: _lines(doc))
+    raise typer.Exit(0 if doc["ok"] else 3)
+
+
+def _check_tables(names: list[str] | None) -> dict[str, Any]:
+    """Parse tables; a malformed one is a finding, an unknown name an error."""
+    from converters.errors import TableError
+    from mappings import table_names
+    from mbx.registry import from_file, shipped
+
+    checked: list[dict[str, Any]] = []
+    for name in names or table_names():
+        try:
+            found = from_file(Path(name)) if name.endswith(".toml") else shipped(name)
+            checked.append({"table": found.name, "against": None, "sha256": found.digest, "findings": []})
+        except TableError as error:
+            checked.append({"table": name, "against": None, "sha256": None, "findings": [error.fact, *error.details]})
+    return {"ok": not any(entry["findings"] for entry in checked), "checked": checked}
+
+
+def _check_cover(folder: Path, table: str | None) -> dict[str, Any]:
+    """Plan an import of `folder`; config and tensors are checked apart, so that one does not hide the other."""
+    from converters.errors import MbxError
+    from converters.importer import plan_import
+    from converters.layout import Layout
+    from mbx.io.hf import open_hf
+    from mbx.registry import table_for
+
+    model = open_hf(folder)
+    found = table_for(model.config, table)
+    findings: list[str] = []
+    try:
+        found.config.to_mcore(model.config)
+    except MbxError as error:
+        findings += [f"config   {line}" for line in error.details or (error.fact,)]
+    try:
+        plan_import(found, model.config, model.tensors, Layout(), allow_unused_keys=tuple(model.config))
+    except MbxError as error:
+        lines = list(error.details or (error.fact,))
+        findings += [line for line in lines if f"config   {line}" not in findings]
+    entry = {"table": found.name, "against": str(folder), "sha256": found.digest, "findings": findings}
+    return {"ok": not findings, "checked": [{**entry, "tensors": len(model.tensors)}]}
+
+
+def _lines(doc: dict[str, Any]) -> list[str]:
+    lines = []
+    for entry in doc["checked"]:
+        where = f" covers all {entry['tensors']:,} tensors of {entry['against']}" if entry["against"] else ""
+        if entry["findings"]:
+            where = f" does not cover {entry['against']}" if entry["against"] else ""
+            count = len(entry["findings"])
+            lines.append(f"{paint('✗', 'red')} {entry['table']}{where}: {count} finding{'s' if count > 1 else ''}")
+            lines += [f"  {text}" for text in entry["findings"]]
+        else:
+            lines.append(f"{paint('✓', 'green')} {entry['table']}{where}")
+    return lines
+
+
+def _document(table: Table) -> dict[str, Any]:
+    return {
+        "name": table.name,
+        "family": table.family,
+        "model_types": list(table.model_types),
+        "architectures": list(table.architectures),
+        "notes": table.notes,
+        "unsupported": table.unsupported,
+        "sha256": table.digest,
+    }

@@ -1,0 +1,47 @@
+"""Options that several commands share, spelt the same everywhere, and the foot of every help text."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, errors included.")]
+Quiet = Annotated[
+    int, typer.Option("--quiet", "-q", count=True, show_default=False, help="No progress or messages; -qq: no result.")
+]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say each step; no progress bar.")
+]
+Mapping = Annotated[
+    str | None,
+    typer.Option("--mapping", metavar="TABLE", help="A table's name or .toml file; found by the config if not given."),
+]
+Workers = Annotated[
+    str | None, typer.Option("--workers", metavar="N", help="Threads that read and write (default: cores, at most 8).")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option("--max-memory", metavar="SIZE", help="Memory for data in flight: 512MiB, 1GiB, 2G (default: 1GiB)."),
+]
+
+EXIT_CODES = (
+    "0 ok, 1 checked and found a difference, 2 usage or config,",
+    "3 unsupported architecture or incomplete table, 4 file or hub,",
+    "5 memory, disk space or device, 70 internal, 130 interrupted",
+)
+
+
+class Dtype(str, Enum):
+    """What floating-point tensors are cast to."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+def epilog(*examples: str) -> str:
+    """The foot of a help text: examples to paste, and the exit codes. `\\b` keeps lines as they are."""
+    lines = ["\b", "Examples:", *(f"  {line}" for line in examples), "", "\b", "Exit codes:"]
+    return "\n".join([*lines, *(f"  {line}" for line in EXIT_CODES)])

@@ -1,0 +1,114 @@
+"""Defaults a user may set once: option > `MBX_*` variable > `mbx.toml` here > the user's own file > built in."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.errors import UsageError
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}
+_UNITS |= {unit: 1024**n for n, p in enumerate("KMGT", 1) for unit in (p, f"{p}iB".upper())}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+MIN_MEMORY = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting's value as text, and where it comes from."""
+
+    name: str
+    value: str
+    origin: str
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512MiB`, `2G` (binary) or `5GB` (decimal); UsageError for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    unit = match and _UNITS.get(match[2].upper())
+    if match is None or unit is None or (size := int(float(match[1]) * unit)) < 1:
+        raise UsageError(f"{text!r} is not a size", hint="write 512MiB, 1GiB or 2G (binary), or 5GB (decimal)")
+    return size
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a memory limit; UsageError below 16 MiB, which the engine's pieces do not fit in."""
+    if (size := parse_size(text)) < MIN_MEMORY:
+        raise UsageError(f"a memory limit of {text!r} is too small", hint="16MiB is the least; 1GiB is the default")
+    return size
+
+
+def parse_workers(text: str) -> int:
+    """A number of threads; UsageError unless it is a whole number from 1 to 256."""
+    if not text.isdecimal() or not 1 <= int(text) <= 256:
+        raise UsageError(f"{text!r} is not a number of workers", hint="1 to 256")
+    return int(text)
+
+
+#: Name → what is built in, and the reader of its value.
+_KNOWN: dict[str, tuple[str, Callable[[str], int]]] = {
+    "workers": (str(min(8, os.cpu_count() or 1)), parse_workers),
+    "max_memory": ("1GiB", parse_memory),
+    "max_shard_size": ("5GB", parse_size),
+}
+
+
+def number(name: str, option: str | None) -> int:
+    """Value of a setting; `option` is the command line's, None where it was not given.
+
+    A value that cannot be read is a UsageError that names its origin.
+    """
+    setting = Setting(name, option, f"--{name.replace('_', '-')}") if option is not None else find(name)
+    try:
+        return _KNOWN[name][1](setting.value)
+    except UsageError as error:
+        raise UsageError(f"{setting.origin}: {error.fact}", hint=error.hint) from error
+
+
+def every() -> list[Setting]:
+    """All settings with their origins."""
+    return [find(name) for name in _KNOWN]
+
+
+def find(name: str) -> Setting:
+    """A setting from the first place that has it."""
+    if (value := os.environ.get(variable := f"MBX_{name.upper()}")) is not None:
+        return Setting(name, value, variable)
+    if not os.environ.get("MBX_NO_CONFIG"):
+        for path in config_files():
+            if (stored := _read(path).get(name)) is not None:
+                return Setting(name, str(stored), str(path))
+    return Setting(name, _KNOWN[name][0], "built in")
+
+
+def config_files() -> tuple[Path, Path]:
+    """The project's settings file and the user's, strongest first; either may be absent."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return Path("mbx.toml"), home / "mbx" / "config.toml"
+
+
+def _read(path: Path) -> Mapping[str, object]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the settings file `{path}` cannot be read: {error}") from error
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values: dict[str, object] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"the settings file `{path}`: {error}") from error
+    if unknown := sorted(set(values) - set(_KNOWN)):
+        raise UsageError(
+            f"the settings file `{path}` has unknown keys: {', '.join(unknown)}", hint=f"known: {', '.join(_KNOWN)}"
+        )
+    return values

@@ -1,0 +1,349 @@
+"""Rows of tokens: chat and prompt/completion examples, text, Megatron Core's own datasets.
+
+Row `i` of a run depends on the recipe alone, so a run resumes by counting. Every rank holds the same rows and takes
+its own share of each step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.errors import StorageError, UsageError
+from mbx.train.recipe import Data
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a micro-batch; all arrays are [length].
+
+    `mask`: 1 where the label counts. `lengths`: tokens of each packed segment, padding included as the last one;
+    empty where the row is one sequence.
+    """
+
+    tokens: Tokens
+    labels: Tokens
+    mask: npt.NDArray[np.float32]
+    positions: Tokens
+    lengths: tuple[int, ...] = ()
+
+
+class Rows(Protocol):
+    """An endless, addressable sequence of rows."""
+
+    def row(self, index: int) -> Row:
+        """Row `index` of the run."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of one document, and which of them are learned (`learn[i]` for `tokens[i]`)."""
+
+    tokens: Tokens
+    learn: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Rows that count up in steps of their own: a sequence any model learns within a few steps."""
+
+    vocab: int
+    length: int
+    seed: int
+
+    def row(self, index: int) -> Row:
+        """Row `index`: start and step drawn from the seed and the index."""
+        rng = np.random.default_rng((self.seed, index))
+        start, step = int(rng.integers(self.vocab)), int(rng.integers(1, 4))
+        stream = (start + step * np.arange(self.length + 1)) % self.vocab
+        return _plain(stream.astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Rows of examples, shuffled anew each epoch; `packs[r]` lists the examples of row `r`."""
+
+    examples: Sequence[Example]
+    packs: Sequence[Sequence[int]]
+    length: int
+    pad: int
+    shuffle: bool
+    seed: int
+
+    def row(self, index: int) -> Row:
+        """Row `index` of the run, epochs one after the other."""
+        epoch, at = divmod(index, len(self.packs))
+        if self.shuffle:
+            at = int(np.random.default_rng((self.seed, epoch)).permutation(len(self.packs))[at])
+        tokens = np.full(self.length, self.pad, np.int64)
+        labels = np.full(self.length, self.pad, np.int64)
+        mask, positions = np.zeros(self.length, np.float32), np.zeros(self.length, np.int64)
+        lengths, start = [], 0
+        for number in self.packs[at]:
+            example = self.examples[number]
+            count = len(example.tokens) - 1
+            place = slice(start, start + count)
+            tokens[place], labels[place] = example.tokens[:-1], example.tokens[1:]
+            mask[place], positions[place] = example.learn[1:], np.arange(count)
+            lengths.append(count)
+            start += count
+        if start < self.length:
+            positions[start:] = np.arange(self.length - start)
+            lengths.append(self.length - start)
+        return Row(tokens, labels, mask, positions, tuple(lengths))
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Rows cut from all documents laid end to end, each closed by an end token; the row order is shuffled."""
+
+    tokens: Tokens
+    length: int
+    shuffle: bool
+    seed: int
+
+    def row(self, index: int) -> Row:
+        """Row `index`: `length + 1` consecutive tokens."""
+        count = (len(self.tokens) - 1) // self.length
+        epoch, at = divmod(index, count)
+        if self.shuffle:
+            at = int(np.random.default_rng((self.seed, epoch)).permutation(count)[at])
+        return _plain(self.tokens[at * self.length : (at + 1) * self.length + 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Megatron:
+    """Rows of a Megatron Core GPTDataset, in its order."""
+
+    dataset: Sequence[Mapping[str, torch.Tensor]]
+
+    def row(self, index: int) -> Row:
+        """Sample `index`."""
+        sample = self.dataset[index]
+        tokens, labels, mask, positions = (
+            sample[name].numpy() for name in ("tokens", "labels", "loss_mask", "position_ids")
+        )
+        return Row(tokens.astype(np.int64), labels.astype(np.int64), mask.astype(np.float32), positions)
+
+
+def _plain(stream: Tokens) -> Row:
+    count = len(stream) - 1
+    return Row(stream[:-1], stream[1:], np.ones(count, np.float32), np.arange(count))
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_examples(data: Data, path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Examples of a JSONL (or, for `text`, a .txt) file; a bad line is a UsageError that names its number."""
+    if data.kind == "text" and path.suffix == ".txt":
+        return [_text(_read(path), tokenizer)]
+    make: dict[str, Callable[[Mapping[str, object]], Example]] = {
+        "chat": lambda record: _chat(record, tokenizer),
+        "completion": lambda record: _completion(record, tokenizer),
+        "text": lambda record: _text(_string(record, "text"), tokenizer),
+    }
+    examples, long = [], []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise UsageError(f"a JSON object was expected, got {type(record).__name__}")
+            example = make[data.kind](record)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path}:{number}: not valid JSON: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"{path}:{number}: {error.fact}", hint=error.hint) from error
+        if len(example.tokens) > data.length + 1 and data.kind != "text":
+            long.append(f"{path}:{number}: {len(example.tokens)} tokens")
+            if data.too_long == "truncate":
+                examples.append(Example(example.tokens[: data.length + 1], example.learn[: data.length + 1]))
+            continue
+        examples.append(example)
+    if long and data.too_long == "error":
+        raise UsageError(
+            f"{len(long)} example(s) are longer than data.length {data.length}",
+            hint="raise data.length, or say data.too_long=drop or data.too_long=truncate",
+            details=long,
+        )
+    if not any(example.learn[1:].any() for example in examples):
+        raise UsageError(f"`{path}` holds no example with a token to learn")
+    return examples
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot read the data file `{path}`: {error}") from error
+
+
+def _string(record: Mapping[str, object], key: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        have = ", ".join(map(repr, sorted(record))) or "nothing"
+        raise UsageError(f"`{key}` must be a string; the line has {have}")
+    return value
+
+
+def _text(text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
+    tokens = [*_encode(tokenizer, text, special=True), _end(tokenizer)]
+    return Example(np.asarray(tokens, np.int64), np.ones(len(tokens), bool))
+
+
+def _completion(record: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> Example:
+    prompt = _encode(tokenizer, _string(record, "prompt"), special=True)
+    answer = [*_encode(tokenizer, _string(record, "completion"), special=False), _end(tokenizer)]
+    learn = np.zeros(len(prompt) + len(answer), bool)
+    learn[len(prompt) :] = True
+    return Example(np.asarray(prompt + answer, np.int64), learn)
+
+
+def _chat(record: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """The template's rendering of `messages`; assistant turns are learned, up to and with the token that ends them.
+
+    Where a turn lies is found by rendering the conversation once more with that turn replaced: whatever the template
+    does to turns (trim them, drop their reasoning) needs no knowledge here.
+    """
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UsageError("`messages` must be a non-empty list")
+    for at, message in enumerate(messages):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UsageError(f"message {at} must have a string `role` and `content`")
+
+    def render(turns: list[dict[str, str]]) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception as error:  # a template is a program: jinja2 raises what the template says
+            raise UsageError(f"the chat template refuses this conversation: {error}") from error
+
+    text = render(messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    special = set(tokenizer.all_special_ids)
+    learn = np.zeros(len(tokens), bool)
+    for at, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        # Two private-use characters, so that no real text shares a prefix or a suffix with the mark.
+        marked = render([*messages[:at], {**message, "content": "\ue000\ue001"}, *messages[at + 1 :]])
+        head, tail = _common(text, marked), _common(text[::-1], marked[::-1])
+        begin, end = head, max(head, len(text) - tail)
+        inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > begin]
+        learn[inside] = True
+        after = inside[-1] + 1 if inside else len(tokens)
+        if after < len(tokens) and tokens[after] in special:
+            learn[after] = True
+    return Example(np.asarray(tokens, np.int64), learn)
+
+
+def _common(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    tokens = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    if special and tokens and tokens[-1] == tokenizer.eos_token_id:
+        tokens.pop()  # some tokenizers close every text; the end is added once, by the caller
+    return tokens
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UsageError("the tokenizer has no end-of-sequence token")
+    return int(tokenizer.eos_token_id)
+
+
+def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Fill rows of `length` with items of `sizes`, longest first into the fullest row that has room.
+
+    Every item is in one row; the result depends on the sizes alone.
+    """
+    rooms: dict[int, list[int]] = {}  # free tokens -> rows
+    rows: list[list[int]] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        size = sizes[item]
+        best = min((room for room in rooms if room >= size), default=None)
+        if best is None:
+            row, best = len(rows), length
+            rows.append([])
+        else:
+            row = rooms[best].pop()
+            if not rooms[best]:
+                del rooms[best]
+        rows[row].append(item)
+        rooms.setdefault(best - size, []).append(row)
+    return rows
+
+
+def example_rows(data: Data, examples: Sequence[Example], pad: int) -> Rows:
+    """Rows of `examples` as `data` asks: a stream for text, packed or single rows otherwise."""
+    if data.kind == "text":
+        stream = np.concatenate([example.tokens for example in examples])
+        if len(stream) <= data.length:
+            raise UsageError(f"the text has {len(stream)} tokens, fewer than one row of data.length {data.length}")
+        return Stream(stream, data.length, data.shuffle, data.seed)
+    kept = [example for example in examples if len(example.tokens) > 1]
+    sizes = [len(example.tokens) - 1 for example in kept]
+    packs = pack(sizes, data.length) if data.pack else [[i] for i in range(len(kept))]
+    return Examples(kept, packs, data.length, pad, data.shuffle, data.seed)
+
+
+def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tuple[Rows, Rows | None]:
+    """Train and validation rows of Megatron Core's GPTDataset over `.bin`/`.idx` files, or of its mock documents.
+
+    The order is Megatron-LM's for the same seed, length and numbers of samples. Collective.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
+
+    mock = data.kind == "mock"
+    if not mock and not Path(f"{data.path}.idx").is_file():
+        raise StorageError(f"`{data.path}.idx` does not exist", hint="data.path is the files' path without .bin/.idx")
+    config = GPTDatasetConfig(
+        random_seed=data.seed,
+        sequence_length=data.length,
+        blend=None if mock else ([data.path], None),
+        split=None if mock else data.split,
+        path_to_cache=None,
+        tokenizer=NullTokenizer(data.null_vocab_size or vocab - 1),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    # every rank builds its own: the index of a mock or a memory-mapped file is cheap
+    train, valid, _ = BlendedMegatronDatasetBuilder(
+        MockGPTDataset if mock else GPTDataset, [num_train, num_eval, 0], lambda: True, config
+    ).build()
+    return Megatron(train), None if valid is None else Megatron(valid)
+
+
+# --- sharing out ------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(
+    rows: Rows, step: int, *, global_batch: int, micro_batch: int, dp: int, dp_rank: int
+) -> Iterator[list[Row]]:
+    """This rank's micro-batches of 0-based `step`: rows are dealt to ranks as Megatron-LM's sampler deals them."""
+    first = step * global_batch
+    for start in range(first, first + global_batch, micro_batch * dp):
+        mine = start + dp_rank * micro_batch
+        yield [rows.row(index) for index in range(mine, mine + micro_batch)]

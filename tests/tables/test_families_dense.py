@@ -1,0 +1,354 @@
+"""Dense families: exact cover, byte-identical round trips, pinned Megatron Core names, and equal logits.
+
+`python tests/tables/test_families_dense.py` writes `fixtures/golden/mcore/` again.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+
+from converters.config_map import environment
+from converters.errors import CoverageError, LayoutError, MbxError
+from converters.exporter import plan_export
+from converters.expr import Value
+from converters.importer import plan_import
+from converters.layout import Layout
+from converters.plan import Draft
+from converters.table import RowSpec, Table
+from converters.tensors import Chunk, Shape, StoredTensor
+from fixtures.families import FAMILIES
+from fixtures.index import Header, load_index
+from fixtures.make_tiny import make
+from mappings import table_text
+from mbx.convert import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.io.hf import MANIFEST
+from mbx.mcore.build import build_model
+from mbx.mcore.cpu import megatron_on_cpu, process_group
+from mbx.mcore.forward import compare_logits, hf_logits, mcore_logits
+from mbx.mcore.load import load_torch_dist
+from mbx.registry import table_for
+
+GOLDEN = Path(__file__).resolve().parents[2] / "fixtures" / "golden" / "mcore"
+#: Families whose logits Transformers and Megatron Core both give on a CPU.
+FORWARD = ("mistral", "qwen2", "qwen3", "qwen3_tied", "nemotron", "glm", "phi3", "smollm3", "seed_oss", "mimo")
+#: Families that Transformers has no class for, so without layout v5.
+REMOTE_CODE = ("mimo", "llama_nemotron")
+UNSUPPORTED = ("gemma", "gemma2", "gemma3_text", "glm4", "olmo2", "granite", "ministral3")
+ALL = (*FORWARD, *UNSUPPORTED, "llama_nemotron")
+LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
+FULL_SIZE = sorted({FAMILIES[name].reference for name in ALL} | {"Qwen2.5-7B"})
+#: Largest difference of two fp32 logits that rounding explains, and the least that a wrong mapping must make.
+FORWARD_TOLERANCE = 1e-4
+DEFECT = 1e-2
+
+Config = Mapping[str, Value]
+Case = tuple[Config, Mapping[str, Header]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A tiny checkpoint by family and layout, made once."""
+    root = tmp_path_factory.mktemp("families")
+
+    @lru_cache(maxsize=None)
+    def made(name: str, layout: str) -> Path:
+        return make(name, root / name / layout, layout="v5" if layout == "v5" else "v4")
+
+    return made
+
+
+def imported(source: Path, target: Path, *, layout: Layout = Layout(), mapping: str | None = None) -> Job:
+    job = plan_hf_to_mcore(source, target, Options(sync=False, layout=layout, mapping=mapping))
+    run(job)
+    return job
+
+
+def stored(headers: Mapping[str, tuple[str, Shape]]) -> dict[str, StoredTensor]:
+    """Tensors of these names, dtypes and shapes, each in one chunk of a file that does not exist."""
+    return {
+        name: StoredTensor(name, dtype, shape, (Chunk((0,) * len(shape), shape, "none", 0),))
+        for name, (dtype, shape) in headers.items()
+    }
+
+
+def plan_headers(table: Table, case: Case) -> tuple[Draft, ...]:
+    config, headers = case
+    return plan_import(table, config, stored(headers), Layout()).drafts
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_round_trip_is_byte_identical(
+    checkpoint: Callable[[str, str], Path], tmp_path: Path, name: str, layout: str, tp: int
+) -> None:
+    source = checkpoint(name, layout)
+    if (name, tp) == ("llama_nemotron", 4):
+        with pytest.raises(LayoutError, match="groups"):  # one of its layers has two query groups
+            imported(source, tmp_path / "mcore", layout=Layout(tp=tp))
+        return
+    imported(source, tmp_path / "mcore", layout=Layout(tp=tp))
+    run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", Options(sync=False)))
+    names = {path.name for path in source.iterdir()}
+    assert names == {path.name for path in (tmp_path / "hf").iterdir()} - {MANIFEST}
+    assert filecmp.cmpfiles(source, tmp_path / "hf", names, shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("reference", FULL_SIZE)
+def test_table_covers_the_full_size_model_both_ways(reference: str) -> None:
+    config, headers = load_index(reference)
+    table = table_for(config)
+    plan = plan_import(table, config, stored(headers), Layout())
+    assert plan.ledger.consumed == len(headers)
+    back = plan_export(table, plan.config, stored({d.name: (d.dtype, d.shape) for d in plan.drafts}))
+    expected = {name: header for name, header in headers.items() if name not in plan.ledger.repeated}
+    assert {draft.name: (draft.dtype, draft.shape) for draft in back.drafts} == expected
+
+
+def head_cases(reference: str) -> list[Case]:
+    """The full-size model as it is, with an output layer of its own, and with one that repeats the embedding."""
+    config, headers = load_index(reference)
+    with_head = {**headers, "lm_head.weight": headers["model.embed_tokens.weight"]}
+    return [
+        (config, headers),
+        ({**config, "tie_word_embeddings": False}, with_head),
+        ({**config, "tie_word_embeddings": True}, with_head),
+    ]
+
+
+def with_row(table: Table, block: str, at: int, row: tuple[RowSpec, ...]) -> Table:
+    rows = table.blocks[block]
+    changed = (*rows[:at], *([row] if row else []), *rows[at + 1 :])
+    return replace(table, blocks={**table.blocks, block: changed})
+
+
+def refused(table: Table, cases: list[Case]) -> bool:
+    for case in cases:
+        try:
+            plan_headers(table, case)
+        except CoverageError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "qwen3_tied"])
+def test_every_row_is_needed_and_every_name_is_checked(name: str) -> None:
+    # Two layers say what eighty do; a family of unlike layers keeps them all.
+    cases = head_cases(FAMILIES[name].reference)
+    if name != "llama_nemotron":
+        cases = [shortened(case) for case in cases]
+    table = table_for(cases[0][0])
+    assert not refused(table, cases)
+    for block, rows in table.blocks.items():
+        for at, alternatives in enumerate(rows):
+            assert refused(with_row(table, block, at, ()), cases), f"{block} row {at} can be dropped"
+            for which, spec in enumerate(alternatives):
+                for hf in spec.hf:
+                    misspelt = replace(spec, hf=tuple(f"{n}x" if n == hf else n for n in spec.hf))
+                    row = (*alternatives[:which], misspelt, *alternatives[which + 1 :])
+                    assert refused(with_row(table, block, at, row), cases), f"`{hf}` can be misspelt"
+
+
+def shortened(case: Case) -> Case:
+    config, headers = case
+    keep = {
+        name: header
+        for name, header in headers.items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < 2
+    }
+    lists = {key: value[:2] for key, value in config.items() if key in ("layer_types", "no_rope_layers")}
+    return {**config, **lists, "num_hidden_layers": 2}, keep
+
+
+def golden(source: Path, work: Path) -> str:
+    """Keys, shapes and dtypes of the written checkpoint, by torch's own reader, and its opaque objects."""
+    imported(source, work)
+    entries = dcp.FileSystemReader(work / "iter_0000000").read_metadata().state_dict_metadata
+    lines = []
+    for key in sorted(entries):
+        entry = entries[key]
+        if hasattr(entry, "size"):
+            lines.append(f"{key} {list(entry.size)} {str(entry.properties.dtype).removeprefix('torch.')}")
+        else:
+            lines.append(f"{key} object")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_megatron_core_names_are_the_pinned_ones(
+    checkpoint: Callable[[str, str], Path], tmp_path: Path, name: str
+) -> None:
+    assert golden(checkpoint(name, "v4"), tmp_path / "mcore") == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_megatron_core_cannot_run_says_so_and_converts(name: str) -> None:
+    config, headers = load_index(FAMILIES[name].reference)
+    table = table_for(config)
+    assert table.unsupported.endswith(".")
+    assert plan_headers(table, (config, headers))
+
+
+def logits_differ(source: Path, work: Path, edits: Config, mapping: str | None = None) -> float:
+    """Largest difference of logits, with `edits` over the Megatron Core config."""
+    job = imported(source, work / "mcore", mapping=mapping)
+    config = {**job.plan.config, **edits}
+    vocab = int(str(config["model.vocab_size"]))
+    ids = torch.randint(0, vocab, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = hf_logits(reference(source, work), ids)
+    with megatron_on_cpu(), process_group():
+        model = build_model(config)
+        load_torch_dist(model, job.target / "iter_0000000")
+        diff = compare_logits(expected, mcore_logits(model, ids, vocab_size=vocab))
+    assert not diff.has_nan
+    return diff.max_abs
+
+
+def reference(source: Path, work: Path) -> Path:
+    """The folder itself; MiMo, whose code lies on the hub, as the Qwen2 that its main path is."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != "mimo":
+        return source
+    twin = shutil.copytree(source, work / "twin")
+    names = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "auto_map": None}
+    (twin / "config.json").write_text(json.dumps({**config, **names}), encoding="utf-8")
+    return Path(twin)
+
+
+def edited(source: Path, work: Path, keys: Config) -> Path:
+    """A copy of a checkpoint with `keys` over its config.json."""
+    copy = Path(shutil.copytree(source, work / "edited"))
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**config, **keys}), encoding="utf-8")
+    return copy
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+#: Config variants of the families above that take another path through the forward pass.
+VARIANTS: list[tuple[str, Config]] = [
+    *((name, {}) for name in FORWARD),
+    ("mistral", {"sliding_window": 8}),
+    ("phi3", {"sliding_window": 8}),
+    ("phi3", {"partial_rotary_factor": 0.5}),
+    ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    ("qwen3", {"rope_scaling": YARN, "max_position_embeddings": 64}),
+    ("smollm3", {"no_rope_layers": [0, 1, 0, 1]}),
+]
+
+
+@pytest.mark.parametrize(("name", "keys"), VARIANTS)
+def test_logits_are_those_of_transformers(
+    checkpoint: Callable[[str, str], Path], tmp_path: Path, name: str, keys: Config
+) -> None:
+    source = edited(checkpoint(name, "v4"), tmp_path, keys)
+    assert logits_differ(source, tmp_path, {}) <= FORWARD_TOLERANCE
+
+
+GATE_UP = ('"mlp.gate_proj.weight", "mlp.up_proj.weight"', '"mlp.up_proj.weight", "mlp.gate_proj.weight"')
+QK_NORMS = ('self_attn.q_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.k_norm.weight',
+            'self_attn.k_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.q_norm.weight')  # fmt: skip
+BIASES = ('"self_attn.k_proj.bias", "self_attn.v_proj.bias"', '"self_attn.v_proj.bias", "self_attn.k_proj.bias"')
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("mistral", GATE_UP),
+        ("qwen2", BIASES),
+        ("qwen3", QK_NORMS),
+        ("seed_oss", BIASES),
+        ("nemotron", ('hf = "zero"', 'hf = "one"')),
+        ("glm", ("glu_fused", "glu_zip")),
+        ("phi3", ("qkv_fused", "col")),
+        ("smollm3", GATE_UP),
+        ("mimo", GATE_UP),
+    ],
+)
+def test_a_wrong_row_passes_every_check_but_the_forward_one(
+    checkpoint: Callable[[str, str], Path], tmp_path: Path, name: str, wrong: tuple[str, str]
+) -> None:
+    text = table_text(name)
+    assert wrong[0] in text
+    (tmp_path / "wrong.toml").write_text(text.replace(*wrong), encoding="utf-8")
+    assert logits_differ(checkpoint(name, "v4"), tmp_path, {}, str(tmp_path / "wrong.toml")) > DEFECT
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "wrong"),
+    [
+        ("mistral", {"sliding_window": 8}, {"window_size": [8, 0]}),
+        ("nemotron", {}, {"model.rotary_percent": 1.0}),
+        ("glm", {}, {"rotary_interleaved": False}),
+        ("phi3", {"partial_rotary_factor": 0.5}, {"model.rotary_percent": 1.0}),
+        ("qwen3", {"rope_scaling": YARN, "max_position_embeddings": 64}, {"yarn_rotary_scaling_factor": 2.0}),
+        ("smollm3", {}, {"no_rope_freq": None}),
+    ],
+)
+def test_a_wrong_config_field_fails_the_forward_check(
+    checkpoint: Callable[[str, str], Path], tmp_path: Path, name: str, keys: Config, wrong: Config
+) -> None:
+    assert logits_differ(edited(checkpoint(name, "v4"), tmp_path, keys), tmp_path, wrong) > DEFECT
+
+
+def test_mimo_prediction_head_sees_the_embedding_first(
+    checkpoint: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    source = checkpoint("mimo", "v4")
+    imported(source, tmp_path / "mcore")
+    hf = load_file(source / "model.safetensors")["model.mtp_layers.0.input_proj.weight"]
+    state = {"mtp.layers.0.eh_proj.weight": torch.empty_like(hf)}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "mcore" / "iter_0000000"), no_dist=True)
+    hidden, embedding = hf.chunk(2, dim=1)
+    assert torch.equal(state["mtp.layers.0.eh_proj.weight"], torch.cat((embedding, hidden), dim=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("qwen2", "use_sliding_window", True),
+        ("qwen3", "attention_bias", True),
+        ("nemotron", "hidden_act", "silu"),
+        ("gemma", "hidden_activation", "silu"),
+        ("seed_oss", "attention_out_bias", True),
+        ("qwen3", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+        ("mistral", "unheard_of", 1),
+    ],
+)
+def test_a_config_the_table_does_not_cover_is_refused(name: str, key: str, value: Value) -> None:
+    config, headers = load_index(FAMILIES[name].reference)
+    with pytest.raises(MbxError, match=key if key != "hidden_activation" else "silu"):
+        plan_headers(table_for(config), ({**config, key: value}, headers))
+
+
+def test_layers_without_attention_or_mlp_have_no_tensors() -> None:
+    config, _ = load_index("Llama-3_3-Nemotron-Super-49B-v1")
+    table = table_for(config)
+    env = environment(table.config.to_mcore(config))
+    names = {row.mcore for row in table.expand(env, None)}
+    for layer, block in enumerate(config["block_configs"]):
+        assert (f"decoder.layers.{layer}.self_attention.linear_qkv.weight" in names) != block["attention"]["no_op"]
+        assert (f"decoder.layers.{layer}.mlp.linear_fc1.weight" in names) != block["ffn"]["no_op"]
+
+
+def main() -> None:
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for name in ALL:
+        with tempfile.TemporaryDirectory() as work:
+            source = make(name, Path(work) / "hf")
+            (GOLDEN / f"{name}.txt").write_text(golden(source, Path(work) / "mcore"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
