@@ -1,27 +1,57 @@
-"""A parallel layout: which box of each parameter a tensor-parallel rank holds, and what does not fit."""
+"""A parallel layout: which box of each parameter a rank holds, and what does not fit."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from converters.errors import LayoutError
 from converters.expr import Value
 from converters.ops import Form
+from converters.pipeline import Stage, custom_stages, even_stages, nearest
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of the parallel axes; `vocab_divisor` is Megatron's make-vocab-size-divisible-by."""
+    """Sizes of the parallel axes, by Megatron's names.
+
+    `vocab_divisor` is make-vocab-size-divisible-by. `vpp` is the number of model chunks a pipeline rank holds.
+    `etp` is the tensor-parallel size of experts, None for that of everything else. `pipeline` is a
+    pipeline_model_parallel_layout such as "E|t*5|t,m,L"; `first_stage` and `last_stage` are the layers of the
+    first and last pipeline rank where they differ from the others'.
+    """
 
     tp: int = 1
     pp: int = 1
     vocab_divisor: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    pipeline: str | None = None
+    first_stage: int | None = None
+    last_stage: int | None = None
 
     def padded_vocab(self, vocab: int) -> int:
         """Rows of the embedding: `vocab` rounded up to a multiple of `vocab_divisor * tp`."""
         multiple = self.vocab_divisor * self.tp
         return -(-vocab // multiple) * multiple
+
+    @property
+    def expert_tp(self) -> int:
+        """Ranks that an expert is cut over."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of the smallest pipeline stage that holds every dense and every expert shard."""
+        return math.lcm(self.tp, self.ep * self.expert_tp)
+
+    def stages(self, num_layers: int, mtp_layers: int = 0) -> tuple[Stage, ...]:
+        """Model chunks in order of depth; LayoutError where the layers do not come out even."""
+        if self.pipeline is not None:
+            return custom_stages(self.pipeline, self.pp, num_layers, mtp_layers)
+        return even_stages(self.pp, self.vpp, num_layers, mtp_layers, self.first_stage, self.last_stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +65,89 @@ class Box:
     cols: int
 
 
+class RankMap:
+    """Which file of a torch_dist checkpoint a shard goes to: the first global rank that would save it."""
+
+    def __init__(self, layout: Layout, config: Mapping[str, Value]) -> None:
+        self.layout = layout
+        layers, mtp = _count(config, "num_layers"), _count(config, "mtp_num_layers")
+        self.num_experts = _count(config, "num_moe_experts")
+        self._stage_of: dict[int, int] = {}
+        stages = layout.stages(layers, mtp) if layers else ()
+        for stage in stages:
+            self._stage_of.update(dict.fromkeys(range(stage.first, stage.first + stage.layers), stage.pp))
+        self._mtp_stage = next((stage.pp for stage in stages if stage.mtp), 0)
+        self._last = next((stage.pp for stage in stages if stage.loss), 0)
+
+    def rank(self, key: str, layer: int | None, expert: int | None, shard: int) -> int:
+        """Rank of tensor-parallel shard `shard` of a parameter; `layer` and `expert` are None where it has none."""
+        if layer is not None:
+            stage = self._stage_of.get(layer, 0)
+        elif key.startswith("mtp."):
+            stage = self._mtp_stage
+        else:
+            stage = self._last if key.startswith(("output_layer.", "decoder.final_")) else 0
+        if expert is not None:
+            shard += expert // max(1, self.num_experts // self.layout.ep) * self.layout.expert_tp
+        return stage * self.layout.stage_ranks + shard
+
+
 def check(layout: Layout, config: Mapping[str, Value]) -> None:
     """Refuse a layout that the model of `config` cannot take; LayoutError lists every reason."""
-    reasons = []
-    for name, size in (("tp", layout.tp), ("pp", layout.pp), ("make-vocab-size-divisible-by", layout.vocab_divisor)):
-        if size < 1:
-            reasons.append(f"--{name} {size}: must be at least 1")
-    if not reasons:
-        layers = config.get("num_layers")
-        if isinstance(layers, int) and layers % layout.pp:
-            reasons.append(f"--pp {layout.pp} does not divide num_layers = {layers}{_nearest(layers, layout.pp, 'pp')}")
-        for field in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-            size = config.get(field)
-            if isinstance(size, int) and size % layout.tp:
-                reasons.append(f"--tp {layout.tp} does not divide {field} = {size}{_nearest(size, layout.tp, 'tp')}")
+    sizes = (
+        ("tp", layout.tp),
+        ("pp", layout.pp),
+        ("vpp", layout.vpp),
+        ("ep", layout.ep),
+        ("etp", layout.expert_tp),
+        ("make-vocab-size-divisible-by", layout.vocab_divisor),
+    )
+    reasons = [f"--{name} {size}: must be at least 1" for name, size in sizes if size < 1]
     if reasons:
         raise LayoutError(f"this layout does not fit the model: {reasons[0]}", details=reasons)
+    hint = None
+    if layout.vpp > 1 and layout.pp == 1:
+        reasons.append(f"--vpp {layout.vpp} interleaves pipeline stages, and --pp is 1")
+    if layout.pipeline is not None and (layout.vpp > 1 or layout.first_stage or layout.last_stage):
+        reasons.append("--pipeline-layout places every layer: it goes with neither --vpp nor uneven first and last stages")
+    if (layers := config.get("num_layers")) and isinstance(layers, int):
+        try:
+            layout.stages(layers, _count(config, "mtp_num_layers"))
+        except LayoutError as error:
+            reasons.append(error.fact)
+            hint = error.hint
+    reasons += _width_reasons(layout, config)
+    if reasons:
+        raise LayoutError(f"this layout does not fit the model: {reasons[0]}", hint=hint, details=reasons)
 
 
-def _nearest(size: int, asked: int, name: str) -> str:
-    fits = [n for n in range(1, size + 1) if size % n == 0]
-    return f"; the nearest that does is --{name} {min(fits, key=lambda n: (abs(n - asked), n))}"
+def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
+    """Widths and counts that a parallel size does not divide."""
+    latent = bool(config.get("multi_latent_attention"))
+    shared = config.get("moe_shared_expert_intermediate_size")
+    wanted: list[tuple[str, int, str]] = [("tp", layout.tp, "num_attention_heads")]
+    if not latent:
+        wanted.append(("tp", layout.tp, "num_query_groups"))
+    experts = config.get("num_moe_experts")
+    mixed = isinstance(config.get("moe_layer_freq"), list) or shared is not None
+    if not experts or mixed:
+        wanted.append(("tp", layout.tp, "moe_shared_expert_intermediate_size" if shared else "ffn_hidden_size"))
+    reasons = []
+    if experts:
+        width = "moe_ffn_hidden_size" if config.get("moe_ffn_hidden_size") else "ffn_hidden_size"
+        wanted += [("ep", layout.ep, "num_moe_experts"), ("etp", layout.expert_tp, width)]
+    elif layout.ep > 1 and config.get("num_layers"):
+        reasons.append(f"--ep {layout.ep}: this model has no experts")
+    for name, asked, field in wanted:
+        size = config.get(field)
+        if isinstance(size, int) and size % asked:
+            reasons.append(f"--{name} {asked} does not divide {field} = {size}{nearest(size, asked, name)}")
+    return reasons
+
+
+def _count(config: Mapping[str, Value], field: str) -> int:
+    value = config.get(field)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def boxes(name: str, form: Form, rows: int, cols: int, tp: int) -> Iterator[Box]:
@@ -84,5 +176,5 @@ def boxes(name: str, form: Form, rows: int, cols: int, tp: int) -> Iterator[Box]
 
 def _cut(name: str, size: int, tp: int, what: str) -> int:
     if size % tp:
-        raise LayoutError(f"--tp {tp} does not divide the {size} {what} of `{name}`{_nearest(size, tp, 'tp')}")
+        raise LayoutError(f"--tp {tp} does not divide the {size} {what} of `{name}`{nearest(size, tp, 'tp')}")
     return size // tp

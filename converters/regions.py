@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, product
 
 from converters.errors import StorageError
 from converters.pack import Runs, Slot, runs
@@ -57,29 +59,46 @@ class Extent:
     pitch: int
 
 
+class Extents:
+    """The extents of one entry, ordered by row then column; finds those that hold given rows."""
+
+    __slots__ = ("_ends", "_rows", "items")
+
+    def __init__(self, items: list[Extent]) -> None:
+        self.items = sorted(items, key=lambda extent: (extent.row, extent.col))
+        self._rows = [extent.row for extent in self.items]
+        # The furthest row any extent so far reaches: monotone, so that it can be bisected where chunks are uneven.
+        self._ends = list(accumulate((extent.row + extent.rows for extent in self.items), max))
+
+    def overlap(self, row: int, rows: int) -> Iterator[tuple[Extent, int, int]]:
+        """Parts of `[row, row + rows)` that each extent holds: (extent, first row, number of rows)."""
+        for at in range(bisect_right(self._ends, row), bisect_left(self._rows, row + rows)):
+            extent = self.items[at]
+            first, last = max(row, extent.row), min(row + rows, extent.row + extent.rows)
+            if first < last:
+                yield extent, first, last - first
+
+
 class TensorGrid:
     """Finds the chunks of a stored tensor that hold one entry of its leading dimensions."""
 
     def __init__(self, tensor: StoredTensor, depth: int) -> None:
         self.tensor = tensor
-        self._single: dict[tuple[int, ...], list[int]] = {}
-        self._wide: list[int] = []
+        self._holding: dict[tuple[int, ...], list[int]] = {}
         for number, chunk in enumerate(tensor.chunks):
-            if all(size == 1 for size in chunk.sizes[:depth]):
-                self._single.setdefault(chunk.offsets[:depth], []).append(number)
-            else:
-                self._wide.append(number)
+            spans = (
+                range(first, first + size)
+                for first, size in zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
+            )
+            for index in product(*spans):
+                self._holding.setdefault(index, []).append(number)
 
-    def extents(self, index: tuple[int, ...], fold: int = 1) -> list[Extent]:
-        """Extents of the matrix at `index`, ordered by row then column.
+    def extents(self, index: tuple[int, ...], fold: int = 1) -> Extents:
+        """Extents of the matrix at `index`.
 
         Raises StorageError where a chunk cuts a dimension behind the columns.
         """
-        found = list(self._single.get(index, ()))
-        found += [n for n in self._wide if _holds(self.tensor.chunks[n], index)]
-        out = [self._extent(n, index, fold) for n in found]
-        out.sort(key=lambda e: (e.row, e.col))
-        return out
+        return Extents([self._extent(number, index, fold) for number in self._holding.get(index, ())])
 
     def _extent(self, number: int, index: tuple[int, ...], fold: int) -> Extent:
         chunk, shape = self.tensor.chunks[number], self.tensor.shape
@@ -102,20 +121,8 @@ class TensorGrid:
         return Extent(chunk, number, row, rows, col, cols, start, cols * item)
 
 
-def _holds(chunk: Chunk, index: tuple[int, ...]) -> bool:
-    return all(first <= at < first + size for at, first, size in zip(index, chunk.offsets, chunk.sizes, strict=False))
-
-
 def matrix(shape: tuple[int, ...], depth: int, fold: int = 1) -> tuple[int, int]:
     """Rows and columns of one entry of a tensor whose first `depth` dimensions are a stack."""
     rest = shape[depth:]
     rows = rest[0] if rest else 1
     return rows * fold, math.prod(rest[1:]) // fold
-
-
-def overlap(extents: list[Extent], row: int, rows: int) -> Iterator[tuple[Extent, int, int]]:
-    """Parts of `[row, row + rows)` that each extent holds: (extent, first row, number of rows)."""
-    for extent in extents:
-        first, last = max(row, extent.row), min(row + rows, extent.row + extent.rows)
-        if first < last:
-            yield extent, first, last - first

@@ -214,7 +214,9 @@ def _weights(
     finally:
         left.close()
         right.close()
-    findings = [f"`{name}`: {count} element(s) differ, {where}" for name, (count, where) in sorted(sink.findings.items())]
+    findings = [
+        f"`{name}`: {count} element(s) differ, {where}" for name, (count, where) in sorted(sink.findings.items())
+    ]
     notes = [f"`{name}`: {count} padding value(s) are not zero" for name, count in sink.padding.items() if count]
     skipped = len(plan.drafts) - len(comparable)
     if skipped:
@@ -231,7 +233,7 @@ def _forward(
     plan: Plan, folder: hf.HfFolder, iteration: Path, padded_vocab: int | None, device: str, prompts: Prompts
 ) -> Leg:
     """fp32 logits of Transformers and of Megatron Core at every position of the prompts."""
-    from mbx.mcore.parity import compare_forward, read_prompts
+    from mbx.mcore.parity import compare_forward, read_prompts, vocab_size
 
     config = canonical(folder.config)
     inexpressible = set(inexpressible_rope(config))
@@ -239,6 +241,9 @@ def _forward(
         return Leg("forward", "not run", others[0], tuple(others))
     if plan.table.unsupported:
         return Leg("forward", "not run", plan.table.unsupported)
+    vocab = vocab_size(plan.config)
+    if padded_vocab is not None and padded_vocab < vocab:
+        return Leg("forward", "failed", f"the checkpoint embeds {padded_vocab} tokens, the vocabulary has {vocab}")
     read = read_prompts(prompts, plan.config, folder.path, config)
     try:
         found = compare_forward(

@@ -181,7 +181,7 @@ def test_an_extra_tensor_fails_cover(tiny: Path, good: Path, tmp_path: Path) -> 
 
 
 def test_a_leg_that_did_not_run_is_no_pass(tiny: Path, good: Path, hurt: Path, tmp_path: Path) -> None:
-    own = table_with(NAME, tmp_path, 'model_types', 'unsupported = "no such forward pass"\nmodel_types')
+    own = table_with(NAME, tmp_path, "model_types", 'unsupported = "no such forward pass"\nmodel_types')
     report = parity(tiny / NAME, good, forward=True, mapping=own)
     assert leg(report, "forward") == Leg("forward", "not run", "no such forward pass")
     assert not report.passed
@@ -223,7 +223,10 @@ def test_a_wrong_rope_factor_shows_past_the_original_context(tiny: Path, tmp_pat
 
 def test_prompts_can_be_given_or_read_from_a_text(tiny: Path, good: Path, tmp_path: Path) -> None:
     ids = Prompts(token_ids=((5, 6, 7), (1, 2, 3, 4)))
-    assert "7 positions: 2 given prompt(s)" in leg(parity(tiny / NAME, good, forward=True, prompts=ids), "forward").details[0]
+    assert (
+        "7 positions: 2 given prompt(s)"
+        in leg(parity(tiny / NAME, good, forward=True, prompts=ids), "forward").details[0]
+    )
     (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog\n")
     text = Prompts(text_file=tmp_path / "words.txt", max_text_tokens=12)
     report = parity(tiny / NAME, good, forward=True, prompts=text)

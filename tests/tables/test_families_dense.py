@@ -220,7 +220,8 @@ def reference(source: Path, work: Path) -> Path:
     if config["model_type"] != "mimo":
         return source
     twin = shutil.copytree(source, work / "twin")
-    names = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "auto_map": None}
+    del config["auto_map"]
+    names = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     (twin / "config.json").write_text(json.dumps({**config, **names}), encoding="utf-8")
     return Path(twin)
 
