@@ -34,6 +34,7 @@ def plan_export(
     sources: Mapping[str, StoredTensor],
     *,
     recorded: Mapping[str, HfTensor] | None = None,
+    kept: Mapping[str, StoredTensor] | None = None,
     dtype: str | None = None,
     waivers: Waivers = Waivers(),
 ) -> Plan:
@@ -41,7 +42,8 @@ def plan_export(
 
     `config` is the Megatron Core config. `recorded` is what the Hugging Face folder the checkpoint came from
     held: it decides between alternative spellings and gives promoted tensors their dtype back; without it the
-    table's first alternatives are written. Raises CoverageError unless every tensor is accounted for.
+    table's first alternatives are written. `kept` are Hugging Face tensors that travelled beside the checkpoint's
+    own and are written as they are. Raises CoverageError unless every tensor is accounted for.
     """
     env = environment(config)
     dims = table.dims_at(env)
@@ -58,6 +60,8 @@ def plan_export(
     for row in rows:
         if row.same_as is not None:
             planner.repeat(row)
+    for tensor in (kept or {}).values():
+        planner.keep(tensor)
     drafts = planner.drafts()
     dropped = tuple(name for name in recorded or {} if name not in planner.targets)
     return Plan(
@@ -65,7 +69,7 @@ def plan_export(
         table=table,
         config=config,
         layout=Layout(),
-        sources={name: tensor for name, tensor in sources.items() if name not in unused},
+        sources={**{name: t for name, t in sources.items() if name not in unused}, **(kept or {})},
         drafts=drafts,
         units=tuple(planner.units),
         ledger=Ledger(
@@ -201,6 +205,13 @@ class _Exporter:
         )
         self.units.append(Unit(row.mcore, moves, (Entry(name, ()),), unit.shift))
         self.repeated.append(name)
+
+    def keep(self, tensor: StoredTensor) -> None:
+        """A tensor that is written as it was read."""
+        rows, _ = matrix(tensor.shape, 0)
+        region = Region(tensor.name, (), Slot(0, rows, rows, 1))
+        self.targets[tensor.name] = (tensor.dtype, tensor.shape)
+        self.units.append(Unit(tensor.name, (Move(region, region),), (Entry(tensor.name, ()),)))
 
     def drafts(self) -> tuple[Draft, ...]:
         out = []

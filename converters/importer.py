@@ -13,11 +13,12 @@ from converters.dialects import torch_dist
 from converters.errors import CoverageError
 from converters.expr import Value
 from converters.isos import inexpressible_rope
-from converters.layout import Layout, boxes
+from converters.layout import Layout, RankMap
 from converters.layout import check as check_layout
 from converters.ops import Dims, Form
 from converters.pack import Slot
-from converters.plan import Draft, Entry, Plan, Unit, row_form, target_dtype
+from converters.placing import place_boxes
+from converters.plan import STORABLE, Draft, Entry, Plan, Unit, row_form, target_dtype
 from converters.regions import Move, Region, matrix
 from converters.spelling import canonical
 from converters.table import Row, Table
@@ -107,7 +108,7 @@ class _Importer:
         missing: frozenset[str],
     ) -> None:
         self.sources, self.layout, self.dims, self.dtype, self.missing = sources, layout, dims, dtype, missing
-        self.table = table
+        self.table, self.config = table, config
         self.stacked = torch_dist.stacks_layers(table.family, config)
         self.num_layers = table.num_layers(env)
         self.num_experts = table.num_experts(env)
@@ -186,6 +187,11 @@ class _Importer:
                 f"`{row.mcore}`: {', '.join(row.hf)} have different dtypes: {', '.join(sorted(dtypes))}"
             )
         origin = dtypes.pop()
+        if origin not in STORABLE:
+            raise CoverageError(
+                f"`{row.hf[0]}` is stored as {origin}, and its scales are not beside it",
+                hint="quantised tensors need `quantization_config` in config.json and all their parts",
+            )
         dtype = target_dtype(row, origin, self.dtype)
         if dtype != origin:
             self.dtype_changes[origin, dtype] += 1
@@ -229,30 +235,15 @@ class _Importer:
 
     def drafts(self) -> tuple[Draft, ...]:
         out = []
+        ranks = RankMap(self.layout, self.config)
         for key, target in self.targets.items():
-            rows, cols = matrix(target.shape, 0)
+            rows, _ = matrix(target.shape, 0)
             fm = target.form if target.atoms is None else Form((rows,), ((1, (0,)),), cut=target.form.cut)
-            grid = list(boxes(key, fm, rows, cols, self.layout.tp))
-            placed = []
-            for index in sorted(target.entries):
-                for box in grid:
-                    offsets, sizes = _box(target.shape, box.row, box.rows, box.col, box.cols)
-                    placed.append((box.rank, (*index, *offsets), (*(1 for _ in index), *sizes)))
-            out.append(Draft(key, target.dtype, (*target.stack, *target.shape), tuple(placed)))
+            indices = sorted(target.entries)
+            placed = place_boxes(key, target.shape, target.stack, fm, self.layout, ranks, indices)
+            out.append(Draft(key, target.dtype, (*target.stack, *target.shape), placed))
         return tuple(out)
 
 
 def _alone(rows: int) -> Slot:
     return Slot(0, rows, rows, 1)
-
-
-def _box(shape: Shape, row: int, rows: int, col: int, cols: int) -> tuple[Shape, Shape]:
-    """Offsets and sizes of a matrix box in the dimensions of `shape`; columns are cut in the second one."""
-    if not shape:
-        return (), ()
-    if len(shape) == 1:
-        return (row,), (rows,)
-    inner = 1
-    for extent in shape[2:]:
-        inner *= extent
-    return (row, col // inner, *(0 for _ in shape[2:])), (rows, cols // inner, *shape[2:])

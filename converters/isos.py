@@ -143,17 +143,22 @@ def _yarn_to_hf(mcore: Mapping[str, Value]) -> Fields:
 
 def _longrope_to_mcore(hf: Mapping[str, Value]) -> Fields:
     """Phi's per-frequency factors, kept whole under names that Megatron Core does not have, or what `rope` accepts."""
-    scaling, length = hf.get("rope_scaling"), hf.get("original_max_position_embeddings")
-    kept: Fields = {"original_max_position_embeddings": length} if length is not None else {}
+    scaling = hf.get("rope_scaling")
     if not isinstance(scaling, Mapping) or scaling.get("rope_type") not in ("longrope", "su"):
         return {"model.position_embedding_type": "rope", **_rope_to_mcore(hf)}
-    return {"model.position_embedding_type": "longrope", "rope_scaling": scaling, **kept}
+    return {
+        "model.position_embedding_type": "longrope",
+        **_rope_to_mcore({}),
+        "longrope_scaling": scaling,
+        "longrope_original_max_position_embeddings": hf.get("original_max_position_embeddings"),
+    }
 
 
 def _longrope_to_hf(mcore: Mapping[str, Value]) -> Fields:
     if mcore.get("model.position_embedding_type") != "longrope":
         return _rope_to_hf(mcore)
-    return {key: mcore[key] for key in ("rope_scaling", "original_max_position_embeddings") if key in mcore}
+    length = mcore.get("longrope_original_max_position_embeddings")
+    return {"rope_scaling": mcore.get("longrope_scaling"), "original_max_position_embeddings": length}
 
 
 # --- attention windows and layer patterns ------------------------------------------------------------------------
@@ -430,7 +435,14 @@ FIELDS: dict[str, FieldsIso] = {
         _yarn_to_hf,
     ),
     "longrope": FieldsIso(
-        ("model.position_embedding_type", "rope_scaling", "original_max_position_embeddings"),
+        (
+            "model.position_embedding_type",
+            "model.rope_scaling",
+            "model.rope_scaling_factor",
+            "model.seq_len_interpolation_factor",
+            "longrope_scaling",
+            "longrope_original_max_position_embeddings",
+        ),
         _longrope_to_mcore,
         _longrope_to_hf,
     ),

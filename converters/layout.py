@@ -109,7 +109,9 @@ def check(layout: Layout, config: Mapping[str, Value]) -> None:
     if layout.vpp > 1 and layout.pp == 1:
         reasons.append(f"--vpp {layout.vpp} interleaves pipeline stages, and --pp is 1")
     if layout.pipeline is not None and (layout.vpp > 1 or layout.first_stage or layout.last_stage):
-        reasons.append("--pipeline-layout places every layer: it goes with neither --vpp nor uneven first and last stages")
+        reasons.append(
+            "--pipeline-layout places every layer: it goes with neither --vpp nor uneven first and last stages"
+        )
     if (layers := config.get("num_layers")) and isinstance(layers, int):
         try:
             layout.stages(layers, _count(config, "mtp_num_layers"))
@@ -123,15 +125,14 @@ def check(layout: Layout, config: Mapping[str, Value]) -> None:
 
 def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
     """Widths and counts that a parallel size does not divide."""
-    latent = bool(config.get("multi_latent_attention"))
-    shared = config.get("moe_shared_expert_intermediate_size")
+    experts, shared = config.get("num_moe_experts"), config.get("moe_shared_expert_intermediate_size")
     wanted: list[tuple[str, int, str]] = [("tp", layout.tp, "num_attention_heads")]
-    if not latent:
+    if not config.get("multi_latent_attention"):
         wanted.append(("tp", layout.tp, "num_query_groups"))
-    experts = config.get("num_moe_experts")
-    mixed = isinstance(config.get("moe_layer_freq"), list) or shared is not None
-    if not experts or mixed:
-        wanted.append(("tp", layout.tp, "moe_shared_expert_intermediate_size" if shared else "ffn_hidden_size"))
+    if shared:
+        wanted.append(("tp", layout.tp, "moe_shared_expert_intermediate_size"))
+    if not experts or config.get("moe_layer_freq") not in (None, 1):
+        wanted.append(("tp", layout.tp, "ffn_hidden_size"))
     reasons = []
     if experts:
         width = "moe_ffn_hidden_size" if config.get("moe_ffn_hidden_size") else "ffn_hidden_size"
@@ -156,7 +157,7 @@ def boxes(name: str, form: Form, rows: int, cols: int, tp: int) -> Iterator[Box]
     Atoms that lie side by side are cut one by one, as Megatron Core's own shards are; grouped atoms are cut
     between groups. LayoutError where tp divides neither.
     """
-    if form.cut is None:
+    if form.cut is None or tp == 1:
         yield Box(0, 0, rows, 0, cols)
         return
     if form.cut == 1:

@@ -170,9 +170,7 @@ class _Cutter:
             count = min(step, rows - row)
             need = self._row_memory(count, cols, source, target, self.geometry.origin(self.unit, entry), entry)
             pieces.append(
-                Piece(
-                    len(pieces), self.unit, entry, row, count, count * cols * target, need, self._file(entry, row)
-                )
+                Piece(len(pieces), self.unit, entry, row, count, count * cols * target, need, self._file(entry, row))
             )
 
     def _row_memory(self, count: int, cols: int, source: int, target: int, origin: str, entry: Entry) -> int:

@@ -56,13 +56,17 @@ def custom_stages(text: str, pp: int, num_layers: int, mtp_layers: int) -> tuple
         raise LayoutError(f"--pipeline-layout has {len(parts)} stages; --pp {pp} does not divide them")
     whole = "".join(parts)
     wanted = {"E": 1, "t": num_layers, "m": mtp_layers, "L": 1}
-    wrong = [f"{whole.count(kind)} `{kind}`, {count} wanted" for kind, count in wanted.items() if whole.count(kind) != count]
+    wrong = [
+        f"{whole.count(kind)} `{kind}`, {count} wanted" for kind, count in wanted.items() if whole.count(kind) != count
+    ]
     if wrong:
         raise LayoutError(f"--pipeline-layout {text!r} has {wrong[0]}", details=wrong)
     if whole != "E" + "t" * num_layers + "m" * mtp_layers + "L":
         raise LayoutError(f"--pipeline-layout {text!r}: the order must be E, t…, m…, L")
     if len({number for number, part in enumerate(parts) if "m" in part}) > 1:
-        raise LayoutError(f"--pipeline-layout {text!r}: Megatron Core keeps all multi-token-prediction layers in one stage")
+        raise LayoutError(
+            f"--pipeline-layout {text!r}: Megatron Core keeps all multi-token-prediction layers in one stage"
+        )
     stages, first = [], 0
     for number, part in enumerate(parts):
         layers = part.count("t")
@@ -79,11 +83,14 @@ def even_stages(
     LayoutError names what does not divide and what would.
     """
     per_rank = _layers_per_rank(pp, num_layers, first_layers, last_layers)
+    if vpp > 1 and pp == 2 and first_layers is not None and last_layers is not None:
+        raise LayoutError(
+            "Megatron Core cannot interleave two pipeline ranks whose layers are both given", hint="give one"
+        )
     for rank, count in enumerate(per_rank):
         if count % vpp:
             raise LayoutError(
-                f"--vpp {vpp} does not divide the {count} layers of pipeline rank {rank}"
-                f"{nearest(count, vpp, 'vpp')}"
+                f"--vpp {vpp} does not divide the {count} layers of pipeline rank {rank}{nearest(count, vpp, 'vpp')}"
             )
     stages, first = [], 0
     for chunk in range(vpp):
@@ -102,7 +109,9 @@ def _layers_per_rank(pp: int, num_layers: int, first: int | None, last: int | No
             ends = _uneven_fit(pp, num_layers)
             raise LayoutError(
                 f"--pp {pp} does not divide num_layers = {num_layers}{nearest(num_layers, pp, 'pp')}",
-                hint=f"uneven stages work: {ends}" if ends else f"--pipeline-layout can place {low} or fewer in each stage",
+                hint=f"uneven stages work: {ends}"
+                if ends
+                else f"--pipeline-layout can place {low} or fewer in each stage",
             )
         return [num_layers // pp] * pp
     fixed = [count for count in (first, last) if count is not None]

@@ -17,6 +17,8 @@ from converters.tensors import Shape, StoredTensor, nbytes_of
 
 #: `--dtype` values and the storage dtype each asks for.
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+#: Dtypes of tensors that stand for themselves; others are codes of some codec.
+STORABLE = frozenset(("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL"))
 _FLOATS = frozenset(("BF16", "F16", "F32", "F64"))
 
 

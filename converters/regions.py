@@ -116,7 +116,9 @@ class TensorGrid:
         start = entry * rows * cols * item
         if fold > 1:
             if len(whole) < 2 or sizes[1] != whole[1] or cols % fold:
-                raise StorageError(f"{chunk.file}: `{self.tensor.name}` cannot be cut by columns for this architecture")
+                raise StorageError(
+                    f"{chunk.file}: `{self.tensor.name}` cannot be cut by columns for this architecture"
+                )
             row, rows, cols = row * fold, rows * fold, cols // fold
         return Extent(chunk, number, row, rows, col, cols, start, cols * item)
 

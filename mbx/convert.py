@@ -130,6 +130,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
         table.config.to_mcore(config, allow_unused=options.allow_unused_keys),
         model_tensors(opened.dcp.tensors),
         recorded=recorded,
+        kept=hf.kept_tensors(opened.iteration, reference),
         dtype=requested_dtype(options.dtype),
         waivers=options.waivers,
     )
@@ -182,6 +183,10 @@ def run(job: Job, progress: Progress = lambda _: None) -> Outcome:
             base.mkdir(exist_ok=True)
             crcs = _stream(job, base, source, progress)
             files = _write_side_files(job, folder.path)
+            if job.plan.direction == "hf-to-mcore" and job.plan.ledger.dropped:
+                kept = hf.pack_kept([job.plan.sources[name] for name in job.plan.ledger.dropped], source)
+                write_synced(base / "hf" / hf.KEPT, kept)
+                files[f"{torch_dist.ITERATION}/hf/{hf.KEPT}"] = f"{zlib.crc32(kept):08x}"
             if isinstance(job.placed, torch_dist.Placement):
                 torch_dist.write_index(base, job.placed, torch_dist.common_state())
                 write_synced(folder.path / torch_dist.TRACKER, b"0")

@@ -172,7 +172,7 @@ def _config(raw: Mapping[str, Raw], donor: str, config: Mapping[str, Value]) -> 
     lines = ["[config]"]
     for row in parsed.rows:
         if row.hf.split(".")[0] in config or row.otherwise is not None:
-            lines.append(f"{_toml(row.mcore)} = {_toml(section[row.mcore])}")
+            lines.append(f"{_key(row.mcore)} = {_toml(section[row.mcore])}")
     require = {k: v for k, v in parsed.require.items() if k not in config or config[k] == v}
     left = [k for k in config if k not in parsed.known_keys() | GENERIC_KEYS]
     left += [k for k in parsed.require if k not in require]
@@ -184,7 +184,7 @@ def _config(raw: Mapping[str, Raw], donor: str, config: Mapping[str, Value]) -> 
         other = parse_config(name, other_section)
         for row in other.rows:
             if row.hf in left and row.mcore not in fields:
-                lines.append(f"{_toml(row.mcore)} = {_toml(other_section[row.mcore])}")
+                lines.append(f"{_key(row.mcore)} = {_toml(other_section[row.mcore])}")
                 fields.add(row.mcore)
                 left.remove(row.hf)
         ignore |= {key for key in left if key in other.ignore}
@@ -239,7 +239,7 @@ def _condition(layers: set[int], every: set[int]) -> str:
 
 def _section(name: str, values: object) -> list[str]:
     assert isinstance(values, Mapping)
-    return ["", f"[{name}]", *(f"{_toml(k)} = {_toml(v)}" for k, v in values.items())] if values else []
+    return ["", f"[{name}]", *(f"{_key(k)} = {_toml(v)}" for k, v in values.items())] if values else []
 
 
 def _comment(title: str, entries: list[str]) -> str:

@@ -27,7 +27,7 @@ from converters.tensors import DTYPE_BITS, Chunk, StoredTensor, nbytes_of
 from mbx.convert import DEFAULT_MAX_MEMORY, model_tensors
 from mbx.io import hf, torch_dist
 from mbx.io.files import FileSource
-from mbx.mcore.prompts import Prompts
+from mbx.mcore.prompts import DRAWN, Prompts
 from mbx.registry import table_for
 
 Status = Literal["passed", "failed", "not run"]
@@ -65,7 +65,7 @@ def parity(
     *,
     forward: bool = False,
     device: str = "cpu",
-    prompts: Prompts = Prompts(),
+    prompts: Prompts = DRAWN,
     mapping: str | None = None,
     workers: int = 2,
     max_memory: int = DEFAULT_MAX_MEMORY,
@@ -156,7 +156,7 @@ class ComparingSink:
     def write(self, file: str, start: int, data: memoryview) -> None:
         """Compare `data` with the stored bytes; differences are counted by tensor."""
         stored = np.empty(len(data), np.uint8)
-        self.source.read_into(file, start, memoryview(stored))
+        self.source.read_into(file, start, stored.data)
         wanted = np.frombuffer(data, np.uint8)
         unequal = np.flatnonzero(stored != wanted) if not np.array_equal(stored, wanted) else None
         with self._lock:

@@ -62,7 +62,9 @@ def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[H
     if stacked and row.site == DECODER and row.index is not None:
         prefix, index, stack = "decoder.layers.", (row.index,), (num_layers,)
     else:
-        prefix = row.site if row.index is None else row.site.replace("{I}", str(row.index)).replace("{L}", str(row.layer))
+        prefix = (
+            row.site if row.index is None else row.site.replace("{I}", str(row.index)).replace("{L}", str(row.layer))
+        )
     param = row.spec.param
     if row.expert is not None:
         param = param.replace("mlp.experts.", "mlp.experts.experts.").replace("{E}", "")

@@ -90,8 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="mbx", standalone_mode=False)
-    except BrokenPipeError:
-        raise
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer exits with 1 for it
+            raise error.__context__ from None
+        return error.code if isinstance(error.code, int) else 1
     except MbxError as error:
         return out.error(error)
     except typer.TyperException as error:

@@ -102,7 +102,7 @@ def hf_to_mcore(
     epilog=epilog(
         "mbx convert mcore-to-hf ckpt ./llama",
         "mbx convert mcore-to-hf ckpt/iter_0001000 ./llama --hf-config ./original",
-        "mbx convert mcore-to-hf ckpt ./llama --dtype bf16 --max-shard-size 2GB --dry-run",
+        "mbx convert mcore-to-hf ckpt ./llama --dtype bf16 --dry-run",
     ),
 )
 def mcore_to_hf(

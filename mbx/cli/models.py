@@ -50,6 +50,31 @@ def show(
     out.result({**_document(table), "toml": text}, lambda: text.rstrip("\n").split("\n"))
 
 
+@app.command("new", epilog=epilog("mbx models new ./novel > novel.toml", "mbx models new org/name --json"))
+def new(
+    source: Annotated[str, typer.Argument(metavar="HF", help="A Hugging Face folder or hub model; headers are read.")],
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Draft a table for a checkpoint from rows that shipped tables know.
+
+    What no row places stands in comments at the end, and as a warning on stderr.
+    """
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from mbx.cli.source import fetch
+    from mbx.draft import draft
+    from mbx.io.hf import open_hf
+
+    folder = open_hf(fetch(source).path)
+    drafted = draft(folder.config, folder.tensors)
+    left = {"tensors": list(drafted.unplaced_tensors), "config_keys": list(drafted.unplaced_keys)}
+    if count := len(left["tensors"]) + len(left["config_keys"]):
+        out.warning(f"{count} tensor pattern(s) and config key(s) are not placed; they stand in comments at the end")
+    doc = {"donor": drafted.donor, "unplaced": left, "toml": drafted.text}
+    out.result(doc, lambda: drafted.text.rstrip("\n").split("\n"))
+
+
 @app.command(
     "check",
     epilog=epilog(

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from converters.errors import DeviceError, StorageError, UsageError
+from converters.errors import DeviceError, UsageError
 from mbx.io.files import os_failure
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import threading
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,12 +14,26 @@ from converters.errors import DeviceError, StorageError
 from converters.tensors import Chunk
 from mbx.io.archive import ArchiveFrame, file_reader, locate_tensor, tensor_archive
 
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+
 
 def os_failure(error: OSError, what: str) -> StorageError | DeviceError:
     """The mbx error for an operating system one; a full disk is a DeviceError."""
-    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+    if error.errno in _FULL:
         return DeviceError(f"{what}: {error.strerror}", hint="free space, or choose another destination")
+    if error.errno == errno.EFBIG:
+        return DeviceError(f"{what}: {error.strerror}", hint="raise the limit on file sizes: ulimit -f unlimited")
     return StorageError(f"{what}: {error.strerror or error}")
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit on open files to the hard one: a checkpoint of many ranks has thousands of files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard and (hard == resource.RLIM_INFINITY or soft < hard):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError):  # refused in some sandboxes: the soft limit stays, and EMFILE names the file
+            return
 
 
 class FileSource:
@@ -27,6 +44,7 @@ class FileSource:
         self._descriptors: dict[str, int] = {}
         self._starts: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
+        _allow_many_files()
 
     def _descriptor(self, file: str) -> int:
         fd = self._descriptors.get(file)
@@ -34,7 +52,7 @@ class FileSource:
             with self._lock:
                 if (fd := self._descriptors.get(file)) is None:
                     try:
-                        fd = self._descriptors[file] = os.open(self.root / file, os.O_RDONLY)
+                        fd = self._descriptors[file] = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC)
                     except OSError as error:
                         raise os_failure(error, f"cannot open `{self.root / file}`") from error
         return fd
@@ -47,9 +65,12 @@ class FileSource:
         start = self._starts.get(key)
         if start is None:
             where = f"{self.root / chunk.file} at byte {chunk.start}"
-            found = locate_tensor(
-                file_reader(self._descriptor(chunk.file), chunk.start), chunk.archive_bytes, source=where
-            )
+            try:
+                found = locate_tensor(
+                    file_reader(self._descriptor(chunk.file), chunk.start), chunk.archive_bytes, source=where
+                )
+            except OSError as error:
+                raise os_failure(error, f"reading `{where}`") from error
             if found.shape != chunk.sizes:
                 raise StorageError(f"{where}: holds shape {list(found.shape)}; the index says {list(chunk.sizes)}")
             start = self._starts[key] = chunk.start + found.data_offset
@@ -62,10 +83,11 @@ class FileSource:
             try:
                 count = os.preadv(fd, [buffer[done:]], start + done)
             except OSError as error:
-                raise os_failure(error, f"reading `{self.root / file}`") from error
+                raise os_failure(error, f"reading `{self.root / file}` at byte {start + done}") from error
             if count == 0:
                 raise StorageError(
-                    f"`{self.root / file}` ends at byte {start + done}; {len(buffer) - done} more expected"
+                    f"`{self.root / file}` ends at byte {start + done}; {len(buffer) - done} more expected",
+                    hint="the file was cut short: download or copy it again",
                 )
             done += count
 
@@ -83,7 +105,7 @@ def frame(dtype: str, sizes: tuple[int, ...]) -> ArchiveFrame:
 
 
 class FileSink:
-    """Writes chunks below `root` into files created at their final size."""
+    """Writes chunks below `root` into files created at their final size; what such a file holds is kept."""
 
     def __init__(
         self, root: Path, sizes: dict[str, int], archive_dtypes: dict[tuple[str, int], str] | None = None
@@ -91,14 +113,23 @@ class FileSink:
         self.root = root
         self._archive_dtypes = archive_dtypes or {}
         self._descriptors: dict[str, int] = {}
-        for file, size in sizes.items():
-            path = root / file
+        _allow_many_files()
+        try:
+            for file, size in sizes.items():
+                self._create(file, size)
+        except BaseException:
+            self.close(sync=False)
+            raise
+
+    def _create(self, file: str, size: int) -> None:
+        path = self.root / file
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                fd = self._descriptors[file] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            fd = self._descriptors[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, size)
-            except OSError as error:
-                raise os_failure(error, f"cannot create `{path}` of {size} bytes") from error
+        except OSError as error:
+            raise os_failure(error, f"cannot create `{path}` of {size} bytes") from error
 
     def write(self, file: str, start: int, data: memoryview) -> None:
         """Write `data` at byte `start`."""
@@ -107,7 +138,7 @@ class FileSink:
             try:
                 done += os.pwrite(fd, data[done:], start + done)
             except OSError as error:
-                raise os_failure(error, f"writing `{self.root / file}`") from error
+                raise os_failure(error, f"writing `{self.root / file}` at byte {start + done}") from error
 
     def data_start(self, chunk: Chunk) -> int:
         """Where a chunk's data begin: behind the archive's prefix."""
@@ -123,14 +154,45 @@ class FileSink:
             end = chunk.start + len(around.prefix) + around.data_nbytes
             self.write(chunk.file, end, memoryview(around.suffix(crc32)))
 
+    def sync(self) -> None:
+        """Flush everything written so far to the disk, with the folders that name the files."""
+        _in_parallel(self._sync, self._descriptors.items())
+        for folder in {self.root / Path(file).parent for file in self._descriptors} | {self.root}:
+            sync_folder(folder)
+
+    def _sync(self, item: tuple[str, int]) -> None:
+        file, fd = item
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            raise os_failure(error, f"flushing `{self.root / file}`") from error
+
     def close(self, *, sync: bool) -> None:
         """Close every file, after flushing it to the disk when `sync` is set."""
-        for file, fd in self._descriptors.items():
-            try:
-                if sync:
-                    os.fsync(fd)
-            except OSError as error:
-                raise os_failure(error, f"flushing `{self.root / file}`") from error
-            finally:
+        try:
+            if sync:
+                self.sync()
+        finally:
+            descriptors, self._descriptors = self._descriptors, {}
+            for fd in descriptors.values():
                 os.close(fd)
-        self._descriptors.clear()
+
+
+def _in_parallel(action: Callable[[tuple[str, int]], None], items: Iterable[tuple[str, int]]) -> None:
+    """Do something to each file, a few at a time: a disk that is asked for one file after another idles between."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(action, list(items)))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise os_failure(error, f"flushing `{folder}`") from error

@@ -7,6 +7,7 @@ header, byte for byte), so that an export needs no reference folder and gives th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from converters.errors import StorageError, UsageError
 from converters.exporter import HfTensor
 from converters.expr import Value
 from converters.plan import Draft
+from converters.protocols import Source
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.io.safetensors import build_header, parse_header, read_folder, read_header
 
 CONFIG = "config.json"
 LAYOUT = "mbx_layout.json"
+#: Tensors without a Megatron Core counterpart (buffers Transformers recomputes), kept for a faithful export.
+KEPT = "mbx_kept.safetensors"
 MANIFEST = "mbx_manifest.json"
 INDEX = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
@@ -28,10 +32,13 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """One safetensors file as a folder held it: its name, its header's bytes, its tensors in data order."""
+    """One safetensors file as a folder held it: its name, its header's bytes, its tensors in data order.
+
+    `header` is None where the tensors are no longer those of the file, as after decoding.
+    """
 
     name: str
-    header: bytes
+    header: bytes | None
     tensors: Mapping[str, HfTensor]
 
 
@@ -117,7 +124,7 @@ def decoded_layout(files: tuple[WeightFile, ...], quantization: Mapping[str, obj
     for file in files:
         names = [first.get(name, name) for name in file.tensors]
         tensors = {n: HfTensor(view[n].dtype, view[n].shape) for n in names if n in view}
-        out.append(WeightFile(file.name, b"", tensors))
+        out.append(WeightFile(file.name, file.header if file.tensors == tensors else None, tensors))
     return tuple(out)
 
 
@@ -126,6 +133,30 @@ def _weight_file(path: Path) -> WeightFile:
     ordered = sorted(header.tensors.items(), key=lambda item: item[1][2:])
     tensors = {name: HfTensor(dtype, shape) for name, (dtype, shape, _, _) in ordered}
     return WeightFile(path.name, header.header_bytes[8:], tensors)
+
+
+def pack_kept(tensors: list[StoredTensor], source: Source) -> bytes:
+    """A safetensors file of small tensors that travel beside the Megatron Core ones."""
+    out = bytearray(build_header(tensors))
+    for tensor in tensors:
+        data = bytearray(tensor.nbytes)
+        (chunk,) = tensor.chunks
+        source.read_into(chunk.file, source.data_start(chunk), memoryview(data))
+        out += data
+    return bytes(out)
+
+
+def kept_tensors(iteration: Path, reference: Path) -> dict[str, StoredTensor]:
+    """What `pack_kept` wrote into `reference`, files named from `iteration`; empty where there is nothing."""
+    path = reference / KEPT
+    if not path.is_file():
+        return {}
+    name = os.path.relpath(path, iteration)
+    header = read_header(path)
+    return {
+        key: StoredTensor(key, dtype, shape, (Chunk((0,) * len(shape), shape, name, header.data_start + start),))
+        for key, (dtype, shape, start, _) in header.tensors.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +176,8 @@ def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_
         groups: list[tuple[str, list[Draft], WeightFile | None]]
         groups = [(f.name, [by_name[n] for n in f.tensors if n in by_name], f) for f in recorded]
         groups = [group for group in groups if group[1]]
-        same = {n for f in recorded for n in f.tensors} == set(by_name)
+        whole = all(f.header is not None for f in recorded)
+        same = whole and {n for f in recorded for n in f.tensors} == set(by_name)
     else:
         shards = _shards(list(by_name.values()), max_shard_bytes)
         groups = [(name, members, None) for name, members in shards]
@@ -155,7 +187,8 @@ def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_
     sizes: dict[str, int] = {}
     for name, members, old in groups:
         described = [(d.name, d.dtype, d.shape) for d in members]
-        if old is not None and [(n, t.dtype, t.shape) for n, t in old.tensors.items()] == described:
+        unchanged = old is not None and [(n, t.dtype, t.shape) for n, t in old.tensors.items()] == described
+        if old is not None and old.header is not None and unchanged:
             header = len(old.header).to_bytes(8, "little") + old.header
         else:
             header = build_header([StoredTensor(*parts, ()) for parts in described], {"format": "pt"})

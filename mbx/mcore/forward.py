@@ -82,8 +82,9 @@ def mcore_logits(
     """Run a Megatron Core GPT or hybrid model in eval mode: `input_ids: [b, s]` → fp32 logits `[b, s, vocab_size]`.
 
     `vocab_size` is the true one; mcore's padding columns behind it are trimmed. `positions: [s]` places the tokens
-    elsewhere than at 0, 1, 2, …. Gathers over tensor parallelism, so it is collective. Raises `UnsupportedError` for a pipeline of more than one stage, `DifferenceError` where the
-    model has fewer columns than `vocab_size`, `UsageError` for token ids outside the vocabulary.
+    elsewhere than at 0, 1, 2, …. Gathers over tensor parallelism, so it is collective. Raises `UnsupportedError` for
+    a pipeline of more than one stage, `DifferenceError` where the model has fewer columns than `vocab_size`,
+    `UsageError` for token ids outside the vocabulary.
     """
     import torch
     from megatron.core import parallel_state
@@ -193,7 +194,7 @@ def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: b
     if not (hf_dir / "config.json").is_file():
         raise StorageError(f"`{hf_dir}` is not a Hugging Face checkpoint: it has no config.json")
     progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         # output_loading_info turns the result into a pair, which its annotation does not say.
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -210,7 +211,7 @@ def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: b
         raise StorageError(f"Transformers cannot read `{hf_dir}`: {error}") from error
     finally:
         if progress:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model, report = cast("tuple[PreTrainedModel, Mapping[str, Collection[object]]]", loaded)
     # Transformers only warns when it invents weights; parity against invented weights would mean nothing.
     invented = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
@@ -220,7 +221,7 @@ def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: b
             details=invented,
         )
     model.train(False)
-    return model.to(device)  # type: ignore[arg-type]  # the device, which its stub does not take
+    return model.to(device)  # type: ignore[arg-type, no-any-return]  # its stub takes no device
 
 
 def _gather_vocab(logits: torch.Tensor) -> torch.Tensor:
@@ -279,7 +280,8 @@ def transformers_frequencies(hf_dir: Path) -> torch.Tensor:
     kind = (getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}).get("rope_type")
     if kind not in ROPE_INIT_FUNCTIONS:
         raise UnsupportedError(f"Transformers scales no rotary positions of type {kind!r}")
+    inv_freq: torch.Tensor
     inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     if factor != 1.0:
         raise UnsupportedError(f"rotary scaling {kind!r} multiplies its tables by {factor}; Megatron Core does not")
-    return cast("torch.Tensor", inv_freq)
+    return inv_freq

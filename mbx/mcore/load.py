@@ -95,3 +95,16 @@ def _need_group() -> None:
             "Megatron Core reads and writes torch_dist inside a process group; none is initialised",
             hint="enter `mbx.mcore.cpu.process_group()` first",
         )
+
+
+def asked_keys(model: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
+    """Names that `model` asks a torch_dist checkpoint for: of tensors, and of objects (`…_extra_state/shard_…`)."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+
+    _need_group()
+    state = {"model": cast(_Sharded, model).sharded_state_dict(metadata=_metadata())}
+    apply_factories(state)
+    values = list(nested_values(state))
+    tensors = frozenset(value.key for value in values if isinstance(value, ShardedTensor))
+    return tensors, frozenset(value.unique_key for value in values if isinstance(value, ShardedObject))

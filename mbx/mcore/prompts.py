@@ -32,6 +32,10 @@ class Prompts:
     far: bool = True
 
 
+#: What is compared when nobody asks for other prompts.
+DRAWN = Prompts()
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One pass: `ids: [b, s]`, and `positions: [s]` where they are not 0, 1, 2, …"""

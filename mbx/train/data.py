@@ -74,7 +74,10 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Rows of examples, shuffled anew each epoch; `packs[r]` lists the examples of row `r`."""
+    """Rows of examples, shuffled anew each epoch; `packs[r]` lists the examples of row `r`.
+
+    `packed`: rows hold several examples, whose attention must be kept apart.
+    """
 
     examples: Sequence[Example]
     packs: Sequence[Sequence[int]]
@@ -82,6 +85,7 @@ class Examples:
     pad: int
     shuffle: bool
     seed: int
+    packed: bool
 
     def row(self, index: int) -> Row:
         """Row `index` of the run, epochs one after the other."""
@@ -103,7 +107,7 @@ class Examples:
         if start < self.length:
             positions[start:] = np.arange(self.length - start)
             lengths.append(self.length - start)
-        return Row(tokens, labels, mask, positions, tuple(lengths))
+        return Row(tokens, labels, mask, positions, tuple(lengths) if self.packed else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +306,7 @@ def example_rows(data: Data, examples: Sequence[Example], pad: int) -> Rows:
     kept = [example for example in examples if len(example.tokens) > 1]
     sizes = [len(example.tokens) - 1 for example in kept]
     packs = pack(sizes, data.length) if data.pack else [[i] for i in range(len(kept))]
-    return Examples(kept, packs, data.length, pad, data.shuffle, data.seed)
+    return Examples(kept, packs, data.length, pad, data.shuffle, data.seed, data.pack)
 
 
 def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tuple[Rows, Rows | None]:

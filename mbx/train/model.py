@@ -70,8 +70,6 @@ def blueprint(recipe: Recipe) -> Blueprint:
         config = table.config.to_mcore(raw)
     elif m.shape:
         config = dict(m.shape)
-        if m.init == "pretrained" and m.mapping == "":
-            m = None  # weights are asked for below, when a run starts
     else:
         raise UsageError(f"recipe `{recipe.name}` has no model", hint="model=DIR names a Hugging Face folder")
     config |= recipe.model.config
@@ -196,9 +194,9 @@ def optimizer(recipe: Recipe, model: DistributedDataParallel, ranks: Ranks) -> M
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The GPTModel inside DistributedDataParallel and Float16Module."""
-    while isinstance(inner := getattr(model, "module", None), type(model).__mro__[-2] if False else object) and inner:
-        model = inner
+    """The GPTModel inside DistributedDataParallel and Float16Module, which both call it `module`."""
+    while hasattr(model, "module"):
+        model = model.module
     return model
 
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,15 +61,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
     """A tiny checkpoint by family and layout, made once."""
     root = tmp_path_factory.mktemp("families")
 
-    @lru_cache(maxsize=None)
+    @cache
     def made(name: str, layout: str) -> Path:
         return make(name, root / name / layout, layout="v5" if layout == "v5" else "v4")
 
     return made
 
 
-def imported(source: Path, target: Path, *, layout: Layout = Layout(), mapping: str | None = None) -> Job:
-    job = plan_hf_to_mcore(source, target, Options(sync=False, layout=layout, mapping=mapping))
+def imported(source: Path, target: Path, *, tp: int = 1, mapping: str | None = None) -> Job:
+    job = plan_hf_to_mcore(source, target, Options(sync=False, layout=Layout(tp=tp), mapping=mapping))
     run(job)
     return job
 
@@ -95,9 +95,9 @@ def test_round_trip_is_byte_identical(
     source = checkpoint(name, layout)
     if (name, tp) == ("llama_nemotron", 4):
         with pytest.raises(LayoutError, match="groups"):  # one of its layers has two query groups
-            imported(source, tmp_path / "mcore", layout=Layout(tp=tp))
+            imported(source, tmp_path / "mcore", tp=tp)
         return
-    imported(source, tmp_path / "mcore", layout=Layout(tp=tp))
+    imported(source, tmp_path / "mcore", tp=tp)
     run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", Options(sync=False)))
     names = {path.name for path in source.iterdir()}
     assert names == {path.name for path in (tmp_path / "hf").iterdir()} - {MANIFEST}
@@ -256,8 +256,10 @@ def test_logits_are_those_of_transformers(
 
 
 GATE_UP = ('"mlp.gate_proj.weight", "mlp.up_proj.weight"', '"mlp.up_proj.weight", "mlp.gate_proj.weight"')
-QK_NORMS = ('self_attn.q_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.k_norm.weight',
-            'self_attn.k_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.q_norm.weight')  # fmt: skip
+QK_NORMS = (
+    'self_attn.q_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.k_norm.weight',
+    'self_attn.k_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.q_norm.weight',
+)
 BIASES = ('"self_attn.k_proj.bias", "self_attn.v_proj.bias"', '"self_attn.v_proj.bias", "self_attn.k_proj.bias"')
 
 
@@ -301,9 +303,7 @@ def test_a_wrong_config_field_fails_the_forward_check(
     assert logits_differ(edited(checkpoint(name, "v4"), tmp_path, keys), tmp_path, wrong) > DEFECT
 
 
-def test_mimo_prediction_head_sees_the_embedding_first(
-    checkpoint: Callable[[str, str], Path], tmp_path: Path
-) -> None:
+def test_mimo_prediction_head_sees_the_embedding_first(checkpoint: Callable[[str, str], Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     source = checkpoint("mimo", "v4")
@@ -331,6 +331,27 @@ def test_a_config_the_table_does_not_cover_is_refused(name: str, key: str, value
     config, headers = load_index(FAMILIES[name].reference)
     with pytest.raises(MbxError, match=key if key != "hidden_activation" else "silu"):
         plan_headers(table_for(config), ({**config, key: value}, headers))
+
+
+def test_each_layer_has_its_own_query_groups(checkpoint: Callable[[str, str], Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    source = checkpoint("llama_nemotron", "v4")
+    imported(source, tmp_path / "mcore")
+    hf = load_file(source / "model.safetensors")
+    blocks = json.loads((source / "config.json").read_text(encoding="utf-8"))["block_configs"]
+    seen = set()
+    for layer, block in enumerate(blocks):
+        if block["attention"]["no_op"]:
+            continue
+        groups = 8 // block["attention"]["n_heads_in_group"]
+        parts = [hf[f"model.layers.{layer}.self_attn.{p}_proj.weight"].reshape(groups, -1, 32) for p in "qkv"]
+        expected = torch.cat(parts, dim=1).reshape(-1, 32)
+        state = {f"decoder.layers.{layer}.self_attention.linear_qkv.weight": torch.empty_like(expected)}
+        dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "mcore" / "iter_0000000"), no_dist=True)
+        assert torch.equal(*state.values(), expected)
+        seen.add(groups)
+    assert seen == {2, 4, 8}
 
 
 def test_layers_without_attention_or_mlp_have_no_tensors() -> None:

@@ -12,6 +12,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from converters.layout import Layout
+from fixtures.make_tiny import make
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.io.hf import MANIFEST
 
@@ -89,3 +90,8 @@ def test_a_cast_changes_dtype_and_config_and_nothing_else(tiny: Path, tmp_path: 
         assert cast[name].dtype == torch.float32
         assert torch.equal(cast[name], tensor.float())
     assert '"float32"' in (folder / "config.json").read_text()
+
+
+def test_buffers_that_transformers_recomputes_come_back(tmp_path: Path) -> None:
+    source = make("llama2", tmp_path / "source", shards=2)
+    same_files(source, convert_both_ways(source, tmp_path, Options()))

@@ -75,6 +75,7 @@ ORACLE = {
     "glu_zip": lambda both: torch.cat([both[::2], both[1::2]]),
     "qkv": grouped,
     "qkv_fused": lambda qkv: grouped(*qkv.split([H * C, G * C, G * C])),
+    "qkv_own": grouped,
     "qgkv": gated_queries,
     "gdn_in": gdn,
     "gdn_in_split": lambda qkv, z, b, a: torch.cat([qkv, z, b, a]),
@@ -83,7 +84,7 @@ ORACLE = {
     "mamba_conv": lambda w: w,
     "col_swap": lambda w: w.roll(w.shape[1] // 2, 1),
 }
-ROWS = {"qkv": 96, "qkv_fused": 96, "qgkv": 144, "vocab": 24}
+ROWS = {"qkv": 96, "qkv_own": 96, "qkv_fused": 96, "qgkv": 144, "vocab": 24}
 
 
 def test_every_op_has_an_oracle() -> None:

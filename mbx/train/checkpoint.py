@@ -1,0 +1,216 @@
+"""Checkpoints of a run: torch_dist through Megatron Core, with the optimizer and the loop's own state.
+
+    RUN/latest_checkpointed_iteration.txt     written last: what it names is whole
+    RUN/iter_0000010/{.metadata, common.pt, …, mbx_train.json, hf/}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.errors import StorageError, UsageError
+from mbx.io import hf, torch_dist
+from mbx.train.model import Blueprint, unwrap
+from mbx.train.parallel import Ranks
+from mbx.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+
+STATE = "mbx_train.json"
+RECIPE = "recipe.json"
+#: Recipe keys that must not change under --resume: with them, step N would not be the step N of the run.
+_FIXED = ("data", "train.global_batch", "train.seed", "train.per_token_loss", "lora", "model.path", "model.shape")
+
+
+@dataclass(frozen=True, slots=True)
+class LoopState:
+    """What the loop knows besides tensors. Rows are counted by `step`, so nothing else places the data."""
+
+    step: int
+    mean_loss: float
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint that a run's tracker names; None without a tracker. A damaged tracker is a StorageError."""
+    if not (run / torch_dist.TRACKER).is_file():
+        return None
+    return torch_dist.find_iteration(run)
+
+
+class Store:
+    """Writes and reads the checkpoints of one run; all calls are collective."""
+
+    def __init__(self, recipe: Recipe, plan: Blueprint, ranks: Ranks) -> None:
+        self.recipe, self.plan, self.ranks = recipe, plan, ranks
+        self.root = recipe.run_dir
+
+    def save(self, state: LoopState, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Path:
+        """Write `iter_{step}`; the tracker moves only when all of it is on the disk. Older ones beyond `keep` go."""
+        import torch
+        from megatron.core import dist_checkpointing
+
+        target = self.root / f"iter_{state.step:07d}"
+        if self.ranks.is_main:
+            shutil.rmtree(target, ignore_errors=True)  # an unfinished one: the tracker does not name it
+            target.mkdir(parents=True)
+        torch.distributed.barrier()
+        content = self._content(model, optimizer, loading=False)
+        content |= {
+            "checkpoint_version": 3.0,
+            "iteration": state.step,
+            "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+        }
+        dist_checkpointing.save(content, str(target), ("torch_dist", 1))
+        torch.distributed.barrier()
+        if self.ranks.is_main:
+            self._finish(target, state)
+        torch.distributed.barrier()
+        return target
+
+    def _finish(self, target: Path, state: LoopState) -> None:
+        (target / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        (target / RECIPE).write_text(json.dumps(self.recipe.to_dict(), indent=1), encoding="utf-8")
+        if self.plan.hf is not None:
+            (target / "hf").mkdir()
+            folder = hf.open_hf(self.plan.hf)
+            for name in folder.side_files:
+                shutil.copyfile(self.plan.hf / name, target / "hf" / name)
+            (target / "hf" / hf.LAYOUT).write_text(hf.record_layout(folder), encoding="utf-8")
+        for path in [*target.rglob("*"), target]:
+            _sync(path)
+        tracker = self.root / torch_dist.TRACKER
+        draft = tracker.with_suffix(".tmp")
+        draft.write_text(str(state.step), encoding="utf-8")
+        _sync(draft)
+        draft.replace(tracker)
+        _sync(self.root)
+        keep = self.recipe.run.keep
+        done = sorted(path for path in self.root.glob("iter_*") if path.is_dir() and path != target)
+        for old in done[: max(0, len(done) - keep + 1)] if keep else []:
+            shutil.rmtree(old)
+
+    def load(self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> LoopState:
+        """Fill the model, the optimizer and the random streams from `path`; returns the loop's state."""
+        import torch
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.core import CheckpointingException
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        self._check_recipe(path)
+        content = self._content(model, optimizer, loading=True)
+        try:  # torch's CheckpointException derives from BaseException, so it is named
+            loaded = dist_checkpointing.load(content, str(path))
+        except (CheckpointException, CheckpointingException, OSError, KeyError) as error:
+            raise StorageError(f"`{path}` cannot be resumed: {error}") from error
+        # an adapter run's checkpoint holds adapters only; the base was read from its own storage
+        unwrap(model).load_state_dict(loaded["model"], strict=not self.recipe.lora.rank)
+        if self.recipe.run.save_optimizer:
+            optimizer.load_state_dict(loaded["optimizer"])
+            _restore_random(loaded["rng"])
+        else:
+            optimizer.reload_model_params()
+        torch.distributed.barrier()
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return LoopState(int(state["step"]), float(state["mean_loss"]))
+
+    def _content(
+        self, model: DistributedDataParallel, optimizer: MegatronOptimizer, *, loading: bool
+    ) -> dict[str, object]:
+        from megatron.core import parallel_state
+        from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+        metadata: dict[str, object] = {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            "distrib_optim_sharding_type": "dp_reshardable",
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        weights = unwrap(model).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+        content: dict[str, object] = {"model": weights}
+        if self.recipe.run.save_optimizer:
+            # the optimizer pairs its states with the shards of the parameters it trains
+            content["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+            rank, world = self.ranks.rank, self.ranks.world_size
+            content["rng"] = ShardedObject("rng_state", _random(), (world,), (rank,), replica_id=0)
+        if self.recipe.lora.rank:
+            from mbx.train.lora import only_adapters
+
+            content["model"] = only_adapters(weights)
+        return content
+
+    def _check_recipe(self, path: Path) -> None:
+        try:
+            before = json.loads((path / RECIPE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {error}") from error
+        now = json.loads(json.dumps(self.recipe.to_dict()))
+        changed = [key for key in _FIXED if _get(before, key) != _get(now, key)]
+        if changed:
+            raise UsageError(
+                f"--resume: the recipe changed in {', '.join(changed)}; the run would not be the same run",
+                hint="start another with --init-from and run.dir=NAME",
+                details=[f"{key}: {_get(before, key)!r} became {_get(now, key)!r}" for key in changed],
+            )
+
+
+def _get(recipe: Mapping[str, object], key: str) -> object:
+    value: object = recipe
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _random() -> dict[str, object]:
+    """States of every random stream a step may draw from."""
+    import random
+
+    import numpy
+    import torch
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _restore_random(states: Mapping[str, object]) -> None:
+    import random
+
+    import numpy
+    import torch
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    random.setstate(states["python"])  # type: ignore[arg-type]
+    numpy.random.set_state(states["numpy"])  # type: ignore[arg-type]
+    torch.set_rng_state(_tensor(states["torch"]))
+    torch.cuda.set_rng_state(_tensor(states["cuda"]))
+    get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _tensor(value: object) -> torch.Tensor:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise StorageError(f"a random state should be a tensor, got {type(value).__name__}")
+    return value
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

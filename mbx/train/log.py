@@ -1,0 +1,174 @@
+"""What a run says: one line and one JSON record a step, TensorBoard and W&B where installed, a live view on a TTY."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from converters.errors import UsageError
+from mbx.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+METRICS = "metrics.jsonl"
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step's figures. `step` counts from 1; `tflops` and `mfu` are per GPU; `memory_gib` is this rank's peak.
+
+    `mfu` is against the dense peak of the GPU at the run's precision, 0 where it is not known.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    step_s: float
+    tokens_per_s: float
+    tflops: float
+    mfu: float
+    memory_gib: float
+
+
+class _Writer(Protocol):
+    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Log:
+    """The main rank's log; other ranks' calls do nothing."""
+
+    def __init__(self, recipe: Recipe, *, main: bool, live: bool = True) -> None:
+        self.main, self.total = main, recipe.train.steps
+        self.path = recipe.run_dir / METRICS
+        self._writers: list[_Writer] = []
+        self._losses: deque[float] = deque(maxlen=60)
+        self._live: Live | None = None
+        if not main:
+            return
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        if recipe.run.tensorboard:
+            self._writers.append(_tensorboard(recipe.run_dir))
+        if recipe.run.wandb:
+            self._writers.append(_Wandb(recipe))
+        if live and sys.stderr.isatty():
+            self._start_live()
+
+    def message(self, text: str) -> None:
+        """A line for the reader."""
+        if self.main:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    def step(self, s: Step) -> None:
+        """Record one step everywhere."""
+        if not self.main:
+            return
+        self._record({"kind": "step", **asdict(s)})
+        for writer in self._writers:
+            for name in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "memory_gib"):
+                writer.add_scalar(f"train/{name}", getattr(s, name), s.step)
+        self._losses.append(s.loss)
+        if self._live is not None:
+            self._draw(s)
+        else:
+            self.message(line(s, self.total))
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Record a validation loss."""
+        if not self.main:
+            return
+        self._record({"kind": "eval", "step": step, "loss": loss})
+        for writer in self._writers:
+            writer.add_scalar("eval/loss", loss, step)
+        self.message(f"step {step}: validation loss {loss:.4f}")
+
+    def note(self, **record: object) -> None:
+        """Record something that is not a step, such as predicted memory."""
+        if self.main:
+            self._record(record)
+
+    def _record(self, record: dict[str, object]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close files and the live view."""
+        if not self.main:
+            return
+        if self._live is not None:
+            self._live.stop()
+        for writer in self._writers:
+            writer.close()
+        self._file.close()
+
+    def _start_live(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=False)
+        self._live.start()
+
+    def _draw(self, s: Step) -> None:
+        from rich.panel import Panel
+
+        assert self._live is not None
+        done = int(30 * s.step / self.total)
+        text = f"{'█' * done}{'░' * (30 - done)} {s.step}/{self.total}\n{line(s, self.total)}\n{plot(list(self._losses))}"
+        self._live.update(Panel(text, title="mbx train"))
+
+
+def line(s: Step, total: int) -> str:
+    """The log line of one step."""
+    mfu = f" ({s.mfu:.1%} MFU)" if s.mfu else ""
+    return (
+        f"step {s.step:>{len(str(total))}}/{total}  loss {s.loss:.4f}  lr {s.lr:.3g}  grad {s.grad_norm:.3f}  "
+        f"{s.tokens_per_s:,.0f} tok/s  {s.tflops:.1f} TFLOP/s{mfu}  {s.memory_gib:.1f} GiB  {s.step_s:.2f} s"
+    )
+
+
+def plot(losses: list[float]) -> str:
+    """The last losses as one line of bars between their extremes."""
+    finite = [x for x in losses if x == x]
+    if not finite:
+        return ""
+    low, high = min(finite), max(finite)
+    bars = (_BARS[int((x - low) / (high - low or 1.0) * (len(_BARS) - 1))] if x == x else "?" for x in losses)
+    return f"loss {low:.3f}–{high:.3f} {''.join(bars)}"
+
+
+def _tensorboard(folder: Path) -> _Writer:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UsageError("run.tensorboard is set, but tensorboard is not installed", hint="pip install tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: _Writer = SummaryWriter(str(folder / "tensorboard"))
+    return writer
+
+
+class _Wandb:
+    """Weights & Biases behind the two calls of a TensorBoard writer."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise UsageError("run.wandb is set, but wandb is not installed", hint="pip install wandb")
+        import wandb
+
+        self._run = wandb.init(project=recipe.run.wandb, name=recipe.name, config=recipe.to_dict())
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._run.log({tag: value}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()

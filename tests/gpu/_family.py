@@ -1,0 +1,236 @@
+"""Measures one family: converts its tiny checkpoint, loads it with Megatron Core, compares logits with Transformers.
+
+`python tests/gpu/_family.py NAME DEVICE TINY RESULT`: a process of its own, so that no failure reaches another family.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+# Before torch: cuBLAS reads the first when it starts, Transformer Engine the second at each call.
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from converters.errors import MbxError  # noqa: E402
+from converters.expr import Value  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mbx.mcore.parity import LogitDiff
+    from mbx.mcore.prompts import Passes
+    from mbx.verify import Leg
+
+Found: TypeAlias = dict[str, object]
+#: Families measured in bf16 and FP8 as well, on a GPU.
+LOW_PRECISION = ("llama", "qwen3")
+#: The first of these that a model has gets two of its rows exchanged, for the negative control.
+_FUSED = (
+    "linear_qkv.weight",
+    "linear_q_up_proj.weight",
+    "linear_q_proj.weight",
+    "in_proj.weight",
+    "linear_fc1.weight",
+)
+
+
+def measure(name: str, device: str, tiny: Path | None, work: Path) -> Found:
+    """Everything about one family; what fails is a `reason` beside what was found before it."""
+    found: Found = {"status": "not run"}
+    started = time.monotonic()
+    try:
+        if device == "cuda":
+            import transformer_engine.pytorch  # noqa: F401  # before any CUDA op
+        _measure(name, device, tiny, work, found)
+    except MbxError as error:
+        found["reason"] = " ".join([error.fact, *error.details[:3]])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is one
+        found["status"] = "failed"
+        found["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        found["traceback"] = traceback.format_exc()[-4000:]
+    found["seconds"] = round(time.monotonic() - started, 1)
+    return found
+
+
+def _measure(name: str, device: str, tiny: Path | None, work: Path, found: Found) -> None:
+    from fixtures.make_tiny import make
+    from mbx.convert import Options, plan_hf_to_mcore, run
+    from mbx.verify import parity
+
+    source = tiny / name if tiny is not None and (tiny / name).is_dir() else make(name, work / "hf")
+    job = plan_hf_to_mcore(source, work / "mcore", Options(sync=False))
+    table = job.plan.table
+    found.update(table=table.name, sha256=table.digest)
+    run(job)
+    report = parity(source, work / "mcore")
+    found.update({leg.name: _leg(leg) for leg in report.legs})
+    config = dict(job.plan.config)
+    if table.unsupported:
+        found["reason"] = table.unsupported
+        return
+    if config.get("model.mcore_model") == "hybrid" and device == "cuda":
+        from _mamba_reference import stand_in
+
+        if stand_in():
+            found["notes"] = ["mamba-ssm kernels replaced by their recurrence in torch"]
+    if config.get("experimental_attention_variant") == "gated_delta_net":
+        config["deterministic_mode"] = True  # Megatron Core's own torch code; the kernels take no fp32
+        found["notes"] = ["gated delta rule by Megatron Core's deterministic torch code"]
+    _forward(name, device, source, work, config, found)
+
+
+def _leg(leg: Leg) -> Found:
+    return {"status": leg.status, "summary": leg.summary, "details": list(leg.details[:5])}
+
+
+def _forward(name: str, device: str, source: Path, work: Path, config: dict[str, Value], found: Found) -> None:
+    from converters.spelling import canonical
+    from mbx.io.hf import read_config
+    from mbx.io.torch_dist import open_torch_dist
+    from mbx.mcore.device import megatron_on
+    from mbx.mcore.forward import compare_logits
+    from mbx.mcore.parity import FORWARD_TOLERANCE, lend_frequencies, loaded_model, mcore_passes, read_prompts
+    from mbx.mcore.prompts import Prompts
+
+    hf_config = canonical(read_config(source))
+    read = read_prompts(Prompts(), config, source, hf_config)
+    opened = open_torch_dist(work / "mcore")
+    padded = opened.dcp.tensors["embedding.word_embeddings.weight"].shape[0]
+    vocab = int(str(config["model.vocab_size"]))
+    references = _references(source, read, device, found)
+
+    def compared(model: nn.Module) -> dict[str, LogitDiff]:
+        logits = mcore_passes(model, read.batches, vocab)
+        return {at: compare_logits(reference, logits) for at, reference in references.items()}
+
+    with megatron_on(device):
+        found["extra_state"] = _keys(config, padded, device, opened.dcp.objects, opened.dcp.tensors)
+        model = loaded_model(config, opened.iteration, padded_vocab=padded, device=device)
+        found["loaded"] = True
+        found["lent"] = list(lend_frequencies(model, source, hf_config))
+        diffs = compared(model)
+        found.update({f"against_transformers_on_{at}": _figures(diff) for at, diff in diffs.items()})
+        found["control"] = {"row": _swap_rows(model), **_figures(compared(model)["cpu"])}
+        ok = all(diff.ok for diff in diffs.values())
+        caught = float(str(found["control"]["max_abs"])) > FORWARD_TOLERANCE  # type: ignore[index]
+        found["status"] = "passed" if ok and caught else "failed"
+        if not caught:
+            found["reason"] = "the negative control was not seen"
+        del model
+        if device == "cuda" and name in LOW_PRECISION:
+            found["low_precision"] = {
+                kind: _low_precision({**config, **extra}, opened.iteration, padded, compared)
+                for kind, extra in {
+                    "bf16": {},
+                    "fp8 tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+                }.items()
+            }
+
+
+def _references(source: Path, read: Passes, device: str, found: Found) -> dict[str, torch.Tensor]:
+    """Transformers' fp32 logits on the CPU, and on the GPU where there is one; its torch code, not fla's kernels."""
+    from mbx.mcore.forward import load_transformers
+    from mbx.mcore.parity import transformers_passes
+
+    if device == "cuda":
+        _import_delta_net()
+    hidden = sys.modules.pop("fla", None)
+    sys.modules["fla"] = None  # type: ignore[assignment]  # reads as "not installed"
+    try:
+        logits = {"cpu": transformers_passes(load_transformers(source), read.batches)}
+        if device == "cuda":
+            try:
+                logits["cuda"] = transformers_passes(load_transformers(source, device="cuda"), read.batches)
+            except (RuntimeError, ValueError, ImportError, TypeError) as error:
+                found["transformers_on_cuda"] = f"{type(error).__name__}: {error}"[:300]
+        return logits
+    finally:
+        del sys.modules["fla"]
+        if hidden is not None:
+            sys.modules["fla"] = hidden
+
+
+def _import_delta_net() -> None:
+    """Megatron Core takes its normalisation from fla when this module is first imported."""
+    import importlib
+
+    importlib.import_module("megatron.core.ssm.gated_delta_net")
+
+
+def _keys(
+    config: Mapping[str, Value], padded: int, device: str, objects: Mapping[str, object], tensors: Mapping[str, object]
+) -> Found:
+    """What the model asks for against what mbx wrote, by name."""
+    from mbx.mcore.build import build_model
+    from mbx.mcore.load import asked_keys
+
+    model = build_model(config, padded_vocab_size=padded, device=device, use_te=device == "cuda")
+    asked_tensors, asked_objects = asked_keys(model)
+    return {
+        "asked": len(asked_objects),
+        "asked_and_not_written": sorted(asked_objects - set(objects)),
+        "written_and_not_asked": sorted(set(objects) - asked_objects),
+        "tensors_asked_and_not_written": sorted(asked_tensors - set(tensors)),
+        "tensors_written_and_not_asked": sorted(set(tensors) - asked_tensors),
+    }
+
+
+def _low_precision(
+    config: Mapping[str, Value], iteration: Path, padded: int, compared: Callable[[nn.Module], dict[str, LogitDiff]]
+) -> Found:
+    from mbx.mcore.parity import loaded_model
+
+    try:
+        model = loaded_model(config, iteration, padded_vocab=padded, device="cuda", dtype="bf16")
+        return _figures(compared(model)["cpu"])
+    except (MbxError, RuntimeError, ValueError, AssertionError) as error:
+        return {"reason": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _swap_rows(model: nn.Module) -> str:
+    """Exchange the first two rows of one fused weight, the smallest defect a wrong layout can be; returns its name."""
+    parameters = dict(model.named_parameters())
+    name = next(name for suffix in _FUSED for name in parameters if name.endswith((suffix, f"{suffix}0")))
+    weight = parameters[name].data
+    weight[[0, 1]] = weight[[1, 0]]
+    return name
+
+
+def _figures(diff: LogitDiff) -> Found:
+    finite = not diff.has_nan
+    return {
+        "max_abs": diff.max_abs if finite else None,
+        "mean_kl_nats": max(diff.kl, 0.0) if finite else None,
+        "top1_agreement": diff.top1_agreement,
+        "num_positions": diff.num_positions,
+        "limit": diff.tolerance,
+        "ok": diff.ok,
+    }
+
+
+def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    name, device, tiny, result = sys.argv[1:5]
+    with tempfile.TemporaryDirectory() as work:
+        found = measure(name, device, Path(tiny) if tiny else None, Path(work))
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Forward parity of every family on one device: `python tests/gpu/run_forward.py --device cuda --out DIR`.
+
+Each family runs in a process of its own and none can stop another. DIR gets `forward.json`; a table goes to stdout.
+`--record` also puts the figures into `fixtures/measured/forward.json`, from which docs/models.md is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+MEASURED = ROOT / "fixtures" / "measured" / "forward.json"
+_PACKAGES = ("torch", "transformers", "megatron-core", "transformer-engine")
+
+
+def run_family(name: str, device: str, tiny: Path | None, deadline: float) -> dict[str, Any]:
+    """One family in a child process; a crash or the deadline is its result."""
+    left = deadline - time.monotonic()
+    if left < 5:
+        return {"status": "not run", "reason": "no time was left"}
+    with tempfile.TemporaryDirectory() as work:
+        result = Path(work) / "result.json"
+        command = [sys.executable, str(HERE / "_family.py"), name, device, str(tiny or ""), str(result)]
+        try:
+            child = subprocess.run(command, capture_output=True, text=True, timeout=left, cwd=ROOT)
+        except subprocess.TimeoutExpired:
+            return {"status": "failed", "reason": f"did not end within {left:.0f} s"}
+        if result.is_file():
+            found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+            return found
+        return {"status": "failed", "reason": f"ended with code {child.returncode}", "traceback": child.stderr[-4000:]}
+
+
+def versions(device: str) -> dict[str, str]:
+    """What was measured with."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]
+    return found
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """One row of the table on stdout."""
+    figures = found.get("against_transformers_on_cpu", {})
+    columns = [f"{name:18}", f"{found.get('table', '-'):15}"]
+    columns += [f"{found.get(leg, {}).get('status', '-'):8}" for leg in ("cover", "weights")]
+    columns += [f"{found['status']:8}", _number(figures.get("max_abs")), _number(figures.get("mean_kl_nats"))]
+    columns.append(_number(found.get("against_transformers_on_cuda", {}).get("max_abs")))
+    columns.append(_number(found.get("control", {}).get("max_abs")))
+    keys = found.get("extra_state", {})
+    counts = [len(keys[kind]) for kind in keys if kind != "asked"]
+    columns.append("/".join(map(str, counts)) or "-")
+    return "  ".join([*columns, found.get("reason", "")[:110]])
+
+
+def _number(value: object) -> str:
+    return f"{value:8.1e}" if isinstance(value, float) else "       -"
+
+
+def record(run: dict[str, Any]) -> None:
+    """Keep a run's figures as the measured ones of its device; families of an earlier run that were not in it stay."""
+    kept = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+    before = kept.get(run["device"], {}).get("families", {})
+    families = {name: compact(found, run["device"]) for name, found in run["families"].items()}
+    kept[run["device"]] = {**run, "families": {**before, **families}}
+    MEASURED.parent.mkdir(parents=True, exist_ok=True)
+    MEASURED.write_text(json.dumps(kept, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def compact(found: dict[str, Any], device: str) -> dict[str, Any]:
+    """What is worth keeping: no tracebacks and timings, few names, object names for Transformer Engine only."""
+    out = {key: value for key, value in found.items() if key not in ("traceback", "seconds", "extra_state") and value}
+    for leg in ("cover", "config", "weights"):
+        if leg in out:
+            out[leg] = {key: value for key, value in out[leg].items() if value}
+    if device == "cuda" and "extra_state" in found:
+        out["extra_state"] = {
+            kind: value if isinstance(value, int) else {"count": len(value), "first": value[:4]}
+            for kind, value in found["extra_state"].items()
+            if value
+        }
+    return out
+
+
+def say(text: str) -> None:
+    """One line on stdout, at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    from fixtures.make_tiny import NAMES
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="families; all without a name")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder for forward.json")
+    parser.add_argument("--tiny", type=Path, help="folder of checkpoints by name; made on the spot without it")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--limit-s", type=float, default=330.0, help="all families together, in seconds")
+    parser.add_argument("--record", action="store_true", help="also write fixtures/measured/forward.json")
+    parser.add_argument("--record-from", type=Path, metavar="FILE", help="record an earlier forward.json; run nothing")
+    arguments = parser.parse_args()
+    if arguments.record_from:
+        record(json.loads(arguments.record_from.read_text(encoding="utf-8")))
+        return 0
+    names = arguments.names or list(NAMES)
+    deadline = time.monotonic() + arguments.limit_s
+    families: dict[str, Any] = {}
+    say("family, table, cover, weights, forward; max|d| and KL against Transformers on cpu, max|d| against it on cuda;")
+    say("max|d| of the control; keys: objects not written/not asked/tensors not written/not asked")
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = {name: pool.submit(run_family, name, arguments.device, arguments.tiny, deadline) for name in names}
+        for name, future in runs.items():
+            families[name] = future.result()
+            say(line(name, families[name]))
+            for kind, figures in families[name].get("low_precision", {}).items():
+                say(f"    {kind}: {figures}")
+    run = {
+        "device": arguments.device,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(arguments.device),
+        "families": families,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "forward.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
+    if arguments.record:
+        record(run)
+    return 1 if any(found["status"] == "failed" for found in families.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Registered config conversions: `to_hf(to_mcore(x)) == x` for all they accept, and a refusal of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converters.errors import UsageError
+from converters.expr import Value
+from converters.isos import FIELDS, LLAMA3_FIXED, VALUE
+
+FACTORS = st.floats(1.0, 64.0)
+LENGTHS = st.integers(16, 1 << 20)
+FLAGS = st.lists(st.sampled_from([0, 1]), min_size=1, max_size=40)
+KINDS = st.lists(st.sampled_from(["sliding_attention", "full_attention"]), min_size=1, max_size=40)
+
+
+def optional(**fields: st.SearchStrategy[Value]) -> st.SearchStrategy[dict[str, Value]]:
+    return st.fixed_dictionaries({}, optional=dict(fields))
+
+
+PLAIN = st.one_of(
+    st.none(),
+    FACTORS.map(lambda factor: {"rope_type": "linear", "factor": factor}),
+    FACTORS.map(lambda factor: {"rope_type": "llama3", "factor": factor, **LLAMA3_FIXED}),
+)
+YARN = st.builds(
+    lambda required, extra: {"rope_type": "yarn", **required, **extra},
+    st.fixed_dictionaries(
+        {
+            "factor": FACTORS,
+            "original_max_position_embeddings": LENGTHS,
+            "beta_fast": FACTORS,
+            "beta_slow": FACTORS,
+        }
+    ),
+    optional(mscale=FACTORS, mscale_all_dim=FACTORS, truncate=st.just(False), llama_4_scaling_beta=FACTORS),
+)
+LONGROPE = st.fixed_dictionaries(
+    {"rope_type": st.just("longrope"), "short_factor": st.lists(FACTORS), "long_factor": st.lists(FACTORS)}
+)
+
+GROUPS: dict[str, st.SearchStrategy[Mapping[str, Value]]] = {
+    "rope": st.fixed_dictionaries({"rope_scaling": PLAIN}),
+    "yarn": st.fixed_dictionaries({"rope_scaling": PLAIN | YARN}),
+    "longrope": st.fixed_dictionaries({"rope_scaling": PLAIN})
+    | st.fixed_dictionaries({"rope_scaling": LONGROPE, "original_max_position_embeddings": LENGTHS}),
+    "window": st.fixed_dictionaries({"sliding_window": st.none() | st.integers(1, 1 << 17)}),
+    "gelu_tanh": st.just({"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}),
+}
+VALUES: dict[str, st.SearchStrategy[Value]] = {
+    "no_rope": FLAGS,
+    "sliding_layers": KINDS,
+    "not": st.booleans(),
+    "rsqrt": st.integers(1, 4096),
+    "zero_is_none": st.integers(0, 8),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@given(data=st.data())
+def test_groups_come_back(name: str, data: st.DataObject) -> None:
+    hf = data.draw(GROUPS[name])
+    fields = FIELDS[name].to_mcore(hf)
+    assert set(fields) <= set(FIELDS[name].mcore)
+    assert FIELDS[name].to_hf(fields) == hf
+
+
+@pytest.mark.parametrize("name", VALUES)
+@given(data=st.data())
+def test_values_come_back(name: str, data: st.DataObject) -> None:
+    value = data.draw(VALUES[name])
+    assert VALUE[name].to_hf(VALUE[name].to_mcore(value, {}), {}) == value
+
+
+def test_a_wrong_inverse_would_be_seen() -> None:
+    """Negative control: windows that forget the current token do not come back."""
+    fields = FIELDS["window"].to_mcore({"sliding_window": 8})
+    assert fields == {"window_size": [7, 0]}
+    assert FIELDS["window"].to_hf({"window_size": [8, 0]}) != {"sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "hf", "named"),
+    [
+        ("rope", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("rope", {"rope_scaling": "linear"}, "linear"),
+        ("yarn", {"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+        ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}}, "attention_factor"),
+        ("longrope", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ("gelu_tanh", {"hidden_act": "silu"}, "silu"),
+    ],
+)
+def test_groups_that_megatron_core_cannot_express_are_refused(name: str, hf: Mapping[str, Value], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        FIELDS[name].to_mcore(hf)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("no_rope", [0, 2]), ("no_rope", 4), ("sliding_layers", ["chunked_attention"]), ("rsqrt", "x")]
+)
+def test_values_that_megatron_core_cannot_express_are_refused(name: str, value: Value) -> None:
+    with pytest.raises(UsageError):
+        VALUE[name].to_mcore(value, {})
+
+
+def test_yarn_without_its_optional_keys_means_the_defaults_of_transformers() -> None:
+    fields = FIELDS["yarn"].to_mcore(
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 9}
+    )
+    assert fields["yarn_original_max_position_embeddings"] == 9
+    assert (fields["yarn_beta_fast"], fields["yarn_beta_slow"]) == (32.0, 1.0)
+    assert fields["yarn_correction_range_round_to_int"] is True
+
+
+def test_layer_patterns_that_a_config_leaves_out() -> None:
+    """SmolLM3 rotates three of four layers; Gemma 3 windows five of six."""
+    assert VALUE["no_rope"].to_mcore(None, {"num_hidden_layers": 8}) == [0, 0, 0, 1] * 2
+    assert VALUE["no_rope"].to_mcore(None, {"num_hidden_layers": 4, "no_rope_layer_interval": 2}) == [0, 1, 0, 1]
+    assert VALUE["sliding_layers"].to_mcore(None, {}) == 6
+    assert VALUE["sliding_layers"].to_mcore(None, {"sliding_window_pattern": 2}) == 2
+    expected = ["sliding_attention", "full_attention"] * 2
+    assert VALUE["sliding_layers"].to_hf(2, {"num_layers": 4}) == expected
+
+
+def test_gemma_reads_the_legacy_name_of_its_activation() -> None:
+    for hf in ({"hidden_act": "gelu"}, {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, {}):
+        assert FIELDS["gelu_tanh"].to_mcore(hf) == {"activation_func": "gelu_tanh"}
