@@ -33,6 +33,9 @@ contract: $(READY)
 tables: $(READY)
 	$(BIN)/mbx models check
 
+docs: $(READY)  ## write docs/models.md again, from the tables and the measured figures
+	$(BIN)/python -m mbx.models_page docs/models.md
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

@@ -16,6 +16,7 @@ from converters.ops import Dims, Form
 from converters.pack import Pack, Slot
 from converters.plan import Draft, Entry, Plan, Unit, row_form
 from converters.regions import Move, Region, matrix
+from converters.shapes import check_shape
 from converters.table import Row, Table
 from converters.tensors import Shape, StoredTensor
 
@@ -98,6 +99,7 @@ class _Exporter:
         recorded: Mapping[str, HfTensor],
         dtype: str | None,
     ) -> None:
+        self.env = env
         self.table, self.dims, self.sources, self.recorded, self.dtype = table, dims, sources, recorded, dtype
         self.stacked = torch_dist.stacks_layers(table.family, config)
         self.num_layers = table.num_layers(env)
@@ -139,6 +141,7 @@ class _Exporter:
                 f"`{homes[0].key}` has shape {list(tensors[0].shape)}; {pack.rows // fold} rows were expected "
                 f"for `{row.mcore}` (op {row.spec.op})"
             )
+        check_shape(row, () if scalar else (pack.rows // fold, *inner), self.env)
         source = {
             atom: Region(home.key, home.index, slot, fold=fold)
             for home in homes

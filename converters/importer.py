@@ -20,6 +20,7 @@ from converters.pack import Slot
 from converters.placing import place_boxes
 from converters.plan import STORABLE, Draft, Entry, Plan, Unit, row_form, target_dtype
 from converters.regions import Move, Region, matrix
+from converters.shapes import check_shape
 from converters.spelling import canonical
 from converters.table import Row, Table
 from converters.tensors import Shape, StoredTensor
@@ -108,7 +109,7 @@ class _Importer:
         missing: frozenset[str],
     ) -> None:
         self.sources, self.layout, self.dims, self.dtype, self.missing = sources, layout, dims, dtype, missing
-        self.table, self.config = table, config
+        self.table, self.config, self.env = table, config, env
         self.stacked = torch_dist.stacks_layers(table.family, config)
         self.num_layers = table.num_layers(env)
         self.num_experts = table.num_experts(env)
@@ -146,6 +147,7 @@ class _Importer:
                     f"`{name}` has shape {list(self.sources[name].shape)}; {pack.rows // fold} rows were expected "
                     f"for `{row.mcore}` (op {row.spec.op})"
                 )
+        check_shape(row, (fm.mcore_pack().rows // fold, *inner) if shapes[0] else (), self.env)
         regions = [
             (atom, Region(name, self._entry(row), slot, row.spec.transpose, fold))
             for name, pack, (_, members) in zip(row.hf, packs, fm.hf, strict=True)

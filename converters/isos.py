@@ -319,7 +319,9 @@ def _mla_rope_to_mcore(hf: Mapping[str, Value]) -> Fields:
         return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
     if not isinstance(scaling, Mapping) or scaling.get("rope_type") != "yarn":
         raise UsageError(f"config: rope_scaling {scaling!r} has no counterpart in latent attention; yarn has")
-    if unknown := sorted(set(scaling) - {*_MLA_YARN, "rope_type"}):
+    plain = {"truncate": True, "rope_type": "yarn"}  # correction ranges are whole numbers, as in Megatron Core
+    extra = {key: value for key, value in scaling.items() if key not in _MLA_YARN and value is not None}
+    if unknown := sorted(key for key, value in extra.items() if plain.get(key) != value):
         raise UsageError(f"config: rope_scaling.{unknown[0]} has no Megatron Core counterpart in latent attention")
     if bool(scaling.get("mscale")) != bool(scaling.get("mscale_all_dim")) and scaling.get("mscale") not in (None, 1):
         raise UsageError("config: rope_scaling has one of mscale and mscale_all_dim; Megatron Core needs both")
@@ -340,7 +342,7 @@ def _mla_rope_to_hf(mcore: Mapping[str, Value]) -> Fields:
 
 
 def _linear_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
-    """`layer_types` or `full_attention_interval` ↔ mcore's linear_attention_freq N: every N-th layer attends in full."""
+    """`layer_types` or `full_attention_interval` ↔ mcore's linear_attention_freq N: each N-th layer is full."""
     kinds, every = hf.get("layer_types"), hf.get("full_attention_interval")
     if kinds is not None:
         if not isinstance(kinds, list) or "full_attention" not in kinds:

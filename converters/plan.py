@@ -60,10 +60,11 @@ class Plan:
 
     `equal` are pairs of source tensors that must hold the same values. `objects` are the names of opaque
     payloads (`_extra_state`) the target carries. `encoded` are the sources that a codec stores in parts.
+    `table` is None where no name changes.
     """
 
     direction: str
-    table: Table
+    table: Table | None
     config: Mapping[str, Value]
     layout: Layout
     sources: Mapping[str, StoredTensor]

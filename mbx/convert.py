@@ -1,34 +1,43 @@
-"""The three conversions as one sequence: open, plan, place, stream, commit."""
+"""Plans conversions: open the source, plan, place the target's files. `mbx.execution` carries a plan out."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.coverage import Waivers
-from converters.errors import CoverageError, StorageError
+from converters.errors import UsageError
 from converters.exporter import HfTensor, plan_export
-from converters.expr import Value
 from converters.importer import plan_import
 from converters.layout import Layout
 from converters.plan import Plan, requested_dtype
-from converters.stream import Engine
 from converters.tensors import StoredTensor
-from mbx import __version__
-from mbx.io import hf, torch_dist
-from mbx.io.archive import extra_state_archive
-from mbx.io.commit import PartialFolder, check_free_space, check_target, write_synced
-from mbx.io.files import FileSink, FileSource
+from mbx.execution import Outcome, Progress, run
+from mbx.io import hf, legacy_write, torch_dist
+from mbx.io.architecture import Architecture, architecture_of, config_text
+from mbx.io.checkpoint import open_any
+from mbx.io.commit import check_target
+from mbx.io.sidecars import Sidecars, megatron_sidecars
 from mbx.registry import table_for
 
 DEFAULT_MAX_MEMORY = 1 << 30
 DEFAULT_MAX_SHARD = 5 * 10**9
-Progress = Callable[[int], None]
+
+__all__ = [
+    "DEFAULT_MAX_MEMORY",
+    "DEFAULT_MAX_SHARD",
+    "Job",
+    "Options",
+    "Outcome",
+    "Progress",
+    "model_tensors",
+    "plan_hf_to_mcore",
+    "plan_mcore_to_hf",
+    "run",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,7 @@ class Options:
 
     dtype: str | None = None
     layout: Layout = Layout()
+    format: str = "torch_dist"
     mapping: str | None = None
     waivers: Waivers = Waivers()
     allow_unused_keys: tuple[str, ...] = ()
@@ -45,6 +55,7 @@ class Options:
     max_memory: int = DEFAULT_MAX_MEMORY
     max_shard_bytes: int = DEFAULT_MAX_SHARD
     sync: bool = True
+    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +71,19 @@ class Job:
     side_files: Mapping[str, Path]
     texts: Mapping[str, bytes]
     options: Options
-    placed: torch_dist.Placement | hf.Placement
+    placed: torch_dist.Placement | hf.Placement | legacy_write.Placement
     origin: Mapping[str, str | None] = field(default_factory=dict)
+    sidecars: Sidecars | None = None
+
+    @property
+    def base(self) -> str:
+        """The folder of the weights within the target, with a slash behind it; empty where they lie at the top."""
+        return "" if self.sidecars is None else f"{self.sidecars.folder}/"
 
     @property
     def output_bytes(self) -> int:
         """Bytes the target will occupy, containers included."""
         return sum(self.file_sizes.values()) + sum(map(len, self.texts.values()))
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a finished run did."""
-
-    target: Path
-    seconds: float
-    bytes_written: int
 
 
 def plan_hf_to_mcore(
@@ -94,13 +102,42 @@ def plan_hf_to_mcore(
         waivers=options.waivers,
         allow_unused_keys=options.allow_unused_keys,
     )
-    placed = torch_dist.place(plan.drafts, plan.objects)
-    at = f"{torch_dist.ITERATION}/"
+    sidecars = megatron_sidecars(plan.config, options.layout, options.format, 0, padded_rows(plan))
+    placed = place_megatron(plan, options.format, sidecars)
+    at = f"{sidecars.folder}/"
     sides = {f"{at}hf/{name}": source / name for name in folder.side_files}
-    texts = {f"{at}hf/{hf.LAYOUT}": hf.record_layout(folder).encode()}
+    sides |= {f"{at}tokenizer/{name}": source / name for name in folder.side_files if hf.is_tokenizer_file(name)}
+    texts = {f"{at}hf/{hf.LAYOUT}": hf.record_layout(folder).encode(), **sidecars.texts}
     return Job(
-        plan, source, target, source, placed.tensors, placed.file_sizes, sides, texts, options, placed, origin or {}
+        plan,
+        source,
+        target,
+        source,
+        placed.tensors,
+        placed.file_sizes,
+        sides,
+        texts,
+        options,
+        placed,
+        origin or {},
+        sidecars,
     )
+
+
+def place_megatron(plan: Plan, format: str, sidecars: Sidecars) -> torch_dist.Placement | legacy_write.Placement:
+    """The plan's tensors laid out in a Megatron `format`: "torch_dist" or "torch"; UsageError for another."""
+    if format == "torch_dist":
+        return torch_dist.place(plan.drafts, plan.objects)
+    if format == "torch":
+        return legacy_write.place(
+            plan.drafts, plan.layout, plan.config, sidecars.args, iteration=sidecars.iteration, spec=sidecars.spec
+        )
+    raise UsageError(f"--format {format!r} is not known", hint="choices: torch_dist, torch")
+
+
+def padded_rows(plan: Plan) -> int | None:
+    """Rows of the embedding in a plan's target, None where it has none."""
+    return next((draft.shape[0] for draft in plan.drafts if draft.name == "embedding.word_embeddings.weight"), None)
 
 
 def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Path | None = None) -> Job:
@@ -109,16 +146,10 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     `hf_config` is a folder with `config.json` and tokenizer files, needed only where the checkpoint carries none.
     """
     check_target(source, target, overwrite=options.overwrite)
-    opened = torch_dist.open_torch_dist(source)
-    reference = hf_config or opened.hf
-    if reference is None:
-        raise StorageError(
-            f"`{opened.iteration}` carries no Hugging Face side files (hf/)",
-            hint="name a folder with config.json and the tokenizer: --hf-config DIR",
-        )
-    config = hf.read_config(reference)
-    table = table_for(config, options.mapping)
-    recorded_files = hf.recorded_layout(reference)
+    opened = open_any(source)
+    found = architecture_of(opened, options.mapping, hf_config, allow_unused_keys=options.allow_unused_keys)
+    reference, config, table = found.reference, found.config, found.table
+    recorded_files = None if reference is None else hf.recorded_layout(reference)
     quantization = config.get("quantization_config")
     if isinstance(quantization, Mapping) and recorded_files is not None:
         recorded_files = hf.decoded_layout(recorded_files, quantization)
@@ -128,27 +159,39 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     plan = plan_export(
         table,
         table.config.to_mcore(config, allow_unused=options.allow_unused_keys),
-        model_tensors(opened.dcp.tensors),
+        opened.tensors,
         recorded=recorded,
-        kept=hf.kept_tensors(opened.iteration, reference),
+        kept=None if reference is None else hf.kept_tensors(opened.iteration, reference),
         dtype=requested_dtype(options.dtype),
         waivers=options.waivers,
     )
+    left_out = [f"not carried: {what}" for what in opened.left_out]
+    plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out))
     placed = hf.place(plan.drafts, recorded_files, options.max_shard_bytes)
-    sides = {name: reference / name for name in hf.side_files(reference)}
+    sides = {} if reference is None else {name: reference / name for name in hf.side_files(reference)}
     texts: dict[str, bytes] = {}
     if placed.index is not None:
         texts[hf.INDEX] = placed.index.encode()
         sides.pop(hf.INDEX, None)
     elif recorded_files is None:
         sides.pop(hf.INDEX, None)
-    original = (reference / hf.CONFIG).read_bytes()
-    if (edited := edited_config(original, options.dtype)) != original:
-        texts[hf.CONFIG] = edited
-        sides.pop(hf.CONFIG, None)
+    _config_file(found, plan, options, sides, texts)
     return Job(
         plan, source, target, opened.iteration, placed.tensors, placed.file_sizes, sides, texts, options, placed
     )
+
+
+def _config_file(
+    found: Architecture, plan: Plan, options: Options, sides: dict[str, Path], texts: dict[str, bytes]
+) -> None:
+    """Put the target's config.json among the copied files, or among the made ones where it changes."""
+    if found.reference is None:
+        texts[hf.CONFIG] = config_text(found.config, [draft.dtype for draft in plan.drafts])
+        return
+    original = (found.reference / hf.CONFIG).read_bytes()
+    if (edited := edited_config(original, options.dtype)) != original:
+        texts[hf.CONFIG] = edited
+        sides.pop(hf.CONFIG, None)
 
 
 def model_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -170,124 +213,3 @@ def edited_config(config: bytes, dtype: str | None) -> bytes:
     if loaded == before:
         return config
     return (json.dumps(loaded, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def run(job: Job, progress: Progress = lambda _: None) -> Outcome:
-    """Carry a job out; the target appears when all of it is written and flushed, and not before."""
-    started = time.monotonic()
-    check_free_space(job.target, job.output_bytes)
-    source = FileSource(job.source_root)
-    try:
-        with PartialFolder(job.target) as folder:
-            base = folder.path / torch_dist.ITERATION if isinstance(job.placed, torch_dist.Placement) else folder.path
-            base.mkdir(exist_ok=True)
-            crcs = _stream(job, base, source, progress)
-            files = _write_side_files(job, folder.path)
-            if job.plan.direction == "hf-to-mcore" and job.plan.ledger.dropped:
-                kept = hf.pack_kept([job.plan.sources[name] for name in job.plan.ledger.dropped], source)
-                write_synced(base / "hf" / hf.KEPT, kept)
-                files[f"{torch_dist.ITERATION}/hf/{hf.KEPT}"] = f"{zlib.crc32(kept):08x}"
-            if isinstance(job.placed, torch_dist.Placement):
-                torch_dist.write_index(base, job.placed, torch_dist.common_state())
-                write_synced(folder.path / torch_dist.TRACKER, b"0")
-            manifest = json.dumps(_manifest(job, crcs, files), indent=1, ensure_ascii=False)
-            write_synced(folder.path / hf.MANIFEST, manifest.encode())
-            folder.commit()
-    finally:
-        source.close()
-    return Outcome(job.target, time.monotonic() - started, job.output_bytes)
-
-
-def _stream(job: Job, base: Path, source: FileSource, progress: Progress) -> dict[str, list[int]]:
-    _check_equal(job, source)
-    dtypes = job.placed.archive_dtypes() if isinstance(job.placed, torch_dist.Placement) else {}
-    sink = FileSink(base, dict(job.file_sizes), dtypes)
-    try:
-        if isinstance(job.placed, torch_dist.Placement):
-            payload = memoryview(extra_state_archive())
-            for file, start, _ in job.placed.objects.values():
-                sink.write(file, start, payload)
-        else:
-            for file, header in job.placed.headers.items():
-                sink.write(file, 0, memoryview(header))
-        engine = Engine(
-            job.plan, job.tensors, source, sink, workers=job.options.workers, max_memory=job.options.max_memory
-        )
-        crcs = engine.run(progress)
-    except BaseException:
-        sink.close(sync=False)
-        raise
-    sink.close(sync=job.options.sync)
-    return crcs
-
-
-def _check_equal(job: Job, source: FileSource) -> None:
-    """Tensors that the config declares tied must be: an untied head is never dropped."""
-    block = 8 << 20
-    for name, other in job.plan.equal:
-        a, b = job.plan.sources[name], job.plan.sources[other]
-        same = (a.shape, a.dtype) == (b.shape, b.dtype)
-        left, right = bytearray(block), bytearray(block)
-        for at in range(0, a.nbytes if same else 0, block):
-            count = min(block, a.nbytes - at)
-            for tensor, buffer in ((a, left), (b, right)):
-                chunk = tensor.chunks[0]
-                source.read_into(chunk.file, source.data_start(chunk) + at, memoryview(buffer)[:count])
-            if left[:count] != right[:count]:
-                same = False
-                break
-        if not same:
-            raise CoverageError(
-                f"`{name}` should repeat `{other}`, and does not",
-                hint="config.json says they are tied: set `tie_word_embeddings` to false to keep both",
-            )
-
-
-def _write_side_files(job: Job, root: Path) -> dict[str, str]:
-    """Copy side files byte for byte and write generated texts; returns their CRC-32 by name."""
-    crcs = {}
-    for name, origin in job.side_files.items():
-        try:
-            data = origin.read_bytes()
-        except OSError as error:
-            raise StorageError(f"cannot read `{origin}`: {error.strerror}") from error
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        write_synced(root / name, data)
-        crcs[name] = f"{zlib.crc32(data):08x}"
-    for name, data in job.texts.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        write_synced(root / name, data)
-        crcs[name] = f"{zlib.crc32(data):08x}"
-    return crcs
-
-
-def _manifest(job: Job, crcs: Mapping[str, list[int]], files: Mapping[str, str]) -> dict[str, Value]:
-    plan = job.plan
-    prefix = f"{torch_dist.ITERATION}/" if isinstance(job.placed, torch_dist.Placement) else ""
-    return {
-        "mbx": __version__,
-        "direction": plan.direction,
-        "table": {"name": plan.table.name, "sha256": plan.table.digest},
-        "source": {"path": str(job.source), **job.origin},
-        "layout": {"tp": plan.layout.tp, "pp": plan.layout.pp},
-        "vocab": {
-            "size": plan.config.get("model.vocab_size"),
-            "padded": plan.layout.padded_vocab(int(str(plan.config["model.vocab_size"]))),
-        },
-        "dtype_changes": [[a, b, count] for (a, b), count in plan.dtype_changes.items()],
-        "waived": {"missing": list(plan.ledger.waived_missing), "unused": list(plan.ledger.waived_unused)},
-        "dropped": list(plan.ledger.dropped),
-        "notes": list(plan.notes),
-        "files": dict(files),
-        "tensors": {
-            name: {
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "chunks": [
-                    [prefix + chunk.file, chunk.start, f"{crc:08x}"]
-                    for chunk, crc in zip(tensor.chunks, crcs[name], strict=True)
-                ],
-            }
-            for name, tensor in job.tensors.items()
-        },
-    }

@@ -42,7 +42,7 @@ names, dtypes and layouts of its hub repository.
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """One table. `forward_cpu` and `forward_gpu` are a difference, `failed`, `not run`, or not measured."""
+    """One table. `forward_cpu` and `forward_gpu` are a difference, `failed`, `not run`, several of these, or nothing."""
 
     table: str
     model_types: tuple[str, ...]
@@ -86,7 +86,9 @@ def read_runs(measured: Path = MEASURED) -> Runs:
 def page(measured: Path = MEASURED) -> str:
     """docs/models.md."""
     runs = read_runs(measured)
-    limits = {found[key]["limit"] for run in runs.values() for found in _all(run) for key in found if _is_figures(key)}
+    limits = {
+        found[key]["limit"] for run in runs.values() for _, found in _all(run) for key in found if _is_figures(key)
+    }
     lines = [_INTRO.format(limit=max(limits, default=float("nan")), missing=NOT_MEASURED)]
     lines += _table(HEADINGS, [row.cells() for row in rows(measured)])
     if precise := list(_low_precision(runs)):
@@ -102,13 +104,12 @@ def page(measured: Path = MEASURED) -> str:
 
 def _row(table: Table, runs: Runs) -> ModelRow:
     cpu, gpu = (_of(table, runs.get(device, {})) for device in ("cpu", "cuda"))
-    both = [*cpu, *gpu]
+    families = [*cpu, *gpu]
+    both = [found for _, found in families]
     notes = [table.notes] if table.notes else []
     notes += [table.unsupported] if table.unsupported else []
-    for found in both:
-        for note in _notes(found):
-            if note not in notes:
-                notes.append(note)
+    notes += [note for note in _notes(families) if table.unsupported not in note or not table.unsupported]
+    notes = list(dict.fromkeys(notes))
     if any(found.get("sha256") not in (None, table.digest) for found in both):
         notes.append("The table's text has changed since it was measured.")
     return ModelRow(
@@ -122,20 +123,26 @@ def _row(table: Table, runs: Runs) -> ModelRow:
     )
 
 
-def _of(table: Table, run: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [found for found in _all(run) if found.get("table") == table.name]
+#: A family's name and what was found of it.
+_Family: TypeAlias = tuple[str, Mapping[str, Any]]
 
 
-def _all(run: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    return list(run.get("families", {}).values())
+def _of(table: Table, run: Mapping[str, Any]) -> list[_Family]:
+    return [(name, found) for name, found in _all(run) if found.get("table") == table.name]
 
 
-def _notes(found: Mapping[str, Any]) -> Iterator[str]:
-    if reason := found.get("reason"):
-        yield str(reason)
-    yield from found.get("notes", [])
-    if found.get("lent"):
-        yield "Compared under Transformers' own rotary frequencies, as Megatron Core fixes other constants"
+def _all(run: Mapping[str, Any]) -> list[_Family]:
+    return sorted(run.get("families", {}).items())
+
+
+def _notes(families: Sequence[_Family]) -> Iterator[str]:
+    several = len({name for name, _ in families}) > 1
+    for name, found in families:
+        if reason := found.get("reason"):
+            yield f"{name}: {reason}" if several else str(reason)
+        yield from found.get("notes", [])
+        if found.get("lent"):
+            yield "Compared under Transformers' own rotary frequencies, as Megatron Core fixes other constants"
 
 
 def _worst(statuses: Iterable[str | None]) -> str:
@@ -143,14 +150,24 @@ def _worst(statuses: Iterable[str | None]) -> str:
     return next((kind for kind in ("failed", "not run", "passed") if kind in seen), NOT_MEASURED)
 
 
-def _forward(families: Sequence[Mapping[str, Any]]) -> str:
-    """The largest difference of the families that a table covers, or why there is none."""
+def _forward(families: Sequence[_Family]) -> str:
+    """The largest difference of the families that passed, and the names of those that did not."""
+    by_status = {
+        status: [name for name, found in families if found["status"] == status]
+        for status in ("passed", "failed", "not run")
+    }
     if not families:
         return NOT_MEASURED
-    status = _worst(found["status"] for found in families)
-    if status != "passed":
-        return status
-    return f"{max(value['max_abs'] for found in families for key, value in found.items() if _is_figures(key)):.1e}"
+    others = [status for status in ("failed", "not run") if by_status[status]]
+    if not by_status["passed"] and len(others) == 1:
+        return others[0]
+    texts = [f"{status}: {', '.join(by_status[status])}" for status in others]
+    if passed := by_status["passed"]:
+        values = [
+            v["max_abs"] for name, found in families if name in passed for k, v in found.items() if _is_figures(k)
+        ]
+        texts.insert(0, f"{max(values):.1e}")
+    return "; ".join(texts)
 
 
 def _is_figures(key: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,8 +24,9 @@ from converters.plan import Draft, Plan
 from converters.spelling import canonical
 from converters.stream import Engine
 from converters.tensors import DTYPE_BITS, Chunk, StoredTensor, nbytes_of
-from mbx.convert import DEFAULT_MAX_MEMORY, model_tensors
-from mbx.io import hf, torch_dist
+from mbx.convert import DEFAULT_MAX_MEMORY
+from mbx.io import hf
+from mbx.io.checkpoint import McoreCheckpoint, open_any
 from mbx.io.files import FileSource
 from mbx.mcore.prompts import DRAWN, Prompts
 from mbx.registry import table_for
@@ -77,14 +78,17 @@ def parity(
     only where a side, the prompts or the device cannot be had at all; differences are findings of a leg.
     """
     folder = hf.open_hf(hf_path)
-    opened = torch_dist.open_torch_dist(mcore_path)
+    opened = open_any(mcore_path)
     table = table_for(folder.config, mapping)
     plan = plan_import(table, folder.config, folder.tensors, Layout())
-    actual = model_tensors(opened.dcp.tensors)
+    actual = opened.tensors
     cover, comparable = _cover(plan, actual)
     legs = [cover, _config(plan, folder, opened)]
     legs.append(_weights(plan, actual, comparable, hf_path, opened.iteration, workers, max_memory, progress))
-    if forward:
+    if forward and opened.format != "torch_dist":
+        summary = "Megatron Core loads torch_dist checkpoints only: `mbx convert reshard` makes one"
+        legs.append(Leg("forward", "not run", summary))
+    elif forward:
         embedding = actual.get("embedding.word_embeddings.weight")
         padded = embedding.shape[0] if embedding else None
         legs.append(_forward(plan, folder, opened.iteration, padded, device, prompts))
@@ -120,10 +124,11 @@ def _vocab_tensors(plan: Plan) -> frozenset[str]:
     return frozenset(draft.name for draft in plan.drafts if draft.name in embedding)
 
 
-def _config(plan: Plan, folder: hf.HfFolder, opened: torch_dist.McoreFolder) -> Leg:
+def _config(plan: Plan, folder: hf.HfFolder, opened: McoreCheckpoint) -> Leg:
     """Settings of the checkpoint's own config.json against the folder's, field by field."""
     if opened.hf is None:
         return Leg("config", "not run", "the checkpoint carries no config.json (hf/)")
+    assert plan.table is not None  # plan_import has one
     other = plan.table.config.to_mcore(hf.read_config(opened.hf))
     findings = [
         f"`{field}`: {plan.config.get(field)!r} in the folder, {other.get(field)!r} in the checkpoint"
@@ -206,10 +211,9 @@ def _weights(
     size = plan.config.get("model.vocab_size")
     vocab = {name: size for name in _vocab_tensors(plan) if isinstance(size, int)}
     sink = ComparingSink(right, targets, vocab)
-    narrowed = Plan(
-        plan.direction, plan.table, plan.config, plan.layout, plan.sources, _drafts(targets), units, plan.ledger
-    )
+    narrowed = replace(plan, drafts=_drafts(targets), units=units)
     try:
+        untied = [pair for pair in plan.equal if not _same_values(left, *(plan.sources[name] for name in pair))]
         Engine(narrowed, targets, left, sink, workers=workers, max_memory=max_memory).run(progress)
     finally:
         left.close()
@@ -217,12 +221,27 @@ def _weights(
     findings = [
         f"`{name}`: {count} element(s) differ, {where}" for name, (count, where) in sorted(sink.findings.items())
     ]
+    findings += [f"`{name}` should repeat `{other}` in the folder, and does not" for name, other in untied]
     notes = [f"`{name}`: {count} padding value(s) are not zero" for name, count in sink.padding.items() if count]
     skipped = len(plan.drafts) - len(comparable)
     if skipped:
         findings.append(f"{skipped} tensor(s) could not be compared: see cover")
     summary = f"{len(comparable)} tensors, {sink.compared_bytes} bytes compared, {len(sink.findings)} differ"
     return Leg("weights", "failed" if findings else "passed", summary, tuple(findings + notes))
+
+
+def _same_values(source: FileSource, left: StoredTensor, right: StoredTensor) -> bool:
+    """Whether two tensors of the folder hold the same bytes; read in pieces of 8 MiB."""
+    if (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    starts = [(tensor.chunks[0].file, source.data_start(tensor.chunks[0])) for tensor in (left, right)]
+    for at in range(0, left.nbytes, 8 << 20):
+        parts = [bytearray(min(8 << 20, left.nbytes - at)) for _ in starts]
+        for (file, start), part in zip(starts, parts, strict=True):
+            source.read_into(file, start + at, memoryview(part))
+        if parts[0] != parts[1]:
+            return False
+    return True
 
 
 def _drafts(tensors: Mapping[str, StoredTensor]) -> tuple[Draft, ...]:
@@ -239,7 +258,7 @@ def _forward(
     inexpressible = set(inexpressible_rope(config))
     if others := [note for note in plan.notes if note not in inexpressible]:
         return Leg("forward", "not run", others[0], tuple(others))
-    if plan.table.unsupported:
+    if plan.table is not None and plan.table.unsupported:
         return Leg("forward", "not run", plan.table.unsupported)
     vocab = vocab_size(plan.config)
     if padded_vocab is not None and padded_vocab < vocab:

@@ -22,6 +22,7 @@ _TE_LINEARS = frozenset(
 _NORM_SUFFIXES = ("layernorm", "norm")
 #: Norms that are plain torch modules even in a Transformer Engine model.
 _TORCH_NORMS = ("mixer.norm",)
+_ATOM_LEAVES = frozenset(name for names in ATOM_NAMES.values() for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +78,25 @@ def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[H
 
 def extra_state(row: Row, home: Home) -> str | None:
     """Name of the `_extra_state` object that accompanies this parameter, None where its module has none."""
-    param = row.spec.param
-    if row.expert is not None:
-        module = param.replace("{E}", "").rpartition(".")[0]
-    else:
-        module = param.rpartition(".")[0]
-    leaf = module.rpartition(".")[2]
-    whole = row.site + module
-    if not (leaf in _TE_LINEARS or leaf == "core_attention" or leaf.endswith(_NORM_SUFFIXES)):
-        return None
-    if whole.endswith(_TORCH_NORMS):
-        return None
     key = home.key
     for name in ATOM_NAMES.get(row.spec.op, ()):
         key = key.removesuffix(f".{name}")
-    key = key.rpartition(".")[0]
-    offset = ".".join(map(str, home.index)) or "0"
-    shape = ".".join(map(str, home.stack)) or "1"
-    return f"{key}._extra_state/shard_{offset}_{shape}"
+    return extra_state_of(key, home.index, home.stack)
+
+
+def extra_state_of(key: str, index: tuple[int, ...], stack: tuple[int, ...]) -> str | None:
+    """Name of the `_extra_state` object beside the entry `index` of the key, None where its module has none."""
+    module, _, leaf = key.rpartition(".")
+    if leaf in _ATOM_LEAVES:
+        module = module.rpartition(".")[0]
+    owner = module.rpartition(".")[2]
+    if not (owner in _TE_LINEARS or owner == "core_attention" or owner.endswith(_NORM_SUFFIXES)):
+        return None
+    if module.endswith(_TORCH_NORMS):
+        return None
+    offset = ".".join(map(str, index)) or "0"
+    shape = ".".join(map(str, stack)) or "1"
+    return f"{module}._extra_state/shard_{offset}_{shape}"
 
 
 def extra_states(rows: Iterator[tuple[Row, Home]]) -> list[str]:

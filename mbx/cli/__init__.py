@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from converters.errors import MbxError
-from mbx.cli import convert, doctor, inspect, models, verify
+from mbx.cli import budget, doctor, inspect, models, reshard, train, verify
 from mbx.cli.failures import Interrupted, help_text, known_failure, usage_failure
 from mbx.cli.options import Quiet, Verbose, epilog
 from mbx.output import out
@@ -29,7 +29,7 @@ class _Ordered(TyperGroup):
     """Lists commands in the order a user meets them."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        order = ["convert", "verify", "inspect", "models", "doctor"]
+        order = ["convert", "verify", "inspect", "models", "train", "budget", "doctor"]
         return sorted(self.commands, key=lambda name: order.index(name) if name in order else len(order))
 
 
@@ -46,10 +46,12 @@ app = typer.Typer(
         "mbx convert mcore-to-hf ckpt hf-folder",
     ),
 )
-app.add_typer(convert.app, name="convert")
+app.add_typer(reshard.app, name="convert")  # convert's own, with the command `reshard`
 app.add_typer(verify.app, name="verify")
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.add_typer(models.app, name="models")
+app.command("train", epilog=train.EPILOG)(train.train)
+app.command("budget", epilog=budget.EPILOG)(budget.budget)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 
 

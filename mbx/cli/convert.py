@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbx import settings
+from mbx.cli.layout_options import Ep, Etp, FirstStage, Format, LastStage, Pipeline, Pp, ToFormat, Tp, Vpp
 from mbx.cli.options import Dtype, Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
 from mbx.output import out
 
@@ -52,8 +53,15 @@ AllowUnusedKey = Annotated[
 def hf_to_mcore(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder or hub model org/name[@revision].")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint folder to make.")],
-    tp: Annotated[int, typer.Option(help="Tensor-parallel size the chunks are cut for.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline-parallel size to check the model against.")] = 1,
+    format: ToFormat = Format.torch_dist,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = 1,
+    ep: Ep = 1,
+    etp: Etp = None,
+    pipeline_layout: Pipeline = None,
+    decoder_first_pipeline_num_layers: FirstStage = None,
+    decoder_last_pipeline_num_layers: LastStage = None,
     dtype: ToDtype = None,
     make_vocab_size_divisible_by: Annotated[
         int, typer.Option(metavar="N", help="Pad the vocabulary with zero rows to a multiple of N x TP.")
@@ -70,9 +78,9 @@ def hf_to_mcore(
     quiet: Quiet = 0,
     verbose: Verbose = 0,
 ) -> None:
-    """Convert a Hugging Face model to a Megatron Core checkpoint (torch_dist).
+    """Convert a Hugging Face model to a Megatron Core checkpoint.
 
-    Any parallel layout can load the result; --tp and --pp choose how its files are cut.
+    Any parallel layout can load torch_dist; the sizes choose how its files are cut. `torch` loads at its own only.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
     from converters.coverage import Waivers
@@ -82,7 +90,18 @@ def hf_to_mcore(
 
     options = Options(
         dtype=dtype and dtype.value,
-        layout=Layout(tp, pp, make_vocab_size_divisible_by),
+        layout=Layout(
+            tp,
+            pp,
+            make_vocab_size_divisible_by,
+            vpp,
+            ep,
+            etp,
+            pipeline_layout,
+            decoder_first_pipeline_num_layers,
+            decoder_last_pipeline_num_layers,
+        ),
+        format=format.value,
         mapping=mapping,
         waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
         allow_unused_keys=tuple(allow_unused_key or ()),
@@ -94,7 +113,7 @@ def hf_to_mcore(
     if dry_run:
         stop_before_download(src)
     source = fetch(src)
-    _carry_out(lambda: plan_hf_to_mcore(source.path, dst, options, source.origin), dry_run)
+    carry_out(lambda: plan_hf_to_mcore(source.path, dst, options, source.origin), dry_run)
 
 
 @app.command(
@@ -106,7 +125,7 @@ def hf_to_mcore(
     ),
 )
 def mcore_to_hf(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="A torch_dist checkpoint, or one iter_* folder of it.")],
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A Megatron checkpoint, or one iter_* folder of it.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The Hugging Face folder to make.")],
     hf_config: Annotated[
         str | None,
@@ -128,7 +147,7 @@ def mcore_to_hf(
     quiet: Quiet = 0,
     verbose: Verbose = 0,
 ) -> None:
-    """Convert a Megatron Core checkpoint (torch_dist) to a Hugging Face model.
+    """Convert a Megatron Core checkpoint, torch_dist or legacy, to a Hugging Face model.
 
     A checkpoint that mbx made carries the config, the tokenizer and the original file layout in its hf/ folder.
     """
@@ -148,7 +167,7 @@ def mcore_to_hf(
         max_shard_bytes=settings.number("max_shard_size", max_shard_size),
     )
     reference = fetch(hf_config, weights=False).path if hf_config is not None else None
-    _carry_out(lambda: plan_mcore_to_hf(src, dst, options, reference), dry_run)
+    carry_out(lambda: plan_mcore_to_hf(src, dst, options, reference), dry_run)
 
 
 def _check_layout(options: Options) -> None:
@@ -158,7 +177,8 @@ def _check_layout(options: Options) -> None:
     check(options.layout, {})
 
 
-def _carry_out(make_plan: Callable[[], Job], dry_run: bool) -> None:
+def carry_out(make_plan: Callable[[], Job], dry_run: bool) -> None:
+    """Plan; then print the plan, or run it and print what it did."""
     from converters.errors import DeviceError
     from mbx.cli import plan_view
     from mbx.cli.progress import Meter, peak_memory_bytes

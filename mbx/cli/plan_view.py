@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ Document = dict[str, Any]
 def document(job: Job) -> Document:
     """Everything a dry run tells, from the job alone and the free space of the target's disk."""
     plan, ledger = job.plan, job.plan.ledger
-    importing = plan.direction == "hf-to-mcore"
+    importing = job.sidecars is not None
     free = _free_bytes(job.target)
     size = plan.config.get("model.vocab_size")
     rows = next((draft.shape[0] for draft in plan.drafts if draft.name == _EMBEDDING), None)
@@ -34,10 +35,8 @@ def document(job: Job) -> Document:
         "source": str(job.source),
         "target": str(job.target),
         "origin": dict(job.origin),
-        "table": {"name": plan.table.name, "sha256": plan.table.digest},
-        "layout": {"tp": plan.layout.tp, "pp": plan.layout.pp, "vocab_divisor": plan.layout.vocab_divisor}
-        if importing
-        else None,
+        "table": None if plan.table is None else {"name": plan.table.name, "sha256": plan.table.digest},
+        "layout": asdict(plan.layout) if importing else None,
         "tensors": {"source": len(plan.sources), "target": len(plan.drafts)},
         "bytes": {"source": plan.source_bytes, "target": plan.target_bytes, "on_disk": job.output_bytes},
         "vocab": {"size": size, "padded": rows},
@@ -71,10 +70,10 @@ def lines(doc: Document) -> list[str]:
     parts = [
         ("from", [doc["source"]]),
         ("to", [doc["target"]]),
-        ("table", [f"{doc['table']['name']} (sha256 {doc['table']['sha256'][:12]})"]),
+        ("table", [f"{doc['table']['name']} (sha256 {doc['table']['sha256'][:12]})"] if doc["table"] else []),
     ]
     if doc["layout"]:
-        parts.append(("layout", [f"tp {doc['layout']['tp']}, pp {doc['layout']['pp']}"]))
+        parts.append(("layout", [_layout(doc["layout"])]))
     parts += [
         ("tensors", [ledger_line(doc)]),
         ("bytes", [f"{human_bytes(sizes['source'])} in {plural(counts['source'], 'tensor')}"
@@ -133,8 +132,10 @@ def _files(job: Job, importing: bool) -> list[Document]:
     """Every file of the target; the size of an index that is made last is not known before."""
     from mbx.io import hf, torch_dist
 
-    base = f"{torch_dist.ITERATION}/" if importing else ""
-    index = (f"{base}.metadata", f"{base}common.pt", f"{base}metadata.json", torch_dist.TRACKER) if importing else ()
+    base = job.base
+    index: tuple[str, ...] = (torch_dist.TRACKER,) if importing else ()
+    if isinstance(job.placed, torch_dist.Placement):
+        index = (f"{base}.metadata", f"{base}common.pt", f"{base}metadata.json", *index)
     files: list[Document] = [
         {"path": base + name, "bytes": size, "kind": "weights"} for name, size in job.file_sizes.items()
     ]
@@ -151,10 +152,22 @@ def _free_bytes(target: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def _layout(layout: Document) -> str:
+    """`tp 2, pp 4, ep 8, etp 1`: the two that every layout has, and what else is said."""
+    shown = [
+        "tp",
+        "pp",
+        *(k for k, v in layout.items() if k not in ("tp", "pp", "vocab_divisor") and v not in (None, 1)),
+    ]
+    return ", ".join(f"{key} {layout[key]}" for key in shown)
+
+
 def _vocab(doc: Document) -> str:
     size, padded = doc["vocab"]["size"], doc["vocab"]["padded"]
     if padded is None or padded == size:
         return f"{size}, no padding"
+    if doc["direction"] == "reshard":
+        return f"{size}, in {padded} rows"
     if doc["layout"] is None:
         return f"{padded} stored, trimmed to {size}"
     return f"{size}, padded with zero rows to {padded}"

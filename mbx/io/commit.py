@@ -1,10 +1,12 @@
 """All or nothing: a target folder appears whole, under its name, or not at all.
 
-Work happens in `DST.partial/` beside the target; `commit` flushes it to the disk and renames it.
+Work happens in `DST.partial/` beside the target; `commit` flushes it to the disk and renames it. A run that fails
+or is killed leaves `DST.partial/` behind when there is work in it to go on from (see `mbx.io.journal`).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -12,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 from converters.errors import DeviceError, UsageError
-from mbx.io.files import os_failure
+from mbx.io import journal
+from mbx.io.files import os_failure, sync_folder
 
 
 def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
@@ -26,54 +29,124 @@ def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         raise UsageError(f"the destination `{target}` is not empty", hint="add --overwrite to replace it")
 
 
-class PartialFolder:
-    """`with PartialFolder(target) as folder:` write into `folder.path`; leave without `commit` and it is removed."""
+def partial_path(target: Path) -> Path:
+    """The folder a target is made in. A target that is a link is made where the link points."""
+    final = Path(os.path.realpath(target))
+    return final.with_name(final.name + ".partial")
 
-    def __init__(self, target: Path) -> None:
+
+class PartialFolder:
+    """`with PartialFolder(target) as folder:` write into `folder.path`; leave without `commit` and it is removed.
+
+    It stays when `keep` is set. One that an interrupted run left is taken over with `resume` (`resumed` says that
+    there was one), replaced with `overwrite`, and a UsageError with neither. Only one process at a time may hold
+    the folder of a target: a second one gets a UsageError.
+    """
+
+    def __init__(self, target: Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.target = target
-        self.path = target.with_name(target.name + ".partial")
-        self._lock_path = target.with_name(target.name + ".lock")
+        self.path = partial_path(target)
+        self.keep = self.resumed = False
+        self._resume, self._overwrite = resume, overwrite
+        self._final = self.path.with_name(self.path.name.removesuffix(".partial"))
+        self._old = self._final.with_name(self._final.name + ".old")
+        self._dead = self._final.with_name(self._final.name + ".dead")
+        self._lock_path = self._final.with_name(self._final.name + ".lock")
         self._lock: int | None = None
+        self._committed = False
 
     def __enter__(self) -> PartialFolder:
         try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
-            raise UsageError(
-                f"another run is writing `{self.target}`", hint="wait for it, or choose another name"
-            ) from error
+            self._final.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            try:
+                self._finish_exchange()
+                self._open()
+            except BaseException:
+                self._unlock()
+                raise
         except OSError as error:
             raise os_failure(error, f"cannot write beside `{self.target}`") from error
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir()
         return self
 
-    def commit(self) -> None:
+    def _take_lock(self) -> int:
+        while True:
+            lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The holder before removes the file: a lock on one that has no name any more protects nothing.
+                if os.path.exists(self._lock_path) and os.path.samestat(os.fstat(lock), os.stat(self._lock_path)):
+                    return lock
+            except BlockingIOError as error:
+                os.close(lock)
+                raise UsageError(
+                    f"another run is writing `{self.target}`", hint="wait for it, or choose another name"
+                ) from error
+            except FileNotFoundError:
+                pass  # removed between the two looks: take a new one
+            except OSError as error:
+                os.close(lock)
+                if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise os_failure(error, f"the file system of `{self.target}` has no file locks") from error
+                raise
+            os.close(lock)
+
+    def _finish_exchange(self) -> None:
+        """Undo or finish what a run that was killed between the renames of `commit` left."""
+        if self._dead.exists():
+            shutil.rmtree(self._dead)
+        if self._old.exists():
+            if self._final.exists():
+                shutil.rmtree(self._old)
+            else:
+                self._old.rename(self._final)
+
+    def _open(self) -> None:
+        if self.path.exists():
+            if self._resume and (self.path / journal.FOLDER).is_dir():
+                self.resumed = self.keep = True
+                return
+            if not self._overwrite and not self._resume and journal.has_progress(self.path):
+                raise UsageError(
+                    f"`{self.path}` holds what an interrupted run wrote",
+                    hint="--resume goes on from there, --overwrite starts again",
+                )
+            # Renamed first: a process of this run that waits for the folder never sees half of the old one.
+            self.path.rename(self._dead)
+            shutil.rmtree(self._dead)
+        self.path.mkdir()
+
+    def commit(self, *, sync: bool = True) -> None:
         """Flush folders, then give the finished folder its name; what stood there before is removed last."""
-        for folder, _, _ in os.walk(self.path):
-            _sync_folder(Path(folder))
-        old = self.target.with_name(self.target.name + ".old")
         try:
-            if self.target.exists():
-                self.target.rename(old)
-            self.path.rename(self.target)
-            _sync_folder(self.target.parent)
+            if sync:
+                for folder, _, _ in os.walk(self.path):
+                    sync_folder(Path(folder))
+            # Moved out, not removed: other processes of this run may be writing into it.
+            if (self.path / journal.FOLDER).is_dir():
+                (self.path / journal.FOLDER).rename(self._dead)
+            if self._final.exists():
+                self._final.rename(self._old)
+            self.path.rename(self._final)
+            self._committed = True
+            if sync:
+                sync_folder(self._final.parent)
+            for leftover in (self._old, self._dead):
+                if leftover.exists():
+                    shutil.rmtree(leftover)
         except OSError as error:
             raise os_failure(error, f"cannot name the finished folder `{self.target}`") from error
-        if old.exists():
-            shutil.rmtree(old)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        try:
+            if not self._committed and not self.keep and self.path.exists():
+                shutil.rmtree(self.path)
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock_path.unlink(missing_ok=True)
             os.close(self._lock)
@@ -92,11 +165,14 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def check_free_space(target: Path, needed_bytes: int) -> int:
-    """Bytes free where `target` will lie; DeviceError when `needed_bytes` do not fit."""
-    folder = target
+    """Bytes free where `target` will lie; DeviceError when `needed_bytes` do not fit.
+
+    What an interrupted run of the same target occupies counts as free: it is gone on with, or replaced.
+    """
+    folder = partial_path(target).parent
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + _occupied(partial_path(target))
     if free < needed_bytes:
         raise DeviceError(
             f"`{folder}` has {free / 2**30:.1f} GiB free; the result needs {needed_bytes / 2**30:.1f} GiB",
@@ -105,9 +181,5 @@ def check_free_space(target: Path, needed_bytes: int) -> int:
     return free
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _occupied(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())

@@ -86,6 +86,12 @@ def side_files(path: Path) -> list[str]:
     )
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a side file belongs to the tokenizer, which Megatron-Bridge keeps in a folder of its own."""
+    stems = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
+    return name.startswith(stems)
+
+
 def record_layout(folder: HfFolder) -> str:
     """JSON text that `recorded_layout` reads back: the header of every weight file, byte for byte."""
     files = []

@@ -77,7 +77,7 @@ def plan_digest(plan: Plan, targets: Mapping[str, StoredTensor]) -> str:
     def add(*values: object) -> None:
         digest.update(repr(values).encode())
 
-    add(_FORMAT, plan.direction, plan.table.digest, sorted(plan.config.items()), plan.layout)
+    add(_FORMAT, plan.direction, plan.table and plan.table.digest, sorted(plan.config.items()), plan.layout)
     for unit in plan.units:
         add(unit.row, unit.shift, len(unit.moves), [(e.tensor, e.index, e.fold) for e in unit.entries])
     encoded = [part for whole in plan.encoded.values() for part in whole.parts.values()]

@@ -1,7 +1,8 @@
 """Build a Megatron Core model from a flat config.
 
 A flat config maps TransformerConfig field names to JSON values, and GPTModel constructor arguments under a `model.`
-prefix. Nothing in it is dropped: a key the installed Megatron Core does not know is an error that names it.
+prefix. Nothing in it is dropped: a key the installed Megatron Core does not know is an error that names it, unless
+it is off (None or False), which is how that Megatron Core is.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ _UNEVEN_STAGES = (
 )
 # MLA ignores GPTModel's rotary arguments and reads the config's; the same word must not mean two things.
 _MLA_ROTARY = ("rotary_base", "rotary_percent")
-_NOT_CONSTRUCTOR = ("mcore_model",)
+# Arguments of ours behind the same prefix: the model class, and what mbx.mcore.sandwich adds to a GPT model.
+_SANDWICH = ("post_layernorms", "rotary_base_local", "scale_embeddings")
+_NOT_CONSTRUCTOR = ("mcore_model", *_SANDWICH)
 
 
 def transformer_config(
@@ -112,6 +115,7 @@ def transformer_config(
     yarn = not mla and config.get(MODEL_PREFIX + "position_embedding_type") == "yarn"
     extra = {name: config[name] for name in _YARN_ATTRIBUTES if yarn and name in config and name not in known}
     values = {k: v for k, v in config.items() if not k.startswith(MODEL_PREFIX) and k not in extra}
+    values = {k: v for k, v in values.items() if k in known or k in _OWNED or (v is not None and v is not False)}
     if mla:
         values.update(_mla_rotary(config))
     _refuse_unknown(sorted(set(values) - known), "TransformerConfig")
@@ -190,7 +194,7 @@ def build_model(
         )
     built = transformer_config(config, tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype, device=device, use_te=use_te)
     try:
-        model_class, specs = (_gpt_parts if kind == "gpt" else _hybrid_parts)(built, use_te)
+        model_class, specs = (_gpt_parts if kind == "gpt" else _hybrid_parts)(config, built, use_te)
         arguments = _model_arguments(config, model_class)
         arguments["vocab_size"] = _vocab_size(config, padded_vocab_size, tp)
         arguments["pre_process"] = parallel_state.is_pipeline_first_stage()
@@ -201,22 +205,41 @@ def build_model(
             f"{_mcore()} cannot build this model on {device} "
             f"({'Transformer Engine' if use_te else 'local'} spec): {error}"
         ) from error
+    if config.get(MODEL_PREFIX + "scale_embeddings"):
+        from mbx.mcore.sandwich import scale_embeddings
+
+        scale_embeddings(model, built.hidden_size)
     return model.to(device)
 
 
-def _gpt_parts(built: TransformerConfig, use_te: bool) -> tuple[type[nn.Module], dict[str, object]]:
+def _gpt_parts(
+    config: FlatConfig, built: TransformerConfig, use_te: bool
+) -> tuple[type[nn.Module], dict[str, object]]:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     from mbx.mcore.specs import gpt_block_spec, mtp_block_spec
 
-    block = gpt_block_spec(built, use_te=use_te)
+    base = config.get(MODEL_PREFIX + "rotary_base_local")
+    if base is not None and (isinstance(base, bool) or not isinstance(base, int | float)):
+        raise UsageError(f"model.rotary_base_local must be a number, got {base!r}")
+    block = gpt_block_spec(
+        built,
+        use_te=use_te,
+        post_layernorms=bool(config.get(MODEL_PREFIX + "post_layernorms")),
+        rotary_base_local=base,
+    )
     return GPTModel, {
         "transformer_layer_spec": block,
         "mtp_block_spec": mtp_block_spec(built, block, use_te=use_te),
     }
 
 
-def _hybrid_parts(_built: TransformerConfig, _use_te: bool) -> tuple[type[nn.Module], dict[str, object]]:
+def _hybrid_parts(
+    config: FlatConfig, _built: TransformerConfig, _use_te: bool
+) -> tuple[type[nn.Module], dict[str, object]]:
+    added = [f"`{MODEL_PREFIX}{name}`" for name in _SANDWICH if config.get(MODEL_PREFIX + name)]
+    if added:
+        raise UnsupportedError(f"{', '.join(added)}: hybrid models are built without")
     # The stack's module needs triton to import, so it stays behind the Transformer Engine check.
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
     from megatron.core.models.mamba.mamba_model import MambaModel

@@ -189,29 +189,24 @@ def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: b
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
     if not (hf_dir / "config.json").is_file():
         raise StorageError(f"`{hf_dir}` is not a Hugging Face checkpoint: it has no config.json")
-    progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         # output_loading_info turns the result into a pair, which its annotation does not say.
-        loaded = AutoModelForCausalLM.from_pretrained(
-            hf_dir,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with _silent_transformers():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                hf_dir,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(f"Transformers cannot build `{hf_dir}`: {error}") from error
     except (OSError, RuntimeError) as error:
         raise StorageError(f"Transformers cannot read `{hf_dir}`: {error}") from error
-    finally:
-        if progress:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model, report = cast("tuple[PreTrainedModel, Mapping[str, Collection[object]]]", loaded)
     # Transformers only warns when it invents weights; parity against invented weights would mean nothing.
     invented = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
@@ -222,6 +217,22 @@ def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: b
         )
     model.train(False)
     return model.to(device)  # type: ignore[arg-type, no-any-return]  # its stub takes no device
+
+
+@contextlib.contextmanager
+def _silent_transformers() -> Iterator[None]:
+    """No progress bars, and no list of tensors that a class leaves unread: the cover leg accounts for those."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _gather_vocab(logits: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ layers only. Checkpoints carry the Transformer Engine names, so the key maps her
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from converters.errors import UnsupportedError
@@ -17,8 +18,28 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def gpt_block_spec(config: TransformerConfig, *, use_te: bool) -> TransformerBlockSubmodules:
-    """Layer specs of this pipeline rank's decoder, dense and expert layers placed by `moe_layer_freq`."""
+def gpt_block_spec(
+    config: TransformerConfig, *, use_te: bool, post_layernorms: bool = False, rotary_base_local: float | None = None
+) -> TransformerBlockSubmodules:
+    """Layer specs of this pipeline rank's decoder, dense and expert layers placed by `moe_layer_freq`.
+
+    `post_layernorms` adds a norm behind attention and behind the MLP, `rotary_base_local` gives windowed layers a
+    rotary base of their own; Megatron Core has neither (`mbx.mcore.sandwich`).
+    """
+    block = _block_spec(config, use_te=use_te)
+    if post_layernorms or rotary_base_local is not None:
+        from mbx.mcore.sandwich import add_post_layernorms, use_two_bases
+
+        block.layer_specs = [deepcopy(layer) for layer in block.layer_specs]  # mcore repeats one spec object
+        for layer in block.layer_specs:
+            if post_layernorms:
+                add_post_layernorms(layer, block.layer_norm)
+            if rotary_base_local is not None:
+                use_two_bases(layer, rotary_base_local)
+    return block
+
+
+def _block_spec(config: TransformerConfig, *, use_te: bool) -> TransformerBlockSubmodules:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     if config.experimental_attention_variant is not None:

@@ -23,3 +23,24 @@ def export_hf(run_dir: Path, target: Path, *, dtype: str | None = None, overwrit
             f"`{found}` was trained without a Hugging Face folder", hint="mbx convert mcore-to-hf --hf-config DIR"
         )
     return run(plan_mcore_to_hf(found, target, Options(dtype=dtype, overwrite=overwrite))).target
+
+
+def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Path, str]:
+    """Write what a run trained, and say what it is: a model, a PEFT adapter, or (`merged`) the base with it."""
+    import json
+    import tempfile
+
+    from mbx.train.checkpoint import RECIPE
+    from mbx.train.peft import export_peft, merge_peft
+
+    found = latest(run_dir)
+    if found is None:
+        raise UsageError(f"`{run_dir}` holds no checkpoint to export")
+    recipe = json.loads((found / RECIPE).read_text(encoding="utf-8"))
+    if not recipe["lora"]["rank"]:
+        return export_hf(run_dir, target), "Hugging Face model"
+    if not merged:
+        return export_peft(run_dir, target), "PEFT adapter"
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = export_peft(run_dir, Path(folder) / "adapter")
+        return merge_peft(Path(recipe["model"]["path"]), adapter, target), "Hugging Face model, adapter merged in fp32"

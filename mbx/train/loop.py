@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import DeviceError, DifferenceError, StorageError, UsageError
+from converters.errors import DeviceError, DifferenceError, StorageError, UnsupportedError, UsageError
 from mbx.train import data as datasets
 from mbx.train import model as models
 from mbx.train.fp8 import check_fp8
@@ -153,6 +153,8 @@ def train(prepared: Prepared, *, live: bool = True, on_step: Callable[[Step], No
         log = Log(recipe, main=ranks.is_main, live=live)
         try:
             return _Trainer(prepared, log, on_step).run()
+        except _out_of_memory() as error:
+            raise _explain_memory(prepared, error) from error
         finally:
             log.close()
 
@@ -179,11 +181,13 @@ class _Trainer:
         if self.recipe.lora.rank:
             from mbx.train import lora
 
-            lora.attach(models.unwrap(network), self.recipe.lora, self.plan)
+            lora.attach(models.unwrap(network), self.recipe.lora, self.plan, self.recipe.train.seed)
             if prepared.start.how == "resume":  # the frozen base is in no checkpoint of an adapter run
                 log.message(start.load_weights(models.unwrap(network), self.plan, lora.base_of(self.recipe)))
             if self.recipe.lora.adapter and prepared.start.how != "resume":
-                lora.load_peft(models.unwrap(network), self.plan, Path(self.recipe.lora.adapter))
+                from mbx.train.peft import load_peft
+
+                load_peft(models.unwrap(network), self.plan, Path(self.recipe.lora.adapter))
 
         # 2. gradients, optimizer, schedules
         self.model: DistributedDataParallel = models.wrap(self.recipe, network, self.ranks)
@@ -219,8 +223,12 @@ class _Trainer:
 
     def run(self) -> Outcome:
         """Step to the end; save on the way, at the end, and on SIGTERM."""
+        import torch
+
         t, r = self.recipe.train, self.recipe.run
         first, losses, stopped = self.step, [], "finished"
+        if self.ranks.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         with _Stop() as stop:
             while self.step < t.steps:
                 figures = self._one_step()
@@ -233,11 +241,12 @@ class _Trainer:
                 if self._any(stop.asked):
                     stopped = "stopped by SIGTERM"
                     break
-                if r.save_every and self.step % r.save_every == 0 and self.step < t.steps:
+                if r.save and r.save_every and self.step % r.save_every == 0 and self.step < t.steps:
                     self._save()
-        if self.step > first or not losses:
+        if r.save:
             self._save()
-        self.log.message(f"{stopped} at step {self.step}; checkpoint in {self.recipe.run_dir}")
+        self.log.message(f"{stopped} at step {self.step}" + (f"; checkpoint in {r.dir}" if r.save else ""))
+        self._compare_memory()
         return Outcome(self.recipe.run_dir, first, tuple(losses), stopped)
 
     def _one_step(self) -> Step:
@@ -340,6 +349,25 @@ class _Trainer:
         self.model.train()
         return sum(losses) / len(losses)
 
+    def _compare_memory(self) -> None:
+        """Log predicted beside measured peak memory."""
+        import torch
+
+        from mbx.train.budget import GIB, predict
+
+        if self.ranks.device != "cuda":
+            return
+        try:
+            predicted = predict(self.recipe, self.plan, self.ranks.dp).total
+        except UnsupportedError as error:
+            self.log.message(error.fact)
+            return
+        measured = torch.cuda.max_memory_allocated()
+        self.log.note(kind="memory", predicted_bytes=predicted, measured_bytes=measured)
+        self.log.message(
+            f"peak memory {measured / GIB:.2f} GiB, predicted {predicted / GIB:.2f} ({predicted / measured - 1:+.1%})"
+        )
+
     def _check_loss(self, figures: Step) -> None:
         """Stop on a loss that is not finite, or that leaves the running mean behind."""
         loss, factor = figures.loss, self.recipe.train.spike_factor
@@ -421,6 +449,35 @@ def _to_device(rows: list[Row], ranks: Ranks, cp: int) -> Batch:
 
         batch = get_batch_on_this_cp_rank(batch)
     return batch | extra
+
+
+def _out_of_memory() -> type[BaseException]:
+    import torch
+
+    return torch.cuda.OutOfMemoryError
+
+
+def _explain_memory(prepared: Prepared, error: BaseException) -> DeviceError:
+    """An out-of-memory error as a fact: what was predicted, what is there, and what would help."""
+    import torch
+
+    from mbx.train.budget import GIB, lines, predict, suggestions
+
+    free, total = torch.cuda.mem_get_info()
+    reached = torch.cuda.max_memory_allocated()
+    budget = predict(prepared.recipe, prepared.plan, prepared.ranks.dp)
+    tips = suggestions(prepared.recipe, prepared.plan, prepared.ranks.dp)
+    if budget.total > total:
+        why = f"the budget of {budget.total / GIB:.1f} GiB exceeds this GPU: the batch or the model is too large for it"
+    elif total - free - torch.cuda.memory_reserved() > 2 * GIB:
+        why = f"{(total - free - torch.cuda.memory_reserved()) / GIB:.1f} GiB of this GPU are held by other processes"
+    else:
+        why = f"{reached / GIB:.1f} GiB were reached, the budget was {budget.total / GIB:.1f} GiB: a part outgrew it"
+    return DeviceError(
+        f"out of memory on a GPU of {total / GIB:.0f} GiB: {why}",
+        hint=f"{tips[0][0]} would save {tips[0][1] / GIB:.1f} GiB" if tips else None,
+        details=[*lines(budget, tips), str(error)],
+    )
 
 
 def _finalizer() -> Callable[..., None]:

@@ -51,6 +51,8 @@ def planned_ranks(recipe: Recipe) -> Ranks:
     te = recipe.run.kernels == "te" or (recipe.run.kernels == "auto" and device == "cuda" and has_te)
     if te and (device == "cpu" or not has_te):
         raise DeviceError("run.kernels is `te`: that needs a GPU and transformer_engine", hint="run.kernels=local")
+    if te:
+        import transformer_engine.pytorch  # noqa: F401  # before the first CUDA call: it loads its own cuDNN
     rank = int(os.environ.get("RANK", "0"))
     return Ranks(rank, world_size, local_rank, check_world(recipe, world_size), device, te)
 
@@ -62,8 +64,6 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if ranks.device == "cuda":
-            if ranks.te:
-                import transformer_engine.pytorch  # noqa: F401  # before the first CUDA call: it loads cuDNN
             torch.cuda.set_device(ranks.local_rank)
         else:
             from mbx.mcore.cpu import megatron_on_cpu

@@ -89,8 +89,9 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class Optim:
-    """Adam with decoupled weight decay, and the learning rate over steps."""
+    """Adam with decoupled weight decay (or plain SGD), and the learning rate over steps."""
 
+    optimizer: str = "adam"
     lr: float = 1e-5
     min_lr: float = 0.0
     schedule: str = "cosine"
@@ -139,9 +140,13 @@ class Fp8:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Where a run lives and what it leaves behind. `save_every` 0 saves at the end only; `keep` 0 keeps all."""
+    """Where a run lives and what it leaves behind.
+
+    `save`: whether it leaves checkpoints at all. `save_every` 0 saves at the end only; `keep` 0 keeps all.
+    """
 
     dir: str = "runs/{recipe}"
+    save: bool = True
     save_every: int = 0
     keep: int = 2
     save_optimizer: bool = True
@@ -192,6 +197,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.too_long": ("error", "drop", "truncate"),
     "train.precision": ("bf16", "fp16", "fp32"),
     "train.recompute": ("none", "selective", "full"),
+    "optim.optimizer": ("adam", "sgd"),
     "optim.schedule": ("cosine", "wsd", "linear", "constant"),
     "fp8.recipe": ("none", "delayed", "tensorwise", "blockwise", "mxfp8"),
     "fp8.format": ("hybrid", "e4m3"),
@@ -205,38 +211,51 @@ _POSITIVE = (
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    """Names of the shipped recipes: whole files, and every MODEL_METHOD of `model.MODEL` and `method.METHOD`."""
+    stems = [path.name.removesuffix(".toml") for path in FOLDER.glob("*.toml")]
+    whole = [stem for stem in stems if "." not in stem]
+    models = [stem.removeprefix("model.") for stem in stems if stem.startswith("model.")]
+    methods = [stem.removeprefix("method.") for stem in stems if stem.startswith("method.")]
+    return sorted(whole + [f"{model}_{method}" for model in models for method in methods])
 
 
-def recipe_text(name: str) -> str:
-    """TOML of a shipped recipe or of a `.toml` file of the user's; UsageError with near misses."""
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe `name` (shipped, or a `.toml` file) with `a.b=value` overrides; UsageError for what is wrong."""
+    raw = _raw(name)
+    for override in overrides:
+        _apply(raw, override)
+    raw.setdefault("name", Path(name).stem if name.endswith(".toml") else name)
+    return parse_recipe(raw)
+
+
+def _raw(name: str) -> dict[str, object]:
     if name.endswith(".toml"):
-        try:
-            return Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise StorageError(f"cannot read the recipe `{name}`: {error}") from error
-    path = FOLDER / f"{name}.toml"
+        return _toml(Path(name))
+    if (FOLDER / f"{name}.toml").is_file() and "." not in name:
+        return _toml(FOLDER / f"{name}.toml")
     if name not in recipe_names():
         close = get_close_matches(name, recipe_names(), n=3)
         raise UsageError(
             f"there is no recipe `{name}`",
             hint=f"did you mean {', '.join(close)}?" if close else "`mbx train --list` shows all",
         )
-    return path.read_text(encoding="utf-8")
+    model, _, method = name.rpartition("_")
+    how, what = _toml(FOLDER / f"method.{method}.toml"), _toml(FOLDER / f"model.{model}.toml")
+    merged: dict[str, object] = {"description": f"{what.pop('title')}: {how.pop('title')}"}
+    for key in (*how, *what):  # the model's file has the last word, field by field
+        first, last = how.get(key, {}), what.get(key, {})
+        assert isinstance(first, dict) and isinstance(last, dict)
+        merged[key] = {**first, **last}
+    return merged
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe `name` (shipped, or a `.toml` file) with `a.b=value` overrides; UsageError for what is wrong."""
-    text = recipe_text(name)
+def _toml(path: Path) -> dict[str, object]:
     try:
-        raw = tomllib.loads(text)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot read the recipe `{path}`: {error}") from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe `{name}`: {error}") from error
-    for override in overrides:
-        _apply(raw, override)
-    raw.setdefault("name", Path(name).stem)
-    return parse_recipe(raw)
+        raise UsageError(f"recipe `{path}`: {error}") from error
 
 
 def parse_recipe(raw: Mapping[str, object]) -> Recipe:

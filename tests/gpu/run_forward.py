@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,8 @@ def versions(device: str) -> dict[str, str]:
             continue
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        found["gpu"] = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]
+        if shutil.which(query[0]):
+            found["gpu"] = "".join(subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[:1])
     return found
 
 
@@ -78,9 +80,13 @@ def _number(value: object) -> str:
 
 
 def record(run: dict[str, Any]) -> None:
-    """Keep a run's figures as the measured ones of its device; families of an earlier run that were not in it stay."""
+    """Keep a run's figures as the measured ones of its device.
+
+    Families that were not in it stay from the run before, if that had the same versions of everything.
+    """
     kept = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
-    before = kept.get(run["device"], {}).get("families", {})
+    last = kept.get(run["device"], {})
+    before = last["families"] if last.get("versions") == run["versions"] else {}
     families = {name: compact(found, run["device"]) for name, found in run["families"].items()}
     kept[run["device"]] = {**run, "families": {**before, **families}}
     MEASURED.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +133,14 @@ def main() -> int:
     names = arguments.names or list(NAMES)
     deadline = time.monotonic() + arguments.limit_s
     families: dict[str, Any] = {}
-    say("family, table, cover, weights, forward; max|d| and KL against Transformers on cpu, max|d| against it on cuda;")
+    run = {
+        "device": arguments.device,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(arguments.device),
+        "families": families,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    say("family, table, cover, weights, forward; max|d| and KL against Transformers on cpu, max|d| to it on cuda;")
     say("max|d| of the control; keys: objects not written/not asked/tensors not written/not asked")
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = {name: pool.submit(run_family, name, arguments.device, arguments.tiny, deadline) for name in names}
@@ -136,14 +149,8 @@ def main() -> int:
             say(line(name, families[name]))
             for kind, figures in families[name].get("low_precision", {}).items():
                 say(f"    {kind}: {figures}")
-    run = {
-        "device": arguments.device,
-        "date": datetime.date.today().isoformat(),
-        "versions": versions(arguments.device),
-        "families": families,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "forward.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
+            # Written anew each time: whatever ends this process leaves the families before it.
+            (arguments.out / "forward.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
     if arguments.record:
         record(run)
     return 1 if any(found["status"] == "failed" for found in families.values()) else 0

@@ -16,6 +16,7 @@ from converters.errors import DeviceError, MbxError, StorageError, UsageError
 from converters.expr import Value
 from converters.layout import Layout
 from converters.spelling import canonical
+from fixtures.make_tiny import make
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.io.hf import read_config
 from mbx.mcore.parity import compare_forward, read_prompts
@@ -168,6 +169,31 @@ def test_a_missing_tensor_fails_every_leg_that_needs_it(tiny: Path, tmp_path: Pa
     assert statuses(report) == dict.fromkeys(("cover", "config", "weights", "forward"), "failed")
     assert "missing in the checkpoint: `output_layer.weight`" in leg(report, "cover").details
     assert "output_layer.weight" in " ".join([leg(report, "forward").summary, *leg(report, "forward").details])
+
+
+def test_a_head_that_is_declared_tied_and_is_not_fails_weights(tiny: Path, tmp_path: Path) -> None:
+    source = copy(tiny / NAME, tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    weights = load_file(source / "model.safetensors")
+    head = weights["lm_head.weight"]
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    target = convert(source, tmp_path / "mcore")
+    assert parity(source, target).passed
+    save_file({**weights, "lm_head.weight": head}, source / "model.safetensors", metadata={"format": "pt"})
+    found = leg(parity(source, target), "weights")
+    assert found.status == "failed"
+    assert found.details == ("`lm_head.weight` should repeat `model.embed_tokens.weight` in the folder, and does not",)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3_fp8", "gpt_oss_mxfp4"])
+def test_a_quantised_folder_is_compared_by_its_decoded_values(name: str, tmp_path: Path) -> None:
+    source = make(name, tmp_path / "hf")
+    target = convert(source, tmp_path / "mcore")
+    assert parity(source, target).passed
+    edit(target, "decoder.final_layernorm.weight", lambda bits, _: bits ^ 1)
+    assert statuses(parity(source, target))["weights"] == "failed"
 
 
 def test_an_extra_tensor_fails_cover(tiny: Path, good: Path, tmp_path: Path) -> None:

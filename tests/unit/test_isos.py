@@ -43,7 +43,25 @@ LONGROPE = st.fixed_dictionaries(
     {"rope_type": st.just("longrope"), "short_factor": st.lists(FACTORS), "long_factor": st.lists(FACTORS)}
 )
 
+MLA_YARN = st.fixed_dictionaries(
+    {
+        "rope_type": st.just("yarn"),
+        "factor": FACTORS,
+        "original_max_position_embeddings": LENGTHS,
+        "beta_fast": FACTORS,
+        "beta_slow": FACTORS,
+        "mscale": FACTORS,
+        "mscale_all_dim": FACTORS,
+    }
+)
+PATTERNS = st.text("M*-E", min_size=1, max_size=40)
+LIMITED = st.integers(1, 8).flatmap(lambda n: st.fixed_dictionaries({"n_group": st.just(n), "topk_group": st.just(1)}))
+
 GROUPS: dict[str, st.SearchStrategy[Mapping[str, Value]]] = {
+    "mla_rope": st.fixed_dictionaries({"rope_scaling": st.none() | MLA_YARN}),
+    "greedy_groups": st.just({"topk_method": "greedy", "n_group": 1, "topk_group": 1})
+    | LIMITED.map(lambda groups: {"topk_method": "group_limited_greedy", **groups}),
+    "hybrid": PATTERNS.map(lambda text: {"num_hidden_layers": len(text), "hybrid_override_pattern": text}),
     "rope": st.fixed_dictionaries({"rope_scaling": PLAIN}),
     "yarn": st.fixed_dictionaries({"rope_scaling": PLAIN | YARN}),
     "longrope": st.fixed_dictionaries({"rope_scaling": PLAIN})
@@ -129,3 +147,85 @@ def test_layer_patterns_that_a_config_leaves_out() -> None:
 def test_gemma_reads_the_legacy_name_of_its_activation() -> None:
     for hf in ({"hidden_act": "gelu"}, {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, {}):
         assert FIELDS["gelu_tanh"].to_mcore(hf) == {"activation_func": "gelu_tanh"}
+
+
+LAYERS = st.integers(1, 24)
+
+
+@given(LAYERS, st.integers(1, 6), st.data())
+def test_expert_layers_come_back_however_they_are_spelt(layers: int, step: int, data: st.DataObject) -> None:
+    only = data.draw(st.lists(st.integers(0, layers - 1), unique=True))
+    hf = {"num_hidden_layers": layers, "decoder_sparse_step": step, "mlp_only_layers": only}
+    fields = FIELDS["moe_layers"].to_mcore(hf)
+    back = FIELDS["moe_layers"].to_hf(fields)
+    again = FIELDS["moe_layers"].to_mcore({"num_hidden_layers": layers, **back})
+    held = [layer for layer in range(layers) if layer not in only and (layer + 1) % step == 0]
+    for freq in (fields["moe_layer_freq"], again["moe_layer_freq"]):
+        flags = [1] * layers if freq == 1 else freq
+        assert isinstance(flags, list) and [layer for layer, flag in enumerate(flags) if flag] == held
+
+
+@given(LAYERS, st.data())
+def test_dense_layers_first_come_back(layers: int, data: st.DataObject) -> None:
+    dense = data.draw(st.integers(0, layers))
+    flags = VALUE["first_dense"].to_mcore(dense, {"num_hidden_layers": layers})
+    assert flags == [0] * dense + [1] * (layers - dense)
+    assert VALUE["first_dense"].to_hf(flags, {}) == dense
+
+
+@given(st.integers(0, 4), st.integers(1, 4096))
+def test_shared_experts_come_back(count: int, width: int) -> None:
+    together = VALUE["shared_experts"].to_mcore(count, {"moe_intermediate_size": width})
+    assert together == (count * width or None)
+    assert VALUE["shared_experts"].to_hf(together, {"moe_ffn_hidden_size": width}) == count
+
+
+@given(st.integers(2, 8), st.integers(1, 5))
+def test_linear_layers_come_back_from_either_spelling(period: int, repeats: int) -> None:
+    fields = FIELDS["linear_layers"].to_mcore({"full_attention_interval": period})
+    back = FIELDS["linear_layers"].to_hf({**fields, "num_layers": period * repeats})
+    assert back["full_attention_interval"] == period
+    assert FIELDS["linear_layers"].to_mcore(back) == fields
+    assert FIELDS["linear_layers"].to_mcore({"layer_types": back["layer_types"]}) == fields
+
+
+@given(st.integers(1, 64), st.integers(1, 4))
+def test_rotary_dims_and_plain_attention_come_back(half: int, layers: int) -> None:
+    percent = VALUE["rotary_dim"].to_mcore(half, {"head_dim": 128})
+    assert VALUE["rotary_dim"].to_hf(percent, {"kv_channels": 128}) == half
+    assert VALUE["no_linear"].to_mcore([1] * layers, {}) is None
+    assert VALUE["no_linear"].to_hf(None, {"num_layers": layers}) == [1] * layers
+
+
+def test_both_spellings_of_a_hybrid_agree() -> None:
+    for kinds in (["mamba", "moe", "attention", "mlp"], ["linear_attention", "moe", "full_attention", "mlp"]):
+        fields = FIELDS["hybrid"].to_mcore({"layers_block_type": kinds})
+        assert fields == {"num_layers": 4, "model.hybrid_override_pattern": "ME*-"}
+
+
+@pytest.mark.parametrize(
+    ("name", "hf", "named"),
+    [
+        ("mla_rope", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3"),
+        ("mla_rope", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate"),
+        ("mla_rope", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "mscale"),
+        ("greedy_groups", {"topk_method": "noaux_tc"}, "noaux_tc"),
+        ("hybrid", {"hybrid_override_pattern": "M-", "num_hidden_layers": 3}, "num_hidden_layers"),
+        ("hybrid", {"layers_block_type": ["conv"]}, "conv"),
+        ("linear_layers", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
+        ("linear_layers", {}, "full_attention_interval"),
+        ("moe_layers", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+    ],
+)
+def test_expert_and_hybrid_groups_that_have_no_counterpart_are_refused(
+    name: str, hf: Mapping[str, Value], named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        FIELDS[name].to_mcore(hf)
+
+
+def test_dense_layers_in_between_are_no_first_dense_layers() -> None:
+    with pytest.raises(UsageError):
+        VALUE["first_dense"].to_hf([1, 0, 1], {})
+    with pytest.raises(UsageError):
+        VALUE["no_linear"].to_mcore([1, 0], {})

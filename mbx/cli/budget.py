@@ -1,0 +1,52 @@
+"""`mbx budget`: the memory a recipe needs on each rank, before anything runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.output import out
+
+EPILOG = epilog(
+    "mbx budget --recipe llama3_8b_lora",
+    "mbx budget --recipe llama3_8b_sft --world-size 8 parallel.tp=2 train.micro_batch=2",
+)
+
+
+def budget(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
+    recipe: Annotated[str, typer.Option("--recipe", metavar="NAME", help="A shipped recipe or a .toml file.")] = ...,  # type: ignore[assignment]
+    world_size: Annotated[
+        int | None, typer.Option("--world-size", metavar="N", help="Number of GPUs (default: tp x pp x cp).")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Predict the peak memory of a rank, by part, and what would lower it."""
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from mbx.train.budget import CONTEXT, lines, predict, suggestions
+    from mbx.train.model import blueprint
+    from mbx.train.recipe import check_world, load_recipe
+
+    chosen = load_recipe(recipe, overrides or ())
+    p = chosen.parallel
+    dp = check_world(chosen, world_size or p.tp * p.pp * p.cp)
+    plan = blueprint(chosen)
+    found = predict(chosen, plan, dp)
+    tips = suggestions(chosen, plan, dp)
+    out.result(
+        {
+            "recipe": chosen.name,
+            "stage": found.stage,
+            "parameters": found.counts.base,
+            "adapters": found.counts.adapters,
+            "bytes": dict(found.parts),
+            "total_bytes": found.total,
+            "context_bytes": CONTEXT,
+            "suggestions": [{"override": name, "saves_bytes": saved} for name, saved in tips],
+        },
+        lambda: lines(found, tips),
+    )

@@ -1,0 +1,114 @@
+"""Plans Megatron → Megatron conversions: another layout, another format, the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from converters.dialects.local import Spec
+from converters.dialects.torch_dist import stacks_layers
+from converters.errors import LayoutError, UsageError
+from converters.expr import Value
+from converters.layout import Layout
+from converters.reshard import plan_reshard
+from mbx.convert import Job, Options, padded_rows, place_megatron
+from mbx.io.architecture import known_config
+from mbx.io.checkpoint import McoreCheckpoint, open_any
+from mbx.io.commit import check_target
+from mbx.io.sidecars import megatron_sidecars
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def plan_mcore_to_mcore(
+    source: Path,
+    target: Path,
+    options: Options,
+    *,
+    vocab_divisor: int | None = None,
+    spec: Spec = "transformer_engine",
+) -> Job:
+    """Plan a change of layout (`options.layout`) and format (`options.format`); headers are read, nothing is written.
+
+    `vocab_divisor` is make-vocab-size-divisible-by, by default the source's own. `spec` chooses the names of a
+    legacy target. Raises LayoutError where the layout does not fit the model.
+    """
+    check_target(source, target, overwrite=options.overwrite)
+    if options.dtype is not None:
+        raise UsageError("a change of layout keeps every value: --dtype belongs to the other conversions")
+    opened = open_any(source)
+    config, notes = known_config(opened, options.mapping)
+    layout, rows = _vocabulary(opened, config, options.layout, vocab_divisor)
+    plan = plan_reshard(
+        opened.tensors,
+        config,
+        layout,
+        padded_vocab=rows,
+        objects=opened.objects,
+        notes=(*notes, *_notes(opened, config, rows)),
+    )
+    sidecars = megatron_sidecars(
+        config, layout, options.format, _iteration(opened), padded_rows(plan), origin=opened.args, spec=spec
+    )
+    placed = place_megatron(plan, options.format, sidecars)
+    sides = {
+        f"{sidecars.folder}/{folder}/{path.name}": path
+        for folder in ("hf", "tokenizer")
+        if (opened.iteration / folder).is_dir()
+        for path in sorted((opened.iteration / folder).iterdir())
+        if path.is_file()
+    }
+    return Job(
+        plan,
+        source,
+        target,
+        opened.iteration,
+        placed.tensors,
+        placed.file_sizes,
+        sides,
+        sidecars.texts,
+        options,
+        placed,
+        {},
+        sidecars,
+    )
+
+
+def _iteration(opened: McoreCheckpoint) -> int:
+    number = (opened.common or {}).get("iteration")
+    return number if isinstance(number, int) and not isinstance(number, bool) else 0
+
+
+def _vocabulary(
+    opened: McoreCheckpoint, config: Mapping[str, Value], layout: Layout, divisor: int | None
+) -> tuple[Layout, int | None]:
+    """The layout with the divisor that holds, and the embedding's rows under it; None where there is no embedding.
+
+    The source's own divisor holds by default, so that a layout and back gives the same rows.
+    """
+    embedding = opened.tensors.get(EMBEDDING)
+    if embedding is None:
+        return layout, None
+    stored, size = embedding.shape[0], config.get("model.vocab_size")
+    if isinstance(size, int) and size > stored:
+        raise LayoutError(f"the embedding has {stored} rows, and the config says vocab_size = {size}")
+    if divisor is None and opened.args is not None:
+        recorded = opened.args.get("make_vocab_size_divisible_by")
+        divisor = recorded if isinstance(recorded, int) and recorded > 0 else None
+    if divisor is None:
+        # Nothing says how the source was padded: its rows stay, up to the next that the ranks can share.
+        return layout, replace(layout, vocab_divisor=1).padded_vocab(stored)
+    layout = replace(layout, vocab_divisor=divisor)
+    return layout, layout.padded_vocab(size if isinstance(size, int) else stored)
+
+
+def _notes(opened: McoreCheckpoint, config: Mapping[str, Value], rows: int | None) -> list[str]:
+    notes = [f"not carried: {what}" for what in opened.left_out] or ["weights only"]
+    stored = opened.tensors[EMBEDDING].shape[0] if EMBEDDING in opened.tensors else None
+    if rows is not None and stored is not None and rows < stored:
+        notes.append(f"{stored - rows} padding rows behind the vocabulary are left out ({stored} → {rows})")
+    stacked = any(name.startswith("decoder.layers.") and not name.split(".")[2].isdigit() for name in opened.tensors)
+    if config.get("num_layers") and stacked != stacks_layers("gpt", config):
+        notes.append("layers stay " + ("stacked" if stacked else "apart") + ", as the source has them")
+    return notes

@@ -1,0 +1,171 @@
+"""The families of `test_families_moe.py`: which there are, their variants, and headers that reach every row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.tensors import Chunk, Shape, StoredTensor
+from fixtures.families import FAMILIES, Family
+from fixtures.headers import hub_headers
+from fixtures.index import Header
+from fixtures.make_tiny import make, tiny_config
+from mbx.io.safetensors import read_folder
+
+Case = tuple[Mapping[str, Any], Mapping[str, Header]]
+
+#: Families that Megatron Core runs on a CPU, and those that need a GPU or that it cannot run.
+ON_A_CPU = (
+    "qwen3_moe",
+    "gpt_oss",
+    "mixtral",
+    "qwen2_moe",
+    "deepseek_v2",
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "kimi_k2",
+    "moonlight",
+    "glm4_moe",
+    "glm4_moe_air",
+)
+UNSUPPORTED = ("olmoe", "minimax_m2")
+ELSEWHERE = (
+    "sarvam_moe",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "nemotron_h",
+    "nemotron_nano_v2",
+    "nemotron_nano_v3",
+)
+ALL = (*ON_A_CPU, *UNSUPPORTED, *ELSEWHERE)
+#: Families without a Transformers class, so without layout v5.
+REMOTE_CODE = ("kimi_k2", "sarvam_moe")
+LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
+
+#: Config keys over a family's: paths that its own tiny config does not take.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe_dense_layer": ("qwen3_moe", {"mlp_only_layers": [1]}),
+    "qwen3_moe_all_softmax": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen2_moe_dense_layer": ("qwen2_moe", {"decoder_sparse_step": 2}),
+    "mixtral_window": ("mixtral", {"sliding_window": 8}),
+    # Megatron Core ranks a group by its best topk // topk_group experts, Transformers by its best two.
+    "deepseek_v3_two_a_group": ("deepseek_v3", {"num_experts_per_tok": 4}),
+    "kimi_k2_by_class": ("kimi_k2", {"model_type": "deepseek_v3"}),
+    # Transformers norms latents with 1e-6 whatever rms_norm_eps is; Megatron Core has one epsilon.
+    "moonlight_one_epsilon": ("moonlight", {"rms_norm_eps": 1e-6}),
+    "moonlight_with_heads": ("moonlight", {"num_nextn_predict_layers": 1}),
+    "nemotron_latent": ("nemotron_nano_v3", {"moe_latent_size": 16}),
+}
+
+
+def family(name: str) -> Family:
+    """A tiny family, or a variant of one."""
+    if name not in VARIANTS:
+        return FAMILIES[name]
+    base, keys = VARIANTS[name]
+    return replace(FAMILIES[base], sizes={**FAMILIES[base].sizes, **keys})
+
+
+def made(name: str, out: Path, layout: str = "v4") -> Path:
+    """The tiny checkpoint of a family or variant, in two files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, name, family(name))
+        return make(name, out, layout="v5" if layout == "v5" else "v4", shards=2)
+
+
+def headers_of(name: str) -> Case:
+    """Config and hub headers of a family or variant."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, name, family(name))
+        config = tiny_config(name)
+    return config, hub_headers(config, repository=family(name).reference)
+
+
+def headers_in(folder: Path) -> dict[str, Header]:
+    """Headers of a written checkpoint."""
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in read_folder(folder).tensors.items()}
+
+
+def stored(headers: Mapping[str, tuple[str, Shape]]) -> dict[str, StoredTensor]:
+    """Tensors of these names, dtypes and shapes, each in one chunk of a file that does not exist."""
+    return {
+        name: StoredTensor(name, dtype, shape, (Chunk((0,) * len(shape), shape, "none", 0),))
+        for name, (dtype, shape) in headers.items()
+    }
+
+
+#: Cases of one table: they reach all its rows together.
+TABLES: dict[str, tuple[str, ...]] = {
+    "qwen3_moe": ("qwen3_moe", "qwen3_moe_dense_layer"),
+    "gpt_oss": ("gpt_oss",),
+    "mixtral": ("mixtral",),
+    "qwen2_moe": ("qwen2_moe", "qwen2_moe_dense_layer"),
+    "olmoe": ("olmoe",),
+    "deepseek_v2": ("deepseek_v2", "deepseek_v2_lite"),
+    "deepseek_v3": ("deepseek_v3", "moonlight_with_heads"),
+    "glm4_moe": ("glm4_moe", "glm4_moe_air"),
+    "minimax_m2": ("minimax_m2",),
+    "sarvam_moe": ("sarvam_moe",),
+    "qwen3_next": ("qwen3_next",),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
+    "nemotron_h": ("nemotron_nano_v3", "nemotron_h", "nemotron_latent"),
+}
+
+
+def fused(case: Case) -> Case:
+    """The case in layout v5's names: one tensor for all experts, and the prefixes of the class."""
+    config, headers = case
+    experts = next((config[k] for k in ("num_experts", "n_routed_experts", "num_local_experts") if k in config), 0)
+    renamed: dict[str, Header] = {}
+    for name, (dtype, shape) in headers.items():
+        name = name.replace("block_sparse_moe.", "mlp.").replace("backbone.", "model.")
+        prefix, _, tail = name.partition(".experts.")
+        number, _, matrix = tail.partition(".")
+        if not number.isdigit() or name.startswith(("mtp.", f"model.layers.{config['num_hidden_layers']}.")):
+            renamed[name] = (dtype, shape)
+        elif number == "0":
+            matrix = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(matrix[:2], matrix[: -len(".weight")])
+            if matrix == "gate_proj":
+                renamed[f"{prefix}.experts.gate_up_proj"] = (dtype, (experts, 2 * shape[0], *shape[1:]))
+            elif matrix == "down_proj" or config["model_type"] == "nemotron_h":
+                renamed[f"{prefix}.experts.{matrix}"] = (dtype, (experts, *shape))
+    return config, renamed
+
+
+def cases(table: str) -> list[Case]:
+    """Headers that reach every row of `table`: both layouts, a repeated head, buffers that are recomputed."""
+    found: list[Case] = []
+    for name in TABLES[table]:
+        plain = headers_of(name)
+        found.append(plain)
+        if table not in ("gpt_oss", "sarvam_moe", "qwen3_5") and "dense" not in name:
+            found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))
+    config, headers = found[0]
+    found.append(({**config, "tie_word_embeddings": True}, headers))
+    if table.startswith("deepseek"):
+        count = config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0)
+        buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": ("F32", (2,)) for n in range(count)}
+        found.append((config, {**headers, **buffers}))
+    return found
+
+
+def per_expert(case: Case) -> Case:
+    """The case with every expert in tensors of its own."""
+    config, headers = case
+    split: dict[str, Header] = {}
+    for name, (dtype, shape) in headers.items():
+        prefix, _, matrix = name.rpartition(".")
+        if matrix not in ("gate_up_proj", "down_proj"):
+            split[name] = (dtype, shape)
+            continue
+        for expert in range(shape[0]):
+            halves = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else ("down_proj",)
+            rows = shape[1] // len(halves)
+            split |= {f"{prefix}.{expert}.{half}.weight": (dtype, (rows, *shape[2:])) for half in halves}
+    return config, split

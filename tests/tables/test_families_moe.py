@@ -1,0 +1,404 @@
+"""Families with experts and hybrids: exact cover, byte-identical round trips, pinned names, and equal logits.
+
+`python tests/tables/test_families_moe.py` writes `fixtures/golden/mcore/` again.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)] if __name__ == "__main__" else [str(Path(__file__).parent)]
+
+from _moe_cases import (  # noqa: E402
+    ALL,
+    LAYOUTS,
+    TABLES,
+    UNSUPPORTED,
+    Case,
+    cases,
+    family,
+    headers_in,
+    headers_of,
+    made,
+    stored,
+)
+
+from converters.decode import decoded_view  # noqa: E402
+from converters.errors import CoverageError, MbxError  # noqa: E402
+from converters.exporter import plan_export  # noqa: E402
+from converters.expr import Value  # noqa: E402
+from converters.importer import plan_import  # noqa: E402
+from converters.layout import Layout  # noqa: E402
+from converters.plan import Plan  # noqa: E402
+from converters.table import RowSpec, Table  # noqa: E402
+from fixtures.index import Header, load_index  # noqa: E402
+from mappings import table_text  # noqa: E402
+from mbx.convert import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf  # noqa: E402
+from mbx.execution import run  # noqa: E402
+from mbx.io.hf import MANIFEST  # noqa: E402
+from mbx.mcore.build import build_model, transformer_config  # noqa: E402
+from mbx.mcore.cpu import megatron_on_cpu, process_group  # noqa: E402
+from mbx.mcore.forward import compare_logits, hf_logits, mcore_logits  # noqa: E402
+from mbx.mcore.load import load_torch_dist  # noqa: E402
+from mbx.registry import shipped, table_for  # noqa: E402
+
+GOLDEN = ROOT / "fixtures" / "golden" / "mcore"
+#: Plans of more than 70,000 tensors take longer than a default test may.
+LARGE = ("DeepSeek-V3", "Kimi-K2-Instruct", "MiniMax-M2", "Qwen3-Next-80B-A3B-Instruct")
+FULL_SIZE = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
+    for name in sorted({family(name).reference for name in ALL})
+]
+#: Largest difference of two fp32 logits that rounding explains, and the least that a wrong mapping must make.
+FORWARD_TOLERANCE = 1e-4
+DEFECT = 1e-2
+
+Fields = Mapping[str, Value]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A tiny checkpoint by family and layout, made once."""
+    root = tmp_path_factory.mktemp("families")
+    return cache(lambda name, layout="v4": made(name, root / name / layout, layout))
+
+
+def imported(source: Path, target: Path, *, tp: int = 1, mapping: str | None = None) -> Job:
+    job = plan_hf_to_mcore(source, target, Options(sync=False, layout=Layout(tp=tp), mapping=mapping))
+    run(job)
+    return job
+
+
+def dcp_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Tensors and object names of a torch_dist folder by torch's own reader."""
+    reader = dcp.FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in entries.items() if hasattr(e, "size")}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors, set(entries) - set(tensors)
+
+
+def same_files(left: Path, right: Path) -> None:
+    names = {path.name for path in left.iterdir()}
+    assert names == {path.name for path in right.iterdir()} - {MANIFEST}
+    assert filecmp.cmpfiles(left, right, names, shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_round_trip_is_byte_identical(
+    checkpoint: Callable[..., Path], tmp_path: Path, name: str, layout: str, tp: int
+) -> None:
+    source = checkpoint(name, layout)
+    imported(source, tmp_path / "mcore", tp=tp)
+    run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", Options(sync=False)))
+    same_files(source, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_both_directions_equal_the_peers_files(peers: Path, tmp_path: Path, name: str) -> None:
+    source, theirs = peers / name / "hf", peers / name / "mcore"
+    imported(source, tmp_path / "mcore")
+    ours, our_objects = dcp_tensors(tmp_path / "mcore" / "iter_0000000")
+    other, their_objects = dcp_tensors(theirs / "iter_0000000")
+    assert our_objects == their_objects
+    assert {n: (t.dtype, t.shape) for n, t in ours.items()} == {n: (t.dtype, t.shape) for n, t in other.items()}
+    assert [n for n in ours if not torch.equal(ours[n], other[n])] == []
+    run(plan_mcore_to_hf(theirs, tmp_path / "hf", Options(sync=False), hf_config=source))
+    same_files(source, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("reference", FULL_SIZE)
+def test_table_covers_the_full_size_model(reference: str) -> None:
+    config, headers = load_index(reference)
+    plan = plan_headers(table_for(config), (config, headers))
+    decoded, _ = decoded_view(stored(headers), config.get("quantization_config"))
+    assert plan.ledger.consumed == len(decoded)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_export_without_a_record_spells_names_as_the_hub_does(name: str) -> None:
+    config, headers = headers_of(name)
+    plan = plan_headers(table_for(config), (config, headers))
+    back = plan_export(plan.table, plan.config, stored({d.name: (d.dtype, d.shape) for d in plan.drafts}))
+    expected = {n: shape for n, (_, shape) in headers.items() if n not in plan.ledger.repeated}
+    assert {draft.name: draft.shape for draft in back.drafts} == expected
+    # Only Megatron Core's fp32 router bias is wider than a bf16 source.
+    widened = [d.name for d in back.drafts if d.dtype != headers[d.name][0]]
+    assert all(n.endswith(("expert_bias", "e_score_correction_bias")) for n in widened)
+
+
+def plan_headers(table: Table, case: Case, dtype: str | None = None) -> Plan:
+    config, headers = case
+    return plan_import(table, config, stored(headers), Layout(), dtype=dtype)
+
+
+def refused(table: Table, tried: list[Case]) -> bool:
+    for case in tried:
+        try:
+            plan_headers(table, case)
+        except CoverageError:
+            return True
+    return False
+
+
+def with_row(table: Table, block: str, at: int, row: tuple[RowSpec, ...]) -> Table:
+    rows = table.blocks[block]
+    return replace(table, blocks={**table.blocks, block: (*rows[:at], *([row] if row else []), *rows[at + 1 :])})
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_is_needed_and_every_name_is_checked(name: str) -> None:
+    tried = cases(name)
+    table = shipped(name)
+    for case in tried:
+        plan_headers(table, case)
+    for block, rows in table.blocks.items():
+        for at, alternatives in enumerate(rows):
+            assert refused(with_row(table, block, at, ()), tried), f"{block} row {at} can be dropped"
+            for which, spec in enumerate(alternatives):
+                for hf in spec.hf:
+                    misspelt = replace(spec, hf=tuple(f"{n}x" if n == hf else n for n in spec.hf))
+                    row = (*alternatives[:which], misspelt, *alternatives[which + 1 :])
+                    assert refused(with_row(table, block, at, row), tried), f"`{hf}` can be misspelt"
+
+
+def golden(source: Path, work: Path) -> str:
+    """Keys, shapes and dtypes of the written checkpoint, by torch's own reader, and its opaque objects."""
+    imported(source, work)
+    entries = dcp.FileSystemReader(work / "iter_0000000").read_metadata().state_dict_metadata
+    lines = []
+    for key in sorted(entries):
+        entry = entries[key]
+        if hasattr(entry, "size"):
+            lines.append(f"{key} {list(entry.size)} {str(entry.properties.dtype).removeprefix('torch.')}")
+        else:
+            lines.append(f"{key} object")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_megatron_core_names_are_the_pinned_ones(checkpoint: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    assert golden(checkpoint(name), tmp_path / "mcore") == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_config_survives_the_cycle_and_megatron_core_knows_every_field(
+    checkpoint: Callable[..., Path], name: str, layout: str
+) -> None:
+    import json
+
+    config = json.loads((checkpoint(name, layout) / "config.json").read_text(encoding="utf-8"))
+    table = table_for(config)
+    fields = table.config.to_mcore(config)
+    assert table.config.to_mcore(table.config.to_hf(fields)) == fields
+    if name not in UNSUPPORTED:
+        transformer_config(fields)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_megatron_core_cannot_run_says_so_and_converts(name: str) -> None:
+    case = headers_of(name)
+    table = table_for(case[0])
+    assert table.unsupported.endswith(".")
+    assert plan_headers(table, case).drafts
+
+
+def test_a_cast_spares_state_space_parameters_and_the_router_bias() -> None:
+    for name, spared in (("qwen3_next", ("A_log", "dt_bias")), ("nemotron_nano_v3", ("A_log", "dt_bias", "mixer.D"))):
+        case = headers_of(name)
+        dtypes = {d.name: d.dtype for d in plan_headers(table_for(case[0]), case, dtype="F16").drafts}
+        for key, dtype in dtypes.items():
+            expected = "BF16" if key.endswith(spared) else "F32" if key.endswith("expert_bias") else "F16"
+            assert dtype == expected, key
+
+
+def test_a_prediction_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = made("deepseek_v3", tmp_path / "hf")
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors:
+            if name.endswith("shared_head.head.weight"):
+                tensors[name][3, 5] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CoverageError, match=r"shared_head\.head\.weight` should repeat `lm_head\.weight`"):
+        imported(source, tmp_path / "mcore")
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_moe_text"])
+def test_prediction_layers_may_be_absent_but_not_torn(checkpoint: Callable[..., Path], name: str) -> None:
+    config, headers = headers_of(name)
+    last = f"model.layers.{config['num_hidden_layers']}."
+    without = {n: h for n, h in headers.items() if not n.startswith(("mtp.", last))}
+    assert len(without) < len(headers)
+    keys = {draft.name for draft in plan_headers(table_for(config), (config, without)).drafts}
+    assert not any(key.startswith("mtp.") for key in keys)
+    torn = {n: h for n, h in headers.items() if not n.endswith(".experts.3.up_proj.weight") or n in without}
+    assert len(torn) < len(headers)
+    with pytest.raises(CoverageError):
+        plan_headers(table_for(config), (config, torn))
+
+
+def logits_differ(source: Path, work: Path, edits: Fields, mapping: str | None = None) -> float:
+    """Largest difference of logits, with `edits` over the Megatron Core config."""
+    job = imported(source, work / "mcore", mapping=mapping)
+    config = {**job.plan.config, **edits}
+    if not any(draft.name.startswith("mtp.") for draft in job.plan.drafts):
+        config["mtp_num_layers"] = None
+    vocab = int(str(config["model.vocab_size"]))
+    ids = torch.randint(0, vocab, (2, 24), generator=torch.Generator().manual_seed(0))
+    expected = hf_logits(source, ids)
+    assert expected.std() > 0.5  # not a comparison of two flat outputs
+    with megatron_on_cpu(), process_group():
+        model = build_model(config)
+        load_torch_dist(model, job.target / "iter_0000000")
+        diff = compare_logits(expected, mcore_logits(model, ids, vocab_size=vocab))
+    assert not diff.has_nan
+    return diff.max_abs
+
+
+FORWARD = [
+    ("qwen3_moe", "v4"),
+    ("qwen3_moe", "v5"),
+    ("qwen3_moe_dense_layer", "v4"),
+    ("qwen3_moe_all_softmax", "v4"),
+    ("gpt_oss", "v4"),
+    ("mixtral", "v4"),
+    ("mixtral", "v5"),
+    ("mixtral_window", "v4"),
+    ("qwen2_moe", "v4"),
+    ("qwen2_moe_dense_layer", "v4"),
+    ("deepseek_v2", "v4"),
+    ("deepseek_v2_lite", "v5"),
+    ("deepseek_v3_two_a_group", "v4"),
+    ("kimi_k2_by_class", "v4"),
+    ("moonlight_one_epsilon", "v4"),
+    ("glm4_moe", "v4"),
+    ("glm4_moe_air", "v5"),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), FORWARD)
+def test_logits_are_those_of_transformers(
+    checkpoint: Callable[..., Path], tmp_path: Path, name: str, layout: str
+) -> None:
+    assert logits_differ(checkpoint(name, layout), tmp_path, {}) <= FORWARD_TOLERANCE
+
+
+EXPERTS = (
+    '"mlp.experts.{E}.gate_proj.weight", "mlp.experts.{E}.up_proj.weight"',
+    '"mlp.experts.{E}.up_proj.weight", "mlp.experts.{E}.gate_proj.weight"',
+)
+SHARED = (
+    '"mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight"',
+    '"mlp.shared_experts.up_proj.weight", "mlp.shared_experts.gate_proj.weight"',
+)
+W1_W3 = (
+    '"block_sparse_moe.experts.{E}.w1.weight", "block_sparse_moe.experts.{E}.w3.weight"',
+    '"block_sparse_moe.experts.{E}.w3.weight", "block_sparse_moe.experts.{E}.w1.weight"',
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "wrong"),
+    [
+        ("qwen3_moe", "v4", EXPERTS),
+        ("qwen3_moe", "v5", ("glu_fused", "glu_zip")),
+        ("gpt_oss", "v4", ("glu_zip", "glu_fused")),
+        ("mixtral", "v4", W1_W3),
+        (
+            "qwen2_moe",
+            "v4",
+            ('"self_attn.k_proj.bias", "self_attn.v_proj', '"self_attn.v_proj.bias", "self_attn.k_proj'),
+        ),
+        ("deepseek_v2", "v4", SHARED),
+        ("glm4_moe", "v4", SHARED),
+    ],
+)
+def test_a_wrong_row_passes_every_check_but_the_forward_one(
+    checkpoint: Callable[..., Path], tmp_path: Path, name: str, layout: str, wrong: tuple[str, str]
+) -> None:
+    text = table_text(name)
+    assert wrong[0] in text
+    (tmp_path / "wrong.toml").write_text(text.replace(*wrong), encoding="utf-8")
+    assert logits_differ(checkpoint(name, layout), tmp_path, {}, str(tmp_path / "wrong.toml")) > DEFECT
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("qwen3_moe", {"moe_router_pre_softmax": True}),
+        ("gpt_oss", {"window_attn_skip_freq": 3}),
+        ("gpt_oss", {"glu_linear_offset": 0.0}),
+        ("mixtral_window", {"window_size": [8, 0]}),
+        ("deepseek_v2", {"mscale_all_dim": 0.0}),
+        ("deepseek_v2", {"moe_router_topk_scaling_factor": 1.0}),
+        ("glm4_moe", {"model.rotary_percent": 1.0}),
+        # The two known limits of Megatron Core's latent attention models, each seen by the check.
+        ("deepseek_v3", {}),
+        ("moonlight", {}),
+    ],
+)
+def test_a_wrong_config_field_fails_the_forward_check(
+    checkpoint: Callable[..., Path], tmp_path: Path, name: str, wrong: Fields
+) -> None:
+    limit = FORWARD_TOLERANCE if name == "moonlight" else DEFECT
+    assert logits_differ(checkpoint(name), tmp_path, wrong) > limit
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("qwen3_moe", "attention_bias", True),
+        ("qwen3_moe", "use_sliding_window", True),
+        ("gpt_oss", "swiglu_alpha", 1.0),
+        ("deepseek_v2", "topk_method", "noaux_tc"),
+        ("deepseek_v3", "scoring_func", "softmax"),
+        ("deepseek_v3", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("glm4_moe", "norm_topk_prob", False),
+        ("minimax_m2", "attn_type_list", [1, 0, 1, 1]),
+        ("qwen3_next", "layer_types", ["full_attention", "linear_attention"] * 2),
+        ("nemotron_h", "hybrid_override_pattern", "M-M*X*-M"),
+        ("nemotron_nano_v3", "n_shared_experts", 2),
+        ("mixtral", "unheard_of", 1),
+    ],
+)
+def test_a_config_the_table_does_not_cover_is_refused(name: str, key: str, value: Value) -> None:
+    config, headers = headers_of(name)
+    with pytest.raises(MbxError, match=key):
+        plan_headers(table_for(config), ({**config, key: value}, headers))
+
+
+def test_headers_of_layout_v5_are_those_that_transformers_writes(checkpoint: Callable[..., Path]) -> None:
+    from _moe_cases import fused
+
+    for name in ("mixtral", "qwen3_moe", "minimax_m2", "nemotron_nano_v3"):
+        written: dict[str, Header] = headers_in(checkpoint(name, "v5"))
+        assert {n: shape for n, (_, shape) in fused(headers_of(name))[1].items()} == {
+            n: shape for n, (_, shape) in written.items()
+        }
+
+
+def main() -> None:
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for name in ALL:
+        with tempfile.TemporaryDirectory() as work:
+            source = made(name, Path(work) / "hf")
+            (GOLDEN / f"{name}.txt").write_text(golden(source, Path(work) / "mcore"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A run that is killed or stopped, and continued, has the losses of one that was not."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from _runs import Raw, raw, run_here, start_world
+
+from converters.errors import StorageError, UsageError
+from mbx.train.log import METRICS
+
+
+def recipe(run_dir: Path) -> Raw:
+    return raw(
+        run_dir,
+        train={"steps": 8, "deterministic": True, "micro_batch": 2, "global_batch": 4},
+        model={"config": {"attention_dropout": 0.1, "hidden_dropout": 0.1}},
+        run={"save_every": 3},
+    )
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "step"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return run_here(recipe(tmp_path_factory.mktemp("whole") / "run"))
+
+
+def test_resume_after_kill(tmp_path: Path, whole: list[float]) -> None:
+    run = tmp_path / "run"
+    (killed,) = start_world(1, [{"recipe": recipe(run), "kill_at": 5}], tmp_path / "first.json")
+    assert killed.wait(timeout=120) == -signal.SIGKILL
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "3"
+    (run / "iter_0000006").mkdir()  # what a kill during the next save would leave: the tracker does not name it
+    (run / "iter_0000006" / "__0_0.distcp").write_bytes(b"half")
+    assert run_here(recipe(run), resume=True) == whole[3:]
+
+
+def test_sigterm_saves_and_resumes(tmp_path: Path, whole: list[float]) -> None:
+    run = tmp_path / "run"
+    (stopped,) = start_world(1, [{"recipe": recipe(run), "stop_at": 4}], tmp_path / "first.json")
+    assert stopped.wait(timeout=120) == 0
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert run_here(recipe(run), resume=True) == whole[4:]
+    assert losses(run) == dict(enumerate(whole, 1))
+
+
+def test_adapters_resume(tmp_path: Path) -> None:
+    def lora(run: Path) -> Raw:
+        return {**recipe(run), "lora": {"rank": 4, "dropout": 0.1}}
+
+    expected = run_here(lora(tmp_path / "whole"))
+    first = lora(tmp_path / "run")
+    (killed,) = start_world(1, [{"recipe": first, "kill_at": 4}], tmp_path / "first.json")
+    assert killed.wait(timeout=120) == -signal.SIGKILL
+    assert run_here(first, resume=True) == expected[3:]
+    saved = (tmp_path / "run" / "iter_0000008").stat()
+    assert saved.st_size >= 0
+    from mbx.io.torch_dist import open_torch_dist
+
+    names = open_torch_dist(tmp_path / "run").dcp.tensors
+    assert {name for name in names if not name.startswith("optimizer")} == {
+        name for name in names if ".lora_" in name and not name.startswith("optimizer")
+    }, "an adapter run's checkpoint holds adapters only"
+
+
+def test_a_changed_recipe_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = recipe(run)
+    first["train"]["steps"] = 1
+    run_here(first)
+    with pytest.raises(UsageError, match=r"train\.global_batch"):
+        run_here({**first, "train": {**first["train"], "global_batch": 8}}, resume=True)
+
+
+def test_where_a_run_starts(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(StorageError, match="no checkpoint"):
+        run_here(recipe(run), resume=True)
+    with pytest.raises(UsageError, match="one of them"):
+        run_here(recipe(run), resume=True, init_from="x")
+    with pytest.raises(StorageError, match="does not exist"):
+        run_here(recipe(run), init_from=str(tmp_path / "nowhere"))
+    run.mkdir()
+    (run / "something").write_text("")
+    with pytest.raises(UsageError, match="not empty"):
+        run_here(recipe(run))
+
+
+def test_only_the_last_checkpoints_stay(tmp_path: Path) -> None:
+    job = recipe(tmp_path / "run")
+    job["run"] = {**job["run"], "save_every": 1, "keep": 2}
+    job["train"] = {**job["train"], "steps": 4}
+    run_here(job)
+    assert sorted(p.name for p in (tmp_path / "run").glob("iter_*")) == ["iter_0000003", "iter_0000004"]
