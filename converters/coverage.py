@@ -20,6 +20,10 @@ class Waivers:
     unused: tuple[str, ...] = ()
 
 
+#: Nothing may lack and nothing may be left over.
+NO_WAIVERS = Waivers()
+
+
 @dataclass(frozen=True, slots=True)
 class Ledger:
     """What a plan consumes and produces.

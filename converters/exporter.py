@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converters.config_map import environment
-from converters.coverage import Ledger, Waivers, reject_twice, settle
+from converters.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, settle
 from converters.dialects import torch_dist
 from converters.errors import CoverageError
 from converters.expr import Value
 from converters.layout import Layout
 from converters.ops import Dims, Form
 from converters.pack import Pack, Slot
-from converters.plan import Draft, Entry, Plan, Unit, row_form
+from converters.plan import Draft, Entry, Plan, Unit, row_form, with_heads_present
 from converters.regions import Move, Region, matrix
 from converters.shapes import check_shape
 from converters.table import Row, Table
@@ -37,7 +37,7 @@ def plan_export(
     recorded: Mapping[str, HfTensor] | None = None,
     kept: Mapping[str, StoredTensor] | None = None,
     dtype: str | None = None,
-    waivers: Waivers = Waivers(),
+    waivers: Waivers = NO_WAIVERS,
 ) -> Plan:
     """Plan that turns `sources` (torch_dist keys) into Hugging Face tensors.
 
@@ -48,7 +48,7 @@ def plan_export(
     """
     env = environment(config)
     dims = table.dims_at(env)
-    rows = [row for row in table.expand(env, recorded) if not row.spec.drop]
+    rows = [row for row in table.expand(env, recorded, sources) if not row.spec.drop]
     planner = _Exporter(table, config, env, dims, sources, recorded or {}, dtype)
     located = {id(row): planner.locate(row) for row in rows if row.same_as is None}
     wanted = [home.key for homes in located.values() for home in homes]
@@ -68,7 +68,7 @@ def plan_export(
     return Plan(
         direction="mcore-to-hf",
         table=table,
-        config=config,
+        config=with_heads_present(config, rows),
         layout=Layout(),
         sources={**{name: t for name, t in sources.items() if name not in unused}, **(kept or {})},
         drafts=drafts,

@@ -69,6 +69,7 @@ def evaluate_int(expression: str | int, env: Env) -> int:
     return value
 
 
+@lru_cache(maxsize=4096)
 def names(expression: str | int | float | bool) -> frozenset[str]:
     """Names an expression refers to."""
     if not isinstance(expression, str):

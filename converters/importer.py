@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from converters.config_map import environment
-from converters.coverage import Ledger, Waivers, reject_twice, settle
+from converters.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, settle
 from converters.decode import decoded_view
 from converters.dialects import torch_dist
 from converters.errors import CoverageError
@@ -18,7 +18,7 @@ from converters.layout import check as check_layout
 from converters.ops import Dims, Form
 from converters.pack import Slot
 from converters.placing import place_boxes
-from converters.plan import STORABLE, Draft, Entry, Plan, Unit, row_form, target_dtype
+from converters.plan import STORABLE, Draft, Entry, Plan, Unit, row_form, target_dtype, with_heads_present
 from converters.regions import Move, Region, matrix
 from converters.shapes import check_shape
 from converters.spelling import canonical
@@ -45,7 +45,7 @@ def plan_import(
     layout: Layout,
     *,
     dtype: str | None = None,
-    waivers: Waivers = Waivers(),
+    waivers: Waivers = NO_WAIVERS,
     allow_unused_keys: tuple[str, ...] = (),
 ) -> Plan:
     """Plan that turns `stored` (Hugging Face names, quantised or not) into a torch_dist checkpoint under `layout`.
@@ -69,7 +69,7 @@ def plan_import(
     return Plan(
         direction="hf-to-mcore",
         table=table,
-        config=config,
+        config=with_heads_present(config, rows),
         layout=layout,
         sources={name: tensor for name, tensor in sources.items() if name not in unused},
         drafts=planner.drafts(),
@@ -160,7 +160,8 @@ class _Importer:
         if row.spec.stacked:
             if not shape or shape[0] != self.num_experts:
                 raise CoverageError(
-                    f"`{tensor.name}` has shape {list(shape)}; its first dimension should be {self.num_experts} experts"
+                    f"`{tensor.name}` has shape {list(shape)}; its first dimension should be {self.num_experts}, "
+                    "one entry an expert"
                 )
             shape = shape[1:]
         if row.spec.transpose:
@@ -210,8 +211,7 @@ class _Importer:
                 slot = slots[atom] if home.atoms is None else _alone(fm.atoms[atom])
                 moves.append(Move(source[atom], Region(home.key, home.index, slot, fold=fold)))
             entries.append(Entry(home.key, home.index, fold))
-            if (state := torch_dist.extra_state(row, home)) is not None:
-                self.objects.append(state)
+            self.objects += torch_dist.extra_states(row, home, self.table.family)
         self.units.append(Unit(row.mcore, tuple(moves), tuple(entries), row.spec.shift))
 
     def _announce(self, row: Row, home: torch_dist.Home, dtype: str, shape: Shape, fm: Form) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from converters.coverage import Ledger
@@ -96,6 +96,12 @@ def target_dtype(row: Row, source: str, requested: str | None) -> str:
     if row.spec.dtype is not None:
         return row.spec.dtype
     return source if requested is None or row.spec.keep_dtype else requested
+
+
+def with_heads_present(config: Mapping[str, Value], rows: Sequence[Row]) -> dict[str, Value]:
+    """`config` without multi-token-prediction layers that it announces and the checkpoint does not hold."""
+    held = any(row.site.startswith("mtp.") for row in rows)
+    return dict(config) if held or "mtp_num_layers" not in config else {**config, "mtp_num_layers": None}
 
 
 def requested_dtype(name: str | None) -> str | None:

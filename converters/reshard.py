@@ -8,7 +8,7 @@ from itertools import product
 from converters.coverage import Ledger
 from converters.dialects.cuts import VOCAB, cuts_of, form_of
 from converters.dialects.keys import parse_key
-from converters.dialects.torch_dist import extra_state_of
+from converters.dialects.torch_dist import extra_states_of
 from converters.errors import LayoutError
 from converters.expr import Value
 from converters.layout import Layout, RankMap
@@ -52,8 +52,7 @@ def plan_reshard(
         for index in product(*map(range, stack)):
             move = Move(Region(key, index, slot), Region(key, index, slot))
             units.append(Unit(key, (move,), (Entry(key, index),)))
-            if (state := extra_state_of(key, index, stack)) is not None:
-                states.append(state)
+            states += extra_states_of(key, index, stack, hybrid="decoder.final_norm.weight" in sources)
     return Plan(
         direction="reshard",
         table=None,

@@ -29,7 +29,7 @@ _TOP_KEYS = frozenset(
     "model_types architectures mcore notes unsupported experts gamma config dims sites when rows codecs".split()
 )
 _ROW_KEYS = frozenset("transpose hf_gamma dtype keep_dtype when optional same_as drop hf".split())
-_SITE_KEYS = frozenset("hf mcore first n rows".split())
+_SITE_KEYS = frozenset("hf mcore first n rows optional".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,10 @@ class RowSpec:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place where blocks of rows repeat: `n` times from layer `first` on."""
+    """A place where blocks of rows repeat: `n` times from layer `first` on.
+
+    An `optional` one exists where the checkpoint holds any tensor below its prefix, and then whole.
+    """
 
     name: str
     hf: str
@@ -69,6 +72,7 @@ class Site:
     first: str | int
     n: str | int
     blocks: tuple[str, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +137,12 @@ class Table:
         """Decoder layers of the model."""
         return evaluate_int("num_layers", env)
 
-    def expand(self, env: Env, present: Collection[str] | None) -> Iterator[Row]:
+    def expand(self, env: Env, present: Collection[str] | None, keys: Collection[str] | None = None) -> Iterator[Row]:
         """Every row of the model that `env` describes.
 
         `present` are the Hugging Face tensor names of the checkpoint, which decide between alternative
-        spellings of a row and whether optional rows exist; without it the first alternative holds.
+        spellings of a row and whether optional rows and sites exist; without it the first alternative holds, and
+        the Megatron Core names `keys`, where given, say whether an optional site exists.
         """
         experts = self.num_experts(env)
         for site in self.sites:
@@ -149,6 +154,9 @@ class Table:
                 here: dict[str, Value] = {**env, "L": first + i, "I": i}
                 number = {"{L}": str(first + i), "{I}": str(i)}
                 hf_prefix = _fill(site.hf, number)
+                names, prefix = (keys, _fill(site.mcore, number)) if present is None else (present, hf_prefix)
+                if site.optional and names is not None and not any(name.startswith(prefix) for name in names):
+                    continue
                 for block in site.blocks:
                     if block in self.when and not evaluate(self.when[block], here):
                         continue
@@ -305,7 +313,15 @@ class _Parser:
             if block not in blocks:
                 self.fail(place, f"block `{block}` has no [rows.{block}]")
         bounds = self.numbers(place, {"first": spec.get("first", 0), "n": spec.get("n", 1)})
-        return Site(name, str(spec.get("hf", "")), str(spec.get("mcore", "")), bounds["first"], bounds["n"], used)
+        optional = self.flag(place, "optional", spec.get("optional", False))
+        hf, mcore = str(spec.get("hf", "")), str(spec.get("mcore", ""))
+        return Site(name, hf, mcore, bounds["first"], bounds["n"], used, optional)
+
+    def flag(self, place: str, key: str, value: object) -> bool:
+        """A truth value."""
+        if not isinstance(value, bool):
+            raise TableError(f"{self.table}: [{place}]: `{key}` must be true or false, got {value!r}")
+        return value
 
     def alternatives(self, place: str, param: str, value: object, gamma: Mapping[str, str]) -> tuple[RowSpec, ...]:
         options = value if isinstance(value, list) else [value]
@@ -341,20 +357,17 @@ class _Parser:
         dtype = spec.get("dtype")
         if dtype not in (None, "fp32"):
             self.fail(where, f"dtype = {dtype!r}; only fp32 can be asked for")
-        flags = {key: spec.get(key, False) for key in ("transpose", "keep_dtype", "optional")}
-        for key, flag in flags.items():
-            if not isinstance(flag, bool):
-                self.fail(where, f"`{key}` must be true or false, got {flag!r}")
+        flags = {key: self.flag(where, key, spec.get(key, False)) for key in ("transpose", "keep_dtype", "optional")}
         return RowSpec(
             param=param,
             op=op,
             hf=names,
-            transpose=bool(flags["transpose"]),
+            transpose=flags["transpose"],
             shift=GAMMA[mcore_gamma] - GAMMA[hf_gamma] if op == "norm" else 0,
             dtype="F32" if dtype else None,
-            keep_dtype=bool(flags["keep_dtype"]),
+            keep_dtype=flags["keep_dtype"],
             when=str(spec["when"]) if "when" in spec else None,
-            optional=bool(flags["optional"]) or "drop" in spec,
+            optional=flags["optional"] or "drop" in spec,
             same_as=str(spec["same_as"]) if "same_as" in spec else None,
             drop="drop" in spec,
         )

@@ -102,12 +102,16 @@ def plan_hf_to_mcore(
         waivers=options.waivers,
         allow_unused_keys=options.allow_unused_keys,
     )
-    sidecars = megatron_sidecars(plan.config, options.layout, options.format, 0, padded_rows(plan))
+    tokenizer = (origin or {}).get("repo_id") or str(source.resolve())
+    has_tokenizer = any(map(hf.is_tokenizer_file, folder.side_files))
+    sidecars = megatron_sidecars(plan, options.format, 0, tokenizer=tokenizer if has_tokenizer else None)
     placed = place_megatron(plan, options.format, sidecars)
     at = f"{sidecars.folder}/"
     sides = {f"{at}hf/{name}": source / name for name in folder.side_files}
     sides |= {f"{at}tokenizer/{name}": source / name for name in folder.side_files if hf.is_tokenizer_file(name)}
     texts = {f"{at}hf/{hf.LAYOUT}": hf.record_layout(folder).encode(), **sidecars.texts}
+    if (index := hf.bin_index(folder)) is not None:
+        texts[f"{at}hf/{hf.INDEX}"] = index
     return Job(
         plan,
         source,

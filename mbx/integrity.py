@@ -12,6 +12,7 @@ from converters.crc import combine
 from converters.errors import StorageError
 from mbx import manifest
 from mbx.io.files import FileSource
+from mbx.io.hf import MANIFEST
 from mbx.manifest import Manifest, Span
 
 _BLOCK = 4 << 20
@@ -61,7 +62,7 @@ def check(folder: Path, *, workers: int = 2, progress: Callable[[int], None] = l
         checker.run(workers)
     finally:
         source.close()
-    known = {*listed.files, *listed.containers, manifest.MANIFEST}
+    known = {*listed.files, *listed.containers, MANIFEST}
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     changes = tuple(sorted(checker.changes, key=lambda change: (change.file, change.start)))
     return Report(len(listed.tensors), len(known) - 1, checker.nbytes, changes, tuple(sorted(found - known)))
@@ -90,8 +91,7 @@ class _Checker:
         for name, spans in self.listed.tensors.items():
             for span in spans:
                 self._spans[span.file].append(span)
-                size = sizes[span.file]
-                if size is None or span.start + span.nbytes > size:
+                if span.start + span.nbytes > (sizes[span.file] or 0):
                     self._add(Change(span.file, span.start, span.start + span.nbytes, name, "the bytes are gone"))
                 else:
                     whole.append((name, span))
@@ -104,12 +104,12 @@ class _Checker:
             if manifest.gap_crc(self.source.read_into, file, self._spans[file], size) != crc:
                 self._add(Change(file, 0, 0, None, "the bytes around its tensors (header, index) differ"))
         for file, crc in self.listed.files.items():
-            size = sizes[file]
-            if size is None:
+            there = sizes[file]
+            if there is None:
                 self._add(Change(file, 0, 0, None, "the file is gone"))
-            elif manifest.gap_crc(self.source.read_into, file, [], size) != crc:
-                self._add(Change(file, 0, size, None, "the content differs"))
-            self.nbytes += size or 0
+            elif manifest.gap_crc(self.source.read_into, file, [], there) != crc:
+                self._add(Change(file, 0, there, None, "the content differs"))
+            self.nbytes += there or 0
 
     def _size(self, file: str) -> int | None:
         path = self.folder / file

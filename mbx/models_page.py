@@ -42,7 +42,7 @@ names, dtypes and layouts of its hub repository.
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """One table. `forward_cpu` and `forward_gpu` are a difference, `failed`, `not run`, several of these, or nothing."""
+    """One table. `forward_cpu` and `forward_gpu`: a difference, `failed`, `not run`, several of these, or nothing."""
 
     table: str
     model_types: tuple[str, ...]
@@ -108,7 +108,7 @@ def _row(table: Table, runs: Runs) -> ModelRow:
     both = [found for _, found in families]
     notes = [table.notes] if table.notes else []
     notes += [table.unsupported] if table.unsupported else []
-    notes += [note for note in _notes(families) if table.unsupported not in note or not table.unsupported]
+    notes += list(_notes(families))
     notes = list(dict.fromkeys(notes))
     if any(found.get("sha256") not in (None, table.digest) for found in both):
         notes.append("The table's text has changed since it was measured.")
@@ -136,10 +136,14 @@ def _all(run: Mapping[str, Any]) -> list[_Family]:
 
 
 def _notes(families: Sequence[_Family]) -> Iterator[str]:
-    several = len({name for name, _ in families}) > 1
+    reasons: dict[str, list[str]] = {}
     for name, found in families:
         if reason := found.get("reason"):
-            yield f"{name}: {reason}" if several else str(reason)
+            reasons.setdefault(str(reason), []).append(name)
+    names = {name for name, _ in families}
+    for reason, of in reasons.items():
+        yield reason if set(of) == names else f"{', '.join(dict.fromkeys(of))}: {reason}"
+    for _, found in families:
         yield from found.get("notes", [])
         if found.get("lent"):
             yield "Compared under Transformers' own rotary frequencies, as Megatron Core fixes other constants"

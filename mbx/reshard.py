@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from converters.dialects.bridge_config import vocab_divisor_of
 from converters.dialects.local import Spec
 from converters.dialects.torch_dist import stacks_layers
 from converters.errors import LayoutError, UsageError
 from converters.expr import Value
 from converters.layout import Layout
 from converters.reshard import plan_reshard
-from mbx.convert import Job, Options, padded_rows, place_megatron
+from mbx.convert import Job, Options, place_megatron
 from mbx.io.architecture import known_config
 from mbx.io.checkpoint import McoreCheckpoint, open_any
 from mbx.io.commit import check_target
@@ -49,7 +51,7 @@ def plan_mcore_to_mcore(
         notes=(*notes, *_notes(opened, config, rows)),
     )
     sidecars = megatron_sidecars(
-        config, layout, options.format, _iteration(opened), padded_rows(plan), origin=opened.args, spec=spec
+        plan, options.format, _iteration(opened), origin=opened.args, spec=spec, tokenizer=_tokenizer(opened)
     )
     placed = place_megatron(plan, options.format, sidecars)
     sides = {
@@ -75,7 +77,17 @@ def plan_mcore_to_mcore(
     )
 
 
+def _tokenizer(opened: McoreCheckpoint) -> str | None:
+    """Where the source's run_config says the tokenizer came from."""
+    node = (opened.run_config or {}).get("tokenizer")
+    name = node.get("tokenizer_model") if isinstance(node, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
 def _iteration(opened: McoreCheckpoint) -> int:
+    """The iteration's number by its folder's name, else by the common state."""
+    if match := re.fullmatch(r"iter_(\d+)", opened.iteration.resolve().name):
+        return int(match[1])
     number = (opened.common or {}).get("iteration")
     return number if isinstance(number, int) and not isinstance(number, bool) else 0
 
@@ -96,6 +108,8 @@ def _vocabulary(
     if divisor is None and opened.args is not None:
         recorded = opened.args.get("make_vocab_size_divisible_by")
         divisor = recorded if isinstance(recorded, int) and recorded > 0 else None
+    if divisor is None and opened.run_config is not None:
+        divisor = vocab_divisor_of(opened.run_config)
     if divisor is None:
         # Nothing says how the source was padded: its rows stay, up to the next that the ranks can share.
         return layout, replace(layout, vocab_divisor=1).padded_vocab(stored)

@@ -27,6 +27,13 @@ moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size""".sp
 _DELTA = """linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads
 linear_num_value_heads""".split()
 _MAMBA = "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads".split()
+#: Fields that Megatron-LM, Megatron-Bridge and Megatron Core call alike.
+FIELDS_OF_BOTH = (*_ALWAYS, *_LATENT, *_EXPERTS, *_DELTA, *_MAMBA)
+#: Arguments of GPTModel.
+MODEL_ARGUMENTS = (
+    *("vocab_size", "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling"),
+    *("rope_scaling_factor", "seq_len_interpolation_factor", "share_embeddings_and_output_weights"),
+)
 #: Fields that training sets and no weight or forward pass depends on.
 TRAINING = frozenset(
     """attention_dropout hidden_dropout init_method_std moe_router_load_balancing_type moe_aux_loss_coeff

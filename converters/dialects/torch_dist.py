@@ -6,7 +6,7 @@ moe/experts.py, extensions/transformer_engine.py and ssm/ of megatron-core 0.16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converters.expr import Value
@@ -17,7 +17,7 @@ DECODER = "decoder.layers.{L}."
 #: Modules that Transformer Engine backs, and so carry an `_extra_state` object beside their weights.
 _TE_LINEARS = frozenset(
     """linear_qkv linear_proj linear_fc1 linear_fc2 linear_q_proj linear_q_down_proj linear_q_up_proj
-    linear_kv_down_proj linear_kv_up_proj in_proj out_proj eh_proj""".split()
+    linear_kv_down_proj linear_kv_up_proj in_proj out_proj eh_proj fc1_latent_proj fc2_latent_proj""".split()
 )
 _NORM_SUFFIXES = ("layernorm", "norm")
 #: Norms that are plain torch modules even in a Transformer Engine model.
@@ -76,29 +76,31 @@ def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[H
     return (Home(key, index, stack),)
 
 
-def extra_state(row: Row, home: Home) -> str | None:
-    """Name of the `_extra_state` object that accompanies this parameter, None where its module has none."""
+def extra_states(row: Row, home: Home, family: str) -> tuple[str, ...]:
+    """Names of the `_extra_state` objects that accompany a row's parameter in a model of `family`."""
     key = home.key
     for name in ATOM_NAMES.get(row.spec.op, ()):
         key = key.removesuffix(f".{name}")
-    return extra_state_of(key, home.index, home.stack)
+    return extra_states_of(key, home.index, home.stack, hybrid=family == "hybrid")
 
 
-def extra_state_of(key: str, index: tuple[int, ...], stack: tuple[int, ...]) -> str | None:
-    """Name of the `_extra_state` object beside the entry `index` of the key, None where its module has none."""
+def extra_states_of(key: str, index: tuple[int, ...], stack: tuple[int, ...], *, hybrid: bool) -> tuple[str, ...]:
+    """Names of the `_extra_state` objects beside the entry `index` of the key; none where its module has none.
+
+    Two are asked for by accident of Megatron Core 0.16: multi-token-prediction layers are first saved by the default
+    rule, so their attention core keeps a state that decoder layers drop, and hybrid models do not drop the output
+    layer's.
+    """
     module, _, leaf = key.rpartition(".")
     if leaf in _ATOM_LEAVES:
         module = module.rpartition(".")[0]
     owner = module.rpartition(".")[2]
-    if not (owner in _TE_LINEARS or owner == "core_attention" or owner.endswith(_NORM_SUFFIXES)):
-        return None
-    if module.endswith(_TORCH_NORMS):
-        return None
+    owners = []
+    known = owner in _TE_LINEARS or owner == "core_attention" or owner.endswith(_NORM_SUFFIXES)
+    if (known and not module.endswith(_TORCH_NORMS)) or (hybrid and module == "output_layer"):
+        owners.append(module)
+    if key.startswith("mtp.") and key.endswith(".self_attention.linear_proj.weight"):
+        owners.append(module.removesuffix("linear_proj") + "core_attention")
     offset = ".".join(map(str, index)) or "0"
     shape = ".".join(map(str, stack)) or "1"
-    return f"{module}._extra_state/shard_{offset}_{shape}"
-
-
-def extra_states(rows: Iterator[tuple[Row, Home]]) -> list[str]:
-    """All `_extra_state` object names of a model, in first-seen order, without repeats."""
-    return list(dict.fromkeys(name for row, home in rows if (name := extra_state(row, home)) is not None))
+    return tuple(f"{name}._extra_state/shard_{offset}_{shape}" for name in owners)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbx import settings
-from mbx.cli.convert import DryRun, Overwrite, app, carry_out
+from mbx.cli.convert import DryRun, NoSync, Overwrite, Resume, app, carry_out
 from mbx.cli.layout_options import Ep, Etp, FirstStage, Format, LastStage, Pipeline, Pp, ToFormat, Tp, Vpp
 from mbx.cli.options import Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
 from mbx.output import out
@@ -56,6 +56,8 @@ def reshard(
     max_memory: MaxMemory = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    no_sync: NoSync = False,
     json: Json = False,
     quiet: Quiet = 0,
     verbose: Verbose = 0,
@@ -85,6 +87,8 @@ def reshard(
         format=format.value,
         mapping=mapping,
         overwrite=overwrite,
+        resume=resume,
+        sync=not no_sync,
         workers=settings.number("workers", workers),
         max_memory=settings.number("max_memory", max_memory),
     )

@@ -39,7 +39,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its folder, exactly.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the recipe with overrides applied.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan; train nothing.")
+    ] = False,
     merged: Annotated[bool, typer.Option("--merged", help="With export: adapters merged into the base.")] = False,
     json: Json = False,
     quiet: Quiet = 0,

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import textwrap
 import warnings
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mbx import settings
-from mbx.cli.options import Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
-from mbx.output import SCREEN_WIDTH, out, paint
-
-if TYPE_CHECKING:
-    from mbx.verify import ParityReport
+from mbx.cli.options import Dtype, Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
+from mbx.output import human_bytes, out, paint
 
 
 class Device(str, Enum):
@@ -30,16 +27,8 @@ app = typer.Typer(
     help="Prove that a conversion lost nothing.",
     no_args_is_help=True,
     rich_markup_mode=None,
-    epilog=epilog("mbx verify parity HF MCORE", "mbx verify parity HF MCORE --forward"),
+    epilog=epilog("mbx verify parity HF CKPT --forward", "mbx verify integrity DIR", "mbx verify ci"),
 )
-_SHOWN_FINDINGS = 10
-_INDENT = 20
-_COLOURS = {"passed": "green", "failed": "red", "not run": "yellow"}
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `parity` a command of its own while it is the only one."""
 
 
 @app.command(
@@ -47,12 +36,13 @@ def _group() -> None:
     epilog=epilog(
         "mbx verify parity ./llama ckpt",
         "mbx verify parity meta-llama/Llama-3.2-1B ckpt --forward",
-        "mbx verify parity ./llama ckpt --json | jq .legs",
+        "mbx verify parity ckpt-tp1 ckpt-tp8 --html report.html",
+        "mbx verify parity ./llama ckpt --json | jq .first.cause",
     ),
 )
 def parity(
-    hf: Annotated[str, typer.Argument(metavar="HF", help="A Hugging Face folder or hub model org/name[@revision].")],
-    mcore: Annotated[Path, typer.Argument(metavar="MCORE", help="A Megatron Core checkpoint (torch_dist).")],
+    first: Annotated[str, typer.Argument(metavar="A", help="A folder, hub model org/name[@revision] or checkpoint.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="What should be the same model, whatever its layout.")],
     forward: Annotated[
         bool, typer.Option("--forward", help="Also compare logits of Transformers and Megatron Core, fp32 on the CPU.")
     ] = False,
@@ -62,6 +52,9 @@ def parity(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompt of --forward; token ids are drawn if not given.")
     ] = None,
+    loss: Annotated[bool, typer.Option("--loss", help="Also compare the loss of a fixed batch.")] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="The --dtype that A was converted with.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a report in one HTML file.")] = None,
     mapping: Mapping = None,
     workers: Workers = None,
     max_memory: MaxMemory = None,
@@ -69,25 +62,28 @@ def parity(
     quiet: Quiet = 0,
     verbose: Verbose = 0,
 ) -> None:
-    """Compare a Hugging Face model with a Megatron Core checkpoint.
+    """Compare two checkpoints that should hold the same model.
 
-    Legs are reported apart: cover (every tensor has its counterpart), config (settings agree), weights (every byte
-    agrees) and forward (the logits agree). Exit code 1 unless every leg that was asked for ran and passed.
+    Either may be a Hugging Face folder or a Megatron checkpoint of any layout. Legs are reported apart: cover (every
+    tensor has its counterpart), config (settings agree), weights (every byte agrees, and a likely cause where it does
+    not), forward (the logits agree) and loss. Exit code 1 unless every leg that was asked for ran and passed.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
     from mbx import verify
+    from mbx.cli.parity_view import document, lines
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
     from mbx.mcore.prompts import Prompts
 
-    source = fetch(hf)
-    if forward and not verbose:
+    sides = [fetch(side).path for side in (first, second)]
+    if (forward or loss) and not verbose:
         _hush()
     with Meter("comparing", None) as meter:
         report = verify.parity(
-            source.path,
-            mcore,
+            *sides,
             forward=forward,
+            loss=loss,
+            dtype=None if dtype is None else dtype.value,
             device=device.value,
             prompts=Prompts(text_file=text),
             mapping=mapping,
@@ -95,8 +91,48 @@ def parity(
             max_memory=settings.number("max_memory", max_memory),
             progress=meter.advance,
         )
-    doc = _document(report, forward)
-    out.result(doc, lambda: _lines(doc))
+    if html is not None:
+        from mbx.report_html import write
+
+        write(report, html)
+    doc = document(report, forward=forward)
+    out.result(doc, lambda: lines(doc))
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command(
+    "integrity", epilog=epilog("mbx verify integrity ckpt", "mbx verify integrity ./llama --json | jq .changes")
+)
+def integrity(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that mbx wrote, of either kind.")],
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Re-read a checkpoint and compare every byte with its manifest's checksums.
+
+    Names each tensor, file and byte range that changed since mbx wrote it; then the exit code is 1.
+    """
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from mbx.cli.progress import Meter
+    from mbx.integrity import check
+
+    with Meter("checking", None) as meter:
+        report = check(folder, workers=settings.number("workers", workers), progress=meter.advance)
+    doc = {
+        "passed": report.passed,
+        "tensors": report.num_tensors,
+        "files": report.num_files,
+        "bytes": report.nbytes,
+        "changes": [asdict(change) for change in report.changes],
+        "unlisted": list(report.unlisted),
+    }
+    lines = [f"{paint('changed', 'red')} {change.line()}" for change in report.changes]
+    lines += [f"{paint('not listed', 'yellow')} `{name}`" for name in report.unlisted]
+    what = f"{report.num_tensors} tensors, {report.num_files} files, {human_bytes(report.nbytes)}"
+    verdict = paint("unchanged", "green") if report.passed else paint(f"{len(report.changes)} changed", "red")
+    out.result(doc, lambda: [*lines, f"{what}: {verdict}"])
     raise typer.Exit(0 if report.passed else 1)
 
 
@@ -104,37 +140,3 @@ def _hush() -> None:
     """Keep the notices and bars of Megatron Core and Transformers off the screen; -v lets them through."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
-
-
-def _document(report: ParityReport, forward: bool) -> dict[str, Any]:
-    legs = {
-        leg.name: {"status": leg.status, "summary": leg.summary, "details": list(leg.details)} for leg in report.legs
-    }
-    if not forward:
-        legs["forward"] = {"status": "not run", "summary": "not asked for; add --forward", "details": []}
-    return {
-        "passed": report.passed,
-        "hf": report.left,
-        "mcore": report.right,
-        "table": report.table,
-        "asked": [leg.name for leg in report.legs],
-        "legs": legs,
-    }
-
-
-def _lines(doc: dict[str, Any]) -> list[str]:
-    lines = []
-    for name, leg in doc["legs"].items():
-        status = leg["status"]
-        summary = textwrap.wrap(leg["summary"], SCREEN_WIDTH - _INDENT, break_on_hyphens=False)
-        head = "  " + name.ljust(9) + paint(status, _COLOURS[status]) + " " * (9 - len(status))
-        lines += [head + summary[0], *(" " * _INDENT + text for text in summary[1:])]
-        found = leg["details"]
-        lines += [f"    {text}" for text in found[:_SHOWN_FINDINGS]]
-        if (rest := len(found) - _SHOWN_FINDINGS) > 0:
-            lines.append(f"    … and {rest} more; --json lists all")
-    if doc["passed"]:
-        return [*lines, paint(f"parity holds in {', '.join(doc['asked'])}", "green")]
-    open_legs = [f"{name} {doc['legs'][name]['status']}" for name in doc["asked"]]
-    open_legs = [text for text in open_legs if not text.endswith("passed")]
-    return [*lines, paint(f"parity is not proved: {', '.join(open_legs)}", "red")]

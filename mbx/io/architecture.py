@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.dialects.bridge_config import config_of_run_config
 from converters.dialects.megatron_args import NEUTRAL, TRAINING, config_of_args
 from converters.errors import CoverageError, LayoutError, MbxError, StorageError, UnsupportedError, UsageError
 from converters.exporter import plan_export
@@ -64,6 +65,8 @@ def architecture_of(
 
 def stated_config(opened: McoreCheckpoint) -> tuple[dict[str, Value], str]:
     """What Megatron's own sidecars say of the model, as a flat config, and which of them; empty where none does."""
+    if opened.run_config and (config := config_of_run_config(opened.run_config)):
+        return config, "run_config.yaml"
     if opened.args:
         return config_of_args(opened.args), "the checkpoint's args"
     return {}, ""

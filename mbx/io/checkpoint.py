@@ -20,9 +20,9 @@ class McoreCheckpoint:
     """Weights of a checkpoint by canonical key; chunks lie in files relative to `iteration`.
 
     `format` is torch_dist or torch (legacy). `objects` are the `_extra_state` objects. `args` are the attributes of
-    Megatron-LM's Namespace, `common` what else the common state holds, `hf` the folder of Hugging Face side files;
-    each None where there is none. `layout` is the one the files were written under, as far as they tell.
-    `left_out` says in words what else is stored: optimizer and random-number state.
+    Megatron-LM's Namespace, `common` what else the common state holds, `run_config` is Megatron-Bridge's, `hf` the
+    folder of Hugging Face side files; each None where there is none. `layout` is the one the files were written
+    under, as far as they tell. `left_out` says in words what else is stored: optimizer and random-number state.
     """
 
     root: Path
@@ -34,6 +34,7 @@ class McoreCheckpoint:
     args: Mapping[str, object] | None = None
     common: Mapping[str, object] | None = None
     layout: Layout | None = None
+    run_config: Mapping[str, object] | None = None
     left_out: tuple[str, ...] = ()
 
 
@@ -56,7 +57,7 @@ def open_any(path: Path) -> McoreCheckpoint:
 
 
 def _open_torch_dist(path: Path) -> McoreCheckpoint:
-    from mbx.io.sidecars import common_of
+    from mbx.io.sidecars import common_of, read_run_config
     from mbx.io.torch_dist import open_torch_dist
 
     opened = open_torch_dist(path)
@@ -78,6 +79,7 @@ def _open_torch_dist(path: Path) -> McoreCheckpoint:
         opened.hf,
         args if isinstance(args, dict) else None,
         common,
+        run_config=read_run_config(opened.iteration),
         left_out=tuple(left_out),
     )
 

@@ -104,6 +104,12 @@ def frame(dtype: str, sizes: tuple[int, ...]) -> ArchiveFrame:
     return tensor_archive(dtype, sizes)
 
 
+@lru_cache(maxsize=65536)
+def frame_bytes(dtype: str, sizes: tuple[int, ...]) -> int:
+    """Bytes of one chunk's archive, data included."""
+    return frame(dtype, sizes).total_bytes
+
+
 class FileSink:
     """Writes chunks below `root` into files created at their final size; what such a file holds is kept."""
 

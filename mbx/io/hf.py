@@ -19,6 +19,8 @@ from converters.expr import Value
 from converters.plan import Draft
 from converters.protocols import Source
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
+from mbx.io.bin_weights import INDEX as BIN_INDEX
+from mbx.io.bin_weights import has_bin_weights, read_bin_folder, safetensors_name
 from mbx.io.safetensors import build_header, parse_header, read_folder, read_header
 
 CONFIG = "config.json"
@@ -68,8 +70,10 @@ def read_config(folder: Path) -> dict[str, Value]:
 
 
 def open_hf(path: Path) -> HfFolder:
-    """Open a folder with safetensors weights; nothing but headers is read."""
+    """Open a folder with safetensors weights, or `pytorch_model.bin` ones; nothing but headers is read."""
     config = read_config(path)
+    if has_bin_weights(path):
+        return HfFolder(path, config, *read_bin_folder(path), tuple(side_files(path)))
     weights = read_folder(path)
     return HfFolder(path, config, weights.tensors, weights.files, tuple(side_files(path)))
 
@@ -82,7 +86,7 @@ def side_files(path: Path) -> list[str]:
         if p.is_file()
         and not p.name.startswith(".")
         and not p.name.endswith(_WEIGHT_SUFFIXES)
-        and p.name not in (MANIFEST, LAYOUT)
+        and p.name not in (MANIFEST, LAYOUT, BIN_INDEX)
     )
 
 
@@ -93,13 +97,30 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def record_layout(folder: HfFolder) -> str:
-    """JSON text that `recorded_layout` reads back: the header of every weight file, byte for byte."""
+    """JSON text that `recorded_layout` reads back: the header of every weight file, byte for byte.
+
+    `pytorch_model.bin` files get the header that they would have as safetensors, under that name.
+    """
     files = []
     for name in folder.weight_files:
+        if name.endswith(".bin"):
+            held = [tensor for tensor in folder.tensors.values() if tensor.chunks[0].file == name]
+            header = build_header(held, {"format": "pt"})[8:].decode("utf-8")
+            files.append({"file": safetensors_name(name), "header": header})
+            continue
         with (folder.path / name).open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             files.append({"file": name, "header": stream.read(length).decode("utf-8")})
     return json.dumps({"files": files})
+
+
+def bin_index(folder: HfFolder) -> bytes | None:
+    """The index that a folder of several `pytorch_model-*.bin` has once its files are safetensors."""
+    if len(folder.weight_files) < 2 or not folder.weight_files[0].endswith(".bin"):
+        return None
+    total = sum(tensor.nbytes for tensor in folder.tensors.values())
+    weight_map = {name: safetensors_name(tensor.chunks[0].file) for name, tensor in sorted(folder.tensors.items())}
+    return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
 
 
 def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:

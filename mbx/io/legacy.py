@@ -80,7 +80,7 @@ def open_legacy(iteration: Path) -> McoreCheckpoint:
         args,
         {key: value for key, value in first.items() if isinstance(value, int | float) and not _MODEL.fullmatch(key)},
         layout,
-        _left_out(iteration, first),
+        left_out=_left_out(iteration, first),
     )
 
 

@@ -116,7 +116,7 @@ class Team:
             self._lives.join()
         if error is not None and self.folder.is_dir():
             text = error.fact if isinstance(error, MbxError) else f"{type(error).__name__}: {error}"
-            self._write("failed", self.place.rank, f"{self.nonce} {text}")
+            self._write("failed", self.place.rank, text)
 
     # --- meeting ------------------------------------------------------------------------------------------------
 
@@ -126,6 +126,13 @@ class Team:
             path.unlink()
         self._write("lead", 0, self.nonce)
         deadline = time.monotonic() + self._timeout
+        try:
+            self._meet(digest, deadline)
+        except MbxError as error:  # those who are waiting would wait in vain
+            self._write("start", 0, json.dumps({"refused": error.fact, "nonces": self._nonces()}))
+            raise
+
+    def _meet(self, digest: str, deadline: float) -> None:
         for rank in range(1, self.place.size):
             hello = self._await(lambda rank=rank: self._hello(rank), rank, deadline)  # type: ignore[misc]
             if hello["digest"] != digest:
@@ -137,8 +144,7 @@ class Team:
 
     def start(self, everyones: Sequence[Share]) -> Share:
         """Rank 0: hand out the shares; returns rank 0's own."""
-        nonces = {str(rank): self._hello(rank)["nonce"] for rank in range(1, self.place.size)}  # type: ignore[index]
-        self._write("start", 0, json.dumps({"shares": everyones, "nonces": nonces}))
+        self._write("start", 0, json.dumps({"shares": everyones, "nonces": self._nonces()}))
         self._lives.start()
         return everyones[0]
 
@@ -155,17 +161,21 @@ class Team:
             start = self._read("start", 0)
             if start is not None:
                 told = json.loads(start)
-                if told["nonces"].get(str(self.place.rank)) == self.nonce:
+                if told["nonces"].get(str(self.place.rank)) == self.nonce:  # else it is an earlier run's
+                    if (why := told.get("refused")) is not None:
+                        raise StorageError(f"rank 0 of {self.place.size} failed: {why}")
                     return [(int(a), int(b)) for a, b in told["shares"][self.place.rank]]
-            failed = self._read("failed", 0)
-            if failed is not None and lead is not None and failed.startswith(lead):  # not that of an earlier run
-                raise StorageError(f"rank 0 of {self.place.size} failed: {failed.partition(' ')[2]}")
             return None
 
         share = self._await(started, 0, deadline)
         self._seen[0] = ("", time.monotonic())
         self._lives.start()
         return share
+
+    def _nonces(self) -> dict[str, str]:
+        """Of every process that has said hello to this one."""
+        hellos = {rank: self._hello(rank) for rank in range(1, self.place.size)}
+        return {str(rank): hello["nonce"] for rank, hello in hellos.items() if hello is not None}
 
     def _hello(self, rank: int) -> dict[str, str] | None:
         text = self._read("hello", rank)
@@ -200,7 +210,7 @@ class Team:
         """What is wrong with another process, None when nothing is."""
         for rank, (before, since) in self._seen.items():
             if (failed := self._read("failed", rank)) is not None:
-                return f"rank {rank} of {self.place.size} failed: {failed.partition(' ')[2]}"
+                return f"rank {rank} of {self.place.size} failed: {failed}"
             now = self._read("alive", rank)
             if now is not None and now != before:
                 self._seen[rank] = (now, time.monotonic())

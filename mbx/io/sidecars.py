@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from converters.dialects.bridge_config import run_config_of
 from converters.dialects.local import Spec
 from converters.dialects.megatron_args import args_of, layout_args
 from converters.errors import StorageError
-from converters.expr import Value
-from converters.layout import Layout
+from converters.plan import Plan
 from mbx.io.archive import file_reader, load_archive, read_object
+from mbx.io.archive_layout import lay_out
 from mbx.io.dcp import StoredObject
-from mbx.io.torch_values import Namespace
+from mbx.io.torch_values import Namespace, TensorStub
 
+_MAX_YAML_BYTES = 4 << 20
 _COMMON_OBJECT = "common_state/shard_0_1"
 
 
@@ -62,19 +66,25 @@ class Sidecars:
 
 
 def megatron_sidecars(
-    config: Mapping[str, Value],
-    layout: Layout,
+    plan: Plan,
     format: str,
     iteration: int,
-    padded_vocab: int | None,
+    *,
     origin: Mapping[str, object] | None = None,
     spec: Spec = "transformer_engine",
+    tokenizer: str | None = None,
 ) -> Sidecars:
-    """Sidecars of a checkpoint of `config` under `layout`; `origin` are the args of the checkpoint it came from."""
+    """Sidecars of the checkpoint that `plan` makes.
+
+    `origin` are the args of the checkpoint it came from, `tokenizer` a hub name or a folder. What Megatron-Bridge
+    reads goes beside torch_dist weights only, the one format it takes.
+    """
+    rows = next((d.shape[0] for d in plan.drafts if d.name == "embedding.word_embeddings.weight"), None)
+    config, layout = plan.config, plan.layout
     known = {} if origin is None else {key: value for key, value in origin.items() if is_plain(value)}
-    written: dict[str, object] = {**known, **layout_args(layout), "padded_vocab_size": padded_vocab}
+    written: dict[str, object] = {**known, **layout_args(layout), "padded_vocab_size": rows}
     if origin is None:
-        written = args_of(config, layout, padded_vocab)
+        written = args_of(config, layout, rows)
     written |= {"ckpt_format": format, "transformer_impl": spec, "iteration": iteration}
     common: dict[str, object] = {
         "args": Namespace(written),
@@ -82,7 +92,61 @@ def megatron_sidecars(
         "iteration": iteration,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
-    return Sidecars(iteration, written, common, {}, spec)
+    texts: dict[str, bytes] = {}
+    folder = f"iter_{iteration:07d}"
+    if format == "torch_dist":
+        dtype = Counter(draft.dtype for draft in plan.drafts).most_common(1)[0][0] if plan.drafts else ""
+        run_config = run_config_of(config, layout, rows, dtype, tokenizer)
+        if run_config is not None and config.get("num_layers"):
+            texts[f"{folder}/run_config.yaml"] = dump_yaml(run_config)
+            texts[f"{folder}/train_state.pt"] = texts["latest_train_state.pt"] = train_state_archive(iteration)
+    return Sidecars(iteration, written, common, texts, spec)
+
+
+def dump_yaml(value: object) -> bytes:
+    """YAML text of plain data."""
+    import yaml
+
+    return str(yaml.safe_dump(value, default_flow_style=False)).encode()
+
+
+def read_run_config(iteration: Path) -> dict[str, object] | None:
+    """`run_config.yaml` as plain data, None where there is none; StorageError when it is not a YAML mapping."""
+    path = iteration / "run_config.yaml"
+    if not path.is_file():
+        return None
+    import yaml
+
+    try:
+        if (size := path.stat().st_size) > _MAX_YAML_BYTES:
+            raise StorageError(f"`{path}` has {size} bytes; at most {_MAX_YAML_BYTES} are read")
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise StorageError(f"`{path}` cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise StorageError(f"`{path}` is not a mapping")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def train_state_archive(iteration: int) -> bytes:
+    """`train_state.pt` as Megatron-Bridge 0.3 writes it: a dict of eight scalar tensors; only `step` is not zero."""
+    values: dict[str, tuple[str, bytes]] = {"step": ("I32", iteration.to_bytes(4, "little"))}
+    for name in ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
+        values[name] = ("I32", bytes(4))
+    values["floating_point_operations_so_far"] = ("F32", bytes(4))
+    values |= {name: ("BOOL", bytes(1)) for name in ("do_train", "do_valid", "do_test")}
+    stubs = {
+        name: TensorStub(dtype, (), str(number), 0, (), len(data))
+        for number, (name, (dtype, data)) in enumerate(values.items())
+    }
+    contents = [data for _, data in values.values()]
+    archive = lay_out(stubs, [len(data) for data in contents], "train_state")
+    whole = bytearray(archive.total_bytes)
+    for at, part in archive.frames([zlib.crc32(data) for data in contents]):
+        whole[at : at + len(part)] = part
+    for at, data in zip(archive.starts, contents, strict=True):
+        whole[at : at + len(data)] = data
+    return bytes(whole)
 
 
 def is_plain(value: object) -> bool:

@@ -16,7 +16,7 @@ from converters.plan import Draft
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.io.archive import extra_state_archive, object_archive
 from mbx.io.dcp import DcpCheckpoint, build_dcp_metadata, read_dcp
-from mbx.io.files import frame
+from mbx.io.files import frame_bytes
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = "iter_0000000"
@@ -107,7 +107,7 @@ def place(drafts: Iterable[Draft], objects: Iterable[str]) -> Placement:
         chunks = []
         for rank, offsets, extent in draft.boxes:
             for start, part in _split(draft.dtype, offsets, extent):
-                nbytes = frame(draft.dtype, part).total_bytes
+                nbytes = frame_bytes(draft.dtype, part)
                 file, at = reserve(rank, nbytes)
                 chunks.append(Chunk(start, part, file, at, nbytes))
         tensors[draft.name] = StoredTensor(draft.name, draft.dtype, draft.shape, tuple(chunks))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from converters.errors import DifferenceError, StorageError, UnsupportedError, UsageError
+from converters.errors import DifferenceError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ def mcore_logits(
 
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         raise UnsupportedError("forward parity runs one pipeline stage; got pipeline_model_parallel_size > 1")
-    _check_ids(input_ids, vocab_size)
+    check_ids(input_ids, vocab_size)
     device = next(model.parameters()).device
     ids = input_ids.to(device)
     places = torch.arange(ids.shape[1]) if positions is None else positions
@@ -159,80 +158,11 @@ def _rotated_at(model: nn.Module, positions: torch.Tensor | None) -> Iterator[No
 def hf_logits(hf_dir: Path, input_ids: torch.Tensor, *, trust_remote_code: bool = False) -> torch.Tensor:
     """Run a Hugging Face checkpoint in fp32 with eager attention: `input_ids: [b, s]` → fp32 logits `[b, s, vocab]`.
 
-    Raises what `load_transformers` raises.
+    Raises what `mbx.mcore.reference.load_transformers` raises.
     """
+    from mbx.mcore.reference import load_transformers, transformers_logits
+
     return transformers_logits(load_transformers(hf_dir, trust_remote_code=trust_remote_code), input_ids)
-
-
-def transformers_logits(
-    model: PreTrainedModel, input_ids: torch.Tensor, *, positions: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Run a Transformers model: `input_ids: [b, s]`, at `positions: [s]` if given → fp32 logits `[b, s, vocab]`."""
-    import torch
-
-    _check_ids(input_ids, model.config.get_text_config().vocab_size)
-    ids = input_ids.to(model.device)
-    at = {}
-    if positions is not None:
-        # The mask says that all tokens are one sequence: Transformers takes a jump in positions for a border.
-        at = {"position_ids": positions.to(ids).expand_as(ids), "attention_mask": torch.ones_like(ids)}
-    with torch.no_grad():
-        logits: torch.Tensor = model(ids, use_cache=False, **at).logits.float()
-    return logits
-
-
-def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
-    """A Hugging Face checkpoint as Transformers' model in fp32, eager attention and eval mode.
-
-    Nothing is downloaded. Raises `StorageError` where the folder cannot be read, `UnsupportedError` where
-    Transformers does not know the architecture or the weights do not fill it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if not (hf_dir / "config.json").is_file():
-        raise StorageError(f"`{hf_dir}` is not a Hugging Face checkpoint: it has no config.json")
-    try:
-        # output_loading_info turns the result into a pair, which its annotation does not say.
-        with _silent_transformers():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                hf_dir,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedError(f"Transformers cannot build `{hf_dir}`: {error}") from error
-    except (OSError, RuntimeError) as error:
-        raise StorageError(f"Transformers cannot read `{hf_dir}`: {error}") from error
-    model, report = cast("tuple[PreTrainedModel, Mapping[str, Collection[object]]]", loaded)
-    # Transformers only warns when it invents weights; parity against invented weights would mean nothing.
-    invented = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind])
-    if invented:
-        raise UnsupportedError(
-            f"Transformers found no values for {len(invented)} weights of `{hf_dir}` and would invent them",
-            details=invented,
-        )
-    model.train(False)
-    return model.to(device)  # type: ignore[arg-type, no-any-return]  # its stub takes no device
-
-
-@contextlib.contextmanager
-def _silent_transformers() -> Iterator[None]:
-    """No progress bars, and no list of tensors that a class leaves unread: the cover leg accounts for those."""
-    from transformers.utils import logging
-
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _gather_vocab(logits: torch.Tensor) -> torch.Tensor:
@@ -248,7 +178,8 @@ def _gather_vocab(logits: torch.Tensor) -> torch.Tensor:
     return torch.cat(shards, dim=-1)
 
 
-def _check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Refuse ids that are not a non-empty [b, s] or lie outside the vocabulary, with a UsageError."""
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise UsageError(f"input_ids must be a non-empty [batch, sequence], got {list(input_ids.shape)}")
     low, high = int(input_ids.min()), int(input_ids.max())
@@ -275,24 +206,3 @@ def set_rope_frequencies(model: nn.Module, inv_freq: torch.Tensor) -> None:
         raise UsageError(f"inv_freq must be {list(rope.inv_freq.shape)}, got {list(inv_freq.shape)}")
     rope.inv_freq = inv_freq.detach().to(rope.inv_freq)
     RotaryEmbedding.forward.cache_clear()  # the cache is the class's, keyed by instance and length
-
-
-def transformers_frequencies(hf_dir: Path) -> torch.Tensor:
-    """Transformers' own rotary frequencies of a checkpoint with scaled positions: [rotary_dim / 2], fp32.
-
-    Raises `UnsupportedError` where its scaling also multiplies the tables, which Megatron Core's RotaryEmbedding
-    does not, or where Transformers has no such scaling.
-    """
-    import torch
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = AutoConfig.from_pretrained(hf_dir, local_files_only=True).get_text_config()
-    kind = (getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}).get("rope_type")
-    if kind not in ROPE_INIT_FUNCTIONS:
-        raise UnsupportedError(f"Transformers scales no rotary positions of type {kind!r}")
-    inv_freq: torch.Tensor
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    if factor != 1.0:
-        raise UnsupportedError(f"rotary scaling {kind!r} multiplies its tables by {factor}; Megatron Core does not")
-    return inv_freq

@@ -82,7 +82,8 @@ def compare_forward(
     one of the two cannot run the model on this device, DeviceError where the device is missing.
     """
     from mbx.mcore.device import megatron_on
-    from mbx.mcore.forward import compare_logits, load_transformers
+    from mbx.mcore.forward import compare_logits
+    from mbx.mcore.reference import load_transformers
 
     vocab = vocab_size(config)
     with megatron_on(device):
@@ -117,7 +118,8 @@ def loaded_model(
 
 def lend_frequencies(model: nn.Module, hf_path: Path, hf_config: Mapping[str, Value]) -> tuple[str, ...]:
     """Give `model` Transformers' rotary frequencies where Megatron Core's constants differ; returns what differed."""
-    from mbx.mcore.forward import set_rope_frequencies, transformers_frequencies
+    from mbx.mcore.forward import set_rope_frequencies
+    from mbx.mcore.reference import transformers_frequencies
 
     lent = tuple(inexpressible_rope(hf_config))
     if lent:
@@ -134,7 +136,7 @@ def mcore_passes(model: nn.Module, batches: tuple[Batch, ...], vocab: int) -> to
 
 def transformers_passes(model: PreTrainedModel, batches: tuple[Batch, ...]) -> torch.Tensor:
     """The same of a Transformers model."""
-    from mbx.mcore.forward import transformers_logits
+    from mbx.mcore.reference import transformers_logits
 
     return _joined([transformers_logits(model, b.ids, positions=b.positions) for b in batches])
 

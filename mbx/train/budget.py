@@ -184,15 +184,13 @@ def _stage(recipe: Recipe, plan: Blueprint, dp: int, stage: int) -> Budget:
     layer = _layer_activations(recipe, s, tokens, fp8)
     layers = s.layers // p.pp
     stored = tokens * s.hidden * size // (p.tp if p.sequence_parallel else 1)
-    if t.recompute == "full":
-        activations = in_flight * layers * stored + layer
-    else:
-        activations = in_flight * layers * layer
+    full = t.recompute == "full"  # keeps each layer's input, and one layer whole while it is recomputed
+    activations = in_flight * layers * (stored if full else layer) + (layer if full else 0)
     logits = 0
     if stage == p.pp - 1:
         # fused: logits become their gradient in place; else also an fp32 copy that becomes the softmax, and a
         # gradient beside it (megatron/core/tensor_parallel/cross_entropy.py)
-        fused = (gpu_config(plan.config) | plan.config)["cross_entropy_loss_fusion"]
+        fused = {**gpu_config(plan.config), **plan.config}["cross_entropy_loss_fusion"]
         logits = tokens * plan.padded_vocab // p.tp * (size if fused else 2 * size + 4)
     parts = {
         "weights": (c.base + c.adapters) * size,
@@ -247,7 +245,9 @@ def suggestions(recipe: Recipe, plan: Blueprint, dp: int) -> list[tuple[str, int
     r, found = recipe, []
     options: list[tuple[str, Recipe]] = []
     if r.train.recompute != "full":
-        options.append(("train.recompute=full", dataclasses.replace(r, train=dataclasses.replace(r.train, recompute="full"))))
+        options.append(
+            ("train.recompute=full", dataclasses.replace(r, train=dataclasses.replace(r.train, recompute="full")))
+        )
     if r.train.micro_batch > 1:
         half = dataclasses.replace(r.train, micro_batch=r.train.micro_batch // 2)
         options.append((f"train.micro_batch={half.micro_batch}", dataclasses.replace(r, train=half)))
@@ -275,6 +275,8 @@ def lines(budget: Budget, tips: list[tuple[str, int]]) -> list[str]:
     """The budget as a table, in GiB."""
     width = max(len(name) for name in budget.parts)
     rows = [f"{name:<{width}}  {value / GIB:8.2f} GiB" for name, value in budget.parts.items()]
-    rows.append(f"{'total':<{width}}  {budget.total / GIB:8.2f} GiB  (and about {CONTEXT / GIB:.1f} GiB of CUDA context)")
+    rows.append(
+        f"{'total':<{width}}  {budget.total / GIB:8.2f} GiB  (and about {CONTEXT / GIB:.1f} GiB of CUDA context)"
+    )
     rows += [f"{name} would save {saved / GIB:.2f} GiB" for name, saved in tips]
     return rows

@@ -1,7 +1,7 @@
 """Checkpoints of a run: torch_dist through Megatron Core, with the optimizer and the loop's own state.
 
-    RUN/latest_checkpointed_iteration.txt     written last: what it names is whole
-    RUN/iter_0000010/{.metadata, common.pt, …, mbx_train.json, hf/}
+RUN/latest_checkpointed_iteration.txt     written last: what it names is whole
+RUN/iter_0000010/{.metadata, common.pt, …, mbx_train.json, hf/}
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 STATE = "mbx_train.json"
 RECIPE = "recipe.json"
 #: Recipe keys that must not change under --resume: with them, step N would not be the step N of the run.
-_FIXED = ("data", "train.global_batch", "train.seed", "train.per_token_loss", "lora", "model.path", "model.shape")
+_FIXED = (
+    *("data", "train.global_batch", "train.seed", "train.per_token_loss", "lora", "model.path", "model.shape"),
+    *("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep", "parallel.etp", "parallel.distributed_optimizer"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,8 @@ class Store:
         return target
 
     def _finish(self, target: Path, state: LoopState) -> None:
-        (target / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        loop = {**asdict(state), "world_size": self.ranks.world_size}
+        (target / STATE).write_text(json.dumps(loop), encoding="utf-8")
         (target / RECIPE).write_text(json.dumps(self.recipe.to_dict(), indent=1), encoding="utf-8")
         if self.plan.hf is not None:
             (target / "hf").mkdir()
@@ -105,7 +109,8 @@ class Store:
         from megatron.core.dist_checkpointing.core import CheckpointingException
         from torch.distributed.checkpoint.api import CheckpointException
 
-        self._check_recipe(path)
+        state = self._check_recipe(path)
+        _allocate(optimizer)
         content = self._content(model, optimizer, loading=True)
         try:  # torch's CheckpointException derives from BaseException, so it is named
             loaded = dist_checkpointing.load(content, str(path))
@@ -114,13 +119,13 @@ class Store:
         # an adapter run's checkpoint holds adapters only; the base was read from its own storage
         unwrap(model).load_state_dict(loaded["model"], strict=not self.recipe.lora.rank)
         if self.recipe.run.save_optimizer:
-            optimizer.load_state_dict(loaded["optimizer"])
+            with torch.no_grad():  # main parameters of an fp32 model are views of its own
+                optimizer.load_state_dict(loaded["optimizer"])
             _restore_random(loaded["rng"])
         else:
             optimizer.reload_model_params()
         torch.distributed.barrier()
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return LoopState(int(state["step"]), float(state["mean_loss"]))
+        return state
 
     def _content(
         self, model: DistributedDataParallel, optimizer: MegatronOptimizer, *, loading: bool
@@ -147,10 +152,13 @@ class Store:
             content["model"] = only_adapters(weights)
         return content
 
-    def _check_recipe(self, path: Path) -> None:
+    def _check_recipe(self, path: Path) -> LoopState:
+        """The loop's state at `path`, once the recipe is known to continue that run and no other."""
         try:
             before = json.loads((path / RECIPE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            loop = json.loads((path / STATE).read_text(encoding="utf-8"))
+            state = LoopState(int(loop["step"]), float(loop["mean_loss"]))
+        except (OSError, ValueError, KeyError) as error:
             raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {error}") from error
         now = json.loads(json.dumps(self.recipe.to_dict()))
         changed = [key for key in _FIXED if _get(before, key) != _get(now, key)]
@@ -160,6 +168,28 @@ class Store:
                 hint="start another with --init-from and run.dir=NAME",
                 details=[f"{key}: {_get(before, key)!r} became {_get(now, key)!r}" for key in changed],
             )
+        if loop["world_size"] != self.ranks.world_size:
+            raise UsageError(
+                f"--resume: the run had {loop['world_size']} process(es), now there are {self.ranks.world_size}",
+                hint=f"torchrun --nproc-per-node {loop['world_size']} -m mbx train … --resume",
+            )
+        return state
+
+
+def _allocate(optimizer: MegatronOptimizer) -> None:
+    """Give PyTorch's AdamW, where it stands in for Transformer Engine's, the state that a first step would.
+
+    Megatron Core's distributed optimizer reads the step number of an existing state before it loads one.
+    """
+    import torch
+
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = getattr(inner, "optimizer", None)
+        if not isinstance(adam, torch.optim.AdamW) or adam.state:
+            continue
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
 def _get(recipe: Mapping[str, object], key: str) -> object:

@@ -148,7 +148,7 @@ def _plain(stream: Tokens) -> Row:
     return Row(stream[:-1], stream[1:], np.ones(count, np.float32), np.arange(count))
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def read_examples(data: Data, path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -340,7 +340,7 @@ def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tupl
     return Megatron(train), None if valid is None else Megatron(valid)
 
 
-# --- sharing out ------------------------------------------------------------------------------------------------------
+# --- sharing out ---
 
 
 def micro_batches(

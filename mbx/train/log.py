@@ -125,7 +125,9 @@ class Log:
 
         assert self._live is not None
         done = int(30 * s.step / self.total)
-        text = f"{'█' * done}{'░' * (30 - done)} {s.step}/{self.total}\n{line(s, self.total)}\n{plot(list(self._losses))}"
+        text = (
+            f"{'█' * done}{'░' * (30 - done)} {s.step}/{self.total}\n{line(s, self.total)}\n{plot(list(self._losses))}"
+        )
         self._live.update(Panel(text, title="mbx train"))
 
 
@@ -163,7 +165,7 @@ class _Wandb:
     def __init__(self, recipe: Recipe) -> None:
         if importlib.util.find_spec("wandb") is None:
             raise UsageError("run.wandb is set, but wandb is not installed", hint="pip install wandb")
-        import wandb
+        import wandb  # type: ignore[import-not-found,unused-ignore]
 
         self._run = wandb.init(project=recipe.run.wandb, name=recipe.name, config=recipe.to_dict())
 

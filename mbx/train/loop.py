@@ -203,11 +203,11 @@ class _Trainer:
         # 3. rows, and the place in them
         self.train_rows, self.eval_rows = self._rows()
         self.store = checkpoint.Store(self.recipe, self.plan, self.ranks)
-        self.step, self.mean_loss = 0, math.nan
+        self.step, self.saved, self.mean_loss = 0, -1, math.nan
         if prepared.start.how == "resume":
             assert prepared.start.path is not None
             state = self.store.load(prepared.start.path, self.model, self.optimizer)
-            self.step, self.mean_loss = state.step, state.mean_loss
+            self.step, self.saved, self.mean_loss = state.step, state.step, state.mean_loss
         self.flops = models.flops_per_token(
             self.plan.config, self.recipe.data.length, self.plan.padded_vocab, self.recipe.lora.rank > 0
         )
@@ -243,9 +243,11 @@ class _Trainer:
                     break
                 if r.save and r.save_every and self.step % r.save_every == 0 and self.step < t.steps:
                     self._save()
-        if r.save:
+        if r.save and self.step != self.saved:
             self._save()
-        self.log.message(f"{stopped} at step {self.step}" + (f"; checkpoint in {r.dir}" if r.save else ""))
+        self.log.message(
+            f"{stopped} at step {self.step}" + (f"; checkpoint in {self.recipe.run_dir}" if r.save else "")
+        )
         self._compare_memory()
         return Outcome(self.recipe.run_dir, first, tuple(losses), stopped)
 
@@ -275,9 +277,7 @@ class _Trainer:
         self.step += 1
         tflops = tokens * self.flops / took / self.ranks.world_size / 1e12
         memory = torch.cuda.max_memory_allocated() / 2**30 if self.ranks.device == "cuda" else _host_memory_gib()
-        return Step(
-            self.step, loss, lr, grad_norm, tokens, took, tokens / took, tflops, tflops / self._peak(), memory
-        )
+        return Step(self.step, loss, lr, grad_norm, tokens, took, tokens / took, tflops, tflops / self._peak(), memory)
 
     def _peak(self) -> float:
         """Peak TFLOP/s of this GPU at the run's precision; infinite, for an MFU of 0, where it is not known."""
@@ -388,6 +388,7 @@ class _Trainer:
         from mbx.train.checkpoint import LoopState
 
         self.store.save(LoopState(self.step, self.mean_loss), self.model, self.optimizer)
+        self.saved = self.step
 
     def _any(self, flag: bool) -> bool:
         """Whether any rank was told to stop: they must all stop at the same step."""
@@ -409,7 +410,9 @@ def _forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[torch.Ten
 
         ends = batch["cu_seqlens"]
         longest = int((ends[1:] - ends[:-1]).max())
-        arguments["packed_seq_params"] = PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
+        arguments["packed_seq_params"] = PackedSeqParams(
+            "thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
     output = model(batch["tokens"], batch["positions"], batch["attention_mask"], labels=batch["labels"], **arguments)
     mask = batch["mask"]
     assert mask is not None
@@ -468,7 +471,9 @@ def _explain_memory(prepared: Prepared, error: BaseException) -> DeviceError:
     budget = predict(prepared.recipe, prepared.plan, prepared.ranks.dp)
     tips = suggestions(prepared.recipe, prepared.plan, prepared.ranks.dp)
     if budget.total > total:
-        why = f"the budget of {budget.total / GIB:.1f} GiB exceeds this GPU: the batch or the model is too large for it"
+        why = (
+            f"the budget of {budget.total / GIB:.1f} GiB exceeds this GPU: the batch or the model is too large for it"
+        )
     elif total - free - torch.cuda.memory_reserved() > 2 * GIB:
         why = f"{(total - free - torch.cuda.memory_reserved()) / GIB:.1f} GiB of this GPU are held by other processes"
     else:

@@ -143,13 +143,16 @@ class LoraLinear(nn.Module):
 
         if self.tp == 1:
             return h
-        if self.row_parallel:
-            if self.sequence_parallel:
-                return mappings.reduce_scatter_to_sequence_parallel_region(h)
-            return mappings.reduce_from_tensor_model_parallel_region(h)
-        if self.sequence_parallel:
-            return mappings.gather_from_sequence_parallel_region(h)
-        return mappings.copy_to_tensor_model_parallel_region(h)
+        if self.row_parallel and self.sequence_parallel:
+            moved = mappings.reduce_scatter_to_sequence_parallel_region(h)
+        elif self.row_parallel:
+            moved = mappings.reduce_from_tensor_model_parallel_region(h)
+        elif self.sequence_parallel:
+            moved = mappings.gather_from_sequence_parallel_region(h)
+        else:
+            moved = mappings.copy_to_tensor_model_parallel_region(h)
+        assert isinstance(moved, torch.Tensor)
+        return moved
 
     def _joined(self) -> torch.Tensor:
         """All B's as one [out, atoms · r], block by block in Megatron Core's row order."""
@@ -207,7 +210,8 @@ class LoraLinear(nn.Module):
         content = {f"{prefix}base.{key[len(prefix) :]}": value for key, value in base.items()}
         own = dict(self.named_parameters(recurse=False))
         axes = {name: 1 if name == "lora_a" else 0 for name in own if (name == "lora_a") == self.row_parallel}
-        return content | make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets)
+        content.update(make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets))
+        return content
 
 
 def _first_factor(weight: torch.Tensor, rows: int, seed: int, row_parallel: bool) -> torch.Tensor:
@@ -254,11 +258,11 @@ def attach(model: nn.Module, lora: Lora, plan: Blueprint, seed: int) -> None:
         parent, _, leaf = name.rpartition(".")
         # by name, counted over the whole model, so that no layout and no stage changes what is drawn
         drawn = seed + zlib.crc32(_global_name(model, name).encode())
-        adapter = LoraLinear(base, lora, _slots(leaf, base, plan), model.config, drawn)  # type: ignore[arg-type]
+        adapter = LoraLinear(base, lora, _slots(leaf, base, plan), model.config, drawn)
         setattr(model.get_submodule(parent), leaf, adapter)
     if hasattr(model, "embedding"):
         # recomputed layers only have gradients when their input asks for one; a frozen embedding's does not
-        model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))  # type: ignore[union-attr,operator]
+        model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))  # type: ignore[union-attr]
 
 
 def _slots(leaf: str, base: nn.Module, plan: Blueprint) -> Slots:

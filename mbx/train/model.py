@@ -61,10 +61,14 @@ def blueprint(recipe: Recipe) -> Blueprint:
     from mbx.registry import table_for
 
     m = recipe.model
-    folder, table = (Path(m.path), None) if m.path else (None, None)
+    folder = Path(m.path) if m.path else None
+    table: Table | None = None
+    config: dict[str, Value]
     if folder is not None:
         if not folder.is_dir():
-            raise StorageError(f"model.path `{folder}` is no folder", hint="model.path=DIR names a Hugging Face folder")
+            raise StorageError(
+                f"model.path `{folder}` is no folder", hint="model.path=DIR names a Hugging Face folder"
+            )
         raw = hf.read_config(folder)
         table = table_for(raw, m.mapping or None)
         config = table.config.to_mcore(raw)
@@ -72,14 +76,16 @@ def blueprint(recipe: Recipe) -> Blueprint:
         config = dict(m.shape)
     else:
         raise UsageError(f"recipe `{recipe.name}` has no model", hint="model=DIR names a Hugging Face folder")
-    config |= recipe.model.config
+    config.update(recipe.model.config)
     layout = Layout(recipe.parallel.tp, recipe.parallel.pp, recipe.model.vocab_divisor)
     check_layout(layout, config)
     positions = as_int(config, "model.max_sequence_length")
     if recipe.data.length > positions:
         raise UsageError(f"data.length {recipe.data.length} exceeds the model's {positions} positions")
     if recipe.data.length % recipe.parallel.tp and recipe.parallel.sequence_parallel:
-        raise LayoutError(f"data.length {recipe.data.length} does not divide by tp {recipe.parallel.tp} (sequence parallel)")
+        raise LayoutError(
+            f"data.length {recipe.data.length} does not divide by tp {recipe.parallel.tp} (sequence parallel)"
+        )
     if recipe.data.length % (2 * recipe.parallel.cp) and recipe.parallel.cp > 1:
         raise LayoutError(f"data.length {recipe.data.length} is not a multiple of 2 x cp {recipe.parallel.cp}")
     return Blueprint(config, table, folder, layout)
@@ -106,7 +112,7 @@ def train_config(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> dict[str, Val
     """The flat config the trainer builds from: the model's, and what the recipe says of parallelism and precision."""
     from mbx.train.fp8 import fp8_config
 
-    config = (gpu_config(plan.config) if ranks.te else {}) | plan.config
+    config = {**(gpu_config(plan.config) if ranks.te else {}), **plan.config}
     p, tr = recipe.parallel, recipe.train
     config["calculate_per_token_loss"] = tr.per_token_loss
     config["context_parallel_size"] = p.cp
@@ -160,7 +166,8 @@ def build(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> nn.Module:
     if recipe.train.precision != "fp32":
         from megatron.core.transformer.module import Float16Module
 
-        return Float16Module(model.config, model)
+        half: nn.Module = Float16Module(model.config, model)
+        return half
     return model
 
 
@@ -183,8 +190,8 @@ def wrap(recipe: Recipe, model: nn.Module, ranks: Ranks) -> DistributedDataParal
 
 
 def _distributed(recipe: Recipe, ranks: Ranks) -> bool:
-    """The distributed optimizer reduce-scatters, which pays with several data-parallel ranks on GPUs."""
-    return recipe.parallel.distributed_optimizer and ranks.device == "cuda" and ranks.dp * recipe.parallel.cp > 1
+    """The distributed optimizer cuts its state over data-parallel ranks; with one there is nothing to cut."""
+    return recipe.parallel.distributed_optimizer and ranks.dp * recipe.parallel.cp > 1
 
 
 def optimizer(recipe: Recipe, model: DistributedDataParallel, ranks: Ranks) -> MegatronOptimizer:
@@ -213,8 +220,10 @@ def optimizer(recipe: Recipe, model: DistributedDataParallel, ranks: Ranks) -> M
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The GPTModel inside DistributedDataParallel and Float16Module, which both call it `module`."""
-    while hasattr(model, "module"):
-        model = model.module
+    from torch import nn
+
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
     return model
 
 

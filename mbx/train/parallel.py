@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 from converters.errors import DeviceError, UsageError
 from mbx.train.recipe import Recipe, check_world
@@ -151,7 +152,7 @@ def _cpu_tensors() -> Iterator[None]:
         ) -> object:
             named = dict(kwargs or {})
             if func is kind and len(args) == 1 and not named:
-                return str(func(*args)).replace("torch.", "torch.cuda.", 1)
+                return str(kind(cast(torch.Tensor, args[0]))).replace("torch.", "torch.cuda.", 1)
             if func is torch.Tensor.cuda:
                 return args[0]
             device = named.get("device")

@@ -43,7 +43,9 @@ def projections(table: Table, config: Mapping[str, object]) -> dict[str, tuple[s
         if leaf != "weight" or row.expert is not None or ".linear_" not in f".{module}":
             continue
         if row.spec.op not in _OPS:
-            raise UnsupportedError(f"`{row.mcore}` is one fused tensor in Transformers (op {row.spec.op}): no PEFT adapter fits")
+            raise UnsupportedError(
+                f"`{row.mcore}` is one fused tensor in Transformers (op {row.spec.op}): no PEFT adapter fits"
+            )
         found[module] = tuple(name.removesuffix(".weight") for name in row.hf)
     return found
 
@@ -122,7 +124,7 @@ def _read(source: FileSource, stored: StoredTensor) -> torch.Tensor:
     whole = torch.empty(stored.shape, dtype=dtype)
     for chunk in stored.chunks:
         part = torch.empty(chunk.sizes, dtype=dtype)
-        buffer = memoryview(part.reshape(-1).view(torch.uint8).numpy())
+        buffer = part.reshape(-1).view(torch.uint8).numpy().data
         source.read_into(chunk.file, source.data_start(chunk), buffer)
         place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
         whole[place] = part
@@ -154,7 +156,9 @@ def load_peft(model: nn.Module, plan: Blueprint, folder: Path) -> None:
                 )
             scale = float(described["lora_alpha"]) / int(described["r"])  # type: ignore[arg-type,call-overload]
             if scale != adapter.scale:
-                raise UsageError(f"`{folder}` scales by {scale:g}, the recipe by lora.alpha/lora.rank = {adapter.scale:g}")
+                raise UsageError(
+                    f"`{folder}` scales by {scale:g}, the recipe by lora.alpha/lora.rank = {adapter.scale:g}"
+                )
             for atom, name in enumerate(names_of[module]):
                 keys = [f"{_PREFIX}{name}.lora_{x}.weight" for x in "AB"]
                 if missing := [key for key in keys if key not in present]:
@@ -198,7 +202,7 @@ def merge_peft(base: Path, adapter: Path, target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for file in folder.weight_files:
         with safe_open(base / file, framework="pt") as stored:
-            metadata, tensors = stored.metadata(), {key: stored.get_tensor(key) for key in stored.keys()}
+            metadata, tensors = stored.metadata(), {key: stored.get_tensor(key) for key in list(stored.keys())}
         for key, weight in tensors.items():
             if waiting.pop(module := key.removesuffix(".weight"), None) is None:
                 continue
@@ -210,7 +214,9 @@ def merge_peft(base: Path, adapter: Path, target: Path) -> Path:
             tensors[key] = total.to(weight.dtype)
         save_file(tensors, target / file, metadata=metadata)
     if waiting:
-        raise StorageError(f"`{base}` lacks {len(waiting)} adapted weight(s): {sorted(waiting)[0]}", details=sorted(waiting))
+        raise StorageError(
+            f"`{base}` lacks {len(waiting)} adapted weight(s): {sorted(waiting)[0]}", details=sorted(waiting)
+        )
     for name in folder.side_files:
         shutil.copyfile(base / name, target / name)
     return target

@@ -6,15 +6,16 @@ Everything a run depends on stands here. Unknown keys are errors; the fields are
 from __future__ import annotations
 
 import dataclasses
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ImportError:  # Python 3.10
+else:
     import tomli as tomllib
 
 from converters.errors import StorageError, UsageError
@@ -251,7 +252,8 @@ def _raw(name: str) -> dict[str, object]:
 
 def _toml(path: Path) -> dict[str, object]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        parsed: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return parsed
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"cannot read the recipe `{path}`: {error}") from error
     except tomllib.TOMLDecodeError as error:

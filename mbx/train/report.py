@@ -85,7 +85,7 @@ def _svg(title: str, points: Points, second: Points) -> str:
 def _png(panels: Sequence[tuple[str, Points, Points]], target: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("a PNG report needs matplotlib", hint="pip install matplotlib, or ask for report.html")
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 
     figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
     for axes, (title, points, second) in zip(figure.subplots(len(panels)), panels, strict=True):

@@ -14,22 +14,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from converters.coverage import Ledger
 from converters.errors import CoverageError, StorageError
 from converters.importer import plan_import
 from converters.pack import Slot
+from converters.pieces import Piece
 from converters.plan import Draft, Entry, Plan, Unit
-from converters.regions import Move, Region, matrix
-from converters.stream import Engine, Piece
+from converters.regions import Move, Region
+from converters.stream import Engine
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.convert import DEFAULT_MAX_MEMORY, model_tensors
 from mbx.io import hf, torch_dist
 from mbx.io.files import FileSource
+from mbx.registry import table_for
 from mbx.train.model import Blueprint
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_BLOCK = 8 << 20
 _DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 
 
@@ -52,12 +56,7 @@ def load_weights(model: nn.Module, plan: Blueprint, path: Path) -> str:
     shards = list(model_shards(model))
     if (path / hf.CONFIG).is_file() and not (path / torch_dist.TRACKER).is_file():
         folder = hf.open_hf(path)
-        if plan.table is None:
-            from mbx.registry import table_for
-
-            table = table_for(folder.config)
-        else:
-            table = plan.table
+        table = plan.table or table_for(folder.config)
         full = plan_import(table, folder.config, folder.tensors, plan.layout)
         source = FileSource(path)
     else:
@@ -66,6 +65,7 @@ def load_weights(model: nn.Module, plan: Blueprint, path: Path) -> str:
         source = FileSource(opened.iteration)
     try:
         counted = CountingSource(source)
+        _check_tied(full, source)
         _fill(full, shards, counted)
     finally:
         source.close()
@@ -112,15 +112,14 @@ def _same_keys(plan: Blueprint, tensors: Mapping[str, StoredTensor], shards: lis
         rest, wanted = stored.shape[len(index) :], tuple(shard.global_shape[len(index) :])
         padded = shard.key.startswith(("embedding.word_embeddings", "output_layer"))
         if rest != wanted and not (padded and rest[1:] == wanted[1:]):
-            raise CoverageError(f"`{shard.key}` has shape {list(rest)} in the checkpoint; the model has {list(wanted)}")
+            raise CoverageError(
+                f"`{shard.key}` has shape {list(rest)} in the checkpoint; the model has {list(wanted)}"
+            )
         rows = min(rest[0], wanted[0]) if rest else 1
         slot = Slot(0, rows, rows, 1)
         move = Move(Region(shard.key, index, slot), Region(shard.key, index, slot))
         units.append(Unit(shard.key, (move,), (Entry(shard.key, index),)))
-    from converters.coverage import Ledger
-
-    table = plan.table
-    return Plan("mcore", table, plan.config, plan.layout, tensors, (), tuple(units), Ledger(0, 0))  # type: ignore[arg-type]
+    return Plan("mcore", plan.table, plan.config, plan.layout, tensors, (), tuple(units), Ledger(0, 0))
 
 
 def _fill(full: Plan, shards: list[_Shard], source: CountingSource) -> None:
@@ -153,7 +152,9 @@ def _fill(full: Plan, shards: list[_Shard], source: CountingSource) -> None:
     drafts = tuple(Draft(t.name, t.dtype, t.shape, ()) for t in targets.values())
     narrowed = replace(full, drafts=drafts, units=tuple(units))
     workers = min(4, os.cpu_count() or 1)
-    LocalEngine(narrowed, targets, source, MemorySink(memory), workers=workers, max_memory=DEFAULT_MAX_MEMORY).run()
+    engine = Engine(narrowed, targets, source, MemorySink(memory), workers=workers, max_memory=DEFAULT_MAX_MEMORY)
+    engine.work(local_pieces(engine))
+    engine.checksums()  # every byte of every shard was written, once
 
 
 def _reached(target: StoredTensor, entry: Entry) -> bool:
@@ -161,27 +162,48 @@ def _reached(target: StoredTensor, entry: Entry) -> bool:
     return any(chunk.offsets[:depth] == entry.index for chunk in target.chunks)
 
 
-class LocalEngine(Engine):
-    """The engine, reading only the target rows that lie in a chunk: other rows belong to other ranks.
+def local_pieces(engine: Engine) -> list[Piece]:
+    """The engine's pieces, clipped to the rows that are stored in a chunk: other rows belong to other ranks.
 
     Rows of a tensor that is cut by columns are read whole, since they lie side by side in the source.
     """
+    pieces: list[Piece] = []
+    for piece in engine.pieces:
+        if piece.entry is None:
+            pieces.append(piece)
+            continue
+        parts = list(engine.geometry.parts(piece))
+        if engine.plan.encoded and parts:  # a codec decodes whole blocks; rows beyond the chunk are not written
+            pieces.append(piece)
+            continue
+        for first, count in sorted({(part.row, part.rows) for part in parts}):
+            pieces.append(replace(piece, row=first, rows=count))
+    return pieces
 
-    def pieces(self) -> Iterator[Piece]:
-        """Every piece of the plan, clipped to the rows that are stored here."""
-        for piece in super().pieces():
-            if piece.entry is None:
-                yield piece
-                continue
-            target, entry = self.targets[piece.entry.tensor], piece.entry
-            spans = set()
-            for extent in self._extents(target, 1, entry.index, entry.fold):
-                first, last = max(piece.row, extent.row), min(piece.row + piece.rows, extent.row + extent.rows)
-                if first < last:
-                    spans.add((first, last))
-            for first, last in sorted(spans):
-                share = piece.memory_bytes * (last - first) // piece.rows
-                yield replace(piece, row=first, rows=last - first, memory_bytes=share)
+
+def _check_tied(full: Plan, source: FileSource) -> None:
+    """Tensors that the config declares tied must hold the same bytes: an untied head is never dropped.
+
+    One rank looks; the source is the same for all.
+    """
+    import torch
+
+    if torch.distributed.get_rank():
+        return
+    for name, other in full.equal:
+        a, b = full.sources[name], full.sources[other]
+        same = (a.shape, a.dtype) == (b.shape, b.dtype)
+        for at in range(0, a.nbytes if same else 0, _BLOCK):
+            count = min(_BLOCK, a.nbytes - at)
+            left, right = bytearray(count), bytearray(count)
+            for tensor, buffer in ((a, left), (b, right)):
+                source.read_into(tensor.chunks[0].file, source.data_start(tensor.chunks[0]) + at, memoryview(buffer))
+            same = same and left == right
+        if not same:
+            raise CoverageError(
+                f"`{name}` should repeat `{other}`, and does not",
+                hint="config.json says they are tied: set `tie_word_embeddings` to false to keep both",
+            )
 
 
 class CountingSource:
@@ -239,6 +261,3 @@ def _check_filled(model: nn.Module, shards: list[_Shard]) -> None:
     ]
     if short:
         raise CoverageError(f"{len(short)} parameter(s) were not filled: {short[0]}", details=short)
-
-
-__all__ = ["LocalEngine", "MemorySink", "load_weights", "matrix", "model_shards"]

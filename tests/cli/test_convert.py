@@ -79,7 +79,8 @@ def test_the_document_has_stable_keys(mbx: Run, here: Path) -> None:
     .plan.vocab.padded .plan.vocab.size .result.bytes .result.gb_per_s .result.peak_memory_bytes .result.seconds
     .result.target
     """.split()
-    layout = {".plan.layout.tp", ".plan.layout.pp", ".plan.layout.vocab_divisor"}
+    sizes = "tp pp vpp ep etp vocab_divisor pipeline first_stage last_stage".split()
+    layout = {f".plan.layout.{size}" for size in sizes}
     assert schema(done) == set(expected) | layout
     assert schema(back) == set(expected) | {".plan.layout"}
 
@@ -150,6 +151,8 @@ def test_settings_come_from_the_strongest_place(mbx: Run, here: Path, monkeypatc
 def test_shards_are_bounded_where_none_are_recorded(mbx: Run, here: Path) -> None:
     assert mbx("convert", "hf-to-mcore", TINY / "qwen3", "ckpt").code == 0
     shutil.rmtree(here / "ckpt" / "iter_0000000" / "hf")
+    for name in ("common.pt", "run_config.yaml"):  # they, too, say what model it is
+        (here / "ckpt" / "iter_0000000" / name).unlink(missing_ok=True)
     refused = mbx("convert", "mcore-to-hf", "ckpt", "back")
     assert refused.code == 4 and "--hf-config" in refused.stderr
     assert_nothing_left(here / "back")

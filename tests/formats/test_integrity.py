@@ -95,11 +95,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 
 def test_two_chunks_exchanged_are_named(folder: Path) -> None:
     spans = [(n, s) for n, spans in read(folder).tensors.items() for s in spans]
-    for n, a in spans:
-        match = [(m, b) for m, b in spans if b.nbytes == a.nbytes and b.crc32 != a.crc32]
-        if match:
-            break
-    m, b = match[0]
+    n, a, m, b = next((n, a, m, b) for n, a in spans for m, b in spans if b.nbytes == a.nbytes and b.crc32 != a.crc32)
     first, second = bytearray((folder / a.file).read_bytes()), bytearray((folder / b.file).read_bytes())
     if a.file == b.file:
         second = first

@@ -24,10 +24,11 @@ from mbx.io.files import FileSource
 from tests.formats._runs import convert, dying_at, in_child, tree
 
 TP = Layout(tp=2)
+Case = tuple[str, Path, dict[str, str]]
 
 
 @pytest.fixture(scope="module", params=["hf-to-mcore", "mcore-to-hf"])
-def case(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict]:
+def case(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Direction, source and what an undisturbed run makes of it."""
     work = tmp_path_factory.mktemp("reference")
     convert("hf-to-mcore", tiny / "llama", work / "mcore", layout=TP)
@@ -58,7 +59,7 @@ def _num_calls(direction: str, source: Path, target: Path) -> int:
     return int(text)
 
 
-def _check_kills(case: tuple[str, Path, dict], work: Path, kills: int) -> None:
+def _check_kills(case: Case, work: Path, kills: int) -> None:
     direction, source, expected = case
     total = _num_calls(direction, source, work / "count")
     points = random.Random(0).sample(range(1, total + 1), min(kills, total))
@@ -78,18 +79,16 @@ def _check_kills(case: tuple[str, Path, dict], work: Path, kills: int) -> None:
     assert partial > len(points) // 4, "hardly any kill met a run that had work to go on from"
 
 
-def test_killed_at_any_system_call_it_resumes_to_the_same_bytes(case: tuple[str, Path, dict], tmp_path: Path) -> None:
+def test_killed_at_any_system_call_it_resumes_to_the_same_bytes(case: Case, tmp_path: Path) -> None:
     _check_kills(case, tmp_path, 60)
 
 
 @pytest.mark.slow
-def test_killed_at_every_system_call_it_resumes_to_the_same_bytes(
-    case: tuple[str, Path, dict], tmp_path: Path
-) -> None:
+def test_killed_at_every_system_call_it_resumes_to_the_same_bytes(case: Case, tmp_path: Path) -> None:
     _check_kills(case, tmp_path, 10**6)
 
 
-def test_a_resumed_run_may_be_killed_again_and_again(case: tuple[str, Path, dict], tmp_path: Path) -> None:
+def test_a_resumed_run_may_be_killed_again_and_again(case: Case, tmp_path: Path) -> None:
     """Every attempt gets a little further; all the work is done once."""
     direction, source, expected = case
     target = tmp_path / "t"
@@ -102,7 +101,7 @@ def test_a_resumed_run_may_be_killed_again_and_again(case: tuple[str, Path, dict
     assert tree(target) == expected
 
 
-def test_killed_from_outside_at_a_random_moment(case: tuple[str, Path, dict], tmp_path: Path) -> None:
+def test_killed_from_outside_at_a_random_moment(case: Case, tmp_path: Path) -> None:
     """The same with a real process and a real clock."""
     direction, source, expected = case
     code = (
@@ -252,7 +251,9 @@ def _relabel(partial: Path, mark: int | None = None) -> None:
     log.write_text("".join(lines))
 
 
-def test_after_a_crash_of_the_machine_only_flushed_pieces_count(interrupted: tuple[Path, Path], tmp_path: Path) -> None:
+def test_after_a_crash_of_the_machine_only_flushed_pieces_count(
+    interrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
     source, target = interrupted
     partial = partial_path(target)
     pieces = journal.read_pieces(partial)

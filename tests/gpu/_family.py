@@ -38,12 +38,10 @@ if TYPE_CHECKING:
 Found: TypeAlias = dict[str, object]
 #: Families measured in bf16 and FP8 as well, on a GPU.
 LOW_PRECISION = ("llama", "qwen3")
-#: Settings of the tiny checkpoint that Megatron Core computes otherwise than at the real model's, changed here.
-#: It scores a group of experts by its topk/group_topk best, Transformers' DeepSeek-V3 by two: equal at 8/4, not at
-#: the tiny 2/2.
+#: Settings of the tiny checkpoint that Transformers versions read differently, changed here.
 SETTINGS: dict[str, dict[str, Value]] = {
-    "deepseek_v3": {"num_experts_per_tok": 4},
-    "deepseek_v3_fp8": {"num_experts_per_tok": 4},
+    # Transformers before 5.20 reads the legacy name as the exact form, which Gemma never meant
+    "gemma": {"hidden_act": "gelu_pytorch_tanh"},
 }
 #: The first of these that a model has gets two of its rows exchanged, for the negative control.
 _FUSED = (
@@ -94,12 +92,12 @@ def _measure(name: str, device: str, tiny: Path | None, work: Path, found: Found
         from _mamba_reference import stand_in
 
         if stand_in():
-            found["notes"] = ["mamba-ssm kernels replaced by their recurrence in torch"]
-    if config.get("experimental_attention_variant") == "gated_delta_net":
+            found["notes"] = ["Kernels of mamba-ssm replaced by their recurrence in torch"]
+    if config.get("experimental_attention_variant") == "gated_delta_net" and device == "cuda":
         config["deterministic_mode"] = True  # Megatron Core's own torch code; the kernels take no fp32
-        if device == "cuda":  # it takes its l2norm from fla when imported, and fla is hidden from Transformers later
-            importlib.import_module("megatron.core.ssm.gated_delta_net")
-        found["notes"] = ["gated delta rule by Megatron Core's deterministic torch code"]
+        # It takes its l2norm from fla when imported, and fla is hidden from Transformers later.
+        importlib.import_module("megatron.core.ssm.gated_delta_net")
+        found["notes"] = ["Gated delta rule by Megatron Core's deterministic torch code"]
     _forward(name, device, source, work, config, found)
 
 
@@ -192,8 +190,8 @@ def _forward(name: str, device: str, source: Path, work: Path, config: dict[str,
 
 def _references(source: Path, read: Passes, device: str, found: Found) -> dict[str, torch.Tensor]:
     """Transformers' fp32 logits on the CPU, and on the GPU where there is one; its torch code, not fla's kernels."""
-    from mbx.mcore.forward import load_transformers
     from mbx.mcore.parity import transformers_passes
+    from mbx.mcore.reference import load_transformers
 
     hidden = sys.modules.pop("fla", None)
     sys.modules["fla"] = None  # type: ignore[assignment]  # reads as "not installed"

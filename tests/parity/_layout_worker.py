@@ -76,7 +76,12 @@ def save(name: str, config: FlatConfig, sizes: dict[str, int], work: Path) -> No
     if parallel_state.get_expert_data_parallel_rank() == 0:
         path = legacy_name(work / name / "legacy", sizes)
         path.parent.mkdir(parents=True)
-        state = {"args": args_of(config, sizes), "checkpoint_version": 3.0, "iteration": 5, "model": model.state_dict()}
+        state = {
+            "args": args_of(config, sizes),
+            "checkpoint_version": 3.0,
+            "iteration": 5,
+            "model": model.state_dict(),
+        }
         torch.save({**state, "optimizer": {"state": torch.ones(3)}}, path)
     torch.save(tensors_of(model), work / f"{name}.{torch.distributed.get_rank()}.pt")
     if torch.distributed.get_rank() == 0:

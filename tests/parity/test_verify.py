@@ -214,6 +214,8 @@ def test_a_leg_that_did_not_run_is_no_pass(tiny: Path, good: Path, hurt: Path, t
     for path in sorted((hurt / "iter_0000000" / "hf").iterdir()):
         path.unlink()
     (hurt / "iter_0000000" / "hf").rmdir()
+    for name in ("common.pt", "run_config.yaml"):  # they would say the same settings
+        (hurt / "iter_0000000" / name).unlink(missing_ok=True)
     report = parity(tiny / NAME, hurt)
     assert statuses(report) == {"cover": "passed", "config": "not run", "weights": "passed"}
     assert not report.passed

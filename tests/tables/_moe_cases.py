@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe_dense_layer": ("qwen2_moe", {"decoder_sparse_step": 2}),
     "mixtral_window": ("mixtral", {"sliding_window": 8}),
     # Megatron Core ranks a group by its best topk // topk_group experts, Transformers by its best two.
-    "deepseek_v3_two_a_group": ("deepseek_v3", {"num_experts_per_tok": 4}),
+    "deepseek_v3_one_a_group": ("deepseek_v3", {"num_experts_per_tok": 2}),
     "kimi_k2_by_class": ("kimi_k2", {"model_type": "deepseek_v3"}),
     # Transformers norms latents with 1e-6 whatever rms_norm_eps is; Megatron Core has one epsilon.
     "moonlight_one_epsilon": ("moonlight", {"rms_norm_eps": 1e-6}),

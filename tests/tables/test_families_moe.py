@@ -283,7 +283,7 @@ FORWARD = [
     ("qwen2_moe_dense_layer", "v4"),
     ("deepseek_v2", "v4"),
     ("deepseek_v2_lite", "v5"),
-    ("deepseek_v3_two_a_group", "v4"),
+    ("deepseek_v3", "v4"),
     ("kimi_k2_by_class", "v4"),
     ("moonlight_one_epsilon", "v4"),
     ("glm4_moe", "v4"),
@@ -348,7 +348,7 @@ def test_a_wrong_row_passes_every_check_but_the_forward_one(
         ("deepseek_v2", {"moe_router_topk_scaling_factor": 1.0}),
         ("glm4_moe", {"model.rotary_percent": 1.0}),
         # The two known limits of Megatron Core's latent attention models, each seen by the check.
-        ("deepseek_v3", {}),
+        ("deepseek_v3_one_a_group", {}),
         ("moonlight", {}),
     ],
 )

@@ -49,7 +49,9 @@ def start_world(size: int, jobs: list[dict[str, object]], out: Path) -> list[sub
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
         probe.close()
-    out.with_suffix(".jobs").write_text(json.dumps([{**job, "port": port} for job, port in zip(jobs, ports, strict=True)]))
+    out.with_suffix(".jobs").write_text(
+        json.dumps([{**job, "port": port} for job, port in zip(jobs, ports, strict=True)])
+    )
     processes = []
     for rank in range(size):
         env = os.environ | {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from _runs import raw, run_here, run_world
 
@@ -28,7 +26,10 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         {"recipe": raw(folder / name, **{"model": {"path": raw(folder)["model"]["path"], **PADDED}, **layout})}
         for name, layout in LAYOUTS.items()
     ]
-    found = dict(zip(LAYOUTS, run_world(2, jobs, folder / "losses.json"), strict=True))
+    # the data-parallel run once more, told to stop on the way and continued: its optimizer's state is cut over ranks
+    stopped = raw(folder / "stopped", model=PADDED)
+    jobs += [{"recipe": stopped, "stop_at": 12}, {"recipe": stopped, "resume": True}]
+    found = dict(zip([*LAYOUTS, "stopped", "resumed"], run_world(2, jobs, folder / "losses.json"), strict=True))
     for name, lora in (("plain", {}), ("lora", {"lora": LORA}), ("dora", {"lora": {**LORA, "dora": True}})):
         found[name] = run_here(raw(folder / f"one-{name}", model=PADDED, **lora))
     return found
@@ -38,14 +39,16 @@ def difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
+def test_a_sharded_optimizer_resumes(curves: dict[str, list[float]]) -> None:
+    assert curves["stopped"] + curves["resumed"] == curves["dp"]
+
+
 @pytest.mark.parametrize("layout", ["tp", "pp", "dp"])
 def test_layouts_agree(curves: dict[str, list[float]], layout: str) -> None:
     assert difference(curves[layout], curves["plain"]) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("layout", "one"), [("tp_lora", "lora"), ("tp_dora", "dora"), ("pp_lora_recompute", "lora")]
-)
+@pytest.mark.parametrize(("layout", "one"), [("tp_lora", "lora"), ("tp_dora", "dora"), ("pp_lora_recompute", "lora")])
 def test_adapters_agree(curves: dict[str, list[float]], layout: str, one: str) -> None:
     assert difference(curves[layout], curves[one]) < TOLERANCE
 

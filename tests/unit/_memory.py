@@ -69,8 +69,10 @@ def raw(tensor: torch.Tensor) -> Bytes:
     return cast(Bytes, tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy())
 
 
-def store(name: str, dtype: str, value: torch.Tensor, cuts: list[list[int]], into: Store, rng: np.random.Generator) -> StoredTensor:
-    """Store `value` in `into` as the chunks that `cuts` (inner edges per dimension) make, in shuffled order and files."""
+def store(
+    name: str, dtype: str, value: torch.Tensor, cuts: list[list[int]], into: Store, rng: np.random.Generator
+) -> StoredTensor:
+    """Store `value` as the chunks that `cuts` (inner edges per dimension) make, in shuffled order and files."""
     tensor = layout(name, dtype, tuple(value.shape), cuts, rng)
     for file, nbytes in sizes([tensor]).items():
         into.add(file, rng.integers(0, 256, nbytes, np.uint8))
@@ -80,7 +82,9 @@ def store(name: str, dtype: str, value: torch.Tensor, cuts: list[list[int]], int
     return tensor
 
 
-def layout(name: str, dtype: str, shape: tuple[int, ...], cuts: list[list[int]], rng: np.random.Generator) -> StoredTensor:
+def layout(
+    name: str, dtype: str, shape: tuple[int, ...], cuts: list[list[int]], rng: np.random.Generator
+) -> StoredTensor:
     """Places for the chunks of a tensor, with unused bytes between them."""
     boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
     for size, inner in zip(shape, cuts, strict=True):
@@ -151,7 +155,7 @@ class Fused:
 
     def matrix(self, atoms: list[torch.Tensor]) -> torch.Tensor:
         """The entry's matrix, by slicing and concatenating."""
-        out = [atoms[a][g * (n := len(atoms[a]) // self.groups) : (g + 1) * n] for g in range(self.groups) for a in self.atoms]
+        out = [atoms[a].chunk(self.groups)[g] for g in range(self.groups) for a in self.atoms]
         rows = torch.cat([*out, torch.zeros((self.padding, *atoms[0].shape[1:]), dtype=atoms[0].dtype)])
         return rows.T if self.transposed else rows
 
@@ -164,10 +168,10 @@ class Fused:
         }
 
 
-def unit_of(row: str, atoms: list[torch.Tensor], sources: list[Fused], targets: list[Fused], *, fold: int, shift: int) -> Unit:
+def unit_of(
+    row: str, atoms: list[torch.Tensor], sources: list[Fused], targets: list[Fused], *, fold: int, shift: int
+) -> Unit:
     """The unit that carries `atoms` (given in folded rows) from `sources` to `targets`."""
     origin = {atom: region for fused in sources for atom, region in fused.regions(atoms, fold).items()}
-    moves = [
-        Move(origin[atom], region) for fused in targets for atom, region in fused.regions(atoms, fold).items()
-    ]
+    moves = [Move(origin[atom], region) for fused in targets for atom, region in fused.regions(atoms, fold).items()]
     return Unit(row, tuple(moves), tuple(Entry(f.name, f.index, fold) for f in targets), shift)

@@ -84,11 +84,9 @@ class Case:
         order = draw(st.permutations(range(atoms)))
         at = draw(st.integers(1, atoms))
         groups = [tuple(order[:at]), tuple(order[at:])]
-        flipped = fold == 1 and draw(st.booleans())
+        flipped, repeats = fold == 1 and draw(st.booleans()), st.sampled_from((1, 2, 4))
         return [
-            Fused(
-                f"{name}{n}", members, draw(st.sampled_from((1, 2, 4))), transposed=flipped, padding=draw(st.integers(0, 2))
-            )
+            Fused(f"{name}{n}", members, draw(repeats), transposed=flipped, padding=draw(st.integers(0, 2)))
             for n, members in enumerate(groups)
             if members
         ]
@@ -297,13 +295,13 @@ def test_records_of_another_plan_are_refused() -> None:
 
 def test_empty_tensors_and_entries_without_moves() -> None:
     case = _big(64, 64)
-    empty, zero = StoredTensor("empty", "F32", (0, 4), ()), StoredTensor("zero", "F32", (3, 4), ())
     empty = layout("empty", "F32", (0, 4), [[], []], case.rng)
     zero = layout("zero", "F32", (3, 4), [[], []], case.rng)
     case.targets, case.sink = [empty, zero], Store()
     for file, nbytes in sizes(case.targets).items():
         case.sink.add(file, np.full(nbytes, 0xAA, np.uint8))
-    case.plan = plan_of([Unit("zero", (), (Entry("zero", ()),)), Unit("e", (), (Entry("empty", ()),))], [], case.targets)
+    units = [Unit(name, (), (Entry(name, ()),)) for name in ("zero", "empty")]
+    case.plan = plan_of(units, [], case.targets)
     crcs = case.engine().run()
     assert crcs["empty"] == [0] and not content(zero, case.sink).any()
     check_crcs(zero, crcs["zero"], case.sink)

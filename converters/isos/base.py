@@ -1,0 +1,40 @@
+"""What a registered conversion between config values is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from converters.errors import UsageError
+from converters.expr import Value
+
+Fields = dict[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class ValueIso:
+    """One Hugging Face value ↔ one Megatron Core value; the second argument is the whole config of that side."""
+
+    to_mcore: Callable[[Value, Mapping[str, Value]], Value]
+    to_hf: Callable[[Value, Mapping[str, Value]], Value]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldsIso:
+    """A group of Hugging Face keys ↔ a group of Megatron Core fields (`mcore` names them)."""
+
+    mcore: tuple[str, ...]
+    to_mcore: Callable[[Mapping[str, Value]], Fields]
+    to_hf: Callable[[Mapping[str, Value]], Fields]
+
+
+def number(value: Value, what: str) -> float:
+    """`value` as a number; UsageError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"config: {what} is {value!r}, a number was expected")
+    return value
+
+
+def layers_of(config: Mapping[str, Value], key: str) -> int:
+    """A count in a config; UsageError where it is absent."""
+    return int(number(config.get(key), key))

@@ -1,0 +1,99 @@
+"""A parity report as a document and as one screen of text."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from mbx.output import SCREEN_WIDTH, paint
+
+if TYPE_CHECKING:
+    from mbx.verify import Difference, ParityReport
+
+_SHOWN_FINDINGS = 10
+_INDENT = 20
+_COLOURS = {"passed": "green", "failed": "red", "not run": "yellow"}
+
+
+def document(report: ParityReport, *, forward: bool) -> dict[str, Any]:
+    """What `--json` prints. The forward leg stands in it also where nobody asked for it."""
+    legs = {
+        leg.name: {"status": leg.status, "summary": leg.summary, "details": list(leg.details)} for leg in report.legs
+    }
+    if not forward:
+        legs["forward"] = {"status": "not run", "summary": "not asked for; add --forward", "details": []}
+    return {
+        "passed": report.passed,
+        "left": report.left,
+        "right": report.right,
+        "table": report.table,
+        "asked": [leg.name for leg in report.legs],
+        "legs": legs,
+        "first": _difference(report.first),
+        "worst": _difference(report.worst),
+        "differences": [_difference(found) for found in report.differences],
+        "dtypes": [
+            {"expected": row.expected, "found": row.found, "tensors": row.tensors, "bytes": row.nbytes}
+            for row in report.dtypes
+        ],
+        "padding": list(report.padding),
+        "waived": list(report.waived),
+        "compared_values": report.compared_values,
+    }
+
+
+def _difference(found: Difference | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    largest = found.max_abs
+    return {
+        "name": found.name,
+        "dtype": found.dtype,
+        "shape": list(found.shape),
+        "what": found.what,
+        "elements": found.elements,
+        "total": found.total,
+        "first": None if found.first is None else list(found.first),
+        "max_abs": None if largest is None or not math.isfinite(largest) else largest,
+        "finite": largest is None or math.isfinite(largest),
+        "cause": found.cause,
+    }
+
+
+def lines(doc: dict[str, Any]) -> list[str]:
+    """One screen: each leg with its findings, the first and the worst tensor with their causes, the verdict."""
+    out = []
+    for name, leg in doc["legs"].items():
+        status = leg["status"]
+        summary = textwrap.wrap(leg["summary"], SCREEN_WIDTH - _INDENT, break_on_hyphens=False)
+        head = "  " + name.ljust(9) + paint(status, _COLOURS[status]) + " " * (9 - len(status))
+        out += [head + summary[0], *(" " * _INDENT + text for text in summary[1:])]
+        found = leg["details"]
+        out += [f"    {text}" for text in found[:_SHOWN_FINDINGS]]
+        if (rest := len(found) - _SHOWN_FINDINGS) > 0:
+            out.append(f"    … and {rest} more; --json lists all")
+    mixed = [row for row in doc["dtypes"] if row["expected"] != row["found"]]
+    out += [f"  dtypes: {row['tensors']} tensors are {row['found']}, {row['expected']} was expected" for row in mixed]
+    out += _causes(doc)
+    if doc["passed"]:
+        return [*out, paint(f"parity holds in {', '.join(doc['asked'])}", "green")]
+    open_legs = [f"{name} {doc['legs'][name]['status']}" for name in doc["asked"]]
+    open_legs = [text for text in open_legs if not text.endswith("passed")]
+    return [*out, paint(f"parity is not proved: {', '.join(open_legs)}", "red")]
+
+
+def _causes(doc: dict[str, Any]) -> list[str]:
+    first, worst = doc["first"], doc["worst"]
+    if first is None:
+        return []
+    named = [("first", first)] + ([("worst", worst)] if worst["name"] != first["name"] else [])
+    out = []
+    for label, found in named:
+        out.append(f"  {label}: `{found['name']}`: {found['what']}")
+        largest = found["max_abs"] if found["finite"] else "not finite"
+        if largest is not None:
+            text = largest if isinstance(largest, str) else f"{largest:.3g}"
+            out.append(f"    max |Δ| {text} over {found['elements']} of {found['total']} values")
+        out.append(f"    likely cause: {found['cause'] or 'no known pattern'}")
+    return out

@@ -1,0 +1,148 @@
+"""Two opened checkpoints, made comparable: one plan that makes the tensors of one from those of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from converters.decode import Encoded, decoded_view
+from converters.dialects.cuts import VOCAB
+from converters.dialects.keys import parse_key
+from converters.errors import UnsupportedError
+from converters.expr import Value
+from converters.importer import plan_import
+from converters.layout import Layout
+from converters.pairing import Pairing, pair_by_name, pair_by_table
+from converters.plan import Plan, requested_dtype
+from converters.protocols import Source
+from converters.table import Table
+from converters.tensors import StoredTensor
+from mbx.io.architecture import known_config
+from mbx.registry import table_for
+from mbx.sides import Side, respelt
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """`plan` makes the tensors `actual` of `right` from those of `left`, the two sides in the order of the plan.
+
+    `swapped` says that the user named them the other way round. `fields` is the Megatron Core config as far as it is
+    known. `limits` are the rows that are the vocabulary; what follows is padding.
+    """
+
+    left: Side
+    right: Side
+    plan: Plan
+    actual: Mapping[str, StoredTensor]
+    left_only: tuple[str, ...]
+    right_only: tuple[str, ...]
+    repeated: tuple[str, ...]
+    fields: Mapping[str, Value]
+    limits: Mapping[str, int]
+    swapped: bool = False
+
+    @property
+    def nouns(self) -> tuple[str, str]:
+        """What to call the two sides of the plan."""
+        if self.left.kind != self.right.kind:
+            return "the folder", "the checkpoint"
+        return ("the second", "the first") if self.swapped else ("the first", "the second")
+
+
+def pair_sides(
+    first: Side, second: Side, source: Mapping[int, Source], mapping: str | None = None, dtype: str | None = None
+) -> Pair:
+    """Pair two checkpoints; `source` reads each by its `id`, `dtype` is a cast that the first was declared to undergo.
+
+    Raises MbxError where no table covers them, as a conversion would.
+    """
+    if first.kind == second.kind == "mcore":
+        return _mcore_pair(first, second, source, mapping)
+    if first.kind == second.kind == "hf":
+        return _hf_pair(first, second, mapping)
+    folder, checkpoint = (first, second) if first.kind == "hf" else (second, first)
+    assert folder.folder is not None
+    table = table_for(folder.folder.config, mapping)
+    plan = plan_import(table, folder.folder.config, folder.tensors, Layout(), dtype=requested_dtype(dtype))
+    wanted = [draft.name for draft in plan.drafts]
+    actual = respelt(checkpoint.tensors, wanted, source[id(checkpoint)])
+    known = set(wanted)
+    return Pair(
+        folder,
+        checkpoint,
+        plan,
+        actual,
+        tuple(name for name in wanted if name not in actual),
+        tuple(name for name in actual if name not in known),
+        (),
+        plan.config,
+        _limits(plan.config, actual),
+        swapped=first.kind == "mcore",
+    )
+
+
+def _mcore_pair(first: Side, second: Side, source: Mapping[int, Source], mapping: str | None) -> Pair:
+    assert first.checkpoint is not None and second.checkpoint is not None
+    fields = known_config(first.checkpoint, mapping)[0] or known_config(second.checkpoint, mapping)[0]
+    actual = respelt(second.tensors, first.tensors, source[id(second)])
+    found = pair_by_name(first.tensors, actual, lambda name: parse_key(name).depth, fields)
+    return _pair(first, second, found, actual, fields)
+
+
+def _hf_pair(first: Side, second: Side, mapping: str | None) -> Pair:
+    assert first.folder is not None and second.folder is not None
+    left, right = first.tensors, second.tensors
+    try:
+        table: Table | None = table_for(first.folder.config, mapping)
+    except UnsupportedError:
+        table = None
+    fields = {} if table is None else table.config.to_mcore(first.folder.config, allow_unused=first.folder.config)
+    if table is None or _same_headers(left, right):
+        return _pair(first, second, pair_by_name(left, right, config=fields), right, fields)
+    mine, mine_encoded = _decoded(first)
+    other, other_encoded = _decoded(second)
+    if mine_encoded and other_encoded:
+        raise UnsupportedError(
+            "both folders are quantised, and differently: neither can be held against the other",
+            hint="compare each with the folder it was made from",
+        )
+    if other_encoded:
+        pair = _by_table(table, fields, second, first, other, mine, other_encoded)
+        return replace(pair, swapped=True)
+    return _by_table(table, fields, first, second, mine, other, mine_encoded)
+
+
+def _by_table(
+    table: Table,
+    fields: Mapping[str, Value],
+    left: Side,
+    right: Side,
+    mine: Mapping[str, StoredTensor],
+    other: Mapping[str, StoredTensor],
+    encoded: Mapping[str, Encoded],
+) -> Pair:
+    return _pair(left, right, pair_by_table(table, fields, mine, other, encoded), other, fields)
+
+
+def _decoded(side: Side) -> tuple[dict[str, StoredTensor], dict[str, Encoded]]:
+    assert side.folder is not None
+    quantization = side.folder.config.get("quantization_config")
+    return decoded_view(side.tensors, quantization if isinstance(quantization, Mapping) else None)
+
+
+def _same_headers(left: Mapping[str, StoredTensor], right: Mapping[str, StoredTensor]) -> bool:
+    return left.keys() == right.keys() and all(left[name].dtype == right[name].dtype for name in left)
+
+
+def _pair(
+    left: Side, right: Side, found: Pairing, actual: Mapping[str, StoredTensor], fields: Mapping[str, Value]
+) -> Pair:
+    limits = _limits(fields, actual) if left.kind == "mcore" else {}
+    for name in VOCAB & found.plan.sources.keys() & actual.keys() if left.kind == "mcore" else ():
+        limits.setdefault(name, min(found.plan.sources[name].shape[0], actual[name].shape[0]))
+    return Pair(left, right, found.plan, actual, found.left_only, found.right_only, found.repeated, fields, limits)
+
+
+def _limits(fields: Mapping[str, Value], tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
+    size = fields.get("model.vocab_size")
+    return {name: size for name in VOCAB if name in tensors} if isinstance(size, int) else {}

@@ -1,0 +1,146 @@
+"""The two sides of a comparison: a Hugging Face folder or a Megatron checkpoint, opened alike and spelt alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from converters.dialects.keys import parse_key
+from converters.errors import MbxError
+from converters.expr import Value
+from converters.protocols import Source
+from converters.table import Table
+from converters.tensors import Chunk, StoredTensor, nbytes_of
+from mbx.io import hf
+from mbx.io.architecture import architecture_of
+from mbx.io.checkpoint import McoreCheckpoint, open_any
+from mbx.io.hf import HfFolder
+from mbx.registry import table_for
+
+Kind = Literal["hf", "mcore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One checkpoint: chunks of `tensors` lie below `root`. One of `folder` and `checkpoint` is set."""
+
+    kind: Kind
+    path: Path
+    root: Path
+    tensors: Mapping[str, StoredTensor]
+    folder: HfFolder | None = None
+    checkpoint: McoreCheckpoint | None = None
+
+
+def open_side(path: Path) -> Side:
+    """Open the checkpoint at `path`, whatever it is; headers are read and no tensor. Raises StorageError."""
+    if is_hf(path):
+        folder = hf.open_hf(path)
+        return Side("hf", path, path, folder.tensors, folder=folder)
+    checkpoint = open_any(path)
+    return Side("mcore", path, checkpoint.iteration, checkpoint.tensors, checkpoint=checkpoint)
+
+
+def is_hf(path: Path) -> bool:
+    """Whether `path` is a Hugging Face folder rather than a Megatron checkpoint."""
+    if (path / "metadata.json").is_file() or (path / ".metadata").is_file():
+        return False
+    return (path / hf.CONFIG).is_file() or any(path.glob("*.safetensors"))
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a side says of its architecture: the Hugging Face config, and the same as Megatron Core fields.
+
+    `why_not` says why there is nothing, None where there is. `made` is set where no config.json lay there.
+    """
+
+    config: Mapping[str, Value] | None = None
+    table: Table | None = None
+    fields: Mapping[str, Value] | None = None
+    why_not: str | None = None
+    made: bool = False
+
+
+def stated(side: Side, mapping: str | None) -> Stated:
+    """The architecture of a side; never raises for one that is not known."""
+    try:
+        if side.folder is not None:
+            config = side.folder.config
+            table = table_for(config, mapping)
+            return Stated(config, table, table.config.to_mcore(config))
+        assert side.checkpoint is not None
+        found = architecture_of(side.checkpoint, mapping)
+        fields = found.table.config.to_mcore(found.config)
+        return Stated(found.config, found.table, fields, made=found.reference is None)
+    except MbxError as error:
+        return Stated(side.folder.config if side.folder else None, why_not=error.fact)
+
+
+_MTP = ("transformer_layer.", "mtp_model_layer.")
+
+
+def respelt(tensors: Mapping[str, StoredTensor], wanted: Collection[str], source: Source) -> dict[str, StoredTensor]:
+    """`tensors` (torch_dist keys) with layers stacked or apart, and heads named, as the keys `wanted` have them.
+
+    Chunks are cut at layers where they must be, and then name their data's first byte themselves.
+    """
+    want = set(wanted)
+    out: dict[str, StoredTensor] = {}
+    apart: dict[str, dict[int, StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        key = parse_key(name)
+        joined = f"decoder.layers.{key.param}"
+        if name in want:
+            out[name] = tensor
+        elif key.site == "decoder" and key.layer is not None and joined in want:
+            apart.setdefault(joined, {})[key.layer] = tensor
+        elif key.stacked and f"decoder.layers.0.{key.param}" in want:
+            for layer in range(tensor.shape[0]):
+                one = f"decoder.layers.{layer}.{key.param}"
+                out[one] = _layer(tensor, layer, one, source)
+        elif (other := _mtp_name(name)) is not None and other in want:
+            out[other] = StoredTensor(other, tensor.dtype, tensor.shape, tensor.chunks)
+        else:
+            out[name] = tensor
+    for joined, layers in apart.items():
+        first = layers[min(layers)]
+        alike = all((t.shape, t.dtype) == (first.shape, first.dtype) for t in layers.values())
+        if alike and sorted(layers) == list(range(len(layers))):
+            out[joined] = _stack(joined, [layers[n] for n in range(len(layers))], source)
+        else:
+            out |= {tensor.name: tensor for tensor in layers.values()}
+    return out
+
+
+def _mtp_name(name: str) -> str | None:
+    match = re.match(r"mtp\.layers\.\d+\.", name)
+    if match is None:
+        return None
+    rest = name[match.end() :]
+    for own, other in (_MTP, _MTP[::-1]):
+        if rest.startswith(own):
+            return name[: match.end()] + other + rest[len(own) :]
+    return None
+
+
+def _stack(name: str, layers: list[StoredTensor], source: Source) -> StoredTensor:
+    chunks = tuple(
+        Chunk((layer, *chunk.offsets), (1, *chunk.sizes), chunk.file, source.data_start(chunk))
+        for layer, tensor in enumerate(layers)
+        for chunk in tensor.chunks
+    )
+    return StoredTensor(name, layers[0].dtype, (len(layers), *layers[0].shape), chunks)
+
+
+def _layer(tensor: StoredTensor, layer: int, name: str, source: Source) -> StoredTensor:
+    chunks = []
+    for chunk in tensor.chunks:
+        at = layer - chunk.offsets[0]
+        if 0 <= at < chunk.sizes[0]:
+            start = source.data_start(chunk) + at * nbytes_of(tensor.dtype, chunk.sizes[1:])
+            chunks.append(Chunk(chunk.offsets[1:], chunk.sizes[1:], chunk.file, start))
+    return StoredTensor(name, tensor.dtype, tensor.shape[1:], tuple(chunks))

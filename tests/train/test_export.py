@@ -1,0 +1,122 @@
+"""What a run leaves behind loads in Transformers and PEFT, with Megatron Core's own values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from _runs import QWEN3, Raw, raw, run_here
+from safetensors.torch import load_file, save_file
+
+from converters.errors import UsageError
+from mbx.mcore.build import build_model
+from mbx.mcore.cpu import megatron_on_cpu, process_group
+from mbx.mcore.forward import compare_logits, hf_logits, mcore_logits
+from mbx.mcore.load import load_torch_dist
+from mbx.train.export import export_run
+from mbx.train.model import blueprint
+from mbx.train.peft import WEIGHTS
+from mbx.train.recipe import parse_recipe
+
+STEPS = 4
+
+
+def short(run_dir: Path, **sections: dict[str, object]) -> Raw:
+    base = raw(run_dir, train={"steps": STEPS}, optim={"lr": 1e-2, "schedule": "constant"}, **sections)
+    return base
+
+
+@pytest.fixture(scope="module")
+def fp32_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Qwen3 stored in fp32, so that merging rounds nothing away."""
+    folder = tmp_path_factory.mktemp("base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(QWEN3, dtype=torch.float32)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(QWEN3).save_pretrained(folder)
+    return folder
+
+
+def batch(recipe: Raw, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels of one global batch, [8, 32]."""
+    from mbx.train.data import Pattern
+
+    rows = [Pattern(251, 32, 1234).row(8 * step + n) for n in range(8)]
+    return tuple(torch.stack([torch.from_numpy(getattr(r, x)) for r in rows]) for x in ("tokens", "labels"))  # type: ignore[return-value]
+
+
+def test_full_training_round_trip(tmp_path: Path) -> None:
+    recipe = short(tmp_path / "run")
+    run_here(recipe)
+    target, kind = export_run(tmp_path / "run", tmp_path / "hf")
+    assert kind == "Hugging Face model"
+    ids = torch.randint(0, 251, (2, 40), generator=torch.Generator().manual_seed(1))
+    with megatron_on_cpu(), process_group():
+        model = build_model(blueprint(parse_recipe(recipe)).config)
+        load_torch_dist(model, tmp_path / "run" / f"iter_{STEPS:07d}")
+        trained = mcore_logits(model, ids, vocab_size=251)
+    assert compare_logits(hf_logits(target, ids), trained).ok
+    assert not compare_logits(hf_logits(QWEN3, ids), trained).ok, "training must have changed something"
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters(tmp_path: Path, fp32_base: Path, dora: bool) -> None:
+    """Applied by Megatron Core = applied by PEFT = merged; and read back they continue where they were."""
+    recipe = short(tmp_path / "run", model={"path": str(fp32_base)}, lora={"rank": 4, "alpha": 8.0, "dora": dora})
+    losses = run_here(recipe)
+    adapter, _ = export_run(tmp_path / "run", tmp_path / "adapter")
+    merged, _ = export_run(tmp_path / "run", tmp_path / "merged", merged=True)
+    tokens, labels = batch(recipe, 0)
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(fp32_base, dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(tokens).logits
+        applied = peft.PeftModel.from_pretrained(base, str(adapter)).eval()(tokens).logits
+        together = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(tokens).logits
+    assert (applied - together).abs().max() < 1e-4
+    assert (applied - plain).abs().max() > 1e-2
+    assert losses[0] == pytest.approx(
+        torch.nn.functional.cross_entropy(plain.flatten(0, 1), labels.flatten()).item(), abs=1e-5
+    )
+
+    again = short(
+        tmp_path / "again",
+        model={"path": str(fp32_base)},
+        lora={"rank": 4, "alpha": 8.0, "dora": dora, "adapter": str(adapter)},
+    )
+    again["train"] = {**again["train"], "steps": 1}
+    reference = torch.nn.functional.cross_entropy(applied.flatten(0, 1), labels.flatten()).item()
+    assert run_here(again)[0] == pytest.approx(reference, abs=1e-5)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, fp32_base: Path) -> None:
+    model = {"path": str(fp32_base)}
+    run_here(short(tmp_path / "run", model=model, lora={"rank": 4, "targets": ["linear_qkv"]}))
+    adapter, _ = export_run(tmp_path / "run", tmp_path / "adapter")
+    for number, (lora, words) in enumerate(
+        [
+            ({"rank": 8}, "r=4"),
+            ({"rank": 4, "alpha": 4.0, "targets": ["linear_qkv"]}, "scales by"),
+            ({"rank": 4}, "has no"),
+        ]
+    ):
+        again = short(tmp_path / f"run{number}", model=model, lora={**lora, "adapter": str(adapter)})
+        with pytest.raises(UsageError, match=words):
+            run_here(again)
+    tensors = load_file(adapter / WEIGHTS)
+    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 32)
+    save_file(tensors, adapter / WEIGHTS)
+    with pytest.raises(UsageError, match="up_proj"):
+        lora = {"rank": 4, "targets": ["linear_qkv"], "adapter": str(adapter)}
+        run_here(short(tmp_path / "run9", model=model, lora=lora))
+
+
+def test_only_adapters_are_trained(tmp_path: Path) -> None:
+    from mbx.io.torch_dist import open_torch_dist
+
+    run_here(short(tmp_path / "run", lora={"rank": 2, "targets": ["linear_proj"]}))
+    names = open_torch_dist(tmp_path / "run").dcp.tensors
+    assert names
+    assert all(".linear_proj.lora_" in name for name in names)

@@ -1,0 +1,162 @@
+"""What stops a run, what is refused before it starts, and what it writes down."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _runs import QWEN3, raw, run_here
+
+from converters.errors import DeviceError, DifferenceError, LayoutError, MbxError, UnsupportedError, UsageError
+from mbx.train.data import Pattern, Row
+from mbx.train.fp8 import check_capability, fp8_config
+from mbx.train.log import METRICS, Step, line, plot
+from mbx.train.loop import prepare, train
+from mbx.train.model import first_microbatch
+from mbx.train.recipe import Fp8, parse_recipe
+from mbx.train.report import read_metrics, write_report
+
+
+def test_accumulation_changes_nothing(tmp_path: Path) -> None:
+    """A global batch has one loss, however it is cut into micro-batches."""
+    cuts = [run_here(raw(tmp_path / str(n), train={"steps": 5, "micro_batch": n})) for n in (1, 4, 8)]
+    assert np.abs(np.diff(cuts, axis=0)).max() < 1e-4
+
+
+def test_evaluation_and_metrics(tmp_path: Path) -> None:
+    losses = run_here(raw(tmp_path / "run", train={"steps": 4, "eval_every": 2, "eval_steps": 1}))
+    records = [json.loads(text) for text in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    assert [r["loss"] for r in records if r["kind"] == "step"] == losses
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [2, 4]
+    report = write_report(tmp_path / "run")
+    assert "<polyline" in report.read_text() and report.suffix == ".html"
+    assert len(read_metrics(tmp_path / "run")[0]) == 4
+    with pytest.raises(UsageError, match=r"\.html or \.png"):
+        write_report(tmp_path / "run", tmp_path / "x.pdf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned:
+    """Rows whose loss is not a number from row `bad` on: their weights are infinite."""
+
+    bad: int
+    weight: float
+    good: Pattern = Pattern(251, 32, 1234)
+
+    def row(self, index: int) -> Row:
+        row = self.good.row(index)
+        return row if index < self.bad else dataclasses.replace(row, mask=np.full(32, self.weight, np.float32))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    recipe = raw(tmp_path / "run", train={"steps": 6}, run={"save_every": 1})
+    prepared = dataclasses.replace(prepare(parse_recipe(recipe)), train_rows=Poisoned(24, float("nan")))
+    with pytest.raises(DifferenceError, match="step 4: the loss is nan"):
+        train(prepared, live=False)
+    assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "3"
+
+
+def test_a_spike_stops_the_run(tmp_path: Path) -> None:
+    recipe = parse_recipe(raw(tmp_path / "run", train={"steps": 6, "spike_factor": 1.05}, optim={"lr": 10.0}))
+    with pytest.raises(DifferenceError, match="spike_factor"):
+        train(prepare(recipe), live=False)
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "words"),
+    [
+        ({"data": {"length": 4096}}, UsageError, "exceeds the model's 512 positions"),
+        ({"data": {"kind": "chat"}}, UsageError, "needs a file"),
+        ({"model": {"path": "/nowhere"}}, MbxError, "no folder"),
+        ({"model": {"path": ""}}, UsageError, "no model is named"),
+        ({"parallel": {"tp": 3}}, UsageError, "does not divide the world"),
+        ({"fp8": {"recipe": "delayed"}}, UsageError, "precision=bf16"),
+        ({"fp8": {"recipe": "delayed"}, "train": {"precision": "bf16"}}, DeviceError, "needs a GPU"),
+        ({"run": {"kernels": "te"}}, DeviceError, "transformer_engine"),
+        ({"run": {"device": "cuda"}}, DeviceError, "there is none"),
+        ({"model": {"config": {"gradient_accumulation_fusion": True}}}, DeviceError, "Apex"),
+        ({"lora": {"rank": 4, "targets": ["q_proj"]}}, UsageError, "q_proj"),
+        ({"lora": {"rank": 4}, "model": {"config": {"num_moe_experts": 4}}}, UnsupportedError, "experts"),
+        ({"lora": {"rank": 4}, "model": {"config": {"multi_latent_attention": True}}}, UnsupportedError, "attention"),
+        ({"data": {"kind": "chat", "path": "x"}, "parallel": {"cp": 2}}, UsageError, "world"),
+    ],
+)
+def test_refused_before_anything_runs(
+    tmp_path: Path, sections: dict[str, dict[str, object]], error: type[MbxError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        prepare(parse_recipe(raw(tmp_path / "run", **sections)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_layouts_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(LayoutError, match="query_groups"):
+        prepare(parse_recipe(raw(tmp_path / "run", parallel={"tp": 8})))
+    with pytest.raises(UsageError, match="context parallelism"):
+        path = tmp_path / "d.jsonl"
+        path.write_text("{}")
+        prepare(parse_recipe(raw(tmp_path / "run", data={"kind": "chat", "path": str(path)}, parallel={"cp": 2})))
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(QWEN3, tmp_path / "hf", ignore=shutil.ignore_patterns("*token*"))
+    (tmp_path / "d.jsonl").write_text("{}")
+    sections = {"model": {"path": str(tmp_path / "hf")}, "data": {"kind": "chat", "path": str(tmp_path / "d.jsonl")}}
+    with pytest.raises(UsageError, match="no tokenizer"):
+        prepare(parse_recipe(raw(tmp_path / "run", **sections)))
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "fits"),
+    [
+        ("delayed", (9, 0), True),
+        ("delayed", (8, 9), True),
+        ("delayed", (8, 0), False),
+        ("tensorwise", (9, 0), True),
+        ("blockwise", (9, 0), True),
+        ("blockwise", (8, 9), False),
+        ("mxfp8", (9, 0), False),
+        ("mxfp8", (10, 0), True),
+    ],
+)
+def test_fp8_by_gpu(name: str, capability: tuple[int, int], fits: bool) -> None:
+    if fits:
+        check_capability(name, capability)
+    else:
+        with pytest.raises(DeviceError, match=rf"fp8.recipe={name} needs compute capability"):
+            check_capability(name, capability)
+
+
+def test_fp8_fields() -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
+        assert set(fp8_config(Fp8(recipe))) <= known
+    assert fp8_config(Fp8()) == {}
+
+
+def test_cached_fp8_weights_are_renewed_at_each_step() -> None:
+    """Layers that keep a quantised copy of their weight must be told that a step begins."""
+    from torch import nn
+
+    class Layer(nn.Module):
+        is_first_microbatch = False
+
+    model = nn.Sequential(Layer(), nn.Linear(2, 2), nn.Sequential(Layer()))
+    first_microbatch(model)()
+    assert [m.is_first_microbatch for m in model.modules() if isinstance(m, Layer)] == [True, True]
+
+
+def test_log_line_and_plot() -> None:
+    step = Step(7, 2.5, 1e-4, 0.5, 4096, 0.5, 8192.0, 300.0, 0.4, 20.0)
+    assert line(step, 100).startswith(
+        "step   7/100  loss 2.5000  lr 0.0001  grad 0.500  8,192 tok/s  300.0 TFLOP/s (40.0% MFU)"
+    )
+    assert plot([3.0, 2.0, float("nan"), 1.0]) == "loss 1.000–3.000 █▄?▁"
