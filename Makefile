@@ -5,7 +5,7 @@ READY = $(VENV)/.ready
 DEMO = demo
 MODEL = fixtures/tiny/llama
 
-.PHONY: demo test test-all lint types contract tables docs clean
+.PHONY: demo test test-all lint types contract tables bench docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -35,6 +35,9 @@ tables: $(READY)
 
 docs: $(READY)  ## write docs/models.md again, from the tables and the measured figures
 	$(BIN)/python -m mbx.models_page docs/models.md
+
+bench: $(READY)  ## time and memory of conversions against cp -r
+	$(BIN)/python -m benchmarks.convert --size 1b --plan
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -49,7 +49,7 @@ def plan_export(
     env = environment(config)
     dims = table.dims_at(env)
     rows = [row for row in table.expand(env, recorded, sources) if not row.spec.drop]
-    planner = _Exporter(table, config, env, dims, sources, recorded or {}, dtype)
+    planner = _Exporter(table, config, env, dims, sources, recorded or {}, kept or {}, dtype)
     located = {id(row): planner.locate(row) for row in rows if row.same_as is None}
     wanted = [home.key for homes in located.values() for home in homes]
     missing, unused = settle(table.name, "checkpoint", sources, wanted, waivers)
@@ -62,7 +62,8 @@ def plan_export(
         if row.same_as is not None:
             planner.repeat(row)
     for tensor in (kept or {}).values():
-        planner.keep(tensor)
+        if tensor.name not in planner.targets:
+            planner.keep(tensor)
     drafts = planner.drafts()
     dropped = tuple(name for name in recorded or {} if name not in planner.targets)
     return Plan(
@@ -97,9 +98,10 @@ class _Exporter:
         dims: Dims,
         sources: Mapping[str, StoredTensor],
         recorded: Mapping[str, HfTensor],
+        kept: Mapping[str, StoredTensor],
         dtype: str | None,
     ) -> None:
-        self.env = env
+        self.env, self.kept = env, kept
         self.table, self.dims, self.sources, self.recorded, self.dtype = table, dims, sources, recorded, dtype
         self.stacked = torch_dist.stacks_layers(table.family, config)
         self.num_layers = table.num_layers(env)
@@ -176,7 +178,8 @@ class _Exporter:
             entries.append(Entry(name, index, fold))
             if dtype != origin:
                 self.dtype_changes[origin, dtype] += 1
-        unit = Unit(row.mcore, tuple(moves), tuple(entries), -row.spec.shift)
+        original = row.hf[0] if row.spec.shift and self._is_original(row.hf[0]) else None
+        unit = Unit(row.mcore, tuple(moves), tuple(entries), -row.spec.shift, original)
         self.units.append(unit)
         for name in row.hf:
             self.origin[name] = unit
@@ -208,6 +211,11 @@ class _Exporter:
         )
         self.units.append(Unit(row.mcore, moves, (Entry(name, ()),), unit.shift))
         self.repeated.append(name)
+
+    def _is_original(self, name: str) -> bool:
+        """Whether the tensor `name` travelled along with the dtype and shape it gets now."""
+        tensor = self.kept.get(name)
+        return tensor is not None and self.targets[name] == (tensor.dtype, tensor.shape)
 
     def keep(self, tensor: StoredTensor) -> None:
         """A tensor that is written as it was read."""

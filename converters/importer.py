@@ -84,6 +84,7 @@ def plan_import(
         ),
         equal=tuple(planner.equal),
         objects=tuple(dict.fromkeys(planner.objects)),
+        kept=(*planner.dropped, *planner.shifted),
         notes=tuple(inexpressible_rope(canonical(hf_config))),
         dtype_changes=planner.dtype_changes,
         encoded=encoded,
@@ -118,6 +119,7 @@ class _Importer:
         self.objects: list[str] = []
         self.equal: list[tuple[str, str]] = []
         self.dropped: list[str] = []
+        self.shifted: list[str] = []
         self.dtype_changes: Counter[tuple[str, str]] = Counter()
 
     def add(self, row: Row) -> None:
@@ -213,6 +215,8 @@ class _Importer:
             entries.append(Entry(home.key, home.index, fold))
             self.objects += torch_dist.extra_states(row, home, self.table.family)
         self.units.append(Unit(row.mcore, tuple(moves), tuple(entries), row.spec.shift))
+        if row.spec.shift:
+            self.shifted += row.hf
 
     def _announce(self, row: Row, home: torch_dist.Home, dtype: str, shape: Shape, fm: Form) -> None:
         known = self.targets.setdefault(home.key, _Target(dtype, home.stack, shape, fm, home.atoms))

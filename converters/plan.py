@@ -45,13 +45,15 @@ class Entry:
 class Unit:
     """The smallest independent part of a conversion: one row of the table at one layer and expert.
 
-    `shift` is added to every value.
+    `shift` is added to every value. Where that rounds, the way back would not find the value again: `original`
+    names a source tensor, of the target's shape, whose value is taken wherever it still maps to what is stored.
     """
 
     row: str
     moves: tuple[Move, ...]
     entries: tuple[Entry, ...]
     shift: int = 0
+    original: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class Plan:
     """What a run will do. The run executes this object; `--dry-run` prints it.
 
     `equal` are pairs of source tensors that must hold the same values. `objects` are the names of opaque
-    payloads (`_extra_state`) the target carries. `encoded` are the sources that a codec stores in parts.
+    payloads (`_extra_state`) the target carries. `kept` are sources that travel beside the target as they are:
+    buffers without a counterpart, and values that a shift rounds. `encoded` are the sources that a codec stores in parts.
     `table` is None where no name changes.
     """
 
@@ -73,6 +76,7 @@ class Plan:
     ledger: Ledger
     equal: tuple[tuple[str, str], ...] = ()
     objects: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     dtype_changes: Mapping[tuple[str, str], int] = field(default_factory=dict)
     encoded: Mapping[str, Encoded] = field(default_factory=dict)

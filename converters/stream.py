@@ -17,6 +17,7 @@ import numpy.typing as npt
 from converters.crc import combine
 from converters.decode import read_decoded
 from converters.errors import StorageError
+from converters.pack import Slot
 from converters.pieces import Cutting, Geometry, Part, Piece, cut, moves_into
 from converters.plan import Entry, Plan, Unit
 from converters.protocols import Sink, Source
@@ -255,7 +256,8 @@ class Engine:
         if data.size and (unit.shift or origin != tensor.dtype):
             from converters.values import convert
 
-            data = convert(data, origin, tensor.dtype, unit.shift).reshape(rows, -1)
+            changed = convert(data, origin, tensor.dtype, unit.shift).reshape(rows, -1)
+            data = self._restored(unit, row, data, changed, origin) if unit.original else changed
         item = DTYPE_BITS[tensor.dtype] // 8
         crcs = []
         for part in self.geometry.entry_parts(entry, row, rows):
@@ -271,6 +273,17 @@ class Engine:
             self._note(part, crcs[-1])
             progress(part.nbytes)
         return crcs
+
+    def _restored(self, unit: Unit, row: int, stored: Matrix, changed: Matrix, dtype: str) -> Matrix:
+        """`changed`, with the original value wherever that is what the stored one came from."""
+        from converters.values import restore
+
+        assert unit.original is not None
+        tensor = self.plan.sources[unit.original]
+        count = matrix(tensor.shape, 0)[0]
+        original = np.empty_like(changed)
+        self._read(Region(unit.original, (), Slot(0, count, count, 1)), row, original, None)
+        return restore(original, tensor.dtype, stored, dtype, changed, -unit.shift)
 
     def _note(self, part: Part, crc: int) -> None:
         """Count a written part; a chunk that is complete gets its CRC and is finished."""

@@ -24,6 +24,16 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
+def restore(original: Bytes, dtype: str, stored: Bytes, stored_dtype: str, changed: Bytes, shift: int) -> Bytes:
+    """`changed`, with elements of `original` (both of `dtype`) wherever `original + shift` is exactly `stored`."""
+    item, stored_item = TORCH_DTYPES[dtype].itemsize, TORCH_DTYPES[stored_dtype].itemsize
+    image = convert(original, dtype, stored_dtype, shift).reshape(-1, stored_item)
+    unchanged = (image == stored.reshape(-1, stored_item)).all(axis=1)
+    flat = changed.reshape(-1, item).copy()
+    flat[unchanged] = original.reshape(-1, item)[unchanged]
+    return flat.reshape(changed.shape)
+
+
 def convert(data: Bytes, source: str, target: str, shift: int) -> Bytes:
     """`data` (contiguous, of dtype `source`) cast to `target`, `shift` added first.
 

@@ -295,9 +295,9 @@ def _write_side_files(job: Job, root: Path, source: FileSource) -> dict[str, int
             contents[name] = origin.read_bytes()
         except OSError as error:
             raise os_failure(error, f"cannot read `{origin}`") from error
-    if job.plan.direction == "hf-to-mcore" and job.plan.ledger.dropped:
-        dropped = [job.plan.sources[name] for name in job.plan.ledger.dropped]
-        contents[f"{job.base}hf/{hf.KEPT}"] = hf.pack_kept(dropped, source)
+    if job.plan.kept:
+        kept = [job.plan.sources[name] for name in job.plan.kept]
+        contents[f"{job.base}hf/{hf.KEPT}"] = hf.pack_kept(kept, source)
     for name, data in contents.items():
         _write(root / name, data, sync=job.options.sync)
     crcs = {name: zlib.crc32(data) for name, data in contents.items()}

@@ -19,7 +19,13 @@ layernorm_zero_centered_gamma rotary_interleaved softmax_type softmax_scale wind
 no_rope_freq glu_linear_offset activation_func_clamp_value mtp_num_layers multi_latent_attention
 experimental_attention_variant linear_attention_freq fp32_residual_connection""".split()
 _LATENT = """q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rotary_scaling_factor mscale
-mscale_all_dim rope_type beta_fast beta_slow""".split()
+mscale_all_dim rope_type beta_fast beta_slow original_max_position_embeddings""".split()
+#: What MLATransformerConfig takes for fields that Megatron-LM has no arguments for.
+_LATENT_DEFAULTS: dict[str, Value] = {
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 _EXPERTS = """moe_ffn_hidden_size moe_layer_freq moe_router_topk moe_router_pre_softmax moe_router_score_function
 moe_router_enable_expert_bias moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
 moe_router_load_balancing_type moe_aux_loss_coeff moe_router_dtype moe_grouped_gemm
@@ -84,6 +90,8 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
         out["add_bias_linear"] = False
     heads = out.get("num_attention_heads")
     out["num_query_groups"] = _value(args.get("num_query_groups")) if args.get("group_query_attention") else heads
+    if args.get("multi_latent_attention"):
+        out = {**_LATENT_DEFAULTS, **out}
     out |= _activation(args)
     if args.get("num_experts"):
         out["num_moe_experts"] = _value(args["num_experts"])
@@ -101,6 +109,8 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
         "seq_len_interpolation_factor": args.get("rotary_seq_len_interpolation_factor"),
         "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
     }
+    if position == "none":
+        model = {name: value for name, value in model.items() if not name.startswith(("rotary", "rope", "seq_len"))}
     if hybrid:
         model["mcore_model"] = "hybrid"
         model["hybrid_override_pattern"] = args.get("hybrid_override_pattern") or args.get("hybrid_layer_pattern")

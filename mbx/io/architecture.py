@@ -21,7 +21,7 @@ from mbx.registry import shipped, table_for
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 #: The table that is taken where several describe the model alike: the one most tools know.
-_PREFERRED = ("llama", "mixtral", "deepseek_v3")
+_PREFERRED = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe", "deepseek_v3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +142,20 @@ def _fitting(
             details=[f"{name}: {error.fact}" for name, error in reasons],
         )
     chosen = next((fit for wish in _PREFERRED for fit in fits if fit[0].name == wish), None)
+    if _norms_span_heads(opened, known):
+        chosen = None  # the preferred tables' models normalise each head for itself
     if chosen is None and len(fits) > 1:
         raise UsageError(
             f"{len(fits)} tables describe this checkpoint alike: {', '.join(table.name for table, _ in fits)}",
             hint=f"choose one: --mapping {fits[0][0].name}",
         )
     return chosen or fits[0]
+
+
+def _norms_span_heads(opened: McoreCheckpoint, known: Mapping[str, Value]) -> bool:
+    """Whether query norms are as wide as all heads together."""
+    widths = {t.shape[-1] for name, t in opened.tensors.items() if name.endswith("self_attention.q_layernorm.weight")}
+    return bool(widths - {known.get("kv_channels")})
 
 
 def _try(table: Table, known: Mapping[str, Value], opened: McoreCheckpoint) -> dict[str, Value]:
@@ -157,7 +165,7 @@ def _try(table: Table, known: Mapping[str, Value], opened: McoreCheckpoint) -> d
     for row in table.config.rows:
         if row.mcore in TRAINING and (value := known.get(row.mcore)) is not None:
             made[row.hf] = value
-    config: dict[str, Value] = {key: value for key, value in made.items() if value is not None}
+    config: dict[str, Value] = {key: _without_none(value) for key, value in made.items() if value is not None}
     config["model_type"] = table.model_types[0]
     if table.architectures:
         config["architectures"] = [table.architectures[0]]
@@ -171,6 +179,11 @@ def _try(table: Table, known: Mapping[str, Value], opened: McoreCheckpoint) -> d
         raise UsageError(f"`{key}` is {value!r}, of which the table `{table.name}` knows nothing")
     plan_export(table, back, opened.tensors)
     return config
+
+
+def _without_none(value: Value) -> Value:
+    """A nested object without the keys that nothing says."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
 
 
 def config_text(config: Mapping[str, Value], dtypes: Sequence[str]) -> bytes:

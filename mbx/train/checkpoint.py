@@ -121,6 +121,7 @@ class Store:
         if self.recipe.run.save_optimizer:
             with torch.no_grad():  # main parameters of an fp32 model are views of its own
                 optimizer.load_state_dict(loaded["optimizer"])
+            _count_steps(optimizer)
             _restore_random(loaded["rng"])
         else:
             optimizer.reload_model_params()
@@ -176,20 +177,34 @@ class Store:
         return state
 
 
+def _plain_adams(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    """PyTorch's AdamW wherever it stands in for Transformer Engine's."""
+    import torch
+
+    inner = [getattr(one, "optimizer", None) for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [adam for adam in inner if isinstance(adam, torch.optim.AdamW)]
+
+
 def _allocate(optimizer: MegatronOptimizer) -> None:
-    """Give PyTorch's AdamW, where it stands in for Transformer Engine's, the state that a first step would.
+    """Give AdamW the state that a first step would.
 
     Megatron Core's distributed optimizer reads the step number of an existing state before it loads one.
     """
     import torch
 
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        adam = getattr(inner, "optimizer", None)
-        if not isinstance(adam, torch.optim.AdamW) or adam.state:
-            continue
-        for parameter in (p for group in adam.param_groups for p in group["params"]):
+    for adam in _plain_adams(optimizer):
+        fresh = [] if adam.state else [p for group in adam.param_groups for p in group["params"]]
+        for parameter in fresh:
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def _count_steps(optimizer: MegatronOptimizer) -> None:
+    """Put the step number, which the distributed optimizer stores with a group, back into AdamW's states."""
+    for adam in _plain_adams(optimizer):
+        for group in adam.param_groups:
+            for state in (adam.state[p] for p in group["params"] if "step" in group):
+                state["step"].fill_(float(group["step"]))
 
 
 def _get(recipe: Mapping[str, object], key: str) -> object:

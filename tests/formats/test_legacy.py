@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from converters.dialects.local import parse_local, spell_local
-from converters.dialects.megatron_args import args_of, config_of_args, layout_args, layout_of_args
-from converters.errors import LayoutError, MbxError, StorageError, UnsupportedError
+from converters.dialects.megatron_args import TRAINING, args_of, config_of_args, layout_args, layout_of_args
+from converters.errors import LayoutError, MbxError, StorageError, UnsupportedError, UsageError
 from converters.layout import Layout
+from fixtures.make_tiny import make
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.io.archive_layout import lay_out, pack_wide_directory
 from mbx.io.checkpoint import open_any
 from mbx.io.files import FileSource
 from mbx.io.torch_values import TensorStub, row_major
 from mbx.io.zip_format import ArchiveEntry, read_directory
+from mbx.registry import table_for
 from mbx.reshard import plan_mcore_to_mcore
 from mbx.verify import parity
 
@@ -121,6 +123,35 @@ def test_a_swapped_pair_of_shards_would_be_seen(source: Path, tmp_path: Path) ->
     right, wrong = (load_file(tmp_path / name / "model.safetensors") for name in ("right", "wrong"))
     differ = {name for name in right if not torch.equal(right[name], wrong[name])}
     assert "model.layers.0.self_attn.q_proj.weight" in differ and "model.layers.3.mlp.up_proj.weight" not in differ
+
+
+@pytest.mark.parametrize(
+    "name", "qwen2 qwen3 nemotron mixtral qwen3_moe qwen2_moe deepseek_v3 qwen3_next nemotron_h".split()
+)
+def test_args_tell_the_architecture(tmp_path: Path, name: str) -> None:
+    """The config.json made from args means the same to the table as the one the model came with."""
+    source = make(name, tmp_path / "source")
+    run(plan_hf_to_mcore(source, tmp_path / "legacy", Options(sync=False, format="torch", layout=Layout(tp=2))))
+    shutil.rmtree(tmp_path / "legacy/iter_0000000/hf")
+    job = plan_mcore_to_hf(tmp_path / "legacy", tmp_path / "hf", DENSE)
+    run(job)
+    given, made = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("source", "hf"))
+    table = table_for(given)
+    assert job.plan.table == table
+    wanted, got = (table.config.to_mcore(config) for config in (given, made))
+    assert {k: (v, got.get(k)) for k, v in wanted.items() if got.get(k) != v and k not in TRAINING} == {}
+    left, right = load_file(source / "model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
+    assert all(torch.equal(right[n], left[n]) for n in right) and len(right) >= len(left) - 4
+
+
+def test_models_alike_are_told_apart_by_the_user(tmp_path: Path) -> None:
+    source = make("olmoe", tmp_path / "source")
+    run(plan_hf_to_mcore(source, tmp_path / "legacy", Options(sync=False, format="torch")))
+    shutil.rmtree(tmp_path / "legacy/iter_0000000/hf")
+    with pytest.raises(UsageError, match="olmoe, qwen3_moe"):
+        plan_mcore_to_hf(tmp_path / "legacy", tmp_path / "hf", DENSE)
+    job = plan_mcore_to_hf(tmp_path / "legacy", tmp_path / "hf", Options(mapping="olmoe"))
+    assert job.plan.table is not None and job.plan.table.name == "olmoe"
 
 
 def test_a_table_that_does_not_fit_says_why(source: Path, tmp_path: Path) -> None:

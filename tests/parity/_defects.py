@@ -1,0 +1,165 @@
+"""The catalogue of planted defects: where each is planted, and the leg that has to find it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from _stores import Tensors
+
+DIM, GROUPS, HIDDEN = 16, 4, 32
+QKV = "decoder.layers.self_attention.linear_qkv.weight"
+PROJ = "decoder.layers.self_attention.linear_proj.weight"
+FC1, FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"
+MLP_NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+ATTENTION_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
+Q_NORM, K_NORM = (f"decoder.layers.self_attention.{kind}_layernorm.weight" for kind in "qk")
+EMBEDDING, HEAD, FINAL = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
+EXPERT_FC1, EXPERT_FC2 = (f"decoder.layers.mlp.experts.experts.linear_fc{n}.weight" for n in "12")
+ROUTER = "decoder.layers.mlp.router.weight"
+
+
+@dataclass(frozen=True)
+class Defect:
+    """`base` is the tiny checkpoint. `row` replaces text in its table, by which the conversion and the check then run
+    (a wrong table judged by itself); `change` edits the converted tensors; `config` the config.json beside them;
+    `folder` the tensors of the Hugging Face folder that is checked against. `leg` must fail."""
+
+    name: str
+    leg: str
+    base: str = "qwen3"
+    row: tuple[str, str] | None = None
+    change: Callable[[Tensors], object] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    folder: Callable[[Tensors], object] | None = None
+
+    @property
+    def needs_forward(self) -> bool:
+        return self.leg == "forward"
+
+
+def row(name: str, old: str, new: str, base: str = "qwen3") -> Defect:
+    return Defect(name, "forward", base, row=(old, new))
+
+
+def weights(name: str, change: Callable[[Tensors], object], base: str = "qwen3") -> Defect:
+    return Defect(name, "weights", base, change=change)
+
+
+def swap(a: str, b: str) -> Callable[[Tensors], object]:
+    return lambda t: t.update({a: t[b], b: t[a]})
+
+
+def permuted(name: str, order: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
+    return lambda t: t.update({name: order(t[name]).clone()})
+
+
+def bit(name: str, at: tuple[int, ...], number: int) -> Callable[[Tensors], object]:
+    def flip(t: Tensors) -> None:
+        words = t[name].view(torch.int16 if t[name].element_size() == 2 else torch.int32)
+        words[at] ^= 1 << number
+
+    return flip
+
+
+def concatenated(t: Tensors) -> None:
+    grouped = t[QKV].unflatten(1, (GROUPS, -1))
+    t[QKV] = torch.cat([grouped[:, :, : 2 * DIM], grouped[:, :, 2 * DIM : 3 * DIM], grouped[:, :, 3 * DIM :]], 2)
+    q, k, v = (part.flatten(1, 2) for part in t[QKV].split([2 * DIM, DIM, DIM], 2))
+    t[QKV] = torch.cat([q, k, v], 1)
+
+
+def rotary_pairs(t: Tensors) -> None:
+    heads = t[QKV].unflatten(1, (GROUPS, 4, DIM)).clone()
+    turned = heads[:, :, :3].unflatten(3, (2, DIM // 2)).transpose(3, 4).flatten(3, 4)
+    heads[:, :, :3] = turned
+    t[QKV] = heads.flatten(1, 3)
+
+
+def rounded(name: str, through: torch.dtype) -> Callable[[Tensors], object]:
+    return lambda t: t.update({name: t[name].to(through).to(t[name].dtype)})
+
+
+def config(name: str, base: str = "qwen3", **changes: Any) -> Defect:
+    return Defect(name, "config", base, config=changes)
+
+
+def cover(name: str, change: Callable[[Tensors], object], base: str = "qwen3") -> Defect:
+    return Defect(name, "cover", base, change=change)
+
+
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_EXPERT_PAIR = '"mlp.experts.{E}.gate_proj.weight", "mlp.experts.{E}.up_proj.weight"'
+_SWAPPED_PAIR = '"mlp.experts.{E}.up_proj.weight", "mlp.experts.{E}.gate_proj.weight"'
+
+DEFECTS: tuple[Defect, ...] = (
+    # a table that is wrong in both directions: cover, weights and round trip are clean by it
+    row("row: gate and up", '"mlp.gate_proj.weight", "mlp.up_proj.weight"', '"mlp.up_proj.weight", "mlp.gate_proj.weight"'),
+    row("row: key and value", 'k_proj.weight", "self_attn.v_proj.weight"', 'v_proj.weight", "self_attn.k_proj.weight"'),
+    row("row: norms of queries and keys", '"self_attn.q_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.k_norm', '"self_attn.k_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.q_norm'),
+    row("row: a norm less one", 'norm = "model.norm.weight"', 'norm = "model.norm.weight", hf_gamma = "zero"'),
+    row("row: the attention norm less one", 'norm = "input_layernorm.weight"', 'norm = "input_layernorm.weight", hf_gamma = "zero"'),
+    row("row: the embedding as output layer", 'vocab = "model.embed_tokens.weight" }', 'vocab = "lm_head.weight" }') ,
+    row("row: plain query, key and value", 'groups   = "num_query_groups"', 'groups   = "1"') ,
+    row("row: another rotary base", '"model.rotary_base"         = { hf = "rope_theta", else = 10000.0 }', '"model.rotary_base"         = { hf = "rms_norm_eps", else = 10000.0 }'),
+    row("row: another activation", 'activation_func = "silu"', 'activation_func = "gelu"'),
+    row("row: gate and up of experts", _EXPERT_PAIR, _SWAPPED_PAIR, "qwen3_moe"),
+    row("row: softmax before top-k", 'norm_topk_prob", via = "not"', 'no_such_key", via = "not"', "qwen3_moe"),
+    row("row: scaling of positions dropped", 'rope = "rope_scaling"\n', "", "llama"),
+    # values in the wrong place
+    weights("gate and up", permuted(FC1, lambda w: w.roll(96, 1))),
+    weights("alternating gate and up", permuted(FC1, lambda w: w.unflatten(1, (2, 96)).transpose(1, 2).flatten(1, 2))),
+    weights("plain query, key and value", concatenated),
+    weights("rotary pairs", rotary_pairs),
+    weights("groups reversed", permuted(QKV, lambda w: w.unflatten(1, (GROUPS, -1)).flip(1).flatten(1, 2))),
+    weights("all layers off by one", permuted(FC2, lambda w: w.roll(1, 0))),
+    weights("two layers swapped", permuted(PROJ, lambda w: w[[0, 2, 1, 3]])),
+    weights("a layer of its neighbour", lambda t: t[FC1][3].copy_(t[FC1][2])),
+    weights("norms swapped", swap(MLP_NORM, ATTENTION_NORM)),
+    weights("norms of queries and keys", swap(Q_NORM, K_NORM)),
+    weights("embedding and output layer", swap(EMBEDDING, HEAD)),
+    weights("the head tied", lambda t: t.update({HEAD: t[EMBEDDING].clone()})),
+    weights("halves of columns", permuted(FC2, lambda w: w.roll(48, 2))),
+    weights("a token's row off by one", permuted(EMBEDDING, lambda w: w.roll(1, 0))),
+    weights("all experts off by one", permuted(EXPERT_FC1, lambda w: w.roll(1, 1)), "qwen3_moe"),
+    weights("two experts swapped", permuted(EXPERT_FC2, lambda w: w[:, [0, 1, 3, 2, 4, 5, 6, 7]]), "qwen3_moe"),
+    weights("gate and up of an expert", lambda t: t[EXPERT_FC1][1, 5].copy_(t[EXPERT_FC1][1, 5].roll(t[EXPERT_FC1].shape[2] // 2, 0)), "qwen3_moe"),
+    weights("router rows in another order", permuted(ROUTER, lambda w: w.flip(1)), "qwen3_moe"),
+    # values changed
+    weights("a norm plus one", lambda t: t[MLP_NORM].add_(1)),
+    weights("a norm less one", lambda t: t[FINAL].sub_(1)),
+    weights("one flipped bit", bit(FC2, (3, 5, 7), 0)),
+    weights("one flipped sign", bit(EMBEDDING, (17, 3), 15)),
+    weights("a zeroed tensor", lambda t: t[PROJ][2].zero_()),
+    weights("a zeroed shard", lambda t: t[FC1][:, 48:96].zero_()),
+    weights("a zeroed expert", lambda t: t[EXPERT_FC2][0, 6].zero_(), "qwen3_moe"),
+    weights("one NaN", lambda t: t[FC1][1, 2, 3].fill_(float("nan"))),
+    weights("an infinite norm", lambda t: t[FINAL].fill_(float("inf"))),
+    weights("an initialiser's ones", lambda t: t[K_NORM].fill_(1.25)),
+    weights("rounded through FP8", rounded(FC1, torch.float8_e4m3fn)),
+    weights("scaled by a hundredth", lambda t: t[PROJ].mul_(1.01)),
+    Defect("a head that should repeat the embedding", "weights", "llama_tied_head", folder=lambda t: t["lm_head.weight"].mul_(-1)),
+    # names, shapes, dtypes
+    cover("a missing tensor", lambda t: t.pop(MLP_NORM)),
+    cover("a second output layer", lambda t: t.update({HEAD: t[EMBEDDING].clone()}), "llama_tied"),
+    cover("an adapter left behind", lambda t: t.update({"decoder.layers.lora": torch.ones(4, 4)})),
+    cover("a renamed key", lambda t: t.update({FC2 + "s": t.pop(FC2)})),
+    cover("a truncated vocabulary", lambda t: t.update({EMBEDDING: t[EMBEDDING][:240]})),
+    cover("a transposed tensor", permuted(FC2, lambda w: w.transpose(1, 2))),
+    cover("a layer missing", lambda t: t.update({FC1: t[FC1][:3]})),
+    cover("an expert missing", lambda t: t.update({EXPERT_FC2: t[EXPERT_FC2][:, :7]}), "qwen3_moe"),
+    cover("a bf16 router bias", lambda t: t.update({n: x.bfloat16() for n, x in t.items() if n.endswith("expert_bias")}), "deepseek_v3"),
+    cover("a tensor in fp16", lambda t: t.update({FC2: t[FC2].half()})),
+    # settings
+    config("another rope_theta", rope_theta=1e4),
+    config("scaling of positions dropped", "llama", rope_scaling=None),
+    config("another factor of scaling", "llama", rope_scaling={**_LLAMA3, "rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}),
+    config("another epsilon", rms_norm_eps=1e-5),
+    config("declared tied", tie_word_embeddings=True),
+    config("fewer experts a token", "qwen3_moe", num_experts_per_tok=1),
+    config("routing weights not normed", "qwen3_moe", norm_topk_prob=False),
+    config("another vocabulary size", vocab_size=256),
+    config("a longer context", max_position_embeddings=1024),
+)  # fmt: skip
