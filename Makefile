@@ -5,7 +5,7 @@ READY = $(VENV)/.ready
 DEMO = demo
 MODEL = fixtures/tiny/llama
 
-.PHONY: demo test test-all lint types contract tables bench docs clean
+.PHONY: demo test test-all lint types contract tables parity-ci defects bench docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -14,10 +14,10 @@ demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	$(BIN)/mbx verify parity $(MODEL) $(DEMO)/mcore --forward
 	@diff -r --exclude=mbx_manifest.json $(MODEL) $(DEMO)/hf && echo "$(DEMO)/hf equals $(MODEL), byte for byte"
 
-test: lint types contract tables  ## everything CI runs
+test: lint types contract tables parity-ci  ## everything CI runs
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
 
-test-all: lint types contract tables  ## also the tests that take minutes
+test-all: lint types contract tables parity-ci  ## also the tests that take minutes
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: $(READY)
@@ -32,6 +32,12 @@ contract: $(READY)
 
 tables: $(READY)
 	$(BIN)/mbx models check
+
+parity-ci: $(READY)  ## the conversion checks of mbx-ci.toml, as a user's own CI runs them
+	$(BIN)/mbx verify ci mbx-ci.toml
+
+defects: $(READY)  ## plant every defect of the catalogue and print which leg found it
+	$(BIN)/python -m pytest -v tests/parity/test_defects.py
 
 docs: $(READY)  ## write docs/models.md again, from the tables and the measured figures
 	$(BIN)/python -m mbx.models_page docs/models.md

@@ -93,7 +93,7 @@ class RankMap:
 
 
 def check(layout: Layout, config: Mapping[str, Value]) -> None:
-    """Refuse a layout that the model of `config` cannot take; LayoutError lists every reason."""
+    """Refuse a layout that the model of `config` cannot take; LayoutError gives every reason."""
     sizes = (
         ("tp", layout.tp),
         ("pp", layout.pp),
@@ -104,7 +104,7 @@ def check(layout: Layout, config: Mapping[str, Value]) -> None:
     )
     reasons = [f"--{name} {size}: must be at least 1" for name, size in sizes if size < 1]
     if reasons:
-        raise LayoutError(f"this layout does not fit the model: {reasons[0]}", details=reasons)
+        raise LayoutError(f"this layout does not fit the model: {reasons[0]}", details=reasons[1:])
     hint = None
     if layout.vpp > 1 and layout.pp == 1:
         reasons.append(f"--vpp {layout.vpp} interleaves pipeline stages, and --pp is 1")
@@ -120,7 +120,7 @@ def check(layout: Layout, config: Mapping[str, Value]) -> None:
             hint = error.hint
     reasons += _width_reasons(layout, config)
     if reasons:
-        raise LayoutError(f"this layout does not fit the model: {reasons[0]}", hint=hint, details=reasons)
+        raise LayoutError(f"this layout does not fit the model: {reasons[0]}", hint=hint, details=reasons[1:])
 
 
 def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
@@ -142,7 +142,9 @@ def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
     for name, asked, field in wanted:
         size = config.get(field)
         if isinstance(size, int) and size % asked:
-            reasons.append(f"--{name} {asked} does not divide {field} = {size}{nearest(size, asked, name)}")
+            others = [config.get(other) for axis, _, other in wanted if axis == name]
+            common = math.gcd(*(other for other in others if isinstance(other, int)))
+            reasons.append(f"--{name} {asked} does not divide {field} = {size}{nearest(common, asked, name)}")
     return reasons
 
 

@@ -83,9 +83,13 @@ def pair_by_table(
     """
     same = {name for name in left if name in right and left[name].shape == right[name].shape}
     planner = _ByRow(table, config, left, right, same)
+    same |= planner.by_name
     plain = [unit for name in left if name in same for unit in same_units(left[name], right[name], 0)]
     made = [name for name in right if name in same or name in planner.made]
-    drafts = tuple(Draft(n, left[n].dtype if n in same else planner.made[n], right[n].shape, ()) for n in made)
+    drafts = tuple(
+        Draft(n, left[n].dtype, left[n].shape, ()) if n in same else Draft(n, planner.made[n], right[n].shape, ())
+        for n in made
+    )
     used = same | planner.used
     plan = _plan({n: t for n, t in left.items() if n in used}, drafts, [*plain, *planner.units], table, config)
     plan = _with_encoded(plan, encoded)
@@ -139,6 +143,7 @@ class _ByRow:
         self.experts = table.num_experts(env)
         self.units: list[Unit] = []
         self.used: set[str] = set()
+        self.by_name: set[str] = set()
         self.made: dict[str, str] = {}
         rows = list(table.expand(env, left)), list(table.expand(env, right))
         self.spare = {name for side in rows for row in side if row.spec.drop or row.same_as for name in row.hf}
@@ -147,7 +152,11 @@ class _ByRow:
             if row.spec.drop or row.same_as or all(name in same for name in row.hf):
                 continue
             other = mine.get(row.mcore)
-            if other is not None and all(n in left for n in other.hf) and all(n in right for n in row.hf):
+            if other is None or not all(n in left for n in other.hf) or not all(n in right for n in row.hf):
+                continue
+            if other.spec == row.spec:  # spelt alike, and of another shape: a finding, not another spelling
+                self.by_name.update(row.hf)
+            else:
                 self._add(other, row)
 
     def _add(self, source: Row, target: Row) -> None:

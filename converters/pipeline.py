@@ -126,12 +126,12 @@ def _layers_per_rank(pp: int, num_layers: int, first: int | None, last: int | No
 
 
 def _uneven_fit(pp: int, num_layers: int) -> str | None:
-    """A smaller last stage with which `num_layers` divide."""
-    if pp < 2:
-        return None
-    each = -(-num_layers // pp)
-    last = num_layers - each * (pp - 1)
-    return f"--decoder-last-pipeline-num-layers {last}" if last > 0 else None
+    """A last stage of its own depth with which `num_layers` divide."""
+    for each in (-(-num_layers // pp), num_layers // pp):
+        last = num_layers - each * (pp - 1)
+        if each > 0 and last > 0:
+            return f"--decoder-last-pipeline-num-layers {last}"
+    return None
 
 
 def nearest(size: int, asked: int, name: str) -> str:

@@ -19,6 +19,8 @@ from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
 Progress = Callable[[int], None]
 #: Bytes compared at once, so that what a comparison needs beside the engine's buffers stays small.
 _BLOCK_BYTES = 1 << 20
+#: Where fewer than one value in this many differs, the others are left out of the arithmetic.
+_SPARSE = 8
 EntryId = tuple[str, Shape]
 
 
@@ -120,13 +122,16 @@ class ComparingSink:
         word = np.dtype(f"u{DTYPE_BITS[dtype] // 8}")
         left, right = wanted.view(word), stored.view(word)
         found.compared += len(left)
-        unequal = np.empty(0, np.int64) if np.array_equal(left, right) else np.flatnonzero(left != right)
-        if len(unequal):
+        if not np.array_equal(left, right):
+            unequal = left != right
+            count = int(np.count_nonzero(unequal))
             if found.first is None:
-                position = np.unravel_index(first + int(unequal[0]), chunk.sizes) if chunk.sizes else ()
+                position = np.unravel_index(first + int(unequal.argmax()), chunk.sizes) if chunk.sizes else ()
                 found.first = tuple(int(a) + b for a, b in zip(position, chunk.offsets, strict=True))
-            found.differing += len(unequal)
-            _measure(found, dtype, left[unequal], right[unequal])
+            found.differing += count
+            if count * _SPARSE < len(left):
+                left, right, unequal = left[unequal], right[unequal], unequal[unequal]
+            _measure(found, dtype, left, right, unequal)
         if self.norms:
             from converters.causes import floats
 
@@ -137,14 +142,23 @@ class ComparingSink:
         """Nothing surrounds a compared chunk."""
 
 
-def _measure(found: Tally, dtype: str, left: npt.NDArray[np.generic], right: npt.NDArray[np.generic]) -> None:
+def _measure(
+    found: Tally,
+    dtype: str,
+    left: npt.NDArray[np.generic],
+    right: npt.NDArray[np.generic],
+    unequal: npt.NDArray[np.bool_],
+) -> None:
+    """Size of the differences; equal bits differ by nothing, also where they are NaN."""
     from converters.causes import floats
 
     with np.errstate(invalid="ignore", over="ignore"):
-        delta = floats(right.view(np.uint8), dtype) - floats(left.view(np.uint8), dtype)
-        largest = float(np.abs(delta).max())
+        delta = floats(right.view(np.uint8), dtype)
+        delta -= floats(left.view(np.uint8), dtype)
+        delta[~unequal] = 0
+        largest = max(float(delta.max()), -float(delta.min()))
         found.change += float(np.dot(delta, delta))
-    found.max_abs = max(found.max_abs, math.inf if math.isnan(largest) else largest)
+    found.max_abs = max(found.max_abs, largest if math.isfinite(largest) else math.inf)
 
 
 def _add(total: Tally, part: Tally) -> None:

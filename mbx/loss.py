@@ -23,12 +23,18 @@ LOSS_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Mean next-token cross entropy in nats over `num_tokens` predicted tokens, by each library's own code."""
+    """Mean next-token cross entropy in nats over `num_tokens` predicted tokens, by each library's own code.
+
+    `padded` is Megatron Core's own where the embedding has `padding` rows behind the vocabulary: its softmax runs over
+    them too, and training starts from it. `mcore` is then taken from its logits over the true vocabulary.
+    """
 
     transformers: float
     mcore: float
     num_tokens: int
     tolerance: float
+    padding: int = 0
+    padded: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -41,6 +47,15 @@ class Losses:
         return (
             f"Transformers {self.transformers:.6f}, Megatron Core {self.mcore:.6f} nats (mean over {self.num_tokens} "
             f"tokens), |Δ| {abs(self.transformers - self.mcore):.1e} (limit {self.tolerance:g})"
+        )
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """What padding does to the loss that training shows."""
+        if self.padded is None:
+            return ()
+        return (
+            f"training shows {self.padded:.6f}: Megatron Core's softmax also runs over {self.padding} padding rows",
         )
 
 
@@ -60,7 +75,7 @@ def compare_loss(
     DifferenceError where the batch predicts no token.
     """
     from mbx.mcore.device import megatron_on
-    from mbx.mcore.parity import lend_frequencies, loaded_model
+    from mbx.mcore.parity import lend_frequencies, loaded_model, vocab_size
     from mbx.mcore.reference import load_transformers
 
     ids = read.batches[0].ids
@@ -69,10 +84,13 @@ def compare_loss(
     with megatron_on(device):
         model = loaded_model(config, iteration, padded_vocab=padded_vocab, device=device)
         lend_frequencies(model, hf_path, hf_config)
-        ours = _mcore_loss(model, ids)
+        ours, padded = _mcore_loss(model, ids), None
+        padding = 0 if padded_vocab is None else padded_vocab - vocab_size(config)
+        if padding > 0:
+            ours, padded = _trimmed_loss(model, ids, vocab_size(config)), ours
         del model
         theirs = _transformers_loss(load_transformers(hf_path, device=device), ids)
-    return Losses(theirs, ours, ids.numel() - len(ids), tolerance)
+    return Losses(theirs, ours, ids.numel() - len(ids), tolerance, padding, padded)
 
 
 def _mcore_loss(model: nn.Module, ids: torch.Tensor) -> float:
@@ -85,6 +103,16 @@ def _mcore_loss(model: nn.Module, ids: torch.Tensor) -> float:
     with torch.no_grad():
         losses = model(tokens[:, :-1].contiguous(), places, None, labels=tokens[:, 1:].contiguous())
     return float(losses.double().mean())
+
+
+def _trimmed_loss(model: nn.Module, ids: torch.Tensor, vocab: int) -> float:
+    """The same from the logits of the first `vocab` tokens."""
+    import torch
+
+    from mbx.mcore.forward import mcore_logits
+
+    logits = mcore_logits(model, ids, vocab_size=vocab)[:, :-1].double().cpu()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().cpu()))
 
 
 def _transformers_loss(model: PreTrainedModel, ids: torch.Tensor) -> float:

@@ -148,7 +148,7 @@ def _modelled(pair: Pair, name: str, device: str, prompts: Prompts, tolerance: f
                 device=device,
                 tolerance=LOSS_TOLERANCE if tolerance is None else tolerance,
             )
-            return Leg(name, "passed" if losses.ok else "failed", losses.summary)
+            return Leg(name, "passed" if losses.ok else "failed", losses.summary, losses.details)
         limit = FORWARD_TOLERANCE if tolerance is None else tolerance
         found = compare_forward(*sides, padded_vocab=padded, device=device, tolerance=limit)
     except UnsupportedError as error:

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from converters.errors import MbxError
-from mbx.cli import budget, doctor, inspect, models, reshard, train, verify
+from mbx.cli import budget, diff, doctor, inspect, mlm_args, models, reshard, train, verify
 from mbx.cli.failures import Interrupted, help_text, known_failure, usage_failure
 from mbx.cli.options import Quiet, Verbose, epilog
 from mbx.output import out
@@ -29,7 +29,7 @@ class _Ordered(TyperGroup):
     """Lists commands in the order a user meets them."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        order = ["convert", "verify", "inspect", "models", "train", "budget", "doctor"]
+        order = ["convert", "verify", "diff", "inspect", "models", "train", "budget", "mlm-args", "doctor"]
         return sorted(self.commands, key=lambda name: order.index(name) if name in order else len(order))
 
 
@@ -48,10 +48,12 @@ app = typer.Typer(
 )
 app.add_typer(reshard.app, name="convert")  # convert's own, with the command `reshard`
 app.add_typer(verify.app, name="verify")
+app.command("diff", epilog=diff.EPILOG)(diff.diff)
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.add_typer(models.app, name="models")
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("budget", epilog=budget.EPILOG)(budget.budget)
+app.add_typer(mlm_args.app, name="mlm-args")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 
 

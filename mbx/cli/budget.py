@@ -11,7 +11,7 @@ from mbx.output import out
 
 EPILOG = epilog(
     "mbx budget --recipe llama3_8b_lora",
-    "mbx budget --recipe llama3_8b_sft --world-size 8 parallel.tp=2 train.micro_batch=2",
+    "mbx budget --recipe llama3_8b_sft --world-size 8 parallel.tp=2",
 )
 
 
@@ -28,8 +28,9 @@ def budget(
     """Predict the peak memory of a rank, by part, and what would lower it."""
     out.configure(json=json, quiet=quiet, verbose=verbose)
     from mbx.train.budget import CONTEXT, lines, predict, suggestions
+    from mbx.train.catalogue import load_recipe
     from mbx.train.model import blueprint
-    from mbx.train.recipe import check_world, load_recipe
+    from mbx.train.recipe import check_world
 
     chosen = load_recipe(recipe, overrides or ())
     p = chosen.parallel

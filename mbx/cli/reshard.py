@@ -17,6 +17,8 @@ from mbx.output import out
 if TYPE_CHECKING:
     from converters.dialects.local import Spec
 
+__all__ = ["app", "reshard"]
+
 
 class LayerSpec(str, Enum):
     """Whose names a legacy checkpoint uses."""

@@ -13,12 +13,12 @@ from mbx.cli.options import Json, Quiet, Verbose, epilog
 from mbx.output import out
 
 if TYPE_CHECKING:
-    from mbx.train.loop import Prepared
+    from mbx.train.prepare import Prepared
     from mbx.train.recipe import Recipe
 
 EPILOG = epilog(
     "mbx train --recipe llama32_1b_lora model=./Llama-3.2-1B data=chat.jsonl",
-    "torchrun --nproc-per-node 2 -m mbx train --recipe llama3_8b_sft model=DIR data=chat.jsonl parallel.tp=2",
+    "torchrun --nproc-per-node 2 -m mbx train --recipe NAME parallel.tp=2",
     "mbx train --recipe llama32_1b_lora --resume",
     "mbx train export runs/llama32_1b_lora out-folder",
     "mbx train report runs/llama32_1b_lora",
@@ -63,7 +63,7 @@ def train(
 
 def _list() -> None:
     from mbx.output import aligned
-    from mbx.train.recipe import load_recipe, recipe_names
+    from mbx.train.catalogue import load_recipe, recipe_names
 
     rows = [(name, load_recipe(name).description) for name in recipe_names()]
     out.result({"recipes": [{"name": n, "description": d} for n, d in rows]}, lambda: aligned(rows))
@@ -90,7 +90,7 @@ def _export(words: list[str], *, merged: bool) -> None:
 def _train(
     name: str | None, overrides: list[str], init_from: str | None, resume: bool, *, show: bool, dry_run: bool
 ) -> None:
-    from mbx.train.recipe import load_recipe
+    from mbx.train.catalogue import load_recipe
 
     if name is None:
         raise UsageError("no recipe is named", hint="mbx train --list shows them; --recipe NAME takes one")
@@ -98,7 +98,8 @@ def _train(
     if show:
         out.result(recipe.to_dict(), lambda: _shown(recipe))
         return
-    from mbx.train.loop import prepare, train
+    from mbx.train.loop import train
+    from mbx.train.prepare import prepare
 
     recipe = _fetched(recipe)
     prepared = prepare(recipe, init_from, resume)

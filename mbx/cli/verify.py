@@ -100,6 +100,43 @@ def parity(
     raise typer.Exit(0 if report.passed else 1)
 
 
+@app.command("ci", epilog=epilog("mbx verify ci", "mbx verify ci checks.toml --junit parity.xml --markdown parity.md"))
+def ci(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The checks.")] = Path("mbx-ci.toml"),
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a summary in Markdown.")] = None,
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Run the conversion checks that a TOML file lists, as a matrix of models, layouts and legs.
+
+    Each model is converted at every layout, verified, converted back and verified again. Exit code 1 unless every leg
+    that was asked for ran and passed.
+    """
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from mbx import ci_report
+    from mbx.ci import read_checks, run_checks
+    from mbx.cli.source import fetch
+
+    if not verbose:
+        _hush()
+    results = run_checks(
+        read_checks(file),
+        lambda source: fetch(source).path,
+        workers=settings.number("workers", workers),
+        done=lambda result: out.detail(f"{result.check} {result.layout} {result.leg.name}: {result.leg.status}"),
+    )
+    for path, text in ((junit, ci_report.junit), (markdown, ci_report.markdown)):
+        if path is not None:
+            path.write_text(text(results), encoding="utf-8")
+    passed = all(result.passed for result in results)
+    doc = {"passed": passed, "results": [ci_report.entry(result) for result in results]}
+    out.result(doc, lambda: ci_report.lines(results))
+    raise typer.Exit(0 if passed else 1)
+
+
 @app.command(
     "integrity", epilog=epilog("mbx verify integrity ckpt", "mbx verify integrity ./llama --json | jq .changes")
 )

@@ -22,7 +22,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = "iter_0000000"
 #: Chunks are cut by rows above this, so that no archive needs 64-bit zip fields.
 _LARGEST_CHUNK = 1 << 30
-_LARGEST_FILE = 8 << 30
+_LARGEST_FILE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)

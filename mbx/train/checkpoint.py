@@ -36,10 +36,14 @@ _FIXED = (
 
 @dataclass(frozen=True, slots=True)
 class LoopState:
-    """What the loop knows besides tensors. Rows are counted by `step`, so nothing else places the data."""
+    """What the loop knows besides tensors. Rows are counted by `step`, so nothing else places the data.
+
+    `base` is where the run's first weights came from: an adapter run reads them there again. Empty if random.
+    """
 
     step: int
     mean_loss: float
+    base: str
 
 
 def latest(run: Path) -> Path | None:
@@ -47,6 +51,15 @@ def latest(run: Path) -> Path | None:
     if not (run / torch_dist.TRACKER).is_file():
         return None
     return torch_dist.find_iteration(run)
+
+
+def read_state(path: Path) -> LoopState:
+    """The loop's state in the checkpoint at `path`; StorageError where it is not one of `mbx train`."""
+    try:
+        loop = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return LoopState(int(loop["step"]), float(loop["mean_loss"]), str(loop["base"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {error}") from error
 
 
 class Store:
@@ -158,8 +171,7 @@ class Store:
         try:
             before = json.loads((path / RECIPE).read_text(encoding="utf-8"))
             loop = json.loads((path / STATE).read_text(encoding="utf-8"))
-            state = LoopState(int(loop["step"]), float(loop["mean_loss"]))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {error}") from error
         now = json.loads(json.dumps(self.recipe.to_dict()))
         changed = [key for key in _FIXED if _get(before, key) != _get(now, key)]
@@ -174,7 +186,7 @@ class Store:
                 f"--resume: the run had {loop['world_size']} process(es), now there are {self.ranks.world_size}",
                 hint=f"torchrun --nproc-per-node {loop['world_size']} -m mbx train … --resume",
             )
-        return state
+        return read_state(path)
 
 
 def _plain_adams(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
@@ -200,11 +212,16 @@ def _allocate(optimizer: MegatronOptimizer) -> None:
 
 
 def _count_steps(optimizer: MegatronOptimizer) -> None:
-    """Put the step number, which the distributed optimizer stores with a group, back into AdamW's states."""
+    """Put the step number, which the distributed optimizer stores with a group, back into AdamW's states.
+
+    Each parameter gets a counter of its own: loading gave all of them one tensor, which every one would advance.
+    """
+    import torch
+
     for adam in _plain_adams(optimizer):
         for group in adam.param_groups:
             for state in (adam.state[p] for p in group["params"] if "step" in group):
-                state["step"].fill_(float(group["step"]))
+                state["step"] = torch.tensor(float(group["step"]))
 
 
 def _get(recipe: Mapping[str, object], key: str) -> object:

@@ -30,7 +30,7 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Pa
     import json
     import tempfile
 
-    from mbx.train.checkpoint import RECIPE
+    from mbx.train.checkpoint import RECIPE, read_state
     from mbx.train.peft import export_peft, merge_peft
 
     found = latest(run_dir)
@@ -41,6 +41,12 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Pa
         return export_hf(run_dir, target), "Hugging Face model"
     if not merged:
         return export_peft(run_dir, target), "PEFT adapter"
+    base = Path(read_state(found).base)
+    if not (base / "config.json").is_file():
+        raise UsageError(
+            f"the adapters' base `{base}` is no Hugging Face folder to merge into",
+            hint="export the adapter without --merged, or convert the base first",
+        )
     with tempfile.TemporaryDirectory() as folder:
         adapter = export_peft(run_dir, Path(folder) / "adapter")
-        return merge_peft(Path(recipe["model"]["path"]), adapter, target), "Hugging Face model, adapter merged in fp32"
+        return merge_peft(base, adapter, target), "Hugging Face model, adapter merged in fp32"

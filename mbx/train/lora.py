@@ -308,8 +308,11 @@ def only_adapters(weights: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in weights.items() if name.rpartition(".")[2].startswith("lora_")}
 
 
-def base_of(recipe: Recipe) -> Path:
-    """Where a resumed adapter run finds its frozen base."""
-    if not recipe.model.path:
-        raise UsageError("an adapter run resumes from its base model", hint="model=DIR names it")
-    return Path(recipe.model.path)
+def base_of(recorded: str) -> Path:
+    """Where a resumed adapter run finds its frozen base; UsageError where it is gone."""
+    if not recorded or not Path(recorded).is_dir():
+        raise UsageError(
+            f"--resume: the adapters' base `{recorded or 'random weights'}` is not there",
+            hint="put it back: the run's checkpoints hold adapters only",
+        )
+    return Path(recorded)

@@ -21,7 +21,7 @@ from converters.tensors import StoredTensor
 from mbx.io import hf, torch_dist
 from mbx.io.files import FileSource
 from mbx.registry import table_for
-from mbx.train.checkpoint import RECIPE, latest
+from mbx.train.checkpoint import RECIPE, latest, read_state
 from mbx.train.lora import adapters
 from mbx.train.model import Blueprint
 
@@ -57,8 +57,8 @@ def export_peft(run_dir: Path, target: Path) -> Path:
     recipe, table, config, tensors = _read_run(run_dir)
     if target.exists() and any(target.iterdir()):
         raise UsageError(f"`{target}` is not empty", hint="name a new folder")
-    lora, model = recipe["lora"], recipe["model"]
-    assert isinstance(lora, dict) and isinstance(model, dict)
+    lora = recipe["lora"]
+    assert isinstance(lora, dict)
     out: dict[str, torch.Tensor] = {}
     for module, names in projections(table, config).items():
         if module.rpartition(".")[2] not in lora["targets"]:
@@ -74,7 +74,7 @@ def export_peft(run_dir: Path, target: Path) -> Path:
     described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model["path"],
+        "base_model_name_or_path": recipe["base"],
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "lora_dropout": lora["dropout"],
@@ -99,6 +99,7 @@ def _read_run(run_dir: Path) -> tuple[dict[str, object], Table, dict[str, object
     recipe = json.loads((found / RECIPE).read_text(encoding="utf-8"))
     if not recipe["lora"]["rank"]:
         raise UsageError(f"`{run_dir}` trained every weight; it has no adapter", hint="mbx convert mcore-to-hf")
+    recipe["base"] = read_state(found).base
     raw = hf.read_config(found / "hf")
     table = table_for(raw, recipe["model"]["mapping"] or None)
     opened = torch_dist.open_torch_dist(found)

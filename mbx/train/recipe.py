@@ -6,24 +6,14 @@ Everything a run depends on stands here. Unknown keys are errors; the fields are
 from __future__ import annotations
 
 import dataclasses
-import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-from converters.errors import StorageError, UsageError
+from converters.errors import UsageError
 from converters.expr import Value
-
-FOLDER = Path(__file__).parent / "recipes"
-#: `model=…` and `data=…` on a command line mean these keys.
-_SHORT = {"model": "model.path", "data": "data.path", "steps": "train.steps", "lr": "optim.lr", "lora": "lora.rank"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +172,7 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-_SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, type] = {
     "model": Model,
     "data": Data,
     "train": Train,
@@ -211,67 +201,18 @@ _POSITIVE = (
 ).split()
 
 
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes: whole files, and every MODEL_METHOD of `model.MODEL` and `method.METHOD`."""
-    stems = [path.name.removesuffix(".toml") for path in FOLDER.glob("*.toml")]
-    whole = [stem for stem in stems if "." not in stem]
-    models = [stem.removeprefix("model.") for stem in stems if stem.startswith("model.")]
-    methods = [stem.removeprefix("method.") for stem in stems if stem.startswith("method.")]
-    return sorted(whole + [f"{model}_{method}" for model in models for method in methods])
-
-
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe `name` (shipped, or a `.toml` file) with `a.b=value` overrides; UsageError for what is wrong."""
-    raw = _raw(name)
-    for override in overrides:
-        _apply(raw, override)
-    raw.setdefault("name", Path(name).stem if name.endswith(".toml") else name)
-    return parse_recipe(raw)
-
-
-def _raw(name: str) -> dict[str, object]:
-    if name.endswith(".toml"):
-        return _toml(Path(name))
-    if (FOLDER / f"{name}.toml").is_file() and "." not in name:
-        return _toml(FOLDER / f"{name}.toml")
-    if name not in recipe_names():
-        close = get_close_matches(name, recipe_names(), n=3)
-        raise UsageError(
-            f"there is no recipe `{name}`",
-            hint=f"did you mean {', '.join(close)}?" if close else "`mbx train --list` shows all",
-        )
-    model, _, method = name.rpartition("_")
-    how, what = _toml(FOLDER / f"method.{method}.toml"), _toml(FOLDER / f"model.{model}.toml")
-    merged: dict[str, object] = {"description": f"{what.pop('title')}: {how.pop('title')}"}
-    for key in (*how, *what):  # the model's file has the last word, field by field
-        first, last = how.get(key, {}), what.get(key, {})
-        assert isinstance(first, dict) and isinstance(last, dict)
-        merged[key] = {**first, **last}
-    return merged
-
-
-def _toml(path: Path) -> dict[str, object]:
-    try:
-        parsed: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return parsed
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"cannot read the recipe `{path}`: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"recipe `{path}`: {error}") from error
-
-
 def parse_recipe(raw: Mapping[str, object]) -> Recipe:
     """A recipe from parsed TOML: every key known, every value of its field's type and range."""
     arguments: dict[str, object] = {}
     for key, value in raw.items():
         if key in ("name", "description"):
             arguments[key] = _typed(key, str, value)
-        elif key in _SECTIONS:
+        elif key in SECTIONS:
             if not isinstance(value, Mapping):
                 raise UsageError(f"`{key}` is a section, got {value!r}", hint=f"write {key}.FIELD=value")
-            arguments[key] = _section(key, _SECTIONS[key], value)
+            arguments[key] = _section(key, SECTIONS[key], value)
         else:
-            raise _unknown(key, all_keys())
+            raise unknown_key(key, all_keys())
     recipe = Recipe(**arguments)  # type: ignore[arg-type]
     _check(recipe)
     return recipe
@@ -279,40 +220,7 @@ def parse_recipe(raw: Mapping[str, object]) -> Recipe:
 
 def all_keys() -> list[str]:
     """Every key a recipe may hold, dotted."""
-    return [f"{name}.{f.name}" for name, section in _SECTIONS.items() for f in fields(section)]
-
-
-def _apply(raw: dict[str, object], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise UsageError(f"`{override}` is no override", hint="overrides read section.key=value")
-    key = _SHORT.get(key, key)
-    section, dot, rest = key.partition(".")
-    if not dot:
-        if key not in ("name", "description"):
-            raise _unknown(key, all_keys())
-        raw[key] = text
-        return
-    if section not in _SECTIONS:
-        raise _unknown(key, all_keys())
-    table = raw.setdefault(section, {})
-    assert isinstance(table, dict)
-    for open_field in ("shape", "config"):
-        if section == "model" and rest.startswith(open_field + "."):
-            inner = table.setdefault(open_field, {})
-            assert isinstance(inner, dict)
-            inner[rest[len(open_field) + 1 :]] = _value(text)
-            return
-    hints = typing.get_type_hints(_SECTIONS[section])
-    table[rest] = text if hints.get(rest) is str else _value(text)
-
-
-def _value(text: str) -> object:
-    """A TOML value where it parses as one, else the text itself."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
+    return [f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)]
 
 
 def _section(name: str, section: type, raw: Mapping[str, object]) -> object:
@@ -321,7 +229,7 @@ def _section(name: str, section: type, raw: Mapping[str, object]) -> object:
     arguments = {}
     for key, value in raw.items():
         if key not in known:
-            raise _unknown(f"{name}.{key}", all_keys())
+            raise unknown_key(f"{name}.{key}", all_keys())
         arguments[key] = _typed(f"{name}.{key}", hints[key], value)
     return section(**arguments)
 
@@ -356,7 +264,7 @@ def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, Value]:
     return out
 
 
-def _unknown(key: str, known: list[str]) -> UsageError:
+def unknown_key(key: str, known: list[str]) -> UsageError:
     leaves = {name.rpartition(".")[2]: name for name in known}
     close = get_close_matches(key, known, n=3) or [
         leaves[m] for m in get_close_matches(key.rpartition(".")[2], list(leaves), n=2)
@@ -371,7 +279,7 @@ def _check(recipe: Recipe) -> None:
     """What can be said of a recipe without reading a file."""
     values = {
         f"{name}.{f.name}": getattr(getattr(recipe, name), f.name)
-        for name, section in _SECTIONS.items()
+        for name, section in SECTIONS.items()
         for f in fields(section)
     }
     for key, choices in _CHOICES.items():

@@ -76,7 +76,8 @@ def test_the_document_has_stable_keys(mbx: Run, here: Path) -> None:
     .plan.ledger.waived_missing[] .plan.ledger.waived_unused[] .plan.memory.max_bytes .plan.memory.workers
     .plan.notes[]
     .plan.source .plan.table.name .plan.table.sha256 .plan.target .plan.tensors.source .plan.tensors.target
-    .plan.vocab.padded .plan.vocab.size .result.bytes .result.bytes_resumed .result.gb_per_s .result.peak_memory_bytes .result.seconds
+    .plan.vocab.padded .plan.vocab.size .result.bytes .result.bytes_resumed .result.gb_per_s
+    .result.peak_memory_bytes .result.seconds
     .result.target
     """.split()
     sizes = "tp pp vpp ep etp vocab_divisor pipeline first_stage last_stage".split()

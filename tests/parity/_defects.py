@@ -30,7 +30,7 @@ class Defect:
     name: str
     leg: str
     base: str = "qwen3"
-    row: tuple[str, str] | None = None
+    row: tuple[tuple[str, str], ...] = ()
     change: Callable[[Tensors], object] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     folder: Callable[[Tensors], object] | None = None
@@ -40,8 +40,13 @@ class Defect:
         return self.leg == "forward"
 
 
-def row(name: str, old: str, new: str, base: str = "qwen3") -> Defect:
-    return Defect(name, "forward", base, row=(old, new))
+def row(name: str, *changes: tuple[str, str], base: str = "qwen3") -> Defect:
+    return Defect(name, "forward", base, row=changes)
+
+
+def exchange(a: str, b: str) -> tuple[tuple[str, str], ...]:
+    """Replacements that put each of two texts in the other's place."""
+    return (a, "<<here>>"), (b, a), ("<<here>>", b)
 
 
 def weights(name: str, change: Callable[[Tensors], object], base: str = "qwen3") -> Defect:
@@ -78,6 +83,14 @@ def rotary_pairs(t: Tensors) -> None:
     t[QKV] = heads.flatten(1, 3)
 
 
+def halves(weight: torch.Tensor) -> torch.Tensor:
+    return weight.roll(len(weight) // 2, 0)
+
+
+def narrowed_bias(t: Tensors) -> None:
+    t.update({name: tensor.bfloat16() for name, tensor in t.items() if name.endswith("expert_bias")})
+
+
 def rounded(name: str, through: torch.dtype) -> Callable[[Tensors], object]:
     return lambda t: t.update({name: t[name].to(through).to(t[name].dtype)})
 
@@ -90,24 +103,41 @@ def cover(name: str, change: Callable[[Tensors], object], base: str = "qwen3") -
     return Defect(name, "cover", base, change=change)
 
 
-_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_EXPERT_PAIR = '"mlp.experts.{E}.gate_proj.weight", "mlp.experts.{E}.up_proj.weight"'
-_SWAPPED_PAIR = '"mlp.experts.{E}.up_proj.weight", "mlp.experts.{E}.gate_proj.weight"'
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 DEFECTS: tuple[Defect, ...] = (
     # a table that is wrong in both directions: cover, weights and round trip are clean by it
-    row("row: gate and up", '"mlp.gate_proj.weight", "mlp.up_proj.weight"', '"mlp.up_proj.weight", "mlp.gate_proj.weight"'),
-    row("row: key and value", 'k_proj.weight", "self_attn.v_proj.weight"', 'v_proj.weight", "self_attn.k_proj.weight"'),
-    row("row: norms of queries and keys", '"self_attn.q_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.k_norm', '"self_attn.k_norm.weight" }\n"self_attention.k_layernorm.weight" = { norm = "self_attn.q_norm'),
-    row("row: a norm less one", 'norm = "model.norm.weight"', 'norm = "model.norm.weight", hf_gamma = "zero"'),
-    row("row: the attention norm less one", 'norm = "input_layernorm.weight"', 'norm = "input_layernorm.weight", hf_gamma = "zero"'),
-    row("row: the embedding as output layer", 'vocab = "model.embed_tokens.weight" }', 'vocab = "lm_head.weight" }') ,
-    row("row: plain query, key and value", 'groups   = "num_query_groups"', 'groups   = "1"') ,
-    row("row: another rotary base", '"model.rotary_base"         = { hf = "rope_theta", else = 10000.0 }', '"model.rotary_base"         = { hf = "rms_norm_eps", else = 10000.0 }'),
-    row("row: another activation", 'activation_func = "silu"', 'activation_func = "gelu"'),
-    row("row: gate and up of experts", _EXPERT_PAIR, _SWAPPED_PAIR, "qwen3_moe"),
-    row("row: softmax before top-k", 'norm_topk_prob", via = "not"', 'no_such_key", via = "not"', "qwen3_moe"),
-    row("row: scaling of positions dropped", 'rope = "rope_scaling"\n', "", "llama"),
+    row("row: gate and up", *exchange("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    row("row: key and value", *exchange("self_attn.k_proj.weight", "self_attn.v_proj.weight")),
+    row("row: norms of queries and keys", *exchange("self_attn.q_norm.weight", "self_attn.k_norm.weight")),
+    row("row: norms of the layer", *exchange('"input_layernorm.weight"', '"post_attention_layernorm.weight"')),
+    row("row: embedding and output layer", *exchange('{ vocab = "model.embed_tokens.', '{ vocab = "lm_head.')),
+    row("row: the last norm less one", ('"model.norm.weight"', '"model.norm.weight", hf_gamma = "zero"')),
+    row("row: the first norm less one", ('"input_layernorm.weight"', '"input_layernorm.weight", hf_gamma = "zero"')),
+    row(
+        "row: another rotary base",
+        ('hf = "rope_theta"', 'hf = "no_such_key"'),
+        ('ignore = ["', 'ignore = ["rope_theta", "'),
+    ),
+    row("row: another activation", ('activation_func = "silu"', 'activation_func = "gelu"')),
+    row("row: another epsilon", *exchange('"rms_norm_eps"', '"initializer_range"')),
+    row(
+        "row: gate and up of experts",
+        *exchange("mlp.experts.{E}.gate_proj.weight", "mlp.experts.{E}.up_proj.weight"),
+        base="qwen3_moe",
+    ),
+    row(
+        "row: softmax before top-k",
+        ('{ hf = "norm_topk_prob", via = "not" }', '{ hf = "no_such_key", else = true }'),
+        ('ignore = ["', 'ignore = ["norm_topk_prob", "'),
+        base="qwen3_moe",
+    ),
+    row(
+        "row: scaling of positions dropped",
+        ('rope = "rope_scaling"', ""),
+        ('ignore = ["', 'ignore = ["rope_scaling", "'),
+        base="llama",
+    ),
     # values in the wrong place
     weights("gate and up", permuted(FC1, lambda w: w.roll(96, 1))),
     weights("alternating gate and up", permuted(FC1, lambda w: w.unflatten(1, (2, 96)).transpose(1, 2).flatten(1, 2))),
@@ -125,7 +155,7 @@ DEFECTS: tuple[Defect, ...] = (
     weights("a token's row off by one", permuted(EMBEDDING, lambda w: w.roll(1, 0))),
     weights("all experts off by one", permuted(EXPERT_FC1, lambda w: w.roll(1, 1)), "qwen3_moe"),
     weights("two experts swapped", permuted(EXPERT_FC2, lambda w: w[:, [0, 1, 3, 2, 4, 5, 6, 7]]), "qwen3_moe"),
-    weights("gate and up of an expert", lambda t: t[EXPERT_FC1][1, 5].copy_(t[EXPERT_FC1][1, 5].roll(t[EXPERT_FC1].shape[2] // 2, 0)), "qwen3_moe"),
+    weights("gate and up of an expert", lambda t: t[EXPERT_FC1][1, 5].copy_(halves(t[EXPERT_FC1][1, 5])), "qwen3_moe"),
     weights("router rows in another order", permuted(ROUTER, lambda w: w.flip(1)), "qwen3_moe"),
     # values changed
     weights("a norm plus one", lambda t: t[MLP_NORM].add_(1)),
@@ -140,7 +170,12 @@ DEFECTS: tuple[Defect, ...] = (
     weights("an initialiser's ones", lambda t: t[K_NORM].fill_(1.25)),
     weights("rounded through FP8", rounded(FC1, torch.float8_e4m3fn)),
     weights("scaled by a hundredth", lambda t: t[PROJ].mul_(1.01)),
-    Defect("a head that should repeat the embedding", "weights", "llama_tied_head", folder=lambda t: t["lm_head.weight"].mul_(-1)),
+    Defect(
+        "a head that should repeat the embedding",
+        "weights",
+        "llama_tied_head",
+        folder=lambda t: t["lm_head.weight"].mul_(-1),
+    ),
     # names, shapes, dtypes
     cover("a missing tensor", lambda t: t.pop(MLP_NORM)),
     cover("a second output layer", lambda t: t.update({HEAD: t[EMBEDDING].clone()}), "llama_tied"),
@@ -150,16 +185,16 @@ DEFECTS: tuple[Defect, ...] = (
     cover("a transposed tensor", permuted(FC2, lambda w: w.transpose(1, 2))),
     cover("a layer missing", lambda t: t.update({FC1: t[FC1][:3]})),
     cover("an expert missing", lambda t: t.update({EXPERT_FC2: t[EXPERT_FC2][:, :7]}), "qwen3_moe"),
-    cover("a bf16 router bias", lambda t: t.update({n: x.bfloat16() for n, x in t.items() if n.endswith("expert_bias")}), "deepseek_v3"),
+    cover("a bf16 router bias", narrowed_bias, "deepseek_v3"),
     cover("a tensor in fp16", lambda t: t.update({FC2: t[FC2].half()})),
     # settings
     config("another rope_theta", rope_theta=1e4),
     config("scaling of positions dropped", "llama", rope_scaling=None),
-    config("another factor of scaling", "llama", rope_scaling={**_LLAMA3, "rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192}),
+    config("another factor of scaling", "llama", rope_scaling={**_LLAMA3, "rope_type": "llama3", "factor": 32.0}),
     config("another epsilon", rms_norm_eps=1e-5),
     config("declared tied", tie_word_embeddings=True),
     config("fewer experts a token", "qwen3_moe", num_experts_per_tok=1),
     config("routing weights not normed", "qwen3_moe", norm_topk_prob=False),
     config("another vocabulary size", vocab_size=256),
     config("a longer context", max_position_embeddings=1024),
-)  # fmt: skip
+)

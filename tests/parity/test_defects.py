@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from _defects import DEFECTS, Defect
-from _planted import convert, table_with
+from _planted import convert
 from _stores import changed_hf, changed_mcore, per_layer, read_mcore, write_mcore
 
 from converters.layout import Layout
 from fixtures.make_tiny import make
+from mappings import table_text
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.mcore.prompts import Prompts
 from mbx.reshard import plan_mcore_to_mcore
@@ -57,11 +58,13 @@ class Confusion:
 def confusion(request: pytest.FixtureRequest) -> Iterator[Confusion]:
     table = Confusion()
     yield table
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and not hasattr(request.config, "workerinput"):
-        reporter.write_line("")
-        for line in table.lines():
-            reporter.write_line(line)
+    plugins = request.config.pluginmanager
+    reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+    if reporter is not None and capture is not None and request.config.get_verbosity() >= 0:
+        with capture.global_and_fixture_disabled():
+            reporter.write_line("")
+            for line in table.lines():
+                reporter.write_line(line)
 
 
 class Bases:
@@ -95,11 +98,22 @@ def bases(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Bases:
     return Bases(tiny, tmp_path_factory.mktemp("bases"))
 
 
+def own_table(defect: Defect, folder: Path) -> str:
+    """The shipped table with the defect's texts replaced."""
+    text = table_text(defect.base)
+    for old, new in defect.row:
+        assert old in text, f"the table of {defect.base} says {old!r} no more"
+        text = text.replace(old, new)
+    path = folder / f"own_{defect.base}.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
 def planted(defect: Defect, bases: Bases, work: Path) -> ParityReport:
     """The report of a check of the defect, by what a user would run."""
     folder, mapping = bases.hf(defect.base), None
-    if defect.row is not None:
-        mapping = table_with(defect.base, work, *defect.row)
+    if defect.row:
+        mapping = own_table(defect, work)
         checkpoint = convert(folder, work / "mcore", mapping)
     else:
         checkpoint = changed_mcore(bases.mcore(defect.base), work / "mcore", defect.change or (lambda t: None))
@@ -119,7 +133,7 @@ def test_a_planted_defect_is_found_by_its_leg(
     confusion.note(defect.leg, report)
     failed = {leg.name for leg in report.legs if leg.status == "failed"}
     assert defect.leg in failed and not report.passed
-    if defect.row is not None:
+    if defect.row:
         assert failed == {"forward"}, "a table cannot judge itself: only the other implementation sees this"
     if defect.config:
         assert failed == {"config"}

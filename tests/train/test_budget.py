@@ -6,15 +6,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from _runs import ROOT, raw
+from _trainings import ROOT, raw
 
 from converters.errors import UnsupportedError
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
 from mbx.train import lora
 from mbx.train.budget import count, predict, suggestions
+from mbx.train.catalogue import load_recipe
 from mbx.train.model import Blueprint, blueprint
-from mbx.train.recipe import Recipe, load_recipe, parse_recipe
+from mbx.train.recipe import Recipe, parse_recipe
 
 MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_router_topk": 2}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _runs import QWEN3
+from _trainings import QWEN3
 from hypothesis import given
 from hypothesis import strategies as st
 

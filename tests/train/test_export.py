@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from _runs import QWEN3, Raw, raw, run_here
+from _trainings import QWEN3, Raw, raw, run_here
 from safetensors.torch import load_file, save_file
 
 from converters.errors import UsageError

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from _runs import QWEN3, raw, run_here
+from _trainings import QWEN3, raw, run_here
 
 from converters.errors import DeviceError, DifferenceError, LayoutError, MbxError, UnsupportedError, UsageError
 from mbx.train.data import Pattern, Row
 from mbx.train.fp8 import check_capability, fp8_config
 from mbx.train.log import METRICS, Step, line, plot
-from mbx.train.loop import prepare, train
+from mbx.train.loop import train
 from mbx.train.model import first_microbatch
+from mbx.train.prepare import prepare
 from mbx.train.recipe import Fp8, parse_recipe
 from mbx.train.report import read_metrics, write_report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from _runs import raw, run_here, run_world
+from _trainings import raw, run_here, run_world
 
 TOLERANCE = 1e-4
 LORA = {"rank": 4, "alpha": 8.0}

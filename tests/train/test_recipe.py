@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from converters.errors import StorageError, UsageError
-from mbx.train.recipe import all_keys, check_world, load_recipe, parse_recipe, recipe_names
+from mbx.train.catalogue import load_recipe, recipe_names
+from mbx.train.recipe import all_keys, check_world, parse_recipe
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -26,7 +27,7 @@ def test_shipped_shapes_are_those_of_the_hub() -> None:
     import json
 
     from mbx.registry import table_for
-    from mbx.train.recipe import load_recipe
+    from mbx.train.catalogue import load_recipe
 
     index = Path(__file__).resolve().parents[2] / "fixtures" / "index"
     pairs = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _runs import QWEN3, ROOT, raw, run_here
+from _trainings import QWEN3, ROOT, raw, run_here
 from safetensors.torch import load_file, save_file
 
 from converters.errors import CoverageError

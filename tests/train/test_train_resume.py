@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from _runs import Raw, raw, run_here, start_world
+from _trainings import QWEN3, Raw, raw, run_here, start_world
 
 from converters.errors import StorageError, UsageError
 from mbx.train.log import METRICS
@@ -68,6 +69,30 @@ def test_adapters_resume(tmp_path: Path) -> None:
     assert {name for name in names if not name.startswith("optimizer")} == {
         name for name in names if ".lora_" in name and not name.startswith("optimizer")
     }, "an adapter run's checkpoint holds adapters only"
+
+
+def test_adapters_find_their_base_again(tmp_path: Path) -> None:
+    """A run whose base came from --init-from continues on that base, not on the recipe's model."""
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(QWEN3, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["lm_head.weight"] *= 2
+    save_file(tensors, other / "model.safetensors")
+
+    def lora(name: str, steps: int) -> Raw:
+        job = {**recipe(tmp_path / name), "lora": {"rank": 4}}
+        job["train"] = {**job["train"], "steps": steps}
+        job["optim"] = {"lr": 3e-3, "schedule": "constant"}
+        return job
+
+    whole = run_here(lora("whole", 4), init_from=str(other))
+    assert run_here(lora("plain", 1))[0] != whole[0]
+    assert run_here(lora("run", 2), init_from=str(other)) + run_here(lora("run", 4), resume=True) == whole
+    shutil.rmtree(other)
+    with pytest.raises(UsageError, match="base"):
+        run_here(lora("run", 5), resume=True)
 
 
 def test_a_changed_recipe_is_refused(tmp_path: Path) -> None:

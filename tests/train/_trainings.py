@@ -35,7 +35,8 @@ def raw(run_dir: Path, **sections: dict[str, object]) -> Raw:
 
 def run_here(recipe: Raw, **arguments: object) -> list[float]:
     """Losses of a run in this process."""
-    from mbx.train.loop import prepare, train
+    from mbx.train.loop import train
+    from mbx.train.prepare import prepare
     from mbx.train.recipe import parse_recipe
 
     return list(train(prepare(parse_recipe(recipe), **arguments), live=False).losses)  # type: ignore[arg-type]
@@ -91,7 +92,8 @@ def main(out: Path) -> None:
 
     torch.set_num_threads(1)
     from mbx.train.log import Step
-    from mbx.train.loop import prepare, train
+    from mbx.train.loop import train
+    from mbx.train.prepare import prepare
     from mbx.train.recipe import parse_recipe
 
     results = []

@@ -1,0 +1,71 @@
+"""`mbx mlm-args`: Megatron-LM's command line as a recipe, and a recipe as a command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.output import out
+
+app = typer.Typer(
+    help="Translate Megatron-LM flags to recipe keys and back.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog=epilog("mbx mlm-args to-recipe run.sh > mine.toml", "mbx mlm-args from-recipe mine.toml"),
+)
+
+
+@app.command(
+    "to-recipe", epilog=epilog("mbx mlm-args to-recipe run.sh > mine.toml", "mbx mlm-args to-recipe - --json")
+)
+def to_recipe(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A script with the command line; - reads stdin.")],
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Print the recipe that a Megatron-LM command line means.
+
+    Flags that have no counterpart, and flags that are not known, are listed on stderr.
+    """
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from converters.errors import StorageError
+    from mbx import mlm_args
+
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot read `{file}`: {error}") from error
+    found = mlm_args.to_recipe(text)
+    for what, flags in (("skipped", found.skipped), ("not known", found.unknown)):
+        for flag in flags:
+            out.message(f"{what}: {flag}")
+    document = {"recipe": found.result, "skipped": list(found.skipped), "unknown": list(found.unknown)}
+    out.result(document, lambda: mlm_args.dump_toml(found.result).splitlines())
+
+
+@app.command(
+    "from-recipe", epilog=epilog("mbx mlm-args from-recipe llama3_8b_sft", "mbx mlm-args from-recipe mine.toml")
+)
+def from_recipe(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or .toml file.")],
+    json: Json = False,
+    quiet: Quiet = 0,
+    verbose: Verbose = 0,
+) -> None:
+    """Print the Megatron-LM flags of a recipe.
+
+    Keys that no flag expresses are listed on stderr.
+    """
+    out.configure(json=json, quiet=quiet, verbose=verbose)
+    from mbx import mlm_args
+    from mbx.train.catalogue import load_recipe
+
+    found = mlm_args.from_recipe(load_recipe(recipe).to_dict())
+    for key in found.skipped:
+        out.message(f"skipped: {key}")
+    out.result({"flags": list(found.flags), "skipped": list(found.skipped)}, lambda: [" ".join(found.flags)])

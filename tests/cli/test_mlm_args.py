@@ -1,0 +1,96 @@
+"""Megatron-LM flags and recipes: both ways, with every flag accounted for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from _cli import Run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from converters.errors import UsageError
+from mbx.mlm_args import FLAGS, SKIPPED, dump_toml, from_recipe, split_flags, to_recipe
+from mbx.train.catalogue import load_recipe
+from mbx.train.recipe import parse_recipe
+
+COMMAND = """torchrun --nproc-per-node 8 pretrain_gpt.py \\
+    --num-layers 32 --hidden-size 4096 --num-attention-heads 32 --group-query-attention --num-query-groups 8 \\
+    --ffn-hidden-size 14336 --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope \\
+    --rotary-base 500000 --untie-embeddings-and-output-weights --seq-length 8192 --max-position-embeddings 8192 \\
+    --micro-batch-size 1 --global-batch-size=128 --train-iters 5000 --lr 3e-4 --min-lr 3e-5 --lr-decay-style WSD \\
+    --tensor-model-parallel-size 4 --sequence-parallel --bf16 --use-mcore-models --attention-backend fused \\
+    --data-path /data/text --vocab-size 128256 --frobnicate 3  # a comment
+"""
+
+
+def test_a_command_line_becomes_a_recipe_that_loads() -> None:
+    found = to_recipe(COMMAND)
+    assert found.skipped == ("--use-mcore-models", "--attention-backend fused")
+    assert found.unknown == ("--frobnicate 3",)
+    recipe = parse_recipe(found.result)
+    assert (recipe.parallel.tp, recipe.parallel.etp, recipe.train.global_batch) == (4, 4, 128)
+    assert recipe.parallel.sequence_parallel and not recipe.parallel.distributed_optimizer
+    assert (recipe.optim.lr, recipe.optim.schedule, recipe.optim.beta2) == (3e-4, "wsd", 0.999)
+    assert recipe.data.kind == "indexed" and recipe.train.precision == "bf16"
+    assert recipe.model.shape["activation_func"] == "silu" and recipe.model.shape["model.vocab_size"] == 128256
+    assert recipe.model.shape["model.share_embeddings_and_output_weights"] is False
+
+
+def test_the_way_back_gives_the_same_recipe() -> None:
+    first = to_recipe(COMMAND)
+    again = to_recipe(" ".join(from_recipe(first.result).flags))
+    assert again.result == first.result and again.unknown == ()
+
+
+def test_the_text_is_toml_of_the_same_values() -> None:
+    import sys
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    result = to_recipe("--lr 1e-05 --save 'a \"b\"' --bf16").result
+    assert tomllib.loads(dump_toml(result)) == result
+
+
+def test_a_shipped_recipe_names_what_has_no_flag() -> None:
+    found = from_recipe(load_recipe("llama3_8b_lora").to_dict())
+    assert "--lr" in found.flags and "--bf16" in found.flags
+    base = found.flags[found.flags.index("--rotary-base") + 1]
+    assert base.isdecimal(), "Megatron-LM takes a whole number"
+    assert "--lr-decay-iters" not in found.flags and not any("{" in word for word in found.flags)
+    assert any(key.startswith("lora.rank") for key in found.skipped)
+
+
+@given(st.sampled_from([flag for flag in FLAGS if flag.kind == "int"]), st.integers(1, 10**6))
+def test_numbers_arrive(flag: object, value: int) -> None:
+    result: object = to_recipe(f"{flag.name} {value}").result  # type: ignore[attr-defined]
+    for part in flag.key:  # type: ignore[attr-defined]
+        assert isinstance(result, dict)
+        result = result[part]
+    assert result == value
+
+
+@pytest.mark.parametrize("text", ["--lr fast", "--lr", "--num-layers 1 2", "--sequence-parallel yes"])
+def test_wrong_values_are_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        to_recipe(text)
+
+
+def test_the_commands(mbx: Run, here: Path) -> None:
+    (here / "run.sh").write_text(COMMAND)
+    said = mbx("mlm-args", "to-recipe", "run.sh")
+    assert said.code == 0 and "[parallel]" in said.stdout and "--frobnicate 3" in said.stderr
+    (here / "mine.toml").write_text(said.stdout)
+    back = mbx("mlm-args", "from-recipe", "mine.toml", "--json").document
+    assert "--tensor-model-parallel-size" in back["flags"]
+    document = mbx("mlm-args", "to-recipe", "run.sh", "--json").document
+    assert document["unknown"] == ["--frobnicate 3"] and document["recipe"]["parallel"]["tp"] == 4
+    assert mbx("mlm-args", "to-recipe", "absent.sh").code == 4
+
+
+def test_no_flag_is_both_mapped_and_skipped() -> None:
+    assert not {flag.name for flag in FLAGS} & SKIPPED
+    assert len({flag.key for flag in FLAGS}) == len(FLAGS)
+    assert split_flags("python x --a=1 --b") == [("--a", ["1"]), ("--b", [])]
