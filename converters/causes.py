@@ -312,6 +312,8 @@ def _taken_from_a_peer(actual: Rows, suspect: Suspect) -> str | None:
         other = peer.rows()
         if (other.rows, other.cols, other.dtype) != (actual.rows, actual.cols, actual.dtype):
             continue
+        if not np.array_equal(_words(other, sample[:1]), found[:1]):
+            continue
         if np.array_equal(_words(other, sample), found) and _is_ordered(
             other, actual, np.arange(actual.rows, dtype=np.int64)
         ):

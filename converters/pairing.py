@@ -25,13 +25,15 @@ class Pairing:
     """A plan that makes the right side's tensors from the left side's, and what it cannot.
 
     `left_only` and `right_only` are tensors without a counterpart; `repeated` are those of either side that repeat
-    another tensor or that Transformers recomputes, which the other side may do without.
+    another tensor or that Transformers recomputes, which the other side may do without. `equal` are those that have to
+    repeat another one, as (whether on the right side, name, the other's name).
     """
 
     plan: Plan
     left_only: tuple[str, ...] = ()
     right_only: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    equal: tuple[tuple[bool, str, str], ...] = ()
 
 
 def pair_by_name(
@@ -100,6 +102,7 @@ def pair_by_table(
         tuple(name for name in left_over if name not in planner.spare),
         tuple(name for name in right_over if name not in planner.spare),
         tuple(name for name in (*left_over, *right_over) if name in planner.spare),
+        tuple(planner.equal),
     )
 
 
@@ -147,6 +150,12 @@ class _ByRow:
         self.made: dict[str, str] = {}
         rows = list(table.expand(env, left)), list(table.expand(env, right))
         self.spare = {name for side in rows for row in side if row.spec.drop or row.same_as for name in row.hf}
+        self.equal = [
+            (side is rows[1], row.hf[0], row.same_as)
+            for side, tensors in zip(rows, (left, right), strict=True)
+            for row in side
+            if row.same_as in tensors and row.hf[0] in tensors and row.same_as is not None
+        ]
         mine = {row.mcore: row for row in rows[0] if not (row.spec.drop or row.same_as)}
         for row in rows[1]:
             if row.spec.drop or row.same_as or all(name in same for name in row.hf):

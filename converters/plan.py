@@ -62,7 +62,8 @@ class Plan:
 
     `equal` are pairs of source tensors that must hold the same values. `objects` are the names of opaque
     payloads (`_extra_state`) the target carries. `kept` are sources that travel beside the target as they are:
-    buffers without a counterpart, and values that a shift rounds. `encoded` are the sources that a codec stores in parts.
+    buffers without a counterpart, and values that a shift rounds. `encoded` are the sources that a codec stores in
+    parts.
     `table` is None where no name changes.
     """
 

@@ -43,4 +43,5 @@ def convert(data: Bytes, source: str, target: str, shift: int) -> Bytes:
     if shift:
         tensor = tensor.to(torch.float32).add_(shift)
     out = tensor.to(TORCH_DTYPES[target])
-    return out.view(torch.uint8).numpy()
+    data: Bytes = out.view(torch.uint8).numpy()
+    return data

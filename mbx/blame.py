@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -149,8 +150,16 @@ class Detective:
         self.budget = max(1 << 20, max_memory // 8)
         self.shapes = {draft.name: draft.shape for draft in plan.drafts}
         self.dtypes = {draft.name: draft.dtype for draft in plan.drafts}
-        self.depths = {entry.tensor: len(entry.index) for unit in plan.units for entry in unit.entries}
-        self.spots = {(e.tensor, e.index): self._spot(unit, e) for unit in plan.units for e in unit.entries}
+
+    @cached_property
+    def spots(self) -> dict[tuple[str, Shape], _Spot]:
+        """Every entry of the plan; found when first asked for, as most comparisons need none."""
+        return {(e.tensor, e.index): self._spot(unit, e) for unit in self.plan.units for e in unit.entries}
+
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """Leading dimensions of each tensor that stack entries."""
+        return {entry.tensor: len(entry.index) for unit in self.plan.units for entry in unit.entries}
 
     def _spot(self, unit: Unit, entry: Entry) -> _Spot:
         layer, expert = _number(_LAYER, unit.row), _number(_EXPERT, unit.row)
@@ -161,10 +170,6 @@ class Detective:
             expert = stacked_expert if stacked_expert is not None else expert
         kind = _NUMBER.sub("#", f"{unit.row} {entry.tensor}")
         return _Spot(unit, entry, layer, expert, kind)
-
-    def depth(self, name: str) -> int:
-        """Leading dimensions of a tensor that stack entries."""
-        return self.depths.get(name, 0)
 
     def cause(self, name: str, index: Shape = (), first: Shape | None = None) -> str | None:
         """The likely cause for one entry of a tensor, None where there is none, or it cannot be read in the memory."""
@@ -272,8 +277,9 @@ class Detective:
             yield Peer(_described(spot, other), lambda other=other: self._peer_rows(spot, other))  # type: ignore[misc]
 
     def _peer_rows(self, spot: _Spot, other: _Spot) -> Rows:
-        stored = self.actual[spot.entry.tensor].dtype
-        return self._expected(other, stored)
+        rows = self._expected(other, self.actual[spot.entry.tensor].dtype)
+        rows.budget = 0  # a row or two tell most peers apart: reading them whole would cost a pass over the model
+        return rows
 
 
 def _described(spot: _Spot, other: _Spot) -> str:

@@ -66,7 +66,7 @@ def config(pair: Pair) -> Leg:
         summary = f"{len(names)} fields, all that {origin} says"
         unequal = [name for name in names if not _alike(name, mine[name], other[name])]
     else:
-        unequal = [name for name in names if mine.get(name) != other.get(name)]
+        unequal = unequal_fields(mine, other)
     if not names:
         return Leg("config", "not run", "the two sides state no setting in common")
     findings = [
@@ -92,6 +92,42 @@ def _fields(side: Side, plan: Plan) -> tuple[Mapping[str, Value] | None, str]:
     return (fields, origin) if fields else (None, "carries no config.json (hf/)")
 
 
+#: Fields that say "every n-th layer" by one number, and whether such a layer is marked 1: the others are then 0.
+_PATTERNS = {"moe_layer_freq": True, "window_attn_skip_freq": False, "linear_attention_freq": False}
+
+
+def unequal_fields(left: Mapping[str, Value], right: Mapping[str, Value]) -> list[str]:
+    """Names of the fields in which two whole configs say different things.
+
+    A number for every n-th layer equals the list it stands for, and a model without experts has no setting of them.
+    """
+    dense = not _has_experts(left) and not _has_experts(right)
+    names = sorted(set(left) | set(right))
+    layers = left.get("num_layers")
+    count = layers if isinstance(layers, int) else 0
+    return [
+        name
+        for name in names
+        if _listed(name, left.get(name), count) != _listed(name, right.get(name), count)
+        and not (dense and name.startswith(("moe_", "num_moe_")))
+    ]
+
+
+def _has_experts(config: Mapping[str, Value]) -> bool:
+    """Whether some layer has experts; hybrid models say it in their pattern, whatever number of experts they state."""
+    pattern = config.get("hybrid_override_pattern", config.get("model.hybrid_override_pattern"))
+    return "E" in pattern if isinstance(pattern, str) else bool(config.get("num_moe_experts"))
+
+
+def _listed(name: str, value: Value, layers: int) -> Value:
+    """The pattern of a field as a list of `layers` numbers (Megatron Core: moe_layer_freq, window_attn_skip_freq)."""
+    if name not in _PATTERNS or isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        return value
+    if _PATTERNS[name]:
+        return [int(layer % value == 0) for layer in range(layers)]
+    return [int((layer + 1) % value != 0) for layer in range(layers)]
+
+
 def _alike(name: str, left: Value, right: Value) -> bool:
     neutral = (*NEUTRAL.get(name, ()), None)
     return left == right or (not left and not right) or (left in neutral and right in neutral)
@@ -105,19 +141,34 @@ def _meaning(plan: Plan, name: str) -> str:
 
 
 def _hf_config(pair: Pair) -> Leg:
-    """Two config.json files, either Transformers spelling; keys without effect on the forward pass do not count."""
+    """Two config.json files, either Transformers spelling.
+
+    With a table, what counts is what they mean to it, and every key that it does not know; without one, every key but
+    those that no model reads.
+    """
     assert pair.left.folder is not None and pair.right.folder is not None
     left, right = pair.nouns
-    ignored = GENERIC_KEYS | (pair.plan.table.config.ignore if pair.plan.table else frozenset())
-    sides = [canonical(side.folder.config) for side in (pair.left, pair.right) if side.folder is not None]
-    names = sorted({k for side in sides for k in side if k not in ignored and not k.startswith("_")} | {"model_type"})
-    findings = [
-        f"`{name}`: {sides[0].get(name)!r} in {left}, {sides[1].get(name)!r} in {right}"
-        for name in names
-        if sides[0].get(name) != sides[1].get(name)
+    mine, other = canonical(pair.left.folder.config), canonical(pair.right.folder.config)
+    table, known, findings = pair.plan.table, set(GENERIC_KEYS), []
+    names: list[str] = []
+    if table is not None:
+        try:
+            fields = [table.config.to_mcore(side, allow_unused=tuple(side)) for side in (mine, other)]
+        except MbxError as error:
+            return Leg("config", "failed", error.fact, error.details)
+        names = sorted(set(fields[0]) | set(fields[1]))
+        findings = [
+            f"`{name}`{_meaning(pair.plan, name)}: {fields[0].get(name)!r} in {left}, "
+            f"{fields[1].get(name)!r} in {right}"
+            for name in unequal_fields(*fields)
+        ]
+        known |= table.config.known_keys()
+    known.discard("model_type")
+    keys = sorted(key for key in set(mine) | set(other) if key not in known and not key.startswith("_"))
+    findings += [
+        f"`{key}`: {mine.get(key)!r} in {left}, {other.get(key)!r} in {right}"
+        for key in keys
+        if mine.get(key) != other.get(key)
     ]
-    if pair.plan.table is not None and findings:  # a key that is absent may stand for what it is by default
-        mine, other = (pair.plan.table.config.to_mcore(side, allow_unused=side) for side in sides)
-        if mine == other:
-            findings = [line for line in findings if "None in" not in line]
-    return Leg("config", "failed" if findings else "passed", f"{len(names)} keys", tuple(findings))
+    summary = f"{len(names)} fields, {len(keys)} other keys" if table is not None else f"{len(keys)} keys"
+    return Leg("config", "failed" if findings else "passed", summary, tuple(findings))

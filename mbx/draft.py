@@ -65,8 +65,7 @@ def templates(names: Iterable[str]) -> dict[str, Template]:
     found: dict[str, Template] = {}
     for name in names:
         numbers = [int(n) for n in _NUMBER.findall(name)]
-        marks = iter(("{L}", "{E}"))
-        text = _NUMBER.sub(lambda match: next(marks, match.group()), name)
+        text = _NUMBER.sub("{E}", _NUMBER.sub("{L}", name, count=1), count=1)
         template = found.setdefault(text, Template(text, example=name))
         template.layers.update(numbers[:1])
     return found

@@ -169,7 +169,7 @@ def weights(
     found = [*_differences(sink, targets, detective, order), *odd]
     differences = sorted(found, key=lambda difference: (_depth(difference), order.get(difference.name, len(order))))
     lines = sorted(f"`{d.name}`: {d.what}" for d in differences if d.elements is not None)
-    lines += _unequal_repeats(pair, left)
+    lines += _unequal_repeats(pair, left, right)
     if skipped := len(pair.plan.drafts) - len(comparable):
         lines.append(f"{skipped} tensor(s) could not be compared: see cover")
     if not sink.compared_bytes:
@@ -192,7 +192,7 @@ def _depth(found: Difference) -> tuple[int, int]:
 
 def _with_cause(detective: Detective, found: Difference) -> Difference:
     other_dtype = found.what.startswith("is ")
-    index = (0,) * detective.depth(found.name)
+    index = (0,) * detective.depths.get(found.name, 0)
     cause = detective.dtype_cause(found.name, index) if other_dtype else detective.cause(found.name, index)
     return replace(found, cause=cause)
 
@@ -220,16 +220,19 @@ def _differences(
     return out
 
 
-def _unequal_repeats(pair: Pair, source: Source) -> list[str]:
-    """Tensors of the left side that should repeat another one and do not."""
+def _unequal_repeats(pair: Pair, left: Source, right: Source) -> list[str]:
+    """Tensors of one side that should repeat another one of it and do not."""
     lines = []
-    for name, other in pair.plan.equal:
-        mine, repeated = pair.plan.sources[name], pair.plan.sources[other]
+    for on_right, name, other in pair.equal:
+        tensors, source = (pair.right.tensors, right) if on_right else (pair.left.tensors, left)
+        if name not in tensors or other not in tensors:  # encoded: its parts are compared as they are
+            continue
+        mine, repeated = tensors[name], tensors[other]
         plan = narrow(_repeat_plan(pair.plan, mine, repeated), {other: repeated})
         sink = compare(plan, {other: repeated}, source, source, limits={}, workers=1, max_memory=1 << 26)
         differing = sum(tally.differing for tally in sink.tallies.values())
-        if differing or mine.shape != repeated.shape:
-            lines.append(f"`{name}` should repeat `{other}` in {pair.nouns[0]}, and does not")
+        if differing or (mine.shape, mine.dtype) != (repeated.shape, repeated.dtype):
+            lines.append(f"`{name}` should repeat `{other}` in {pair.nouns[on_right]}, and does not")
     return lines
 
 

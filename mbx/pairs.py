@@ -26,8 +26,9 @@ from mbx.sides import Side, respelt
 class Pair:
     """`plan` makes the tensors `actual` of `right` from those of `left`, the two sides in the order of the plan.
 
-    `swapped` says that the user named them the other way round. `fields` is the Megatron Core config as far as it is
-    known. `limits` are the rows that are the vocabulary; what follows is padding.
+    `swapped` says that the user named them the other way round. `equal` are tensors that have to repeat another one of
+    their side, as (whether on the right side, name, the other's name). `fields` is the Megatron Core config as far as
+    it is known. `limits` are the rows that are the vocabulary; what follows is padding.
     """
 
     left: Side
@@ -39,6 +40,7 @@ class Pair:
     repeated: tuple[str, ...]
     fields: Mapping[str, Value]
     limits: Mapping[str, int]
+    equal: tuple[tuple[bool, str, str], ...] = ()
     swapped: bool = False
 
     @property
@@ -77,6 +79,7 @@ def pair_sides(
         (),
         plan.config,
         _limits(plan.config, actual),
+        tuple((False, name, other) for name, other in plan.equal),
         swapped=first.kind == "mcore",
     )
 
@@ -98,7 +101,9 @@ def _hf_pair(first: Side, second: Side, mapping: str | None) -> Pair:
         table = None
     fields = {} if table is None else table.config.to_mcore(first.folder.config, allow_unused=first.folder.config)
     if table is None or _same_headers(left, right):
-        return _pair(first, second, pair_by_name(left, right, config=fields), right, fields)
+        found = pair_by_name(left, right, config=fields)
+        found = replace(found, plan=replace(found.plan, table=table))
+        return _pair(first, second, found, right, fields)
     mine, mine_encoded = _decoded(first)
     other, other_encoded = _decoded(second)
     if mine_encoded and other_encoded:
@@ -140,7 +145,18 @@ def _pair(
     limits = _limits(fields, actual) if left.kind == "mcore" else {}
     for name in VOCAB & found.plan.sources.keys() & actual.keys() if left.kind == "mcore" else ():
         limits.setdefault(name, min(found.plan.sources[name].shape[0], actual[name].shape[0]))
-    return Pair(left, right, found.plan, actual, found.left_only, found.right_only, found.repeated, fields, limits)
+    return Pair(
+        left,
+        right,
+        found.plan,
+        actual,
+        found.left_only,
+        found.right_only,
+        found.repeated,
+        fields,
+        limits,
+        found.equal,
+    )
 
 
 def _limits(fields: Mapping[str, Value], tensors: Mapping[str, StoredTensor]) -> dict[str, int]:

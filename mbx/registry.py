@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from converters.errors import StorageError, UnsupportedError, UsageError
@@ -13,7 +13,7 @@ from converters.table import Table, parse_table
 from mappings import table_names, table_text
 
 
-@lru_cache(maxsize=None)
+@cache
 def shipped(name: str) -> Table:
     """The shipped table `name`; UsageError with near misses when there is none."""
     try:

@@ -143,7 +143,7 @@ def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:
 
 
 def decoded_layout(files: tuple[WeightFile, ...], quantization: Mapping[str, object]) -> tuple[WeightFile, ...]:
-    """A recorded layout with every set of quantised parts replaced by the tensor they encode, in its first part's file."""
+    """A recorded layout with every set of quantised parts replaced by what they encode, in the first part's file."""
     stored = {n: StoredTensor(n, t.dtype, t.shape, ()) for file in files for n, t in file.tensors.items()}
     view, encoded = decoded_view(stored, quantization)
     first = {next(iter(e.parts.values())).name: name for name, e in encoded.items()}

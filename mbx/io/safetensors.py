@@ -170,7 +170,7 @@ def _load_json(raw: bytes, source: str) -> dict[str, object]:
 
 
 def parse_header(raw: bytes, source: str) -> tuple[dict[str, TensorRange], dict[str, str]]:
-    """Tensors and metadata of a header's JSON, each entry valid in itself; StorageError, naming `source`, otherwise."""
+    """Tensors and metadata of a header's JSON, each entry valid in itself; else StorageError naming `source`."""
     header = _load_json(raw, source)
     given = header.pop("__metadata__", {})
     if not isinstance(given, dict):

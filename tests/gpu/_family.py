@@ -24,6 +24,8 @@ os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from _verdict import judge  # noqa: E402
+
 from converters.errors import MbxError, UnsupportedError  # noqa: E402
 from converters.expr import Value  # noqa: E402
 
@@ -148,7 +150,7 @@ def _forward(name: str, device: str, source: Path, work: Path, config: dict[str,
     from mbx.io.torch_dist import open_torch_dist
     from mbx.mcore.device import megatron_on
     from mbx.mcore.forward import compare_logits
-    from mbx.mcore.parity import FORWARD_TOLERANCE, lend_frequencies, loaded_model, mcore_passes, read_prompts
+    from mbx.mcore.parity import lend_frequencies, loaded_model, mcore_passes, read_prompts
     from mbx.mcore.prompts import Prompts
 
     hf_config = canonical(read_config(source))
@@ -170,13 +172,7 @@ def _forward(name: str, device: str, source: Path, work: Path, config: dict[str,
         diffs = compared(model)
         found.update({f"against_transformers_on_{at}": _figures(diff) for at, diff in diffs.items()})
         found["control"] = {"row": _swap_rows(model), **_figures(compared(model)["cpu"])}
-        ok = all(diff.ok for diff in diffs.values())
-        caught = float(str(found["control"]["max_abs"])) > FORWARD_TOLERANCE  # type: ignore[index]
-        found["status"] = "passed" if ok and caught else "failed"
-        if not ok:
-            found["reason"] = f"max |Δlogit| {max(diff.max_abs for diff in diffs.values()):.2e}, over the limit"
-        elif not caught:
-            found["reason"] = "the negative control was not seen"
+        judge(found, device)
         del model
         if device == "cuda" and name in LOW_PRECISION:
             found["low_precision"] = {

@@ -23,7 +23,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from _verdict import judge  # noqa: E402
+
 MEASURED = ROOT / "fixtures" / "measured" / "forward.json"
 _PACKAGES = ("torch", "transformers", "megatron-core", "transformer-engine")
 
@@ -87,6 +90,8 @@ def record(run: dict[str, Any]) -> None:
     kept = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     last = kept.get(run["device"], {})
     before = last["families"] if last.get("versions") == run["versions"] else {}
+    for found in run["families"].values():
+        judge(found, run["device"])
     families = {name: compact(found, run["device"]) for name, found in run["families"].items()}
     kept[run["device"]] = {**run, "families": {**before, **families}}
     MEASURED.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from _stores import changed_hf, changed_mcore, per_layer, read_hf, read_mcore, w
 
 from converters.errors import MbxError
 from converters.layout import Layout
-from fixtures.make_tiny import make
+from fixtures.make_tiny import NAMES, make
 from mbx.convert import Options, plan_hf_to_mcore, run
 from mbx.reshard import plan_mcore_to_mcore
 from mbx.verify import Leg, ParityReport, parity
@@ -129,6 +129,54 @@ def test_experts_may_be_fused_or_apart(name: str, tmp_path: Path) -> None:
         and "another order of experts" in report.first.cause
     )
     assert leg(parity(wrong, apart), "weights").status == "failed"
+
+
+#: What Transformers 5 cannot hold: heads for several tokens, which it drops, and a router that it keeps in fp32.
+_LOSSY = ("deepseek_v3", "glm4_moe", "glm4_moe_air", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "minimax_m2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_what_transformers_5_wrote_again_is_the_same_or_said_not_to_be(name: str, tmp_path: Path) -> None:
+    """Every family as the hub has it against what Transformers 5 saves of it: names, fusing, config spelling."""
+    before = make(name, tmp_path / "v4")
+    try:
+        after = make(name, tmp_path / "v5", layout="v5")
+    except ValueError as error:
+        pytest.skip(str(error))
+    for report in both_ways(before, after):
+        expected = "failed" if name in _LOSSY else "passed"
+        assert statuses(report)["cover"] == expected and statuses(report)["config"] == "passed", report.legs
+        assert not any(difference.elements for difference in report.differences)
+
+
+def test_a_repeated_output_layer_may_be_left_out_but_has_to_repeat(tmp_path: Path) -> None:
+    """A folder that declares its head tied and stores another one is not the same as one that stores none."""
+    without = make("llama_tied", tmp_path / "without")
+    repeated = changed_hf(
+        without, tmp_path / "with", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    )
+    for report in both_ways(without, repeated):
+        assert report.passed and report.waived == ("lm_head.weight",)
+    wrong = changed_hf(repeated, tmp_path / "wrong", lambda t: t["lm_head.weight"][3].neg_())
+    for report in both_ways(without, wrong):
+        assert statuses(report)["weights"] == "failed"
+        assert any("should repeat `model.embed_tokens.weight`" in line for line in leg(report, "weights").details)
+
+
+def test_heads_for_several_tokens_may_be_called_either_way(tmp_path: Path) -> None:
+    """`transformer_layer` in Megatron Core 0.16, `mtp_model_layer` behind it."""
+    source = make("deepseek_v3", tmp_path / "hf")
+    good = convert(source, tmp_path / "mcore")
+
+    def rename(t: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in t if ".transformer_layer." in name]:
+            t[name.replace(".transformer_layer.", ".mtp_model_layer.")] = t.pop(name)
+
+    newer = changed_mcore(good, tmp_path / "newer", rename)
+    assert any(".mtp_model_layer." in name for name in read_mcore(newer))
+    for report in (*both_ways(source, newer), *both_ways(good, newer)):
+        assert report.passed, [leg for leg in report.legs if leg.status != "passed"]
 
 
 def test_a_quantised_folder_is_held_against_a_plain_one(tmp_path: Path) -> None:

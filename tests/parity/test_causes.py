@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from _planted import convert
 from _stores import Tensors, changed_hf, changed_mcore
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from converters.arrangements import Heads, Structure, arrangements
 from converters.causes import Suspect, find_cause
@@ -227,8 +229,6 @@ def test_a_tensor_larger_than_the_budget_is_read_in_blocks(tmp_path: Path) -> No
     torch.manual_seed(0)
     big = torch.randn(3000, 1024).bfloat16()
     config = '{"model_type": "none", "architectures": ["None"]}'
-    from safetensors.torch import save_file
-
     for name, tensor in (("a", big), ("b", big.roll(1500, 0))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)
@@ -244,6 +244,25 @@ def test_a_tensor_larger_than_the_budget_is_read_in_blocks(tmp_path: Path) -> No
         assert (detective.budget < big.nbytes) == (memory == 1 << 23)
         said.append(detective.cause("w"))
     assert said == ["its two halves are swapped"] * 2
+
+
+def test_a_comparison_stays_within_its_memory(tmp_path: Path) -> None:
+    """96 MB a side under 32 MiB, with a cause to be found; NumPy's buffers are seen by tracemalloc."""
+    torch.manual_seed(0)
+    whole = torch.randint(0, 30000, (24576, 2048), dtype=torch.int16).view(torch.bfloat16)
+    for name, tensor in (("a", whole), ("b", whole.roll(12288, 0))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "none", "architectures": ["None"]}')
+        save_file({"w": tensor}, tmp_path / name / "model.safetensors")
+    del whole, tensor
+    tracemalloc.start()
+    try:
+        report = parity(tmp_path / "a", tmp_path / "b", max_memory=32 << 20, workers=2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert report.worst is not None and report.worst.cause == "its two halves are swapped"
+    assert peak < 32 << 20, f"{peak / 2**20:.0f} MiB"
 
 
 class Matrix:

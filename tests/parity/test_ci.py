@@ -12,7 +12,8 @@ from _stores import changed_mcore
 
 from converters.errors import MbxError, UsageError
 from converters.layout import Layout
-from mbx.ci import Result, described, read_checks, run_checks
+from fixtures.make_tiny import NAMES, make
+from mbx.ci import Check, Result, described, read_checks, run_checks
 from mbx.ci_report import junit, markdown
 from mbx.cli import main
 
@@ -49,6 +50,16 @@ def test_every_layout_and_leg_is_run(tiny: Path, tmp_path: Path) -> None:
         for leg in ("cover", "config", "weights", "round-trip")
     }
     assert "all passed" in markdown(results)
+
+
+def test_every_family_passes_its_checks(tmp_path: Path) -> None:
+    """All shipped tables, each by a tiny model of its own: converted, held against the source, and back."""
+    for name in NAMES:
+        make(name, tmp_path / name)
+    legs = ("cover", "config", "weights", "round-trip")
+    results = run_checks([Check(name, legs, source=str(tmp_path / name)) for name in NAMES], Path)
+    assert len(results) == len(NAMES) * len(legs) > 160
+    assert [(result.check, result.leg) for result in results if not result.passed] == []
 
 
 def test_a_wrong_table_is_seen_by_the_forward_leg_alone(tiny: Path, tmp_path: Path) -> None:
