@@ -41,6 +41,7 @@ defects: $(READY)  ## plant every defect of the catalogue and print which leg fo
 
 docs: $(READY)  ## write docs/models.md again, from the tables and the measured figures
 	$(BIN)/python -m mbx.models_page docs/models.md
+	$(BIN)/python -m benchmarks.figures docs/performance.md
 
 bench: $(READY)  ## time and memory of conversions against cp -r
 	$(BIN)/python -m benchmarks.convert --size 1b --plan

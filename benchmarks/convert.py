@@ -78,7 +78,11 @@ def rounds(work: Path, size: str, count: int, options: Sequence[str], tp: int) -
     make(source, size)
     for path in source.iterdir():  # into the page cache
         subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
-    steps: dict[str, tuple[Path, list[str]]] = {"cp -r": (copy, ["cp", "-r", str(source), str(copy)])}
+    flushed = f'cp -r "{source}" "{copy}" && sync -f "{copy}"'
+    steps: dict[str, tuple[Path, list[str]]] = {
+        "cp -r": (copy, ["cp", "-r", str(source), str(copy)]),
+        "cp -r + sync": (copy, ["sh", "-c", flushed]),
+    }
     for label, extra in (("", ("--no-sync",)), (" + sync", ())):
         steps[f"import{label}"] = (
             mcore,

@@ -73,6 +73,8 @@ class ConfigTable:
                 value = evaluate(row.otherwise, hf) if isinstance(row.otherwise, str) else row.otherwise
             elif row.via is not None:
                 value = VALUE[row.via].to_mcore(value, hf)
+            elif isinstance(value, str) and isinstance(row.otherwise, (bool, int, float)):
+                raise UsageError(f"config.json: `{row.hf}` is {value!r}; a value like {row.otherwise!r} was expected")
             out[row.mcore] = value
         for group in self.groups:
             out |= FIELDS[group].to_mcore(hf)

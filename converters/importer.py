@@ -86,7 +86,7 @@ def plan_import(
         objects=tuple(dict.fromkeys(planner.objects)),
         kept=(*planner.dropped, *planner.shifted),
         notes=tuple(inexpressible_rope(canonical(hf_config))),
-        dtype_changes=planner.dtype_changes,
+        dtype_changes=planner.dtype_changes + Counter((e.codec.name, e.tensor.dtype) for e in encoded.values()),
         encoded=encoded,
     )
 

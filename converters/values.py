@@ -29,7 +29,7 @@ def restore(original: Bytes, dtype: str, stored: Bytes, stored_dtype: str, chang
     item, stored_item = TORCH_DTYPES[dtype].itemsize, TORCH_DTYPES[stored_dtype].itemsize
     image = convert(original, dtype, stored_dtype, shift).reshape(-1, stored_item)
     unchanged = (image == stored.reshape(-1, stored_item)).all(axis=1)
-    flat = changed.reshape(-1, item).copy()
+    flat: Bytes = changed.reshape(-1, item).copy()
     flat[unchanged] = original.reshape(-1, item)[unchanged]
     return flat.reshape(changed.shape)
 
@@ -43,5 +43,5 @@ def convert(data: Bytes, source: str, target: str, shift: int) -> Bytes:
     if shift:
         tensor = tensor.to(torch.float32).add_(shift)
     out = tensor.to(TORCH_DTYPES[target])
-    data: Bytes = out.view(torch.uint8).numpy()
-    return data
+    cast: Bytes = out.view(torch.uint8).numpy()
+    return cast

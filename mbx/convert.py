@@ -170,6 +170,8 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
         waivers=options.waivers,
     )
     left_out = [f"not carried: {what}" for what in opened.left_out]
+    if isinstance(quantization, Mapping):
+        left_out.append("config.json leaves out quantization_config: the weights are stored plainly")
     plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out))
     placed = hf.place(plan.drafts, recorded_files, options.max_shard_bytes)
     sides = {} if reference is None else {name: reference / name for name in hf.side_files(reference)}

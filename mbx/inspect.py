@@ -185,8 +185,9 @@ def _legacy(path: Path, iteration: Path, ranks: list[Path]) -> Checkpoint:
     if empty := [rank.name for rank in ranks if not any(rank.glob("*.pt"))]:
         fault = fault or f"`{empty[0]}` holds no .pt file"
     number = int(iteration.name[5:]) if re.fullmatch(r"iter_\d+", iteration.name) else None
+    writer = "mbx" if any((folder / hf.MANIFEST).is_file() for folder in (path, iteration.parent)) else "Megatron-LM"
     return Checkpoint(
-        path, "megatron legacy", writer="Megatron-LM", fault=fault, iteration=number, layout=layout, files=files
+        path, "megatron legacy", writer=writer, fault=fault, iteration=number, layout=layout, files=files
     )
 
 

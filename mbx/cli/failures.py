@@ -25,7 +25,7 @@ class Interrupted(MbxError):
     exit_code = 130
 
     def __init__(self) -> None:
-        super().__init__("interrupted", hint="nothing was left behind; run the same command again")
+        super().__init__("interrupted", hint="run the same command again; a conversion goes on with --resume")
 
 
 def known_failure(error: BaseException) -> MbxError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mbx.output import SCREEN_WIDTH, human_bytes, human_memory, paint, plural, wrapped
 
 if TYPE_CHECKING:
+    from converters.plan import Plan
+    from converters.tensors import StoredTensor
     from mbx.convert import Job
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -41,7 +43,7 @@ def document(job: Job) -> Document:
         "bytes": {"source": plan.source_bytes, "target": plan.target_bytes, "on_disk": job.output_bytes},
         "vocab": {"size": size, "padded": rows},
         "dtypes": {
-            "source": _by_dtype((tensor.dtype, tensor.nbytes) for tensor in plan.sources.values()),
+            "source": _by_dtype((tensor.dtype, tensor.nbytes) for tensor in _stored(plan)),
             "target": _by_dtype((tensor.dtype, tensor.nbytes) for tensor in job.tensors.values()),
             "changes": [{"from": a, "to": b, "count": n} for (a, b), n in sorted(plan.dtype_changes.items())],
         },
@@ -117,6 +119,13 @@ def ledger_line(doc: Document) -> str:
         if ledger[key]:
             text += f", {len(ledger[key]):,} {what}"
     return text
+
+
+def _stored(plan: Plan) -> Iterator[StoredTensor]:
+    """The source's tensors as they lie in its files: an encoded one by its parts."""
+    for name, tensor in plan.sources.items():
+        whole = plan.encoded.get(name)
+        yield from (tensor,) if whole is None else whole.parts.values()
 
 
 def _by_dtype(tensors: Iterable[tuple[str, int]]) -> Document:

@@ -16,6 +16,7 @@ from types import TracebackType
 from converters.errors import DeviceError, UsageError
 from mbx.io import journal
 from mbx.io.files import os_failure, sync_folder
+from mbx.output import human_bytes
 
 
 def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
@@ -175,7 +176,7 @@ def check_free_space(target: Path, needed_bytes: int) -> int:
     free = shutil.disk_usage(folder).free + _occupied(partial_path(target))
     if free < needed_bytes:
         raise DeviceError(
-            f"`{folder}` has {free / 2**30:.1f} GiB free; the result needs {needed_bytes / 2**30:.1f} GiB",
+            f"`{folder}` has {human_bytes(free)} free; the result needs {human_bytes(needed_bytes)}",
             hint="free space, or choose another destination",
         )
     return free

@@ -61,7 +61,9 @@ def read_config(folder: Path) -> dict[str, Value]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StorageError(f"`{folder}` has no `{CONFIG}`") from None
+        megatron = (folder / "latest_checkpointed_iteration.txt").is_file()
+        hint = f"a Megatron checkpoint: `mbx convert mcore-to-hf {folder} DST` converts it" if megatron else None
+        raise StorageError(f"`{folder}` has no `{CONFIG}`", hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"`{path}` cannot be read: {error}") from error
     if not isinstance(config, dict):

@@ -35,6 +35,11 @@ class McoreFolder:
     dcp: DcpCheckpoint
 
 
+def _other_kind(path: Path) -> str | None:
+    folder = (path / "config.json").is_file()
+    return f"a Hugging Face folder: `mbx convert hf-to-mcore {path} DST` converts it" if folder else None
+
+
 def find_iteration(path: Path) -> Path:
     """The `iter_*` folder meant by `path`: itself, or the one the tracker names.
 
@@ -47,7 +52,7 @@ def find_iteration(path: Path) -> Path:
         found = sorted(p.name for p in path.glob("iter_*") if p.is_dir())
         raise StorageError(
             f"`{path}` is no Megatron Core checkpoint: it has neither `metadata.json` nor `{TRACKER}`",
-            hint=f"name an iteration: {path / found[-1]}" if found else None,
+            hint=f"name an iteration: {path / found[-1]}" if found else _other_kind(path),
         )
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     name = "release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else None

@@ -36,6 +36,8 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Pa
     found = latest(run_dir)
     if found is None:
         raise UsageError(f"`{run_dir}` holds no checkpoint to export")
+    if target.is_dir() and any(target.iterdir()):
+        raise UsageError(f"`{target}` is not empty", hint="name a new folder")
     recipe = json.loads((found / RECIPE).read_text(encoding="utf-8"))
     if not recipe["lora"]["rank"]:
         return export_hf(run_dir, target), "Hugging Face model"

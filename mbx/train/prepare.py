@@ -30,18 +30,19 @@ def decide(recipe: Recipe, init_from: str | None, resume: bool) -> Start:
     """Where this run starts, and why; UsageError or StorageError where that is not possible or not clear."""
     from mbx.train.checkpoint import latest
 
-    run = recipe.run_dir
+    run, found = recipe.run_dir, latest(recipe.run_dir)
+    used = run.is_dir() and any(run.iterdir())
+    again = "it holds no checkpoint: remove it, or run.dir=NAME starts another"
     if init_from and resume:
         raise UsageError("--init-from starts a new run and --resume continues one: give one of them")
     if resume:
-        found = latest(run)
         if found is None:
-            raise StorageError(f"--resume: `{run}` holds no checkpoint", hint="leave --resume out to start the run")
+            hint = again if used else "leave --resume out to start the run"
+            raise StorageError(f"--resume: `{run}` holds no checkpoint", hint=hint)
         return Start("resume", found, f"resuming {run} at {found.name}")
-    if run.is_dir() and any(run.iterdir()):
-        raise UsageError(
-            f"the run folder `{run}` is not empty", hint="--resume continues it; run.dir=NAME starts another"
-        )
+    if used:
+        hint = "--resume continues it; run.dir=NAME starts another" if found else again
+        raise UsageError(f"the run folder `{run}` is not empty", hint=hint)
     if init_from:
         if not Path(init_from).is_dir():
             raise StorageError(f"--init-from: `{init_from}` does not exist")

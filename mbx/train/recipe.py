@@ -271,7 +271,7 @@ def unknown_key(key: str, known: list[str]) -> UsageError:
     ]
     return UsageError(
         f"a recipe has no key `{key}`",
-        hint=f"did you mean {', '.join(close)}?" if close else "`mbx train --show NAME` prints every key",
+        hint=f"did you mean {', '.join(close)}?" if close else "`mbx train --recipe NAME --show` prints every key",
     )
 
 
@@ -296,7 +296,10 @@ def _check(recipe: Recipe) -> None:
         if values[key] < 0:
             raise UsageError(f"`{key}` must not be negative, got {values[key]}")
     if recipe.optim.warmup_steps > recipe.train.steps:
-        raise UsageError(f"optim.warmup_steps {recipe.optim.warmup_steps} exceed train.steps {recipe.train.steps}")
+        raise UsageError(
+            f"optim.warmup_steps {recipe.optim.warmup_steps} exceed train.steps {recipe.train.steps}",
+            hint="optim.warmup_steps=0 trains without a warm-up",
+        )
 
 
 def check_world(recipe: Recipe, world_size: int) -> int:

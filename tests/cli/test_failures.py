@@ -91,6 +91,8 @@ BAD_SOURCES: dict[str, tuple[str, Damage, tuple[str, ...], int, str]] = {
     "unknown architecture": ("qwen3", edit_config(model_type="qwen33"), (), 3, "qwen33"),
     "unknown config key": ("qwen3", edit_config(novel_key=1), (), 3, "novel_key"),
     "config that is no JSON": ("qwen3", lambda f: (f / "config.json").write_text("{") and None, (), 4, "config.json"),
+    "text for a number": ("qwen3", edit_config(rope_theta="a"), (), 2, "`rope_theta` is 'a'"),
+    "text for a switch": ("qwen3", edit_config(tie_word_embeddings="no"), (), 2, "`tie_word_embeddings` is 'no'"),
     "no config": ("qwen3", lambda f: (f / "config.json").unlink(), (), 4, "config.json"),
     "unreadable config": ("qwen3", make_directory, (), 4, "config.json"),
     "no such folder": ("qwen3", shutil.rmtree, (), 4, "no such folder"),
@@ -218,6 +220,7 @@ sys.exit(main(sys.argv[1:]))
     argv = [sys.executable, "-c", code, "convert", "hf-to-mcore", str(TINY / "llama"), "out", "--workers", "1"]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=here, env=_environment())
     assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
+    assert "goes on with --resume" in done.stderr  # where work was done, a plain rerun is refused
     assert_nothing_left(here / "out")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from converters.errors import CoverageError
 from converters.layout import Layout
 from fixtures.make_tiny import make
+from mbx.cli.plan_view import document
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 
@@ -46,8 +47,15 @@ def decoded(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", ["deepseek_v3_fp8", "gpt_oss_mxfp4"])
 def test_a_quantised_folder_comes_back_decoded(tmp_path: Path, name: str, tp: int) -> None:
     source = make(name, tmp_path / "source", shards=3)
-    run(plan_hf_to_mcore(source, tmp_path / "mcore", Options(layout=Layout(tp=tp))))
-    run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", Options()))
+    job = plan_hf_to_mcore(source, tmp_path / "mcore", Options(layout=Layout(tp=tp)))
+    shown = document(job)["dtypes"]
+    codec = "mxfp4" if "mxfp4" in name else "fp8_block"
+    assert shown["changes"] == [{"from": codec, "to": "BF16", "count": len(job.plan.encoded)}]
+    assert shown["source"].keys() - {"BF16", "F32"} == {"U8" if "mxfp4" in name else "F8_E4M3"}
+    run(job)
+    back = plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", Options())
+    assert any("quantization_config" in note for note in back.plan.notes)
+    run(back)
     wanted, got = decoded(source), tensors(tmp_path / "hf")
     assert got.keys() == wanted.keys()
     assert [n for n in got if got[n].dtype != wanted[n].dtype or not torch.equal(got[n], wanted[n])] == []

@@ -48,6 +48,8 @@ def test_from_a_folder_to_a_folder(tmp_path: Path, chats: str, capsys: pytest.Ca
     run = str(tmp_path / "run")
     assert main(["train", "export", run, str(tmp_path / "hf"), "--json"]) == 0
     assert document(capsys)["kind"] == "Hugging Face model"
+    assert main(["train", "export", run, str(tmp_path / "hf")]) == 2
+    assert "hint: name a new folder" in capsys.readouterr().err  # export has no --overwrite
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (QWEN3 / "tokenizer.json").read_bytes()
     assert main(["train", "report", run]) == 0
     assert (tmp_path / "run" / "report.html").is_file()

@@ -114,8 +114,12 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
         run_here(recipe(run), init_from=str(tmp_path / "nowhere"))
     run.mkdir()
     (run / "something").write_text("")
-    with pytest.raises(UsageError, match="not empty"):
+    with pytest.raises(UsageError, match="not empty") as caught:
         run_here(recipe(run))
+    with pytest.raises(StorageError, match="no checkpoint") as resumed:
+        run_here(recipe(run), resume=True)
+    for error in (caught.value, resumed.value):  # neither points at the other
+        assert error.hint == "it holds no checkpoint: remove it, or run.dir=NAME starts another"
 
 
 def test_only_the_last_checkpoints_stay(tmp_path: Path) -> None:
