@@ -15,6 +15,15 @@ from converters.expr import Value, evaluate
 from converters.isos import FIELDS, VALUE
 from converters.spelling import GENERIC_KEYS, canonical
 
+#: Megatron Core fields that count something.
+WHOLE_NUMBERS = frozenset(
+    """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels num_moe_experts
+    moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size mtp_num_layers q_lora_rank kv_lora_rank
+    qk_head_dim qk_pos_emb_head_dim v_head_dim mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim
+    linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
+    model.vocab_size model.max_sequence_length""".split()
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigRow:
@@ -75,6 +84,8 @@ class ConfigTable:
                 value = VALUE[row.via].to_mcore(value, hf)
             elif isinstance(value, str) and isinstance(row.otherwise, (bool, int, float)):
                 raise UsageError(f"config.json: `{row.hf}` is {value!r}; a value like {row.otherwise!r} was expected")
+            if row.mcore in WHOLE_NUMBERS and value is not None and (type(value) is not int or value < 0):
+                raise UsageError(f"config.json: `{row.hf}` is {hf.get(row.hf)!r}; a whole number was expected")
             out[row.mcore] = value
         for group in self.groups:
             out |= FIELDS[group].to_mcore(hf)

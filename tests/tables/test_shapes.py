@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from converters.errors import CoverageError
+from converters.errors import CoverageError, UsageError
 from mbx.convert import Options, plan_hf_to_mcore, run
 
 
@@ -31,6 +31,18 @@ def test_a_wrong_config_value_is_refused(tiny: Path, tmp_path: Path, key: str, v
     plan_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore", Options())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(CoverageError):
+        plan_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore", Options())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", 32.5), ("num_hidden_layers", -1), ("intermediate_size", "96"), ("vocab_size", True)],
+)
+def test_a_count_that_is_no_whole_number_is_refused(tiny: Path, tmp_path: Path, key: str, value: object) -> None:
+    shutil.copytree(tiny / "llama", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UsageError, match=f"`{key}` is .*a whole number was expected"):
         plan_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore", Options())
 
 
