@@ -155,7 +155,7 @@ class _Exporter:
     def _slots(fm: Form, pack: Pack, home: torch_dist.Home) -> list[tuple[int, Slot]]:
         if home.atoms is None:
             return list(zip(fm.order(), pack.slots(), strict=True))
-        return [(atom, Slot(0, fm.atoms[atom], fm.atoms[atom], 1)) for atom in home.atoms]
+        return [(atom, Slot.whole(fm.atoms[atom])) for atom in home.atoms]
 
     def _place(
         self, row: Row, fm: Form, origin: str, inner: Shape, scalar: bool, source: Mapping[int, Region], fold: int
@@ -220,7 +220,7 @@ class _Exporter:
     def keep(self, tensor: StoredTensor) -> None:
         """A tensor that is written as it was read."""
         rows, _ = matrix(tensor.shape, 0)
-        region = Region(tensor.name, (), Slot(0, rows, rows, 1))
+        region = Region(tensor.name, (), Slot.whole(rows))
         self.targets[tensor.name] = (tensor.dtype, tensor.shape)
         self.units.append(Unit(tensor.name, (Move(region, region),), (Entry(tensor.name, ()),)))
 

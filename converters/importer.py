@@ -210,7 +210,7 @@ class _Importer:
                 total = self.layout.padded_vocab(total)
             self._announce(row, home, dtype, () if scalar else (total, *inner), fm)
             for atom in members:
-                slot = slots[atom] if home.atoms is None else _alone(fm.atoms[atom])
+                slot = slots[atom] if home.atoms is None else Slot.whole(fm.atoms[atom])
                 moves.append(Move(source[atom], Region(home.key, home.index, slot, fold=fold)))
             entries.append(Entry(home.key, home.index, fold))
             self.objects += torch_dist.extra_states(row, home, self.table.family)
@@ -249,7 +249,3 @@ class _Importer:
             placed = place_boxes(key, target.shape, target.stack, fm, self.layout, ranks, indices)
             out.append(Draft(key, target.dtype, (*target.stack, *target.shape), placed))
         return tuple(out)
-
-
-def _alone(rows: int) -> Slot:
-    return Slot(0, rows, rows, 1)

@@ -53,6 +53,11 @@ class Slot:
     stride: int
     groups: int
 
+    @classmethod
+    def whole(cls, rows: int) -> Slot:
+        """The only atom of a tensor of `rows` rows."""
+        return cls(0, rows, rows, 1)
+
     @property
     def rows(self) -> int:
         """Rows of the atom."""

@@ -62,7 +62,7 @@ def same_units(left: StoredTensor, right: StoredTensor, depth: int) -> list[Unit
     if left.shape[:depth] != right.shape[:depth] or len(mine) != len(other) or mine[1:] != other[1:]:
         return []
     kept = min(matrix(left.shape, depth)[0], matrix(right.shape, depth)[0])
-    slot = Slot(0, kept, kept, 1)
+    slot = Slot.whole(kept)
     return [
         Unit(right.name, (Move(Region(left.name, index, slot), Region(right.name, index, slot)),), (entry,))
         for index in product(*map(range, left.shape[:depth]))

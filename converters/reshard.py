@@ -48,7 +48,7 @@ def plan_reshard(
         placed = place_boxes(key, inner, stack, form, layout, ranks)
         drafts.append(Draft(key, tensor.dtype, (*stack, *inner), placed))
         kept = min(matrix(tensor.shape, depth)[0], matrix(inner, 0)[0])
-        slot = Slot(0, kept, kept, 1)
+        slot = Slot.whole(kept)
         for index in product(*map(range, stack)):
             move = Move(Region(key, index, slot), Region(key, index, slot))
             units.append(Unit(key, (move,), (Entry(key, index),)))

@@ -282,7 +282,7 @@ class Engine:
         tensor = self.plan.sources[unit.original]
         count = matrix(tensor.shape, 0)[0]
         original = np.empty_like(changed)
-        self._read(Region(unit.original, (), Slot(0, count, count, 1)), row, original, None)
+        self._read(Region(unit.original, (), Slot.whole(count)), row, original, None)
         return restore(original, tensor.dtype, stored, dtype, changed, -unit.shift)
 
     def _note(self, part: Part, crc: int) -> None:

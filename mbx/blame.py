@@ -103,7 +103,7 @@ class EntryRows:
 def stored_rows(tensor: StoredTensor, index: Shape, source: Source, budget: int) -> EntryRows:
     """One entry of a tensor as it is stored."""
     rows, _ = matrix(tensor.shape, len(index))
-    region = Region(tensor.name, index, Slot(0, rows, rows, 1))
+    region = Region(tensor.name, index, Slot.whole(rows))
     entry = Entry(tensor.name, index)
     unit = Unit(tensor.name, (Move(region, region),), (entry,))
     return EntryRows(plan_of(tensor), unit, entry, tensor.shape, tensor.dtype, source, budget)

@@ -116,7 +116,7 @@ def _same_keys(plan: Blueprint, tensors: Mapping[str, StoredTensor], shards: lis
                 f"`{shard.key}` has shape {list(rest)} in the checkpoint; the model has {list(wanted)}"
             )
         rows = min(rest[0], wanted[0]) if rest else 1
-        slot = Slot(0, rows, rows, 1)
+        slot = Slot.whole(rows)
         move = Move(Region(shard.key, index, slot), Region(shard.key, index, slot))
         units.append(Unit(shard.key, (move,), (Entry(shard.key, index),)))
     return Plan("mcore", plan.table, plan.config, plan.layout, tensors, (), tuple(units), Ledger(0, 0))
