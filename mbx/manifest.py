@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mbx.convert import Job
 
 _BLOCK = 1 << 20
+_LISTS = ("tensors", "containers", "files")
 #: Fills a buffer from a byte of a file, as `Source.read_into`.
 Read = Callable[[str, int, memoryview], None]
 
@@ -130,6 +131,8 @@ def read(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"`{path}` cannot be read: {error}") from error
+    if not isinstance(stored, dict) or any(not isinstance(stored.get(key), dict) for key in _LISTS):
+        raise StorageError(f"`{path}` is damaged: it is not an object with {', '.join(_LISTS)}")
     try:
         tensors = {
             str(name): tuple(
@@ -141,7 +144,7 @@ def read(folder: Path) -> Manifest:
         containers = {_inside(file): (int(size), int(crc, 16)) for file, (size, crc) in stored["containers"].items()}
         files = {_inside(file): int(crc, 16) for file, crc in stored["files"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"`{path}` is damaged: {type(error).__name__}: {error}") from error
+        raise StorageError(f"`{path}` is damaged: an entry cannot be read: {error}") from error
     for name, spans in tensors.items():
         for span in spans:
             if span.file not in containers or span.start < 0 or span.nbytes < 0:

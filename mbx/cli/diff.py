@@ -103,6 +103,8 @@ def _more(rest: int, what: str) -> list[str]:
 def _row(change: Change) -> tuple[str, str, str, str]:
     notes = [f"{a} → {b}" for a, b in (change.dtypes,) if a != b]
     notes += [f"{list(a)} → {list(b)}" for a, b in (change.shapes,) if a != b]
+    if change.shapes[0] != change.shapes[1] and change.differing == 0:
+        notes.append("equal where both have rows")
     name = f"`{change.name}`" + (f" ({', '.join(notes)})" if notes else "")
     if change.differing is None or change.compared is None:
         return "–", "–", "–", name

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from converters.errors import UsageError
 from mbx.cli.options import Json, Quiet, Verbose, epilog
 from mbx.output import aligned, human_bytes, human_memory, out, paint
 
@@ -36,7 +37,7 @@ _VARIABLES = (
 def doctor(json: Json = False, quiet: Quiet = 0, verbose: Verbose = 0) -> None:
     """Show versions, devices, settings and their origins.
 
-    Exit code 1 if a needed package is missing.
+    Exit code 1 if a needed package is missing or a setting cannot be used.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
     doc = _examine()
@@ -47,11 +48,12 @@ def doctor(json: Json = False, quiet: Quiet = 0, verbose: Verbose = 0) -> None:
 def _examine() -> dict[str, Any]:
     from mbx import __version__, settings
 
+    found = [{"name": s.name, "value": s.value, "origin": s.origin, "fault": _fault(s.name)} for s in settings.every()]
     packages = {}
     for name, use in (*_NEEDED.items(), *_OPTIONAL.items()):
         packages[name] = {"version": _installed(name), "needed": name in _NEEDED, "used_for": use}
     return {
-        "ok": all(p["version"] for p in packages.values() if p["needed"]),
+        "ok": all(p["version"] for p in packages.values() if p["needed"]) and not any(s["fault"] for s in found),
         "mbx": __version__,
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -61,9 +63,20 @@ def _examine() -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "free_disk_bytes": shutil.disk_usage(Path.cwd()).free,
-        "settings": {s.name: {"value": s.value, "origin": s.origin} for s in settings.every()},
+        "settings": {s.pop("name"): s for s in found},
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
+
+
+def _fault(setting: str) -> str | None:
+    """Why a command that uses the setting would refuse it; None where it would not."""
+    from mbx import settings
+
+    try:
+        settings.number(setting, None)
+    except UsageError as error:
+        return error.fact
+    return None
 
 
 def _installed(name: str) -> str | None:
@@ -105,6 +118,8 @@ def _lines(doc: dict[str, Any]) -> list[str]:
     rows += [(name, entry["value"], entry["origin"]) for name, entry in doc["settings"].items()]
     rows += [(name, value, "environment") for name, value in doc["environment"].items()]
     lines = aligned(rows)
-    if not doc["ok"]:
+    if any(package["needed"] and not package["version"] for package in doc["packages"].values()):
         lines.append(paint("a needed package is missing: install mbx again", "red"))
+    faults = [entry["fault"] for entry in doc["settings"].values() if entry["fault"]]
+    lines += [paint(fault, "red") for fault in faults]
     return lines

@@ -137,12 +137,14 @@ def test_settings_come_from_the_strongest_place(mbx: Run, here: Path, monkeypatc
     monkeypatch.setenv("MBX_MAX_MEMORY", "32MiB")
     assert used() == (32 << 20, 3)
     settings = mbx("doctor", "--json").document["settings"]
-    assert settings["max_memory"] == {"value": "32MiB", "origin": "MBX_MAX_MEMORY"}
-    assert settings["workers"] == {"value": "2", "origin": "mbx.toml"}
+    assert settings["max_memory"] == {"value": "32MiB", "origin": "MBX_MAX_MEMORY", "fault": None}
+    assert settings["workers"] == {"value": "2", "origin": "mbx.toml", "fault": None}
     assert settings["max_shard_size"]["origin"] == "built in"
     monkeypatch.setenv("MBX_MAX_MEMORY", "much")
     said = mbx("convert", "hf-to-mcore", TINY / "llama", "ckpt", "--dry-run")
     assert said.code == 2 and "MBX_MAX_MEMORY" in said.stderr
+    examined = mbx("doctor", "--json")
+    assert examined.code == 1 and "MBX_MAX_MEMORY" in examined.document["settings"]["max_memory"]["fault"]
     monkeypatch.delenv("MBX_MAX_MEMORY")
     (here / "mbx.toml").write_text("wrokers = 2\n")
     said = mbx("convert", "hf-to-mcore", TINY / "llama", "ckpt", "--dry-run")
