@@ -5,7 +5,7 @@ READY = $(VENV)/.ready
 DEMO = demo
 MODEL = fixtures/tiny/llama
 
-.PHONY: demo test test-all lint types contract tables parity-ci defects bench docs clean
+.PHONY: demo test test-all lint types contract tables parity-ci defects layouts bench bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -39,12 +39,20 @@ parity-ci: $(READY)  ## the conversion checks of mbx-ci.toml, as a user's own CI
 defects: $(READY)  ## plant every defect of the catalogue and print which leg found it
 	$(BIN)/python -m pytest -v tests/parity/test_defects.py
 
+layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and back, byte for byte
+	$(BIN)/python -m pytest -n 2 tests/tables/test_family_layouts.py
+
 docs: $(READY)  ## write docs/models.md again, from the tables and the measured figures
 	$(BIN)/python -m mbx.models_page docs/models.md
-	$(BIN)/python -m benchmarks.figures docs/performance.md
+	$(BIN)/python -m benchmarks.figures docs/performance.md docs/training.md
+	$(BIN)/python -m benchmarks.parity_figures docs/parity.md
+	$(BIN)/python -m benchmarks.layout_figures docs/training.md
 
 bench: $(READY)  ## time and memory of conversions against cp -r
 	$(BIN)/python -m benchmarks.convert --size 1b --plan
+
+bench-engine: $(READY)  ## two cores, casts, 1 to 40 GB, hard memory limits, checks: 60 GB of disk, half an hour
+	$(BIN)/python -m benchmarks.engine two-cores casts curve limits verify stages --json engine.json
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

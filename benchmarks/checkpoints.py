@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,44 @@ from converters.tensors import StoredTensor, nbytes_of
 from fixtures.index import Header, load_index
 from mbx.io.safetensors import build_header
 
-#: Name → model whose shapes are used, and the layers kept (None: all).
-SIZES: dict[str, tuple[str, int | None]] = {
-    "1b": ("Llama-3.2-1B", None),
-    "8b": ("Llama-3.1-8B", None),
-    "70b": ("Llama-3.3-70B-Instruct", None),
-    "70b-cut": ("Llama-3.3-70B-Instruct", 8),
-    "deepseek-v3": ("DeepSeek-V3", None),
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A model whose shapes are used, and what is kept of it (None: all)."""
+
+    model: str
+    layers: int | None = None
+    experts: int | None = None
+
+
+SIZES = {
+    "tiny": Size("Qwen2.5-0.5B", 1),
+    "tiny-fp8": Size("DeepSeek-V3", 1, 8),
+    "tiny-mxfp4": Size("gpt-oss-20b", 1),
+    "1gb": Size("Llama-3.2-1B", 4),
+    "1b": Size("Llama-3.2-1B"),
+    "4gb": Size("Llama-3.1-8B", 4),
+    "8b": Size("Llama-3.1-8B"),
+    "40gb": Size("Llama-3.3-70B-Instruct", 21),
+    "70b": Size("Llama-3.3-70B-Instruct"),
+    "70b-cut": Size("Llama-3.3-70B-Instruct", 8),
+    "fp8": Size("DeepSeek-V3", 4, 128),
+    "mxfp4": Size("gpt-oss-20b", 6),
+    "deepseek-v3": Size("DeepSeek-V3"),
 }
 _SHARD_BYTES = 5 * 10**9
 _BLOCK = 1 << 24
 
 
 def make(folder: Path, size: str, *, sparse: bool = False) -> int:
-    """Write the checkpoint `size` into `folder`; returns its bytes. `sparse` files hold zeros and take no space."""
-    model, layers = SIZES[size]
-    config, headers = load_index(model)
-    if layers is not None:
-        config, headers = _cut(config, headers, layers)
+    """Write the checkpoint `size` into `folder`; returns its bytes. `sparse` files hold zeros and take no space.
+
+    Scales are ones either way, but for those of a full-size plan, which nobody reads.
+    """
+    chosen = SIZES[size]
+    config, headers = load_index(chosen.model)
+    if chosen.layers is not None:
+        config, headers = _cut(config, headers, chosen)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     shards = list(_shards(headers))
@@ -41,6 +63,8 @@ def make(folder: Path, size: str, *, sparse: bool = False) -> int:
         header = build_header(shard, {"format": "pt"})
         nbytes = sum(tensor.nbytes for tensor in shard)
         _write(folder / name, header, nbytes, sparse=sparse)
+        if chosen.layers is not None:
+            _write_scales(folder / name, len(header), shard)
         weight_map |= {tensor.name: name for tensor in shard}
         total += len(header) + nbytes
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -48,12 +72,24 @@ def make(folder: Path, size: str, *, sparse: bool = False) -> int:
     return total
 
 
-def _cut(config: dict[str, Any], headers: dict[str, Header], layers: int) -> tuple[dict[str, Any], dict[str, Header]]:
-    def kept(name: str) -> bool:
+def _cut(config: dict[str, Any], headers: dict[str, Header], size: Size) -> tuple[dict[str, Any], dict[str, Header]]:
+    """The first layers, without predicted tokens, and of their experts the first."""
+    layers, experts = size.layers or 0, size.experts
+    all_experts = config.get("n_routed_experts")
+    kept: dict[str, Header] = {}
+    for name, (dtype, shape) in headers.items():
         parts = name.split(".")
-        return "layers" not in parts or int(parts[parts.index("layers") + 1]) < layers
-
-    return {**config, "num_hidden_layers": layers}, {name: h for name, h in headers.items() if kept(name)}
+        if "layers" in parts and int(parts[parts.index("layers") + 1]) >= layers:
+            continue
+        if experts is not None and "experts" in parts and int(parts[parts.index("experts") + 1]) >= experts:
+            continue
+        routed = experts is not None and ".mlp.gate." in name and shape[0] == all_experts
+        kept[name] = (dtype, (experts, *shape[1:])) if routed and experts else (dtype, shape)
+    changed: dict[str, Any] = {"num_hidden_layers": layers}
+    changed |= {"num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in config else {}
+    changed |= {"layer_types": config["layer_types"][:layers]} if config.get("layer_types") else {}
+    changed |= {"n_routed_experts": experts} if experts is not None else {}
+    return {**config, **changed}, kept
 
 
 def _shards(headers: dict[str, Header]) -> Iterable[list[StoredTensor]]:
@@ -80,3 +116,14 @@ def _write(path: Path, header: bytes, nbytes: int, *, sparse: bool) -> None:
         for at in range(0, nbytes, _BLOCK):
             start = at // _BLOCK * 65537 % _BLOCK
             file.write(memoryview(noise)[start : start + min(_BLOCK, nbytes - at)])
+
+
+def _write_scales(path: Path, at: int, shard: Iterable[StoredTensor]) -> None:
+    """Overwrite the scales of quantised tensors by ones."""
+    with path.open("r+b") as file:
+        for tensor in shard:
+            if tensor.name.endswith(("_scale_inv", "_scales")):
+                one = b"\x7f" if tensor.dtype == "U8" else struct.pack("<f", 1.0)
+                file.seek(at)
+                file.write(one * (tensor.nbytes // len(one)))
+            at += tensor.nbytes

@@ -1,22 +1,29 @@
-"""Writes docs/performance.md from the measured figures, so that no figure is typed by hand.
+"""Writes docs/performance.md, and marked blocks of other pages, so that no figure is typed by hand.
 
-    python -m benchmarks.figures docs/performance.md
+    python -m benchmarks.figures docs/performance.md docs/training.md
 
 Sources: fixtures/measured/convert.json (samples of `python -m benchmarks.convert --json`, by host) and
-fixtures/measured/train.jsonl (the lines of `python benchmarks/train_gpu.py --out`).
+fixtures/measured/train.jsonl (the lines of `python benchmarks/train_gpu.py --out` and of
+`python -m benchmarks.megatron_lm --out`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_figures import engine
+
 MEASURED = Path(__file__).resolve().parents[1] / "fixtures" / "measured"
 Row = dict[str, Any]
+_BLOCK = re.compile(
+    r"(?P<begin><!-- begin: (?P<name>budget|megatron_lm) [^\n]*-->)\n.*?(?P<end><!-- end: (?P=name) -->)", re.S
+)
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
@@ -60,79 +67,134 @@ def conversions(hosts: dict[str, Row]) -> list[str]:
     return lines
 
 
+def medians(rows: list[Row], labels: Iterable[str]) -> dict[tuple[object, ...], Row]:
+    """One row for each combination of labels: median speed over the rounds, largest peak."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    names = tuple(labels)
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return {
+        key: found[0]
+        | {
+            "tokens_per_s": statistics.median(row["tokens_per_s"] for row in found),
+            "peak_gib": max(row["peak_gib"] for row in found),
+            "rounds": len(found),
+        }
+        for key, found in groups.items()
+    }
+
+
+def of(rows: list[Row], part: str, side: str | None = None) -> list[Row]:
+    """Records of one part, and of one side where it has two."""
+    return [row for row in rows if row["part"] == part and (side is None or row["side"] == side)]
+
+
 def throughput(rows: list[Row]) -> list[str]:
     """mbx beside a bare Megatron Core loop."""
-    mine = [row for row in rows if row["part"] == "throughput" and row["side"] == "mbx"]
-    bare = {(r["model"], r["fp8"]): r for r in rows if r["part"] == "throughput" and r["side"] == "bare"}
+    mine = medians(of(rows, "throughput", "mbx"), ("model", "fp8"))
+    bare = medians(of(rows, "throughput", "bare"), ("model", "fp8"))
     body = []
-    for row in mine:
-        other = bare.get((row["model"], row["fp8"]))
+    for (model, fp8), row in mine.items():
+        other = bare.get((model, fp8))
         ratio = f"{row['tokens_per_s'] / other['tokens_per_s']:.3f}" if other else "–"
-        body.append((row["model"], row["fp8"], f"{row['tokens_per_s']:,.0f}", f"{row['peak_gib']:.1f} GiB", ratio))
-    return ["### Throughput", "", *table(("recipe", "FP8", "tokens/s", "peak", "× bare loop"), body)]
+        error = f"{row['predicted_gib'] / row['peak_gib'] - 1:+.1%}"
+        body.append((model, fp8, f"{row['tokens_per_s']:,.0f}", ratio, f"{row['peak_gib']:.1f} GiB", error))
+    head = ("recipe", "FP8", "tokens/s", "× bare loop", "peak", "budget's error")
+    return ["### Throughput", "", *table(head, body)]
 
 
 def adapters(rows: list[Row]) -> list[str]:
-    """LoRA on the 8B shape, rank 64 on all linears, beside PEFT on Transformers in the same run."""
-    peft = {(r["micro"], r["length"], r["recompute"]): r for r in rows if r["part"] == "lora" and r["side"] == "peft"}
+    """LoRA on the 8B shape, rank 64 on all linears, beside PEFT on Transformers in the same session."""
+    peft = medians(of(rows, "lora", "peft"), ("micro", "length", "recompute"))
     body = []
-    for row in (r for r in rows if r["part"] == "lora" and r["side"] == "mbx"):
-        other = peft[row["micro"], row["length"], row["recompute"]]
-        body.append(
-            (
-                f"{row['micro']} × {row['length']}",
-                "full" if row["recompute"] else "none",
-                row["tp"],
-                f"{row['peak_gib']:.1f} / {other['peak_gib']:.1f} GiB",
-                f"{row['tokens_per_s']:,.0f} / {other['tokens_per_s']:,.0f}",
-                f"{row['tokens_per_s'] / other['tokens_per_s']:.2f}",
-            )
-        )
+    for (micro, length, full, tp), row in medians(
+        of(rows, "lora", "mbx"), ("micro", "length", "recompute", "tp")
+    ).items():
+        other = peft.get((micro, length, full))
+        beside, speed, ratio = "–", "–", "–"
+        if other:
+            beside, speed = f"{other['peak_gib']:.1f}", f"{other['tokens_per_s']:,.0f}"
+            ratio = f"{row['tokens_per_s'] / other['tokens_per_s']:.2f}"
+        peak, own = f"{row['peak_gib']:.1f} / {beside} GiB", f"{row['tokens_per_s']:,.0f} / {speed}"
+        body.append((f"{micro} × {length}", "full" if full else "none", tp, peak, own, ratio))
     head = ("micro × length", "recompute", "TP", "peak, mbx / PEFT on one GPU", "tokens/s, mbx / PEFT", "ratio")
     return ["### LoRA, 8B shape, rank 64 on all linears", "", *table(head, body)]
 
 
 def budget(rows: list[Row]) -> list[str]:
     """Predicted beside measured peak memory."""
-    body = []
-    for row in (r for r in rows if r["part"] == "budget"):
+    body, errors = [], []
+    for row in of(rows, "budget"):
         error = row["predicted_gib"] / row["peak_gib"] - 1
-        what = (row["method"], row["tp"], row["fp8"], row["recompute"], row["length"])
-        body.append((*what, f"{row['predicted_gib']:.2f}", f"{row['peak_gib']:.2f}", f"{error:+.1%}"))
-    head = ("method", "TP", "FP8", "recompute", "tokens", "predicted GiB", "measured GiB", "error")
-    return ["### Budget, Llama 1B shape", "", *table(head, body)]
+        errors.append(abs(error))
+        what = (row["model"], row["method"], row["tp"], row["fp8"], row["recompute"], row["length"], row["other"])
+        body.append((*what, f"{row['predicted_gib']:.2f}", f"{row['peak_gib']:.2f}", f"{error:+.2%}"))
+    head = ("shape", "method", "TP", "FP8", "recompute", "length", "also", "predicted GiB", "measured GiB", "error")
+    summary = f"{len(errors)} runs, the largest error is {max(errors):.1%}." if errors else "Not measured."
+    return ["### Budget", "", summary, "", *table(head, body)]
 
 
 def losses(rows: list[Row]) -> list[str]:
-    """Losses that show updates under FP8, and of the bare defaults."""
-    body = [
-        (f"updates, FP8 {r['fp8']}", ", ".join(f"{v:.4f}" for v in r["losses"]))
-        for r in rows
-        if r["part"] == "updates"
-    ]
-    body += [
-        (f"vanilla_gpt, TP {r['tp']}, dropout {r['dropout']}", ", ".join(f"{v:.4f}" for v in r["losses"]))
-        for r in rows
-        if r["part"] == "vanilla"
-    ]
-    return ["### Losses", "", *table(("run", "losses"), body)]
+    """Losses that show updates under FP8."""
+    body = [(f"FP8 {r['fp8']}", ", ".join(f"{v:.3f}" for v in r["losses"][::3])) for r in of(rows, "updates")]
+    return ["### Updates under FP8, every third loss of 30 steps", "", *table(("run", "losses"), body)]
 
 
-def page() -> str:
+def megatron_lm(rows: list[Row]) -> list[str]:
+    """Losses of `vanilla_gpt` beside those of Megatron-LM's `pretrain_gpt.py`."""
+    body = []
+    for row in of(rows, "megatron_lm"):
+        steps = row["difference"] / row["bf16_spacing"]
+        ends = f"{row['ours'][0]:.6f} … {row['ours'][-1]:.6f}"
+        others = f"{row['theirs'][0]:.6f} … {row['theirs'][-1]:.6f}"
+        body.append((row["setting"], row["dropout"], ends, others, f"{row['difference']:.1e}", f"{steps:.4f}"))
+    head = ("setting", "dropout", "mbx, steps 1 … 10", "Megatron-LM", "largest difference", "in bf16 steps")
+    return ["### Equal to Megatron-LM", "", *table(head, body)]
+
+
+def training(rows: list[Row]) -> list[str]:
+    """Every table of the trainer's figures that `rows` have."""
+    return megatron_lm(rows) + throughput(rows) + adapters(rows) + budget(rows) + losses(rows)
+
+
+def records() -> list[Row]:
+    """The trainer's measured records."""
+    return [json.loads(line) for line in (MEASURED / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def page(rows: list[Row]) -> str:
     """The whole page."""
     hosts = json.loads((MEASURED / "convert.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (MEASURED / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = ["# Performance", "", "<!-- Written by `make docs` from fixtures/measured; edits here are lost. -->", ""]
-    lines += conversions(hosts)
+    lines += conversions(hosts) + engine()
     lines += [
         "## Training",
         "",
-        "H200, Megatron Core 0.16.1, Transformer Engine 2.11, one run each; see docs/training.md.",
+        "H200, Megatron Core 0.16.1, Transformer Engine 2.11; compared in turns, medians; see training.md.",
         "",
     ]
-    lines += throughput(rows) + adapters(rows) + budget(rows) + losses(rows)
+    lines += training(rows)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def insert(text: str, rows: list[Row]) -> str:
+    """A hand-written page with its marked blocks written again, each from the function it names; others stay."""
+    blocks = {"budget": budget, "megatron_lm": megatron_lm}
+
+    def block(found: re.Match[str]) -> str:
+        lines = [line for line in blocks[found["name"]](rows) if not line.startswith("#")]
+        return f"{found['begin']}\n" + "\n".join(lines).strip("\n") + f"\n{found['end']}"
+
+    return _BLOCK.sub(block, text)
+
+
+def main(paths: Iterable[str]) -> None:
+    """Write the page of figures, or the blocks of a page that has some."""
+    rows = records()
+    for path in map(Path, paths):
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        path.write_text(insert(text, rows) if _BLOCK.search(text) else page(rows), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+    main(sys.argv[1:])

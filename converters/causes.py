@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.arrangements import Structure, arrangements
+from converters.casts import convert
 from converters.tensors import DTYPE_BITS
 
 Words = npt.NDArray[np.generic]
@@ -236,14 +237,10 @@ def _changed_values(expected: Rows, actual: Rows) -> str | None:
 
 
 def _shifted(dtype: str, shift: int) -> Change:
-    from converters.values import convert
-
     return lambda data: convert(data, dtype, dtype, shift)
 
 
 def _rounded(dtype: str, through: str) -> Change:
-    from converters.values import convert
-
     return lambda data: convert(convert(data, dtype, through, 0), through, dtype, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,6 +11,8 @@ from fnmatch import fnmatchcase
 from converters.errors import CoverageError
 
 _NEAR_MISS_LIMIT = 50
+#: A name up to its first number, and that number: the layer of every checkpoint that numbers its layers.
+_LAYER = re.compile(r"([^0-9]*)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,18 @@ class Waivers:
 
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+
+    def idle(self, ledger: Ledger) -> tuple[str, ...]:
+        """In words, the patterns that matched nothing that `ledger` lacks or leaves over."""
+        unused = (*ledger.waived_unused, *ledger.beside)
+        return (
+            *_idle("--allow-missing", self.missing, ledger.waived_missing, "missing"),
+            *_idle("--allow-unused", self.unused, unused, "left over"),
+        )
+
+    def unused_by(self, name: str) -> bool:
+        """Whether the user accepts to leave `name` unused."""
+        return _matches(name, self.unused)
 
 
 #: Nothing may lack and nothing may be left over.
@@ -30,6 +45,7 @@ class Ledger:
 
     `waived_missing` are produced as zeros; `waived_unused` are not read. `dropped` are buffers Transformers
     recomputes; `repeated` are copies of another tensor, compared with it on import and written again on export.
+    `beside` are tensors of a model around this one, such as a vision tower: they travel along as they are.
     """
 
     consumed: int
@@ -38,6 +54,7 @@ class Ledger:
     waived_unused: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 def settle(
@@ -62,7 +79,8 @@ def settle(
             parts.append(f"{len(unused)} tensor(s) of the source have no row")
         raise CoverageError(
             f"{side}: {' and '.join(parts)}, first `{(missing or unused)[0]}`",
-            hint="`mbx models check TABLE --against SRC` lists them by row; waive by name with "
+            hint=_layer_counts(present, want, [*missing, *unused])
+            or "`mbx models check TABLE --against SRC` lists them by row; waive by name with "
             "--allow-missing GLOB (written as zeros) or --allow-unused GLOB",
             details=[f"missing  {line}" for line in _with_near(missing, unused)]
             + [f"unmapped {line}" for line in _with_near(unused, missing)],
@@ -80,6 +98,31 @@ def reject_twice(table: str, side: str, claims: Sequence[tuple[str, str]]) -> No
         first.setdefault(tensor, row)
     if twice:
         raise CoverageError(f"table `{table}`: {side} tensor claimed twice: {twice[0]}", details=twice)
+
+
+def _layer_counts(present: Collection[str], want: Collection[str], odd: Sequence[str]) -> str | None:
+    """Where whole layers at the end explain every odd name: how many there are, and how many were expected."""
+    stems = {match[1] for name in odd if (match := _LAYER.match(name))}
+    if len(stems) != 1 or not all(map(_LAYER.match, odd)):
+        return None
+    (stem,) = stems
+    have, asked = (_layers(names, stem) for names in (present, want))
+    if not have or not asked or max(have) == max(asked) or _layers(odd, stem) != have ^ asked:
+        return None
+    return (
+        f"`{stem}` goes from 0 to {max(have)} in the source, and by the config to {max(asked)}: "
+        "does config.json belong to these weights, and are all of them here?"
+    )
+
+
+def _layers(names: Iterable[str], stem: str) -> frozenset[int]:
+    return frozenset(int(m[2]) for name in names if (m := _LAYER.match(name)) and m[1] == stem)
+
+
+def _idle(option: str, patterns: Iterable[str], names: Sequence[str], what: str) -> list[str]:
+    """Patterns that match none of `names`."""
+    idle = (pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names))
+    return [f"{option} {pattern!r} had no effect: it matches nothing that is {what}" for pattern in idle]
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from converters.codecs import Codec, assemble, codecs_for
 from converters.errors import StorageError
 from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor, nbytes_of
@@ -16,9 +17,9 @@ from converters.tensors import Shape, StoredTensor, nbytes_of
 if TYPE_CHECKING:
     import torch
 
-    from converters.codecs import Codec
-
 Matrix = npt.NDArray[np.uint8]
+#: Values as unsigned integers of their size.
+Words = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,30 +42,31 @@ def decoded_view(
     """`stored` with every set of parts replaced by the tensor it encodes, and the encoded ones by name.
 
     Logical tensors have no chunks: their bytes come from `read_decoded`. Without a quantization config nothing
-    changes and torch is not imported.
+    changes.
     """
     if quantization is None:
         return dict(stored), {}
-    from converters.codecs import assemble, codecs_for
-
     codecs = codecs_for(quantization)
     view, encoded = dict(stored), {}
     for logical, codec in assemble(codecs, stored).items():
         parts = {role: stored[name] for role, name in codec.part_names(logical).items()}
-        shape = codec.decoded_shape({role: part.shape for role, part in parts.items()})
+        try:
+            shape = codec.decoded_shape({role: part.shape for role, part in parts.items()})
+        except StorageError as error:
+            raise StorageError(f"`{logical}`: {error.fact}", hint=error.hint) from error
         for part in parts.values():
             view.pop(part.name, None)
         tensor = StoredTensor(logical, codec.decoded_dtype, shape, ())
         view[logical] = tensor
         encoded[logical] = Encoded(tensor, codec, parts)
-    discarded = [name for name in view if any(codec.is_discarded(name) for codec in codecs)]
-    for name in discarded:
+    discards = tuple(suffix for codec in codecs for suffix in codec.discards)
+    for name in [name for name in view if name.endswith(discards)] if discards else ():
         del view[name]
     return view, encoded
 
 
-def read_decoded(source: Source, encoded: Encoded, index: tuple[int, ...], row: int, rows: int) -> Matrix:
-    """Decoded rows `[row, row + rows)` of one entry, shape [rows, bytes of a row].
+def read_decoded(source: Source, encoded: Encoded, index: tuple[int, ...], row: int, rows: int) -> Words:
+    """Decoded rows `[row, row + rows)` of one entry, shape [rows, elements of a row], in any strides.
 
     `index` picks an entry of the first dimension, which codecs cut at, or is empty. Rows are read block-aligned.
     """
@@ -79,39 +81,65 @@ def read_decoded(source: Source, encoded: Encoded, index: tuple[int, ...], row: 
     return slab[row - start : row - start + rows]
 
 
-def _slab(source: Source, encoded: Encoded, start: int, stop: int) -> Matrix:
+def discarded(
+    stored: Mapping[str, StoredTensor], view: Mapping[str, StoredTensor], encoded: Mapping[str, Encoded]
+) -> tuple[StoredTensor, ...]:
+    """Tensors that `decoded_view` leaves out and no value is made of: activation scales."""
+    parts = {part.name for whole in encoded.values() for part in whole.parts.values()}
+    return tuple(tensor for name, tensor in stored.items() if name not in view and name not in parts)
+
+
+def _slab(source: Source, encoded: Encoded, start: int, stop: int) -> Words:
     import torch
 
     from converters.values import TORCH_DTYPES
 
     shapes: dict[str, Shape] = {role: part.shape for role, part in encoded.parts.items()}
-    parts = {}
-    for role, part in encoded.parts.items():
-        cut = encoded.codec.part_rows(role, start, stop, shapes)
-        parts[role] = _part_rows(source, part, cut).view(TORCH_DTYPES[part.dtype]).reshape(_cut_shape(part, cut))
+    parts = {
+        role: read_part(source, part, encoded.codec.part_rows(role, start, stop, shapes))
+        for role, part in encoded.parts.items()
+    }
+    _check_scales(encoded, parts)
     decoded = encoded.codec.decode(parts, dtype=TORCH_DTYPES[encoded.tensor.dtype])
-    return decoded.reshape(-1).view(torch.uint8).numpy()
+    item = decoded.element_size()
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[item]
+    words: Words = decoded.view(signed).numpy().view(f"u{item}")
+    return words
 
 
-def _cut_shape(part: StoredTensor, cut: tuple[int, int] | None) -> Shape:
-    return part.shape if cut is None else (cut[1] - cut[0], *part.shape[1:])
+def _check_scales(encoded: Encoded, parts: Mapping[str, torch.Tensor]) -> None:
+    """Refuse scales that destroy their block: NaN, infinite, or zero under codes that are not."""
+    from converters.codecs.arithmetic.common import scale_faults, scale_to_fp32
+
+    scale = parts["scale"]
+    faults = scale_faults(scale)
+    faults.pop("negative", None)  # odd, and nothing is lost
+    if "zero" in faults:
+        # A block of zeros may have any scale: codes count only under the zeros, read as ones.
+        ones = (scale_to_fp32(scale) == 0).to(scale.dtype)
+        if not bool(encoded.codec.decode({**parts, "scale": ones}).any()):
+            del faults["zero"]
+    if faults:
+        part = encoded.parts["scale"]
+        what = ", ".join(f"{count} of {scale.numel()} are {kind}" for kind, count in faults.items())
+        raise StorageError(
+            f"`{part.name}` in `{part.chunks[0].file}` scales `{encoded.tensor.name}`: {what}",
+            hint="the weights under them are lost: download the file again, or ask who quantised it",
+        )
 
 
-def _part_rows(source: Source, part: StoredTensor, cut: tuple[int, int] | None) -> torch.Tensor:
+def read_part(source: Source, part: StoredTensor, cut: tuple[int, int] | None) -> torch.Tensor:
+    """Rows `cut` of a stored part, all of it for None; StorageError where it does not lie in one chunk."""
     import torch
+
+    from converters.values import TORCH_DTYPES
 
     if len(part.chunks) != 1:
         raise StorageError(f"`{part.name}` is stored in {len(part.chunks)} chunks; encoded parts must be whole")
     chunk = part.chunks[0]
-    shape = _cut_shape(part, cut)
+    shape = part.shape if cut is None else (cut[1] - cut[0], *part.shape[1:])
     data = np.empty(nbytes_of(part.dtype, shape), np.uint8)
     skip = 0 if cut is None else nbytes_of(part.dtype, (cut[0], *part.shape[1:]))
     if data.size:
         source.read_into(chunk.file, source.data_start(chunk) + skip, data.data)
-    return torch.from_numpy(data)
-
-
-def with_scale_dtype(codec: Codec, parts: Mapping[str, StoredTensor]) -> Codec:
-    """`codec` set to write scales in the dtype the source stores them in."""
-    scale = parts.get("scale")
-    return replace(codec, scale_dtype=scale.dtype) if scale and hasattr(codec, "scale_dtype") else codec  # type: ignore[type-var]
+    return torch.from_numpy(data).view(TORCH_DTYPES[part.dtype]).reshape(shape)

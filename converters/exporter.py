@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from converters.config_map import environment
 from converters.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, settle
+from converters.decode import Encoded
 from converters.dialects import torch_dist
 from converters.errors import CoverageError
 from converters.expr import Value
+from converters.isos import inexpressible_groups
 from converters.layout import Layout
 from converters.ops import Dims, Form
 from converters.pack import Pack, Slot
@@ -19,6 +21,8 @@ from converters.regions import Move, Region, matrix
 from converters.shapes import check_shape
 from converters.table import Row, Table
 from converters.tensors import Shape, StoredTensor
+
+_ENCODABLE = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,10 @@ def plan_export(
     *,
     recorded: Mapping[str, HfTensor] | None = None,
     kept: Mapping[str, StoredTensor] | None = None,
+    encode: Mapping[str, Encoded] | None = None,
+    scales: Mapping[str, StoredTensor] | None = None,
     dtype: str | None = None,
+    exact_norms: bool = False,
     waivers: Waivers = NO_WAIVERS,
 ) -> Plan:
     """Plan that turns `sources` (torch_dist keys) into Hugging Face tensors.
@@ -44,12 +51,16 @@ def plan_export(
     `config` is the Megatron Core config. `recorded` is what the Hugging Face folder the checkpoint came from
     held: it decides between alternative spellings and gives promoted tensors their dtype back; without it the
     table's first alternatives are written. `kept` are Hugging Face tensors that travelled beside the checkpoint's
-    own and are written as they are. Raises CoverageError unless every tensor is accounted for.
+    own and are written as they are. `encode` are tensors to store in the parts of a codec, as the source did, and
+    `scales` the source's scales of some of them, by the tensor's name. `exact_norms` writes in fp32 what 16 bits would
+    round: norms stored in 16 bits as gamma, which the folder has as 1 + gamma. A requested `dtype` wins.
+    Raises CoverageError unless every tensor is accounted for.
     """
     env = environment(config)
     dims = table.dims_at(env)
     rows = [row for row in table.expand(env, recorded, sources) if not row.spec.drop]
-    planner = _Exporter(table, config, env, dims, sources, recorded or {}, kept or {}, dtype)
+    known = (recorded or {}, kept or {}, encode or {})
+    planner = _Exporter(table, config, env, dims, sources, *known, dtype, exact_norms)
     located = {id(row): planner.locate(row) for row in rows if row.same_as is None}
     wanted = [home.key for homes in located.values() for home in homes]
     missing, unused = settle(table.name, "checkpoint", sources, wanted, waivers)
@@ -82,8 +93,10 @@ def plan_export(
             dropped=dropped,
             repeated=tuple(planner.repeated),
         ),
-        notes=tuple(planner.notes),
         dtype_changes=planner.dtype_changes,
+        reencoded=planner.reencoded,
+        scales={name: tensor for name, tensor in (scales or {}).items() if name in planner.reencoded},
+        notes=tuple(inexpressible_groups(config)),
     )
 
 
@@ -99,10 +112,13 @@ class _Exporter:
         sources: Mapping[str, StoredTensor],
         recorded: Mapping[str, HfTensor],
         kept: Mapping[str, StoredTensor],
+        encode: Mapping[str, Encoded],
         dtype: str | None,
+        exact_norms: bool,
     ) -> None:
-        self.env, self.kept = env, kept
+        self.env, self.kept, self.encode = env, kept, encode
         self.table, self.dims, self.sources, self.recorded, self.dtype = table, dims, sources, recorded, dtype
+        self.exact_norms = exact_norms
         self.stacked = torch_dist.stacks_layers(table.family, config)
         self.num_layers = table.num_layers(env)
         self.num_experts = table.num_experts(env)
@@ -111,7 +127,7 @@ class _Exporter:
         self.filled: Counter[str] = Counter()
         self.origin: dict[str, Unit] = {}
         self.repeated: list[str] = []
-        self.notes: list[str] = []
+        self.reencoded: dict[str, Encoded] = {}
         self.dtype_changes: Counter[tuple[str, str]] = Counter()
 
     def locate(self, row: Row) -> tuple[torch_dist.Home, ...]:
@@ -178,6 +194,8 @@ class _Exporter:
             entries.append(Entry(name, index, fold))
             if dtype != origin:
                 self.dtype_changes[origin, dtype] += 1
+            if name in self.encode and row.spec.shift:
+                raise CoverageError(f"`{name}` is stored by a codec, and its values are shifted: nothing encodes that")
         original = row.hf[0] if row.spec.shift and self._is_original(row.hf[0]) else None
         unit = Unit(row.mcore, tuple(moves), tuple(entries), -row.spec.shift, original)
         self.units.append(unit)
@@ -185,10 +203,12 @@ class _Exporter:
             self.origin[name] = unit
 
     def _dtype(self, row: Row, name: str, origin: str) -> str:
-        if origin not in ("BF16", "F16", "F32", "F64"):
-            return origin
+        if origin not in ("BF16", "F16", "F32", "F64") or name in self.encode:
+            return origin  # codes are made from the values as they are
         if self.dtype is not None and not row.spec.keep_dtype and row.spec.dtype is None:
             return self.dtype
+        if self.exact_norms and row.spec.shift and self.dtype is None:
+            return "F32" if origin in ("BF16", "F16") else origin
         if row.spec.dtype is not None and name in self.recorded:
             return self.recorded[name].dtype
         return origin
@@ -227,5 +247,19 @@ class _Exporter:
     def drafts(self) -> tuple[Draft, ...]:
         out = []
         for name, (dtype, shape) in self.targets.items():
-            out.append(Draft(name, dtype, shape, ((0, tuple(0 for _ in shape), shape),)))
+            if (whole := self.encode.get(name)) is None:
+                out.append(_draft(name, dtype, shape))
+                continue
+            if shape != whole.tensor.shape or dtype not in _ENCODABLE:
+                raise CoverageError(
+                    f"`{name}` is {dtype} {list(shape)} now; the source's codes stand for {list(whole.tensor.shape)}",
+                    hint="leave out --codec same to write it plainly",
+                )
+            self.reencoded[name] = Encoded(StoredTensor(name, dtype, shape, ()), whole.codec, whole.parts)
+            self.dtype_changes[dtype, whole.codec.name] += 1
+            out += [_draft(part.name, part.dtype, part.shape) for part in whole.parts.values()]
         return tuple(out)
+
+
+def _draft(name: str, dtype: str, shape: Shape) -> Draft:
+    return Draft(name, dtype, shape, ((0, tuple(0 for _ in shape), shape),))

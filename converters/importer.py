@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from converters.codecs import quantization_of
 from converters.config_map import environment
 from converters.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, settle
-from converters.decode import decoded_view
+from converters.decode import Encoded, decoded_view, discarded
 from converters.dialects import torch_dist
 from converters.errors import CoverageError
 from converters.expr import Value
-from converters.isos import inexpressible_rope
+from converters.isos import inexpressible_groups, inexpressible_rope
 from converters.layout import Layout, RankMap
 from converters.layout import check as check_layout
 from converters.ops import Dims, Form
@@ -53,14 +54,15 @@ def plan_import(
     `dtype` is a storage dtype to cast floats to, None keeps each tensor's own. Raises CoverageError unless
     every tensor and config key is accounted for, LayoutError where the layout does not fit.
     """
-    quantization = hf_config.get("quantization_config")
-    sources, encoded = decoded_view(stored, quantization if isinstance(quantization, Mapping) else None)
+    sources, encoded = decoded_view(stored, quantization_of(hf_config))
     config = table.config.to_mcore(hf_config, allow_unused=allow_unused_keys)
     check_layout(layout, config)
     env = environment(config)
     dims = table.dims_at(env)
     rows = list(table.expand(env, sources))
-    missing, unused = settle(table.name, "source", sources, (name for row in rows for name in row.hf), waivers)
+    beside = tuple(n for n in sources if n.startswith(table.beside) and n not in encoded and not waivers.unused_by(n))
+    own = sources.keys() - beside
+    missing, unused = settle(table.name, "source", own, (name for row in rows for name in row.hf), waivers)
     reject_twice(table.name, "Hugging Face", [(_claim(row, name), row.mcore) for row in rows for name in row.hf])
     planner = _Importer(table, config, env, dims, sources, layout, dtype, frozenset(missing))
     for row in rows:
@@ -81,14 +83,30 @@ def plan_import(
             waived_unused=unused,
             dropped=tuple(planner.dropped),
             repeated=tuple(name for name, _ in planner.equal),
+            beside=beside,
         ),
         equal=tuple(planner.equal),
         objects=tuple(dict.fromkeys(planner.objects)),
-        kept=(*planner.dropped, *planner.shifted),
-        notes=tuple(inexpressible_rope(canonical(hf_config))),
+        kept=(*planner.dropped, *planner.shifted, *beside),
+        notes=(
+            *inexpressible_rope(canonical(hf_config)),
+            *inexpressible_groups(config),
+            *_idle_quantization(hf_config, encoded),
+        ),
         dtype_changes=planner.dtype_changes + Counter((e.codec.name, e.tensor.dtype) for e in encoded.values()),
         encoded=encoded,
+        carried=(
+            *(whole.parts["scale"] for whole in encoded.values() if whole.codec.keeps_scales),
+            *discarded(stored, sources, encoded),
+        ),
     )
+
+
+def _idle_quantization(config: Mapping[str, Value], encoded: Mapping[str, Encoded]) -> tuple[str, ...]:
+    if (quantization := quantization_of(config)) is None or encoded:
+        return ()
+    method = quantization.get("quant_method")
+    return (f"config.json says quantised by {method}, and no tensor is: all are read as they stand",)
 
 
 def _claim(row: Row, name: str) -> str:

@@ -141,6 +141,8 @@ def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
         reasons.append(f"--ep {layout.ep}: this model has no experts")
     for name, asked, field in wanted:
         size = config.get(field)
+        if field == "num_query_groups" and isinstance(size, int) and size > 0 and not asked % size:
+            continue  # ranks share a group: they gather its rows, which are cut between them like any others
         if isinstance(size, int) and size % asked:
             others = [config.get(other) for axis, _, other in wanted if axis == name]
             common = math.gcd(*(other for other in others if isinstance(other, int)))
@@ -157,7 +159,8 @@ def boxes(name: str, form: Form, rows: int, cols: int, tp: int) -> Iterator[Box]
     """Boxes in which `tp` ranks hold a parameter of `rows` (padding included) by `cols`.
 
     Atoms that lie side by side are cut one by one, as Megatron Core's own shards are; grouped atoms are cut
-    between groups. LayoutError where tp divides neither.
+    between groups, or within them where each group is shared by as many ranks as any other (attention with fewer
+    key and value heads than ranks). LayoutError where tp divides neither.
     """
     if form.cut is None or tp == 1:
         yield Box(0, 0, rows, 0, cols)
@@ -166,7 +169,7 @@ def boxes(name: str, form: Form, rows: int, cols: int, tp: int) -> Iterator[Box]
         for rank in range(tp):
             yield Box(rank, 0, rows, rank * _cut(name, cols, tp, "columns"), _cut(name, cols, tp, "columns"))
         return
-    if form.mcore_groups > 1 and not form.columns:
+    if form.mcore_groups > 1 and not form.columns and tp % form.mcore_groups:
         _cut(name, form.mcore_groups, tp, "groups")
     whole = form.mcore_groups > 1 or len(form.atoms) == 1
     row = 0

@@ -92,10 +92,14 @@ def runs(source: Slot, target: Slot) -> Runs:
     """
     if source.rows != target.rows:
         raise ValueError(f"an atom of {source.rows} rows cannot fill one of {target.rows}")
-    edges = np.union1d(
-        np.arange(0, source.rows + 1, max(1, source.size), dtype=np.int64),
-        np.arange(0, target.rows + 1, max(1, target.size), dtype=np.int64),
+    edges = np.concatenate(
+        (
+            np.arange(0, source.rows + 1, max(1, source.size), dtype=np.int64),
+            np.arange(0, target.rows + 1, max(1, target.size), dtype=np.int64),
+        )
     )
+    edges.sort()
+    edges = edges[np.concatenate(([True], np.diff(edges) > 0))]  # np.unique would import numpy.ma: 20 ms
     first, length = edges[:-1], np.diff(edges)
     src = first // max(1, source.size) * source.stride + source.start + first % max(1, source.size)
     dst = first // max(1, target.size) * target.stride + target.start + first % max(1, target.size)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from converters.encode import spans
 from converters.errors import DeviceError
 from converters.plan import Entry, Plan, Unit
 from converters.regions import Extent, Extents, Move, Region, TensorGrid, matrix
@@ -15,12 +16,16 @@ MIB = 1 << 20
 #: 1, 2 and 4 MiB copy at one speed, 8 MiB measured slower: the piece leaves the processor's caches between the calls.
 _LARGEST_PIECE = 4 * MIB
 _SMALLEST_PIECE = MIB // 4
-#: Buffers of a piece's size that a worker keeps: gathered rows, a column strip, rows repacked for the target.
-BUFFERS = 3
+#: Buffers of a piece's size that a worker keeps: gathered rows, a column strip, cast rows, rows packed for the target.
+BUFFERS = 4
 #: Below this many bytes a run, reading runs one by one costs more than reading around them.
 _FINE_RUN = 64 * 1024
-#: What a codec uses beside its input and output: blocks of 1 Mi elements in fp32, a few at a time.
-_DECODE_SCRATCH = 16 * MIB
+#: What a codec uses beside its input and output: blocks of 256 Ki elements in fp32, a few at a time.
+DECODE_SCRATCH = 8 * MIB
+#: What a cast uses beside its input and output: blocks of 128 Ki elements, a few at a time.
+_CAST_SCRATCH = 2 * MIB
+#: What encoding holds beside its input, in units of it: the codes twice, decoded values, and where these differ.
+ENCODED_COPIES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +64,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows `[row, row + rows)` of a target entry as one chunk stores them: `nbytes` at `offset` of its data."""
+    """Rows `[row, row + rows)` of a target entry as one chunk stores them: `nbytes` at `offset` of its data.
 
-    entry: Entry
+    `tensor` is the stored one: that of the entry, or where a codec encodes it one of its parts.
+    """
+
+    tensor: str
     extent: Extent
     row: int
     rows: int
@@ -74,6 +82,7 @@ class Geometry:
 
     def __init__(self, plan: Plan, targets: Mapping[str, StoredTensor]) -> None:
         self.plan, self.targets = plan, targets
+        self._logical = {name: whole.tensor for name, whole in plan.reencoded.items()}
         self._grids: dict[tuple[bool, str, int], TensorGrid] = {}
         self._extents = lru_cache(maxsize=4096)(self._find)
 
@@ -102,18 +111,33 @@ class Geometry:
 
     def entry_parts(self, entry: Entry, row: int, rows: int) -> Iterator[Part]:
         """What storing rows `[row, row + rows)` of an entry writes."""
+        if entry.tensor in self._logical:
+            yield from self._encoded_parts(entry, row, rows)
+            return
         for extent, first, count in self.target_extents(entry).overlap(row, rows):
             if nbytes := count * extent.pitch:
-                yield Part(entry, extent, first, count, extent.start + (first - extent.row) * extent.pitch, nbytes)
+                offset = extent.start + (first - extent.row) * extent.pitch
+                yield Part(entry.tensor, extent, first, count, offset, nbytes)
+
+    def _encoded_parts(self, entry: Entry, row: int, rows: int) -> Iterator[Part]:
+        whole, fold = self.plan.reencoded[entry.tensor], entry.fold
+        for role, offset, nbytes in spans(whole, entry.index, row // fold, rows // fold):
+            stored = self.targets[whole.parts[role].name]
+            (chunk,) = stored.chunks
+            yield Part(stored.name, Extent(chunk, 0, row, rows, 0, 0, 0, 0), row, rows, offset, nbytes)
+
+    def target(self, entry: Entry) -> StoredTensor:
+        """The tensor of a target entry, as it is before a codec encodes it."""
+        return self._logical.get(entry.tensor) or self.targets[entry.tensor]
 
     def entry_matrix(self, entry: Entry) -> tuple[int, int]:
         """Rows and columns of a target entry."""
-        return matrix(self.targets[entry.tensor].shape, len(entry.index), entry.fold)
+        return matrix(self.target(entry).shape, len(entry.index), entry.fold)
 
     def origin(self, unit: Unit, entry: Entry) -> str:
         """Dtype of the values that reach an entry; its own where none do."""
         moves = moves_into(unit, entry)
-        return (self.plan.sources[moves[0].source.tensor] if moves else self.targets[entry.tensor]).dtype
+        return (self.plan.sources[moves[0].source.tensor] if moves else self.target(entry)).dtype
 
 
 def moves_into(unit: Unit, entry: Entry) -> list[Move]:
@@ -139,21 +163,23 @@ class _Cutter:
         self.geometry, self.cutting, self.unit = geometry, cutting, unit
         self.sources = {(m.source.tensor, m.source.index): m.source for m in unit.moves}
         self.encoded = [geometry.plan.encoded[name] for name, _ in self.sources if name in geometry.plan.encoded]
+        self.reencoded = geometry.plan.reencoded
 
     def add_to(self, pieces: list[Piece]) -> None:
         unit = self.unit
         transposed = any(move.source.transposed or move.target.transposed for move in unit.moves)
-        # A codec decodes an entry of a stack as one, so rows of it are not worth asking for one by one.
+        # A codec decodes an entry of a stack as one: asking for its rows one by one would do it again for each.
         indexed = bool(self.encoded) and any(index for _, index in self.sources)
         if transposed or indexed or self._is_fine():
             need = self._whole_bytes()
             if need <= self.cutting.whole_bytes:
-                nbytes = sum(self._nbytes(entry) for entry in unit.entries)
+                nbytes = sum(self._nbytes(entry, 0, self.geometry.entry_matrix(entry)[0]) for entry in unit.entries)
                 pieces.append(Piece(len(pieces), unit, None, 0, 0, nbytes, need, self._file(unit.entries[0], 0)))
                 return
-            if transposed:
+            if transposed or indexed:
+                why = "transposed" if transposed else "decoded an entry at a time"
                 raise DeviceError(
-                    f"`{unit.row}` is transposed and needs {-(-need // MIB)} MiB at once; "
+                    f"`{unit.row}` is {why} and needs {-(-need // MIB)} MiB at once; "
                     f"{self.cutting.whole_bytes // MIB} MiB are there",
                     hint=f"raise --max-memory to {-(-need * 4 // 3 // MIB)}MiB",
                 )
@@ -165,25 +191,37 @@ class _Cutter:
         source, target = self._items(entry)
         step = max(1, self.cutting.piece_bytes // max(1, cols * max(source, target)))
         align = max((e.codec.row_alignment(e.tensor.shape) for e in self.encoded), default=1) * entry.fold
+        if (whole := self.reencoded.get(entry.tensor)) is not None:
+            own = whole.codec.encode_alignment(whole.tensor.shape) * entry.fold
+            align = rows if entry.index else max(align, own)
         step = max(align, step // align * align)
         for row in range(0, rows, step):
             count = min(step, rows - row)
-            need = self._row_memory(count, cols, source, target, self.geometry.origin(self.unit, entry), entry)
-            pieces.append(
-                Piece(len(pieces), self.unit, entry, row, count, count * cols * target, need, self._file(entry, row))
-            )
+            need = self._row_memory(count, cols, source, target, entry)
+            if whole is not None and need > self.cutting.whole_bytes:
+                raise DeviceError(
+                    f"`{entry.tensor}` is encoded {count} rows at once, which needs {-(-need // MIB)} MiB; "
+                    f"{self.cutting.whole_bytes // MIB} MiB are there",
+                    hint=f"raise --max-memory to {-(-need * 4 // 3 // MIB)}MiB",
+                )
+            nbytes = self._nbytes(entry, row, count)
+            pieces.append(Piece(len(pieces), self.unit, entry, row, count, nbytes, need, self._file(entry, row)))
 
-    def _row_memory(self, count: int, cols: int, source: int, target: int, origin: str, entry: Entry) -> int:
+    def _row_memory(self, count: int, cols: int, source: int, target: int, entry: Entry) -> int:
         """Bytes that a piece of `count` rows allocates: its buffers only where the kept ones are too small."""
         gathered, stored = count * cols * source, count * cols * target
-        need = (2 * gathered if gathered > self.cutting.piece_bytes else 0) + (
-            stored if stored > self.cutting.piece_bytes else 0
-        )
+        need = sum(2 * nbytes for nbytes in (gathered, stored) if nbytes > self.cutting.piece_bytes)
         if self.encoded:
-            need += 2 * gathered + _DECODE_SCRATCH
-        if self.unit.shift or origin != self.geometry.targets[entry.tensor].dtype:
-            need += stored + (count * cols * 4 if self.unit.shift else 0)
-        return need
+            need += 2 * gathered + DECODE_SCRATCH
+        if entry.tensor in self.reencoded:
+            need += ENCODED_COPIES * gathered + DECODE_SCRATCH
+        if self._is_cast(entry):
+            need += _CAST_SCRATCH
+        return need + self._update_bytes(entry, count, cols)
+
+    def _update_bytes(self, entry: Entry, rows: int, cols: int) -> int:
+        update = self.geometry.plan.updates.get((entry.tensor, entry.index))
+        return 0 if update is None else update.scratch_bytes(rows, cols)
 
     def _whole_bytes(self) -> int:
         """Peak of loading every source matrix of the unit, then making one entry after another."""
@@ -197,10 +235,13 @@ class _Cutter:
         for entry in self.unit.entries:
             rows, cols = self.geometry.entry_matrix(entry)
             source, target = self._items(entry)
-            shifted = 4 if self.unit.shift else 0
             # Assembled rows, a gathered or transposed copy of them, row numbers; then the cast and repacked ones.
-            made = max(made, rows * (cols * (2 * source + 2 * target + shifted) + 40))
-        decoding = loaded + _DECODE_SCRATCH if self.encoded else 0
+            stored = target * (self._is_cast(entry) + self._is_cut(entry, cols))
+            need = rows * (cols * (2 * source + stored) + 40) + _CAST_SCRATCH
+            if entry.tensor in self.reencoded:
+                need += ENCODED_COPIES * rows * cols * source + DECODE_SCRATCH
+            made = max(made, need + self._update_bytes(entry, rows, cols))
+        decoding = loaded + DECODE_SCRATCH if self.encoded else 0
         return loaded + max(made, decoding)
 
     def _is_fine(self) -> bool:
@@ -213,16 +254,27 @@ class _Cutter:
                 return True
         return False
 
+    def _is_cast(self, entry: Entry) -> bool:
+        return bool(self.unit.shift) or self.geometry.origin(self.unit, entry) != self.geometry.target(entry).dtype
+
+    def _is_cut(self, entry: Entry, cols: int) -> bool:
+        """Whether chunks hold columns of the entry, so that its rows are repacked for them."""
+        if entry.tensor in self.reencoded:
+            return False
+        return any(extent.cols != cols for extent in self.geometry.target_extents(entry).items)
+
     def _items(self, entry: Entry) -> tuple[int, int]:
         """Bytes of one element where an entry comes from, and where it goes."""
-        target = self.geometry.targets[entry.tensor]
-        return DTYPE_BITS[self.geometry.origin(self.unit, entry)] // 8, _item(target)
+        return DTYPE_BITS[self.geometry.origin(self.unit, entry)] // 8, _item(self.geometry.target(entry))
 
-    def _nbytes(self, entry: Entry) -> int:
-        rows, cols = self.geometry.entry_matrix(entry)
-        return rows * cols * _item(self.geometry.targets[entry.tensor])
+    def _nbytes(self, entry: Entry, row: int, rows: int) -> int:
+        if entry.tensor in self.reencoded:
+            return sum(part.nbytes for part in self.geometry.entry_parts(entry, row, rows))
+        return rows * self.geometry.entry_matrix(entry)[1] * _item(self.geometry.target(entry))
 
     def _file(self, entry: Entry, row: int) -> str:
+        if (whole := self.reencoded.get(entry.tensor)) is not None:
+            return self.geometry.targets[next(iter(whole.parts.values())).name].chunks[0].file
         found = next(self.geometry.target_extents(entry).overlap(row, 1), None)
         return "" if found is None else found[0].chunk.file
 

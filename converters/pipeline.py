@@ -118,8 +118,8 @@ def _layers_per_rank(pp: int, num_layers: int, first: int | None, last: int | No
     middle, rest = pp - len(fixed), num_layers - sum(fixed)
     if rest < 0 or (middle <= 0 and rest) or (middle > 0 and rest % middle):
         raise LayoutError(
-            f"{num_layers} layers with {fixed} at the ends leave {rest} for {middle} other pipeline rank(s), "
-            "which does not come out even"
+            f"{' and '.join(map(str, fixed))} of {num_layers} layers at the ends: "
+            + (f"that is {-rest} too many" if rest < 0 else f"{rest} are left, which {middle} stages cannot share")
         )
     inner = [rest // middle] * middle if middle > 0 else []
     return ([] if first is None else [first]) + inner + ([] if last is None else [last])

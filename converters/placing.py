@@ -30,14 +30,17 @@ def place_boxes(
     """
     parsed = parse_key(key)
     rows, cols = matrix(shape, 0)
-    grid = list(boxes(key, form, rows, cols, layout.expert_tp if parsed.experts else layout.tp))
+    grid = [
+        (box.rank, *in_dimensions(shape, box))
+        for box in boxes(key, form, rows, cols, layout.expert_tp if parsed.experts else layout.tp)
+    ]
+    ones = (1,) * len(stack)
     out = []
     for index in product(*map(range, stack)) if indices is None else indices:
         layer, expert = parsed.at(index) if len(index) == parsed.depth else (parsed.layer, None)
-        for box in grid:
-            offsets, sizes = in_dimensions(shape, box)
-            rank = ranks.rank(key, layer, expert, box.rank)
-            out.append((rank, (*index, *offsets), (*(1 for _ in index), *sizes)))
+        for shard, offsets, sizes in grid:
+            rank = ranks.rank(key, layer, expert, shard)
+            out.append((rank, (*index, *offsets), (*ones, *sizes)))
     return tuple(out)
 
 

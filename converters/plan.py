@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from converters.coverage import Ledger
 from converters.decode import Encoded
@@ -14,6 +15,9 @@ from converters.ops import Dims, Form, form
 from converters.regions import Move
 from converters.table import Row, Table
 from converters.tensors import Shape, StoredTensor, nbytes_of
+
+if TYPE_CHECKING:
+    from converters.adapters.lowrank import LowRank
 
 #: `--dtype` values and the storage dtype each asks for.
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -63,7 +67,10 @@ class Plan:
     `equal` are pairs of source tensors that must hold the same values. `objects` are the names of opaque
     payloads (`_extra_state`) the target carries. `kept` are sources that travel beside the target as they are:
     buffers without a counterpart, and values that a shift rounds. `encoded` are the sources that a codec stores in
-    parts.
+    parts, `carried` those parts that travel beside the target, for an export that encodes again. `reencoded` are the
+    target tensors that a codec stores in parts, which stand in `drafts` for them; `scales` the source's scales of
+    these, by the target's name, where they are at hand. `updates` are what an adapter adds to an entry of a target
+    tensor, by its name and index.
     `table` is None where no name changes.
     """
 
@@ -81,12 +88,23 @@ class Plan:
     notes: tuple[str, ...] = ()
     dtype_changes: Mapping[tuple[str, str], int] = field(default_factory=dict)
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
+    carried: tuple[StoredTensor, ...] = ()
+    reencoded: Mapping[str, Encoded] = field(default_factory=dict)
+    scales: Mapping[str, StoredTensor] = field(default_factory=dict)
+    updates: Mapping[tuple[str, Shape], LowRank] = field(default_factory=dict)
+
+    @property
+    def stored_sources(self) -> Iterator[StoredTensor]:
+        """Every tensor that a run reads, an encoded one by its parts."""
+        yield from (tensor for name, tensor in self.sources.items() if name not in self.encoded)
+        for whole in self.encoded.values():
+            yield from whole.parts.values()
+        yield from self.scales.values()
 
     @property
     def source_bytes(self) -> int:
         """Bytes of all source tensors."""
-        plain = sum(tensor.nbytes for name, tensor in self.sources.items() if name not in self.encoded)
-        return plain + sum(encoded.stored_bytes for encoded in self.encoded.values())
+        return sum(tensor.nbytes for tensor in self.stored_sources)
 
     @property
     def target_bytes(self) -> int:

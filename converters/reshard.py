@@ -8,6 +8,7 @@ from itertools import product
 from converters.coverage import Ledger
 from converters.dialects.cuts import VOCAB, cuts_of, form_of
 from converters.dialects.keys import parse_key
+from converters.dialects.optimizer_state import is_state, weight_of
 from converters.dialects.torch_dist import extra_states_of
 from converters.errors import LayoutError
 from converters.expr import Value
@@ -31,28 +32,34 @@ def plan_reshard(
 ) -> Plan:
     """Plan that lays `sources` (torch_dist keys) out under `layout`.
 
+    An optimizer's states may be among them: each is cut as its weight, which must be there too.
     `config` holds what is known of the model; what it lacks is not checked beforehand. `padded_vocab` are the
     embedding's rows in the target, as many as in the source if not given: more are zero, fewer cut off.
     `objects` are the source's `_extra_state` objects; those that Transformer Engine would ask for are added.
     Raises LayoutError where the layout does not fit, UnsupportedError where it is not known how a tensor is cut.
     """
     check_layout(layout, config)
-    shapes = {key: tensor.shape for key, tensor in sources.items()}
+    shapes = {key: tensor.shape for key, tensor in sources.items() if not is_state(key)}
     cuts = cuts_of(shapes, cut=layout.tp > 1 or layout.expert_tp > 1)
     ranks = RankMap(layout, with_counts(config, shapes))
     drafts, units, states = [], [], list(objects)
     for key, tensor in sources.items():
-        depth = parse_key(key).depth
-        stack, inner = tensor.shape[:depth], _inner(key, tensor.shape[depth:], padded_vocab)
-        form = form_of(cuts[key], inner[0] if inner else 1)
-        placed = place_boxes(key, inner, stack, form, layout, ranks)
+        weight = weight_of(key)
+        depth = parse_key(weight).depth
+        stack, inner = tensor.shape[:depth], _inner(weight, tensor.shape[depth:], padded_vocab)
+        form = form_of(cuts[weight], inner[0] if inner else 1)
+        placed = place_boxes(weight, inner, stack, form, layout, ranks)
         drafts.append(Draft(key, tensor.dtype, (*stack, *inner), placed))
         kept = min(matrix(tensor.shape, depth)[0], matrix(inner, 0)[0])
         slot = Slot.whole(kept)
         for index in product(*map(range, stack)):
             move = Move(Region(key, index, slot), Region(key, index, slot))
             units.append(Unit(key, (move,), (Entry(key, index),)))
-            states += extra_states_of(key, index, stack, hybrid="decoder.final_norm.weight" in sources)
+            states += (
+                ()
+                if weight != key
+                else extra_states_of(key, index, stack, hybrid="decoder.final_norm.weight" in sources)
+            )
     return Plan(
         direction="reshard",
         table=None,
@@ -96,6 +103,8 @@ def with_counts(config: Mapping[str, Value], shapes: Mapping[str, Shape]) -> dic
         ("num_moe_experts", experts),
     ):
         stated = out.get(field)
+        if field == "num_layers" and config.get("heterogeneous_block_specs") and layers:
+            counted = max(1 + max(layers), stated if isinstance(stated, int) else 0)  # layers may hold no parameters
         if stated is not None and counted is not None and stated != counted:
             raise LayoutError(f"the checkpoint holds {field} = {counted}, its config says {stated}")
         out[field] = stated if counted is None else counted

@@ -8,6 +8,7 @@ file back, so this reading never has to be undone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import NoneType
 
 from converters.errors import UsageError
 from converters.expr import Value
@@ -27,16 +28,25 @@ GENERIC_KEYS = frozenset(
 )
 
 
+#: Keys that the whole model's config says for its text model too, each under one of its names.
+_OF_THE_WHOLE = (("architectures",), ("model_type",), ("torch_dtype", "dtype"), ("quantization_config",))
+
+
 def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
     """`config` in the v4 spelling: `rope_theta`, `rope_scaling` (with `rope_type`), `torch_dtype`.
 
+    Of a model that holds a text model beside a vision tower, the text model's: `text_config` over the keys around it.
     Models with one rotary set per layer type keep the full-attention one under these names; the other
     becomes `rope_local_base_freq`. UsageError when two spellings of one key disagree.
     """
-    out = dict(config)
+    out = _text_of(config)
     if "dtype" in out:
         _put(out, "torch_dtype", out.pop("dtype"))
+    if not isinstance(out.get("torch_dtype"), (str, NoneType)):
+        raise UsageError(f"config.json: the dtype is {out['torch_dtype']!r}; a name like 'bfloat16' was expected")
     parameters = out.pop("rope_parameters", None)
+    if not isinstance(parameters, (Mapping, NoneType)):
+        raise UsageError(f"config.json: `rope_parameters` is {parameters!r}; an object was expected")
     if isinstance(parameters, Mapping):
         nested = {k: v for k, v in parameters.items() if isinstance(v, Mapping)}
         if nested:
@@ -56,10 +66,26 @@ def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
         if "type" in rope:
             kind = rope.pop("type")
             rope.setdefault("rope_type", kind)
+        if rope.get("max_position_embeddings") == out.get("max_position_embeddings"):
+            rope.pop(
+                "max_position_embeddings", None
+            )  # Transformers' Ministral 3 repeats the model's own, and reads that
         if rope.get("rope_type", "default") == "default":
             out["rope_scaling"] = None
         else:
             out["rope_scaling"] = rope
+    return out
+
+
+def _text_of(config: Mapping[str, Value]) -> dict[str, Value]:
+    text = config.get("text_config")
+    around = {key: value for key, value in config.items() if key != "text_config"}
+    if not isinstance(text, Mapping):
+        return dict(config)
+    settled = {key for names in _OF_THE_WHOLE if any(around.get(name) is not None for name in names) for key in names}
+    out = {**around, **{key: value for key, value in text.items() if key not in settled}}
+    if "tie_word_embeddings" in around:
+        _put(out, "tie_word_embeddings", around["tie_word_embeddings"])
     return out
 
 

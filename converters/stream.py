@@ -1,8 +1,7 @@
 """The engine: carries out a plan piece by piece, in parallel, within a fixed amount of memory.
 
 A piece reads the source bytes of some target rows, changes values where the plan says so, and writes the
-rows where the target keeps them. Where bytes only move, they are read straight into target order and no
-tensor is built. Every source byte is read once, every target byte written once.
+rows where the target keeps them. Every source byte is read once, every target byte written once.
 """
 
 from __future__ import annotations
@@ -10,28 +9,25 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
+from converters.casts import convert
 from converters.crc import combine
-from converters.decode import read_decoded
+from converters.encode import encode_rows
 from converters.errors import StorageError
-from converters.pack import Slot
-from converters.pieces import Cutting, Geometry, Part, Piece, cut, moves_into
+from converters.pieces import Cutting, Geometry, Part, Piece, cut
 from converters.plan import Entry, Plan, Unit
 from converters.protocols import Sink, Source
-from converters.regions import Move, Region, matrix
+from converters.reading import Reader
 from converters.tensors import DTYPE_BITS, StoredTensor, nbytes_of
-from converters.workers import Buffers, Matrix, MemoryGate, PieceQueue
+from converters.workers import Buffers, Matrix, MemoryGate, PieceQueue, lean_threads, start
 
-Words = npt.NDArray[np.generic]
+if TYPE_CHECKING:
+    from converters.adapters.lowrank import Factors
+
 ChunkId = tuple[str, int]
 #: Called with the number of a piece whose bytes are written, and the CRC-32 of each of its parts.
 Done = Callable[[int, Sequence[int]], None]
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-#: Rows are copied run by run up to this many runs, by an index array beyond.
-_FEW_RUNS = 64
 
 
 class Engine:
@@ -52,11 +48,13 @@ class Engine:
         max_memory: int,
         cutting: Cutting | None = None,
     ) -> None:
-        self.plan, self.targets, self.source, self.sink = plan, targets, source, sink
+        self.plan, self.targets, self.sink = plan, targets, sink
         self.workers = max(1, workers)
         self.cutting = cutting or Cutting.for_memory(max_memory, self.workers)
         self.gate = MemoryGate(Cutting.for_memory(max_memory, self.workers).whole_bytes)
         self.geometry = Geometry(plan, targets)
+        self.reader = Reader(self.geometry, source)
+        self.factors = self._factors(source)
         self.pieces = cut(self.geometry, self.cutting)
         self.crcs = {name: [0] * len(tensor.chunks) for name, tensor in targets.items()}
         self._parts: dict[ChunkId, list[tuple[int, int, int]]] = {}
@@ -66,6 +64,13 @@ class Engine:
             for number, chunk in enumerate(tensor.chunks)
         }
         self._lock = threading.Lock()
+
+    def _factors(self, source: Source) -> Factors | None:
+        if not self.plan.updates:
+            return None
+        from converters.adapters.lowrank import Factors
+
+        return Factors(source, self.plan.sources)
 
     def run(self, progress: Callable[[int], None] = lambda _: None) -> dict[str, list[int]]:
         """Carry out all pieces; returns the CRC-32 of each chunk of each target tensor."""
@@ -98,16 +103,20 @@ class Engine:
             threading.Thread(target=worker, name=f"mbx-{n}", daemon=True)
             for n in range(min(self.workers, len(pieces)))
         ]
-        for thread in threads:
-            thread.start()
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)
+            with lean_threads(
+                torch_too=len(threads) > 1 and bool(self.plan.encoded or self.plan.reencoded or self.plan.updates)
+            ):
+                for thread in threads:
+                    start(thread)
+                for thread in threads:
+                    while thread.is_alive():
+                        thread.join(0.2)
         except BaseException:
             stop.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
             raise
         if failures:
             raise failures[0]
@@ -142,107 +151,13 @@ class Engine:
     def _carry(self, piece: Piece, buffers: Buffers, progress: Callable[[int], None]) -> list[int]:
         unit = piece.unit
         if piece.entry is not None:
-            data = self._gather(unit, piece.entry, piece.row, piece.rows, buffers)
+            data = self.reader.gather(unit, piece.entry, piece.row, piece.rows, buffers)
             return self._put(unit, piece.entry, piece.row, data, buffers, progress)
-        loaded = self._load_sources(unit)
+        loaded = self.reader.load(unit)
         crcs = []
         for entry in unit.entries:
-            crcs += self._put(unit, entry, 0, self._assemble(unit, entry, loaded), buffers, progress)
+            crcs += self._put(unit, entry, 0, self.reader.assemble(unit, entry, loaded), buffers, progress)
         return crcs
-
-    def _gather(self, unit: Unit, entry: Entry, row: int, rows: int, buffers: Buffers) -> Matrix:
-        """Target rows `[row, row + rows)` in the source dtype, shape [rows, bytes of a row]."""
-        moves = moves_into(unit, entry)
-        width = self.geometry.entry_matrix(entry)[1] * (DTYPE_BITS[self.geometry.origin(unit, entry)] // 8)
-        out = buffers.take("gathered", rows, width)
-        filled = 0
-        for move in moves:
-            runs = move.runs()
-            last = int(np.searchsorted(runs.target, row + rows))
-            first = max(0, int(np.searchsorted(runs.target, row, side="right")) - 1)
-            for i in range(first, last):
-                start = max(row, int(runs.target[i]))
-                stop = min(row + rows, int(runs.target[i] + runs.length[i]))
-                if start < stop:
-                    origin = int(runs.source[i]) + start - int(runs.target[i])
-                    self._read(move.source, origin, out[start - row : stop - row], buffers)
-                    filled += stop - start
-        if filled < rows:
-            _zero_gaps(moves, out, row, rows)
-        return out
-
-    def _read(self, region: Region, row: int, out: Matrix, buffers: Buffers | None) -> None:
-        """Rows `[row, row + len(out))` of a region's matrix into `out`."""
-        if region.tensor in self.plan.encoded:
-            self._read_encoded(region, row, out)
-            return
-        item = DTYPE_BITS[self.plan.sources[region.tensor].dtype] // 8
-        got = 0
-        for extent, first, count in self.geometry.source_extents(region).overlap(row, len(out)):
-            start = self.source.data_start(extent.chunk) + extent.start + (first - extent.row) * extent.pitch
-            part = out[first - row : first - row + count]
-            if extent.pitch == out.shape[1]:
-                if part.size:
-                    self.source.read_into(extent.chunk.file, start, part.reshape(-1).data)
-            elif extent.pitch:
-                strip = np.empty((count, extent.pitch), np.uint8)
-                if buffers is not None:
-                    strip = buffers.take("strip", count, extent.pitch)
-                self.source.read_into(extent.chunk.file, start, strip.reshape(-1).data)
-                part[:, extent.col * item : (extent.col + extent.cols) * item] = strip
-            got += count * extent.pitch
-        if got != out.size:
-            raise StorageError(f"`{region.tensor}`: {got} of {out.size} bytes of rows {row}… are stored")
-
-    def _read_encoded(self, region: Region, row: int, out: Matrix) -> None:
-        """The same for a tensor that a codec stores; it counts unfolded rows."""
-        encoded = self.plan.encoded[region.tensor]
-        first, last = row // region.fold, -(-(row + len(out)) // region.fold)
-        decoded = read_decoded(self.source, encoded, region.index, first, last - first)
-        skip = row - first * region.fold
-        out[:] = decoded.reshape(-1, out.shape[1])[skip : skip + len(out)]
-
-    def _load_sources(self, unit: Unit) -> dict[tuple[str, tuple[int, ...]], Words]:
-        """Each source matrix of a unit, read once, as words of the element size, transposition undone."""
-        loaded: dict[tuple[str, tuple[int, ...]], Words] = {}
-        for move in unit.moves:
-            region = move.source
-            if (region.tensor, region.index) in loaded:
-                continue
-            tensor = self.plan.sources[region.tensor]
-            item = DTYPE_BITS[tensor.dtype] // 8
-            rows, cols = matrix(tensor.shape, len(region.index), region.fold)
-            raw = np.empty((rows, cols * item), np.uint8)
-            self._read(region, 0, raw, None)
-            words = raw.view(_WORDS[item])
-            loaded[region.tensor, region.index] = words.T if region.transposed else words
-        return loaded
-
-    def _assemble(self, unit: Unit, entry: Entry, loaded: Mapping[tuple[str, tuple[int, ...]], Words]) -> Matrix:
-        """All rows of one target entry from matrices in memory."""
-        moves = moves_into(unit, entry)
-        rows, cols = self.geometry.entry_matrix(entry)
-        word = _WORDS[DTYPE_BITS[self.geometry.origin(unit, entry)] // 8]
-        flipped = any(move.target.transposed for move in moves)
-        out = np.empty((cols, rows) if flipped else (rows, cols), word)
-        filled = 0
-        for move in moves:
-            source, runs = loaded[move.source.tensor, move.source.index], move.runs()
-            filled += int(runs.length.sum())
-            if len(runs) > _FEW_RUNS:
-                spread = np.arange(int(runs.length.sum())) - np.repeat(
-                    np.cumsum(runs.length) - runs.length, runs.length
-                )
-                out[np.repeat(runs.target, runs.length) + spread] = source[
-                    np.repeat(runs.source, runs.length) + spread
-                ]
-            else:
-                for s, t, n in zip(runs.source.tolist(), runs.target.tolist(), runs.length.tolist(), strict=True):
-                    out[t : t + n] = source[s : s + n]
-        if filled < len(out):
-            _zero_gaps(moves, out, 0, len(out))
-        stored = np.ascontiguousarray(out.T) if flipped else out
-        return stored.view(np.uint8).reshape(rows, -1)
 
     # --- writing -----------------------------------------------------------------------------------------------
 
@@ -250,14 +165,19 @@ class Engine:
         self, unit: Unit, entry: Entry, row: int, data: Matrix, buffers: Buffers, progress: Callable[[int], None]
     ) -> list[int]:
         """Convert and write target rows from `row` on; returns the CRC-32 of each part written."""
+        if entry.tensor in self.plan.reencoded:
+            return self._put_encoded(unit, entry, row, data, progress)
         tensor = self.targets[entry.tensor]
         origin = self.geometry.origin(unit, entry)
         rows = len(data)
-        if data.size and (unit.shift or origin != tensor.dtype):
-            from converters.values import convert
-
-            changed = convert(data, origin, tensor.dtype, unit.shift).reshape(rows, -1)
-            data = self._restored(unit, row, data, changed, origin) if unit.original else changed
+        update = self.plan.updates.get((entry.tensor, entry.index))
+        if update is not None and self.factors is not None:
+            data = update.apply(self.factors, data, row, origin, tensor.dtype)
+        elif data.size and (unit.shift or origin != tensor.dtype):
+            width = data.shape[1] * DTYPE_BITS[tensor.dtype] // DTYPE_BITS[origin]
+            out = buffers.take("changed", rows, width).reshape(-1)
+            changed = convert(data, origin, tensor.dtype, unit.shift, out).reshape(rows, -1)
+            data = self.reader.restored(unit, row, data, changed, origin) if unit.original else changed
         item = DTYPE_BITS[tensor.dtype] // 8
         crcs = []
         for part in self.geometry.entry_parts(entry, row, rows):
@@ -267,27 +187,36 @@ class Engine:
                 packed = buffers.take("packed", part.rows, extent.pitch)
                 packed[:] = stored[:, extent.col * item : (extent.col + extent.cols) * item]
                 stored = packed
-            flat = stored.reshape(-1).data
-            crcs.append(zlib.crc32(flat))
-            self.sink.write(extent.chunk.file, self.sink.data_start(extent.chunk) + part.offset, flat)
-            self._note(part, crcs[-1])
-            progress(part.nbytes)
+            crcs.append(self._write(part, stored.reshape(-1).data, progress))
         return crcs
 
-    def _restored(self, unit: Unit, row: int, stored: Matrix, changed: Matrix, dtype: str) -> Matrix:
-        """`changed`, with the original value wherever that is what the stored one came from."""
-        from converters.values import restore
+    def _put_encoded(
+        self, unit: Unit, entry: Entry, row: int, data: Matrix, progress: Callable[[int], None]
+    ) -> list[int]:
+        """The same for a tensor that a codec stores; its rows are unfolded ones."""
+        plan, rows = self.plan, len(data) // entry.fold
+        stored = encode_rows(
+            self.reader.source,
+            plan.reencoded[entry.tensor],
+            plan.scales.get(entry.tensor),
+            entry.index,
+            row // entry.fold,
+            data.reshape(rows, -1),
+            self.geometry.origin(unit, entry),
+        )
+        parts = self.geometry.entry_parts(entry, row, len(data))
+        return [self._write(part, flat.data, progress) for part, flat in zip(parts, stored, strict=True)]
 
-        assert unit.original is not None
-        tensor = self.plan.sources[unit.original]
-        count = matrix(tensor.shape, 0)[0]
-        original = np.empty_like(changed)
-        self._read(Region(unit.original, (), Slot.whole(count)), row, original, None)
-        return restore(original, tensor.dtype, stored, dtype, changed, -unit.shift)
+    def _write(self, part: Part, flat: memoryview, progress: Callable[[int], None]) -> int:
+        crc = zlib.crc32(flat)
+        self.sink.write(part.extent.chunk.file, self.sink.data_start(part.extent.chunk) + part.offset, flat)
+        self._note(part, crc)
+        progress(part.nbytes)
+        return crc
 
     def _note(self, part: Part, crc: int) -> None:
         """Count a written part; a chunk that is complete gets its CRC and is finished."""
-        name, number = part.entry.tensor, part.extent.number
+        name, number = part.tensor, part.extent.number
         with self._lock:
             parts = self._parts.setdefault((name, number), [])
             parts.append((part.offset, part.nbytes, crc))
@@ -304,13 +233,3 @@ class Engine:
                 whole = combine(whole, crc, nbytes)
             self.crcs[name][number] = whole
             self.sink.finish_chunk(self.targets[name].dtype, part.extent.chunk, whole)
-
-
-def _zero_gaps(moves: Sequence[Move], out: Words, row: int, rows: int) -> None:
-    """Zero the rows of `out`, target rows from `row` on, that no move reaches."""
-    reached = np.zeros(rows, bool)
-    for move in moves:
-        runs = move.runs()
-        for target, length in zip(runs.target.tolist(), runs.length.tolist(), strict=True):
-            reached[max(0, target - row) : max(0, target + length - row)] = True
-    out[~reached] = 0

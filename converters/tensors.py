@@ -40,7 +40,8 @@ class Chunk:
 
     `offsets` and `sizes` are in elements of the global tensor. The data lie row-major in `file`
     (relative to the checkpoint's folder). `start` is the byte offset of the raw data, or, when
-    `archive_bytes` is not 0, of a torch.save archive of that many bytes that holds them.
+    `archive_bytes` is not 0, of a torch.save archive of that many bytes that holds them. The archive's own tensor
+    lacks the first `unstacked` dimensions, each of which is 1 here: a stack whose entries are stored apart.
     """
 
     offsets: Shape
@@ -48,6 +49,12 @@ class Chunk:
     file: str
     start: int
     archive_bytes: int = 0
+    unstacked: int = 0
+
+    @property
+    def stored_sizes(self) -> Shape:
+        """Sizes of the stored tensor."""
+        return self.sizes[self.unstacked :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Changes of value: casts and norm offsets, elementwise on raw bytes. Imports torch, so only where needed."""
+"""Casts between any two dtypes, elementwise on raw bytes. Imports torch: `converters.casts` is the way in."""
 
 from __future__ import annotations
 
@@ -21,17 +21,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
-
-
-def restore(original: Bytes, dtype: str, stored: Bytes, stored_dtype: str, changed: Bytes, shift: int) -> Bytes:
-    """`changed`, with elements of `original` (both of `dtype`) wherever `original + shift` is exactly `stored`."""
-    item, stored_item = TORCH_DTYPES[dtype].itemsize, TORCH_DTYPES[stored_dtype].itemsize
-    image = convert(original, dtype, stored_dtype, shift).reshape(-1, stored_item)
-    unchanged = (image == stored.reshape(-1, stored_item)).all(axis=1)
-    flat: Bytes = changed.reshape(-1, item).copy()
-    flat[unchanged] = original.reshape(-1, item)[unchanged]
-    return flat.reshape(changed.shape)
 
 
 def convert(data: Bytes, source: str, target: str, shift: int) -> Bytes:
@@ -41,7 +32,7 @@ def convert(data: Bytes, source: str, target: str, shift: int) -> Bytes:
     """
     tensor = torch.from_numpy(data.reshape(-1)).view(TORCH_DTYPES[source])
     if shift:
-        tensor = tensor.to(torch.float32).add_(shift)
+        tensor = tensor.to(torch.float32, copy=True).add_(shift)
     out = tensor.to(TORCH_DTYPES[target])
     cast: Bytes = out.view(torch.uint8).numpy()
     return cast

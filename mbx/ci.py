@@ -8,6 +8,9 @@ layouts = [{}, { tp = 2, pp = 2 }]
 name = "llama"
 source = "fixtures/tiny/llama"
 
+[[check]]                       # a shipped table, on a small model that Transformers makes
+source = "qwen3"
+
 [[check]]                       # two checkpoints that somebody else made
 name = "ours"
 left = "meta-llama/Llama-3.2-1B"
@@ -25,9 +28,13 @@ from pathlib import Path
 
 from converters.errors import MbxError, StorageError, UsageError
 from converters.layout import Layout
+from mappings import table_names
 from mbx.convert import DEFAULT_MAX_MEMORY, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.mcore.device import Spread
 from mbx.mcore.prompts import DRAWN
+from mbx.registry import shipped
 from mbx.settings import parse_memory
+from mbx.sides import is_hf
 from mbx.verify import Leg, ParityReport, parity
 
 LEGS = ("cover", "config", "weights", "round-trip", "forward", "loss")
@@ -201,7 +208,6 @@ def _legs(check: Check, layout: Layout, fetch: Fetch, workers: int) -> list[Leg]
     if check.source is None:
         assert check.left is not None and check.right is not None
         return _asked(check, _parity(check, fetch(check.left), fetch(check.right), workers))
-    source = fetch(check.source)
     options = Options(
         dtype=check.dtype,
         layout=layout,
@@ -213,12 +219,30 @@ def _legs(check: Check, layout: Layout, fetch: Fetch, workers: int) -> list[Leg]
     )
     with tempfile.TemporaryDirectory(prefix="mbx-ci-") as work:
         target, back = Path(work) / "mcore", Path(work) / "hf"
+        source = _source(check.source, fetch, Path(work))
+        to_hf = replace(options, layout=Layout(), dtype=None)
+        if not is_hf(source):  # a Megatron checkpoint goes the other way round
+            run(plan_mcore_to_hf(source, back, to_hf))
+            legs = _asked(check, _parity(check, source, back, workers))
+            if "round-trip" in check.legs:
+                run(plan_hf_to_mcore(back, target, options))
+                legs.append(_round_trip(_parity(replace(check, legs=("weights",)), source, target, workers)))
+            return legs
         run(plan_hf_to_mcore(source, target, options))
         legs = _asked(check, _parity(check, source, target, workers))
         if "round-trip" in check.legs:
-            run(plan_mcore_to_hf(target, back, replace(options, layout=Layout(), dtype=None)))
+            run(plan_mcore_to_hf(target, back, to_hf))
             legs.append(_round_trip(_parity(replace(check, legs=("weights",)), source, back, workers)))
     return legs
+
+
+def _source(name: str, fetch: Fetch, work: Path) -> Path:
+    """The checkpoint that `source` names: a small model where it is a table and no folder, else what `fetch` finds."""
+    if name in table_names() and not Path(name).exists():
+        from mbx.small import make_small
+
+        return make_small(shipped(name), work / "small")
+    return fetch(name)
 
 
 def _parity(check: Check, left: Path, right: Path, workers: int) -> ParityReport:
@@ -227,7 +251,7 @@ def _parity(check: Check, left: Path, right: Path, workers: int) -> ParityReport
         right,
         forward="forward" in check.legs,
         loss="loss" in check.legs,
-        device=check.device,
+        spread=Spread(device=check.device),
         prompts=replace(DRAWN, num_prompts=check.prompts, num_tokens=check.tokens),
         tolerance=check.tolerance,
         mapping=check.mapping,

@@ -62,11 +62,12 @@ def config(pair: Pair) -> Leg:
     names = sorted(set(mine) | set(other))
     summary = f"{len(names)} fields"
     if origin := other_origin or mine_origin:
-        names = sorted((set(mine) & set(other)) - TRAINING)
+        names = sorted((set(mine) & set(other)) - TRAINING - _of_absent_layers(pair.plan))
         summary = f"{len(names)} fields, all that {origin} says"
-        unequal = [name for name in names if not _alike(name, mine[name], other[name])]
+        count = _layers(mine)
+        unequal = [n for n in names if not _alike(n, _listed(n, mine[n], count), _listed(n, other[n], count))]
     else:
-        unequal = unequal_fields(mine, other)
+        unequal = [name for name in unequal_fields(mine, other) if name not in _of_absent_layers(pair.plan)]
     if not names:
         return Leg("config", "not run", "the two sides state no setting in common")
     findings = [
@@ -103,14 +104,24 @@ def unequal_fields(left: Mapping[str, Value], right: Mapping[str, Value]) -> lis
     """
     dense = not _has_experts(left) and not _has_experts(right)
     names = sorted(set(left) | set(right))
-    layers = left.get("num_layers")
-    count = layers if isinstance(layers, int) else 0
+    count = _layers(left)
     return [
         name
         for name in names
         if _listed(name, left.get(name), count) != _listed(name, right.get(name), count)
         and not (dense and name.startswith(("moe_", "num_moe_")))
     ]
+
+
+def _layers(config: Mapping[str, Value]) -> int:
+    layers = config.get("num_layers")
+    return layers if isinstance(layers, int) else 0
+
+
+def _of_absent_layers(plan: Plan) -> set[str]:
+    """Fields about prediction layers that neither side has a tensor of: configs promise them, savers drop them."""
+    has_some = any(draft.name.startswith("mtp.") for draft in plan.drafts)
+    return set() if has_some else {"mtp_num_layers", "model.mtp_num_layers"}
 
 
 def _has_experts(config: Mapping[str, Value]) -> bool:

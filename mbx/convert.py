@@ -11,20 +11,25 @@ from pathlib import Path
 from converters.coverage import Waivers
 from converters.errors import UsageError
 from converters.exporter import HfTensor, plan_export
+from converters.expr import Value
 from converters.importer import plan_import
 from converters.layout import Layout
 from converters.plan import Plan, requested_dtype
+from converters.table import Table
 from converters.tensors import StoredTensor
+from mbx.codes import PLAIN, codes_of
 from mbx.execution import Outcome, Progress, run
-from mbx.io import hf, legacy_write, torch_dist
+from mbx.io import fsdp_dtensor, hf, legacy_write, torch_dist
 from mbx.io.architecture import Architecture, architecture_of, config_text
-from mbx.io.checkpoint import open_any
+from mbx.io.checkpoint import is_weight, open_model
 from mbx.io.commit import check_target
 from mbx.io.sidecars import Sidecars, megatron_sidecars
 from mbx.registry import table_for
 
 DEFAULT_MAX_MEMORY = 1 << 30
 DEFAULT_MAX_SHARD = 5 * 10**9
+#: Megatron formats that are written.
+FORMATS = ("torch_dist", "torch", "fsdp_dtensor")
 
 __all__ = [
     "DEFAULT_MAX_MEMORY",
@@ -42,11 +47,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a conversion runs, whatever its direction."""
+    """How a conversion runs, whatever its direction; `exact_norms` is for trained weights (see `plan_export`)."""
 
     dtype: str | None = None
+    exact_norms: bool = False
     layout: Layout = Layout()
     format: str = "torch_dist"
+    codec: str = PLAIN
     mapping: str | None = None
     waivers: Waivers = Waivers()
     allow_unused_keys: tuple[str, ...] = ()
@@ -82,8 +89,17 @@ class Job:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes the target will occupy, containers included."""
-        return sum(self.file_sizes.values()) + sum(map(len, self.texts.values()))
+        """Bytes the target will occupy, containers and copied files included, but for the index and the manifest."""
+        beside = sum(map(hf.packed_bytes, self.packed.values()))
+        beside += sum(path.stat().st_size for path in self.side_files.values())
+        return sum(self.file_sizes.values()) + sum(map(len, self.texts.values())) + beside
+
+    @property
+    def packed(self) -> dict[str, tuple[StoredTensor, ...]]:
+        """Files of source tensors that travel beside the Megatron Core ones, by their path within the target."""
+        kept = tuple(self.plan.sources[name] for name in self.plan.kept)
+        files = {hf.KEPT: kept, hf.SCALES: tuple(self.plan.carried)}
+        return {f"{self.base}hf/{name}": tensors for name, tensors in files.items() if tensors}
 
 
 def plan_hf_to_mcore(
@@ -102,6 +118,7 @@ def plan_hf_to_mcore(
         waivers=options.waivers,
         allow_unused_keys=options.allow_unused_keys,
     )
+    plan = replace(plan, notes=(*plan.notes, *_idle(options, plan, table, folder.config)))
     tokenizer = (origin or {}).get("repo_id") or str(source.resolve())
     has_tokenizer = any(map(hf.is_tokenizer_file, folder.side_files))
     sidecars = megatron_sidecars(plan, options.format, 0, tokenizer=tokenizer if has_tokenizer else None)
@@ -128,15 +145,32 @@ def plan_hf_to_mcore(
     )
 
 
+def _idle(options: Options, plan: Plan, table: Table, config: Mapping[str, Value]) -> list[str]:
+    """Waivers that waived nothing, in words: most likely one is misspelt, or for another model."""
+    known = table.config.known_keys()
+    idle = [key for key in options.allow_unused_keys if key not in config or key in known]
+    keys = [f"--allow-unused-key {key} had no effect: config.json has no such unknown key" for key in idle]
+    return [*options.waivers.idle(plan.ledger), *keys]
+
+
 def place_megatron(plan: Plan, format: str, sidecars: Sidecars) -> torch_dist.Placement | legacy_write.Placement:
-    """The plan's tensors laid out in a Megatron `format`: "torch_dist" or "torch"; UsageError for another."""
+    """The plan's tensors laid out in a Megatron `format`, one of FORMATS; UsageError for another."""
     if format == "torch_dist":
         return torch_dist.place(plan.drafts, plan.objects)
+    if format == "fsdp_dtensor":
+        return fsdp_dtensor.place(plan.drafts, sidecars.common, swiglu=is_swiglu(plan.config, sidecars.args))
     if format == "torch":
         return legacy_write.place(
             plan.drafts, plan.layout, plan.config, sidecars.args, iteration=sidecars.iteration, spec=sidecars.spec
         )
-    raise UsageError(f"--format {format!r} is not known", hint="choices: torch_dist, torch")
+    raise UsageError(f"--format {format!r} is not known", hint=f"choices: {', '.join(FORMATS)}")
+
+
+def is_swiglu(config: Mapping[str, Value], args: Mapping[str, object]) -> bool:
+    """Whether gated MLPs are SwiGLU, by the config or else by Megatron-LM's args; True where neither says."""
+    if "gated_linear_unit" in config:
+        return bool(config["gated_linear_unit"]) and config.get("activation_func") == "silu"
+    return bool(args.get("swiglu", True))
 
 
 def padded_rows(plan: Plan) -> int | None:
@@ -150,30 +184,35 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     `hf_config` is a folder with `config.json` and tokenizer files, needed only where the checkpoint carries none.
     """
     check_target(source, target, overwrite=options.overwrite)
-    opened = open_any(source)
+    opened = open_model(source)
     found = architecture_of(opened, options.mapping, hf_config, allow_unused_keys=options.allow_unused_keys)
     reference, config, table = found.reference, found.config, found.table
     recorded_files = None if reference is None else hf.recorded_layout(reference)
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, Mapping) and recorded_files is not None:
-        recorded_files = hf.decoded_layout(recorded_files, quantization)
+    codes = codes_of(options.codec, config, recorded_files, opened.iteration, reference)
+    plain = recorded_files
+    if codes.quantization is not None and recorded_files is not None:
+        plain = hf.decoded_layout(recorded_files, codes.quantization)
     recorded: dict[str, HfTensor] | None = None
-    if recorded_files is not None:
-        recorded = {name: tensor for file in recorded_files for name, tensor in file.tensors.items()}
+    if plain is not None:
+        recorded = {name: tensor for file in plain for name, tensor in file.tensors.items()}
+    kept = {} if reference is None else hf.kept_tensors(opened.iteration, reference)
     plan = plan_export(
         table,
         table.config.to_mcore(config, allow_unused=options.allow_unused_keys),
         opened.tensors,
         recorded=recorded,
-        kept=None if reference is None else hf.kept_tensors(opened.iteration, reference),
+        kept={**kept, **codes.beside},
+        encode=codes.encode,
+        scales=codes.scales,
         dtype=requested_dtype(options.dtype),
+        exact_norms=options.exact_norms,
         waivers=options.waivers,
     )
     left_out = [f"not carried: {what}" for what in opened.left_out]
-    if isinstance(quantization, Mapping):
-        left_out.append("config.json leaves out quantization_config: the weights are stored plainly")
-    plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out))
-    placed = hf.place(plan.drafts, recorded_files, options.max_shard_bytes)
+    idle = _idle(options, plan, table, config)
+    plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out, *codes.notes, *idle))
+    files = recorded_files if plan.reencoded else plain
+    placed = hf.place(plan.drafts, files, options.max_shard_bytes)
     sides = {} if reference is None else {name: reference / name for name in hf.side_files(reference)}
     texts: dict[str, bytes] = {}
     if placed.index is not None:
@@ -195,25 +234,25 @@ def _config_file(
         texts[hf.CONFIG] = config_text(found.config, [draft.dtype for draft in plan.drafts])
         return
     original = (found.reference / hf.CONFIG).read_bytes()
-    if (edited := edited_config(original, options.dtype)) != original:
+    if (edited := edited_config(original, options.dtype, options.codec)) != original:
         texts[hf.CONFIG] = edited
         sides.pop(hf.CONFIG, None)
 
 
 def model_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The model's weights among a checkpoint's tensors: optimizer and random-number state are not weights."""
-    other = ("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(other)}
+    return {name: tensor for name, tensor in tensors.items() if is_weight(name)}
 
 
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def edited_config(config: bytes, dtype: str | None) -> bytes:
-    """`config.json` for tensors stored plainly, cast to `dtype` if one is asked for; nothing else changes."""
+def edited_config(config: bytes, dtype: str | None, codec: str) -> bytes:
+    """`config.json` for tensors stored by `codec`, cast to `dtype` if one is asked for; nothing else changes."""
     loaded = json.loads(config)
     before = dict(loaded)
-    loaded.pop("quantization_config", None)
+    if codec == PLAIN:
+        loaded.pop("quantization_config", None)
     if dtype is not None:
         loaded["dtype" if "dtype" in loaded else "torch_dtype"] = _DTYPE_NAMES[dtype]
     if loaded == before:

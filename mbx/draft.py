@@ -143,7 +143,7 @@ def _write(
         f"architectures = {_toml(original.get('architectures') or [])}",
         f"mcore         = {_toml(frame.get('mcore', 'gpt'))}",
     ]
-    lines += [f"{key} = {_toml(frame[key])}" for key in ("experts", "gamma", "codecs") if key in frame]
+    lines += [f"{key} = {_toml(frame[key])}" for key in ("experts", "gamma") if key in frame]
     config_lines, unknown = _config(raw, donor, config)
     lines += ["", *config_lines]
     lines += _section("dims", frame.get("dims", {}))

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import CoverageError, DeviceError, MbxError, StorageError
+from converters.errors import DeviceError, MbxError, StorageError
 from converters.pieces import Cutting, Piece
 from converters.stream import Engine
-from converters.tensors import StoredTensor
-from mbx import manifest
+from mbx.around import check_equal, manifest_text, write_file, write_headers, write_side_files
 from mbx.io import hf, journal, legacy_write, torch_dist
-from mbx.io.archive import extra_state_archive
-from mbx.io.commit import PartialFolder, check_free_space, partial_path, write_synced
-from mbx.io.files import FileSink, FileSource, os_failure
+from mbx.io.commit import PartialFolder, check_free_space, partial_path
+from mbx.io.files import FileSink, FileSource
 from mbx.io.ranks import ALONE, Share, Team, World, shares
 
 if TYPE_CHECKING:
@@ -57,17 +54,17 @@ class _Run:
     def __init__(self, job: Job, source: FileSource, progress: Progress, place: World) -> None:
         self.job, self.source, self.progress, self.place = job, source, progress, place
         self.started = time.monotonic()
-        self.stamps = journal.stamps(job.source_root, _stored_sources(job))
+        self.stamps = journal.stamps(job.source_root, job.plan.stored_sources)
 
     def lead(self) -> Outcome:
         job, options = self.job, self.job.options
         with PartialFolder(job.target, resume=options.resume, overwrite=options.overwrite) as folder:
             check_free_space(job.target, job.output_bytes)
-            _check_equal(job, self.source)
+            check_equal(job, self.source)
             base = _base(job, folder.path)
             header, found = self._open_journal(folder)
             with _sink(job, base) as sink:
-                _write_headers(job, sink)
+                write_headers(job, sink)
                 engine = _engine(job, self.source, sink, header.cutting)
                 resumed = engine.absorb(found)
                 self.progress(resumed)
@@ -136,13 +133,13 @@ class _Run:
             job.placed.write_frames(sink, crcs)
         sink.close(sync=job.options.sync)
         try:
-            now = journal.stamps(job.source_root, _stored_sources(job))
+            now = journal.stamps(job.source_root, job.plan.stored_sources)
             journal.check_unchanged(job.source_root, self.stamps, now, when="while it was read")
         except MbxError:
             folder.keep = self.place.size > 1  # what was read belongs to no state of the source
             raise
-        files = _write_side_files(job, folder.path, self.source)
-        _write(folder.path / hf.MANIFEST, _manifest(job, sink, crcs, files), sync=job.options.sync)
+        files = write_side_files(job, folder.path, self.source)
+        write_file(folder.path / hf.MANIFEST, [manifest_text(job, sink, crcs, files)], sync=job.options.sync)
 
 
 def _follow(job: Job, source: FileSource, progress: Progress, place: World) -> Outcome:
@@ -236,12 +233,6 @@ def _sink(job: Job, base: Path) -> Iterator[FileSink]:
         sink.close(sync=False)
 
 
-def _stored_sources(job: Job) -> list[StoredTensor]:
-    """Every tensor that is read, an encoded one by its parts."""
-    plain = [tensor for name, tensor in job.plan.sources.items() if name not in job.plan.encoded]
-    return plain + [part for whole in job.plan.encoded.values() for part in whole.parts.values()]
-
-
 def _check_files(base: Path, sizes: Mapping[str, int], found: Mapping[int, Sequence[int]]) -> None:
     """The files an interrupted run wrote into are still what it left."""
     for file, size in sizes.items() if found else ():
@@ -252,96 +243,3 @@ def _check_files(base: Path, sizes: Mapping[str, int], found: Mapping[int, Seque
                 f"`{path}` has {0 if actual is None else actual} bytes; the interrupted run left {size}",
                 hint="start again with --overwrite",
             )
-
-
-def _write_headers(job: Job, sink: FileSink) -> None:
-    """What stands in the files beside tensors: safetensors headers, or the payloads of `_extra_state`."""
-    if isinstance(job.placed, torch_dist.Placement):
-        payload = memoryview(extra_state_archive())
-        for file, start, _ in job.placed.objects.values():
-            sink.write(file, start, payload)
-    elif isinstance(job.placed, hf.Placement):
-        for file, header in job.placed.headers.items():
-            sink.write(file, 0, memoryview(header))
-
-
-def _check_equal(job: Job, source: FileSource) -> None:
-    """Tensors that the config declares tied must be: an untied head is never dropped."""
-    block = 8 << 20
-    for name, other in job.plan.equal:
-        a, b = job.plan.sources[name], job.plan.sources[other]
-        same = (a.shape, a.dtype) == (b.shape, b.dtype)
-        left, right = bytearray(block), bytearray(block)
-        for at in range(0, a.nbytes if same else 0, block):
-            count = min(block, a.nbytes - at)
-            for tensor, buffer in ((a, left), (b, right)):
-                chunk = tensor.chunks[0]
-                source.read_into(chunk.file, source.data_start(chunk) + at, memoryview(buffer)[:count])
-            if left[:count] != right[:count]:
-                same = False
-                break
-        if not same:
-            raise CoverageError(
-                f"`{name}` should repeat `{other}`, and does not",
-                hint="config.json says they are tied: set `tie_word_embeddings` to false to keep both",
-            )
-
-
-def _write_side_files(job: Job, root: Path, source: FileSource) -> dict[str, int]:
-    """Copy side files byte for byte and write generated ones; returns the CRC-32 of each."""
-    contents: dict[str, bytes] = dict(job.texts)
-    for name, origin in job.side_files.items():
-        try:
-            contents[name] = origin.read_bytes()
-        except OSError as error:
-            raise os_failure(error, f"cannot read `{origin}`") from error
-    if job.plan.kept:
-        kept = [job.plan.sources[name] for name in job.plan.kept]
-        contents[f"{job.base}hf/{hf.KEPT}"] = hf.pack_kept(kept, source)
-    for name, data in contents.items():
-        _write(root / name, data, sync=job.options.sync)
-    crcs = {name: zlib.crc32(data) for name, data in contents.items()}
-    if job.sidecars is not None:
-        made = []
-        if isinstance(job.placed, torch_dist.Placement):
-            torch_dist.write_index(root / job.base, job.placed, job.sidecars.common)
-            made = [f"{job.base}{name}" for name in (".metadata", "common.pt", "metadata.json")]
-        _write(root / torch_dist.TRACKER, str(job.sidecars.iteration).encode(), sync=job.options.sync)
-        for name in (*made, torch_dist.TRACKER):
-            data = (root / name).read_bytes()
-            _write(root / name, data, sync=job.options.sync)
-            crcs[name] = zlib.crc32(data)
-    return crcs
-
-
-def _write(path: Path, data: bytes, *, sync: bool) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise os_failure(error, f"cannot create `{path.parent}`") from error
-    if sync:
-        write_synced(path, data)
-        return
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise os_failure(error, f"writing `{path}`") from error
-
-
-def _manifest(job: Job, sink: FileSink, crcs: Mapping[str, list[int]], files: Mapping[str, int]) -> bytes:
-    """The manifest, container bytes read back from what was written."""
-    prefix = job.base
-    tensors, in_file = {}, {file: list[manifest.Span]() for file in job.file_sizes}
-    for name, tensor in job.tensors.items():
-        tensors[name] = manifest.spans_of(tensor, crcs[name], prefix, lambda t, n: sink.data_start(t.chunks[n]))
-        for span in tensors[name]:
-            in_file[span.file.removeprefix(prefix)].append(span)
-    back = FileSource(sink.root)
-    try:
-        containers = {
-            prefix + file: (size, manifest.gap_crc(back.read_into, file, in_file[file], size))
-            for file, size in job.file_sizes.items()
-        }
-    finally:
-        back.close()
-    return manifest.compose(job, tensors, containers, files)

@@ -2,84 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from converters.errors import StorageError, UnsupportedError
+from converters.errors import MbxError, StorageError, UnsupportedError
 from converters.expr import Value
+from converters.layout import Layout
 from converters.tensors import StoredTensor
+from mbx.adapters.describe import Facts, describe_megatron, describe_peft
+from mbx.adapters.folder import is_peft
 from mbx.convert import model_tensors
+from mbx.found import Checkpoint, Tensor, count_by, described
 from mbx.io import hf, torch_dist
+from mbx.io.architecture import architecture_of
 from mbx.io.archive import load_archive
+from mbx.io.checkpoint import McoreCheckpoint, is_optimizer, open_any
+from mbx.io.fsdp_dtensor import is_fsdp_dtensor, open_fsdp_dtensor
+from mbx.io.legacy import open_legacy
 from mbx.io.safetensors import read_folder
 from mbx.io.torch_values import Namespace
 from mbx.registry import table_for
-
-_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
-_OPTIMIZER = ("optimizer.", "chained_")
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor's header, how many chunks it has along each dimension, and the files they lie in."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    grid: tuple[int, ...]
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """What `examine` found. `fault` says what is missing or damaged; None means whole.
-
-    `tensors` are the model's weights; `other_state` counts the rest by kind, as (tensors, bytes). `files` holds the
-    data files with their sizes, `layout` the parallel sizes as far as they show.
-    """
-
-    path: Path
-    format: str
-    writer: str | None = None
-    fault: str | None = None
-    iteration: int | None = None
-    architecture: str | None = None
-    table: str | None = None
-    layout: Mapping[str, int] = field(default_factory=dict)
-    tensors: tuple[Tensor, ...] = ()
-    other_state: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    num_objects: int = 0
-    files: Mapping[str, int] = field(default_factory=dict)
-    side_files: tuple[str, ...] = ()
-
-    @property
-    def num_tensors(self) -> int:
-        """Tensors of the model."""
-        return len(self.tensors)
-
-    @property
-    def parameters(self) -> int:
-        """Elements of the model's tensors, padding and buffers included."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the model's tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def num_chunks(self) -> int:
-        """Stored chunks of the model's tensors."""
-        return sum(math.prod(tensor.grid) for tensor in self.tensors)
-
-    @property
-    def dtypes(self) -> dict[str, tuple[int, int]]:
-        """(tensors, bytes) by dtype."""
-        return _count((tensor.dtype, tensor.nbytes) for tensor in self.tensors)
 
 
 def examine(path: Path) -> Checkpoint:
@@ -89,8 +32,17 @@ def examine(path: Path) -> Checkpoint:
         raise StorageError(f"`{path}` {what}", hint="name a checkpoint folder")
     iteration = _iteration(path)
     if iteration is not None:
-        legacy = sorted(p for p in iteration.glob("mp_rank_*") if _RANK.fullmatch(p.name))
-        return _legacy(path, iteration, legacy) if legacy else _torch_dist(path, iteration)
+        if ranks := sorted(p for p in iteration.glob("mp_rank_*") if p.is_dir()):
+            files = {
+                f"{p.parent.name}/{p.name}": p.stat().st_size for rank in ranks for p in sorted(rank.glob("*.pt"))
+            }
+            return _megatron(path, iteration, "megatron legacy", open_legacy, files)
+        if not (iteration / "metadata.json").is_file() and _fsdp(iteration):
+            files = _sizes(iteration, (p.name for p in sorted(iteration.glob("*.distcp"))))
+            return _megatron(path, iteration, "fsdp_dtensor", open_fsdp_dtensor, files)
+        return _torch_dist(path, iteration)
+    if is_peft(path):
+        return _peft(path)
     if (path / hf.CONFIG).is_file() or any(path.glob("*.safetensors")):
         return _hugging_face(path)
     if unfinished := sorted(p.name for p in path.glob("iter_*") if p.is_dir()):
@@ -128,9 +80,30 @@ def _hugging_face(path: Path) -> Checkpoint:
         fault=fault,
         architecture=architecture,
         table=table,
-        tensors=_described(tensors),
+        tensors=described(tensors),
         files=_sizes(path, files),
         side_files=tuple(hf.side_files(path)),
+    )
+
+
+def _peft(path: Path) -> Checkpoint:
+    """A PEFT folder: what it adapts, and how."""
+    fault, tensors, adapter = _partial(path), dict[str, StoredTensor](), None
+    try:
+        weights = read_folder(path)
+        tensors = weights.tensors
+        adapter = describe_peft(path, {name: tensor.shape for name, tensor in tensors.items()})
+    except StorageError as error:
+        fault = fault or error.fact
+    return Checkpoint(
+        path,
+        "peft adapter",
+        writer="mbx" if (path / hf.MANIFEST).is_file() else None,
+        fault=fault,
+        tensors=described(tensors),
+        files=_sizes(path, (p.name for p in sorted(path.glob("*.safetensors")))),
+        side_files=tuple(hf.side_files(path)),
+        adapter=adapter,
     )
 
 
@@ -145,8 +118,7 @@ def _torch_dist(path: Path, iteration: Path) -> Checkpoint:
         fault = fault or error.fact
     model = model_tensors(tensors)
     rest = [tensor for name, tensor in tensors.items() if name not in model]
-    config = hf.read_config(iteration / "hf") if (iteration / "hf" / hf.CONFIG).is_file() else {}
-    architecture, table = _model(config)
+    architecture, table = _model_of(iteration)
     common, writer = _common(iteration)
     number = common.get("iteration")
     if isinstance(number, bool) or not isinstance(number, int):
@@ -154,7 +126,7 @@ def _torch_dist(path: Path, iteration: Path) -> Checkpoint:
     root = path if path != iteration else iteration.parent
     if (root / hf.MANIFEST).is_file():
         writer = "mbx"
-    described = _described(model)
+    listed = described(model)
     return Checkpoint(
         path,
         "torch_dist",
@@ -163,32 +135,89 @@ def _torch_dist(path: Path, iteration: Path) -> Checkpoint:
         iteration=number,
         architecture=architecture,
         table=table,
-        layout=_layout_of(described),
-        tensors=described,
-        other_state=_count(("optimizer" if t.name.startswith(_OPTIMIZER) else "other", t.nbytes) for t in rest),
+        layout=_layout_of(listed),
+        tensors=listed,
+        other_state=count_by(("optimizer" if is_optimizer(t.name) else "other", t.nbytes) for t in rest),
         num_objects=num_objects,
         files=_sizes(iteration, files),
         side_files=tuple(hf.side_files(iteration / "hf")) if (iteration / "hf").is_dir() else (),
+        adapter=_adapter(iteration, model),
     )
 
 
-def _legacy(path: Path, iteration: Path, ranks: list[Path]) -> Checkpoint:
-    """A Megatron-LM `torch` checkpoint: one file a rank, its layout in the folders' names."""
-    matches = [match for rank in ranks if (match := _RANK.fullmatch(rank.name))]
-    named = {axis: [int(m[group]) for m in matches if m[group]] for group, axis in enumerate(("tp", "pp", "ep"), 1)}
-    layout = {axis: 1 + max(ranks) for axis, ranks in named.items() if ranks}
-    num_ranks = math.prod(layout.values())
-    files = {f"{p.parent.name}/{p.name}": p.stat().st_size for rank in ranks for p in sorted(rank.glob("*.pt"))}
-    fault = _partial(path)
-    if lacking := num_ranks - len(ranks):
-        fault = fault or f"{lacking} of {num_ranks} ranks are missing"
-    if empty := [rank.name for rank in ranks if not any(rank.glob("*.pt"))]:
-        fault = fault or f"`{empty[0]}` holds no .pt file"
+def _adapter(iteration: Path, tensors: Mapping[str, StoredTensor]) -> Facts | None:
+    try:
+        return describe_megatron(iteration, {name: tensor.shape for name, tensor in tensors.items()})
+    except StorageError:  # nothing says its alpha; the tensors are listed all the same
+        return None
+
+
+def _fsdp(iteration: Path) -> bool:
+    try:
+        return is_fsdp_dtensor(iteration)
+    except StorageError:  # a damaged index: whose it was cannot be told
+        return False
+
+
+def _megatron(
+    path: Path, iteration: Path, format: str, opener: Callable[[Path], McoreCheckpoint], files: Mapping[str, int]
+) -> Checkpoint:
+    """A checkpoint that is understood by opening it: its layout and tensors, or what keeps it from being opened."""
+    fault, opened = _partial(path), None
+    try:
+        opened = opener(iteration)
+    except MbxError as error:
+        fault = fault or error.fact
     number = int(iteration.name[5:]) if re.fullmatch(r"iter_\d+", iteration.name) else None
     writer = "mbx" if any((folder / hf.MANIFEST).is_file() for folder in (path, iteration.parent)) else "Megatron-LM"
+    if opened is None:
+        return Checkpoint(path, format, writer=writer, fault=fault, iteration=number, files=files)
+    architecture, table = _stated_model(opened)
     return Checkpoint(
-        path, "megatron legacy", writer=writer, fault=fault, iteration=number, layout=layout, files=files
+        path,
+        format,
+        writer=writer,
+        fault=fault,
+        iteration=number,
+        architecture=architecture,
+        table=table,
+        layout=_sizes_of(opened.layout),
+        tensors=described(opened.tensors),
+        other_state={what.partition(":")[0]: _stated_size(what) for what in opened.left_out},
+        files=files,
+        side_files=tuple(hf.side_files(opened.hf)) if opened.hf is not None else (),
     )
+
+
+def _stated_size(what: str) -> tuple[int, int]:
+    """Tensors and bytes that the words of a left-out state give, 0 where they give none."""
+    found = re.search(r": (\d+) tensors, (\d+) bytes", what)
+    return (0, 0) if found is None else (int(found[1]), int(found[2]))
+
+
+def _sizes_of(layout: Layout | None) -> dict[str, int]:
+    if layout is None:
+        return {}
+    return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "ep": layout.ep, "etp": layout.expert_tp}
+
+
+def _model_of(iteration: Path) -> tuple[str | None, str | None]:
+    """Architecture and table of a torch_dist checkpoint, whole or damaged, as far as they can be told."""
+    if (iteration / "hf" / hf.CONFIG).is_file():
+        return _model(hf.read_config(iteration / "hf"))
+    try:
+        return _stated_model(open_any(iteration))
+    except MbxError:
+        return None, None
+
+
+def _stated_model(opened: McoreCheckpoint) -> tuple[str | None, str | None]:
+    """Architecture and table by hf/ or else by Megatron's own sidecars; None where they do not tell."""
+    try:
+        found = architecture_of(opened)
+    except MbxError:
+        return None, None
+    return _model(found.config)[0], found.table.name
 
 
 def _common(iteration: Path) -> tuple[dict[object, object], str | None]:
@@ -226,28 +255,6 @@ def _layout_of(tensors: Iterable[Tensor]) -> dict[str, int]:
         if tensor.name.endswith("word_embeddings.weight"):
             return {"tp": tensor.grid[-2]}
     return {}
-
-
-def _described(tensors: Mapping[str, StoredTensor]) -> tuple[Tensor, ...]:
-    return tuple(
-        Tensor(
-            t.name,
-            t.dtype,
-            t.shape,
-            t.nbytes,
-            tuple(len({chunk.offsets[dim] for chunk in t.chunks}) for dim in range(len(t.shape))),
-            tuple(sorted({chunk.file for chunk in t.chunks})),
-        )
-        for t in tensors.values()
-    )
-
-
-def _count(items: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
-    counts: dict[str, tuple[int, int]] = {}
-    for name, nbytes in items:
-        count, total = counts.get(name, (0, 0))
-        counts[name] = (count + 1, total + nbytes)
-    return dict(sorted(counts.items()))
 
 
 def _sizes(folder: Path, files: Iterable[str]) -> dict[str, int]:

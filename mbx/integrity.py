@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters.crc import combine
 from converters.errors import StorageError
+from converters.workers import lean_threads, start
 from mbx import manifest
 from mbx.io.files import FileSource
 from mbx.io.hf import MANIFEST
@@ -152,8 +153,9 @@ class _Checker:
                 failures.append(error)
 
         threads = [threading.Thread(target=work, name=f"mbx-check-{n}", daemon=True) for n in range(max(1, workers))]
-        for thread in threads:
-            thread.start()
+        with lean_threads(torch_too=False):
+            for thread in threads:
+                start(thread)
         for thread in threads:
             while thread.is_alive():
                 thread.join(0.2)

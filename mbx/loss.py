@@ -1,15 +1,13 @@
-"""The loss leg of parity: what Transformers and Megatron Core each call the loss of one fixed batch."""
+"""The loss leg of parity: what each side's library calls the loss of one fixed batch."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import DifferenceError
-from converters.expr import Value
 from mbx.mcore.prompts import Passes
 
 if TYPE_CHECKING:
@@ -17,80 +15,94 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from mbx.mcore.parity import MegatronModel, Model
+
 #: Largest difference of two fp32 losses, in nats, that rounding explains.
 LOSS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
-class Losses:
-    """Mean next-token cross entropy in nats over `num_tokens` predicted tokens, by each library's own code.
+class Loss:
+    """One side's mean next-token cross entropy in nats, by its library's own code.
 
     `padded` is Megatron Core's own where the embedding has `padding` rows behind the vocabulary: its softmax runs over
-    them too, and training starts from it. `mcore` is then taken from its logits over the true vocabulary.
+    them too, and training starts from it. `value` is then taken from its logits over the true vocabulary.
     """
 
-    transformers: float
-    mcore: float
-    num_tokens: int
-    tolerance: float
+    title: str
+    value: float
     padding: int = 0
     padded: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Both sides' losses over `num_tokens` predicted tokens."""
+
+    first: Loss
+    second: Loss
+    num_tokens: int
+    tolerance: float
 
     @property
     def ok(self) -> bool:
         """True only where both are finite and agree within `tolerance`."""
-        return math.isfinite(self.transformers) and abs(self.transformers - self.mcore) <= self.tolerance
+        return math.isfinite(self.first.value) and abs(self.first.value - self.second.value) <= self.tolerance
 
     @property
     def summary(self) -> str:
         """Both figures and their limit."""
+        a, b = self.first, self.second
         return (
-            f"Transformers {self.transformers:.6f}, Megatron Core {self.mcore:.6f} nats (mean over {self.num_tokens} "
-            f"tokens), |Δ| {abs(self.transformers - self.mcore):.1e} (limit {self.tolerance:g})"
+            f"{a.title} {a.value:.6f}, {b.title} {b.value:.6f} nats (mean over {self.num_tokens} tokens), "
+            f"|Δ| {abs(a.value - b.value):.1e} (limit {self.tolerance:g})"
         )
 
     @property
     def details(self) -> tuple[str, ...]:
         """What padding does to the loss that training shows."""
-        if self.padded is None:
-            return ()
-        return (
-            f"training shows {self.padded:.6f}: Megatron Core's softmax also runs over {self.padding} padding rows",
+        return tuple(
+            f"training shows {one.padded:.6f}: {one.title}'s softmax also runs over {one.padding} padding rows"
+            for one in (self.first, self.second)
+            if one.padded is not None
         )
 
 
 def compare_loss(
-    config: Mapping[str, Value],
-    hf_path: Path,
-    iteration: Path,
-    hf_config: Mapping[str, Value],
-    read: Passes,
-    *,
-    padded_vocab: int | None = None,
-    device: str = "cpu",
-    tolerance: float = LOSS_TOLERANCE,
+    first: Model, second: Model, read: Passes, vocab: int, *, device: str = "cpu", tolerance: float = LOSS_TOLERANCE
 ) -> Losses:
-    """Losses of the first pass of `read`; arguments and errors are those of `mbx.mcore.parity.compare_forward`.
+    """Losses of the first pass of `read`, whole models in memory; errors are those of `compare_forward`.
 
     DifferenceError where the batch predicts no token.
     """
     from mbx.mcore.device import megatron_on
-    from mbx.mcore.parity import lend_frequencies, loaded_model, vocab_size
+    from mbx.mcore.parity import MegatronModel
     from mbx.mcore.reference import load_transformers
 
     ids = read.batches[0].ids
     if ids.shape[1] < 2:
         raise DifferenceError(f"a batch of {list(ids.shape)} tokens predicts nothing: no loss to compare")
-    with megatron_on(device):
-        model = loaded_model(config, iteration, padded_vocab=padded_vocab, device=device)
-        lend_frequencies(model, hf_path, hf_config)
-        ours, padded = _mcore_loss(model, ids), None
-        padding = 0 if padded_vocab is None else padded_vocab - vocab_size(config)
-        if padding > 0:
-            ours, padded = _trimmed_loss(model, ids, vocab_size(config)), ours
-        del model
-        theirs = _transformers_loss(load_transformers(hf_path, device=device), ids)
-    return Losses(theirs, ours, ids.numel() - len(ids), tolerance, padding, padded)
+    models = (first, second)
+    with contextlib.ExitStack() as stack:
+        if any(isinstance(model, MegatronModel) for model in models):
+            stack.enter_context(megatron_on(device))
+        found = [
+            _megatron(model, ids, vocab, device)
+            if isinstance(model, MegatronModel)
+            else Loss(model.title, _transformers_loss(load_transformers(model.path, device=device), ids))
+            for model in models
+        ]
+    return Losses(found[0], found[1], ids.numel() - len(ids), tolerance)
+
+
+def _megatron(model: MegatronModel, ids: torch.Tensor, vocab: int, device: str) -> Loss:
+    from mbx.mcore.whole import filled_model
+
+    built = filled_model(model, device)
+    ours, padding = _mcore_loss(built, ids), model.embedded_rows - vocab
+    if padding <= 0:
+        return Loss(model.title, ours)
+    return Loss(model.title, _trimmed_loss(built, ids, vocab), padding, ours)
 
 
 def _mcore_loss(model: nn.Module, ids: torch.Tensor) -> float:

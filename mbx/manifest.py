@@ -89,6 +89,7 @@ def compose(
         "dtype_changes": [[a, b, count] for (a, b), count in plan.dtype_changes.items()],
         "waived": {"missing": list(plan.ledger.waived_missing), "unused": list(plan.ledger.waived_unused)},
         "dropped": list(plan.ledger.dropped),
+        "beside": list(plan.ledger.beside),
         "notes": list(plan.notes),
         "files": {name: f"{crc:08x}" for name, crc in files.items()},
         "containers": {name: [size, f"{crc:08x}"] for name, (size, crc) in containers.items()},
@@ -125,7 +126,7 @@ def read(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise StorageError(
             f"`{folder}` has no `{MANIFEST}`", hint="only checkpoints that mbx wrote can be checked"
         ) from None

@@ -1,7 +1,7 @@
 """Which architectures are covered and how far that is proved: the rows of docs/models.md and of `mbx models list`.
 
-Every figure comes from `fixtures/measured/forward.json`, which `tests/gpu/run_forward.py --record` writes; everything
-else from the tables. `python -m mbx.models_page docs/models.md` writes the page again.
+Every figure comes from `mappings/measured.json`, which `tests/gpu/run_forward.py --record` writes; everything else
+from the tables. `python -m mbx.models_page docs/models.md` writes the page again.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import mappings
 from converters.errors import StorageError
 from converters.table import Table
 from mappings import table_names
 from mbx.registry import shipped
 
-MEASURED: Final = Path(__file__).resolve().parent.parent / "fixtures" / "measured" / "forward.json"
+MEASURED: Final = Path(mappings.__file__).parent / "measured.json"
 NOT_MEASURED: Final = "–"
 #: Runs of `tests/gpu/run_forward.py` by device, as JSON holds them.
 Runs: TypeAlias = Mapping[str, Any]
 _INTRO = """\
 # Models
 
-<!-- Written by `make docs` from the tables and from fixtures/measured/forward.json; edits here are lost. -->
+<!-- Written by `make docs` from the tables and from mappings/measured.json; edits here are lost. -->
 
 One row a mapping table. What was measured was measured on a tiny checkpoint of the family with random weights, in the
 names, dtypes and layouts of its hub repository.
@@ -33,16 +34,19 @@ names, dtypes and layouts of its hub repository.
 - **cover**: every tensor and every config key of the checkpoint is accounted for, exactly once.
 - **weights**: every byte of the Megatron Core checkpoint is what the table says, read back from disk.
 - **forward**: largest difference of two fp32 logits between Transformers and Megatron Core, which loads the checkpoint
-  itself at its default strictness; at every position of the prompts, far positions included where rotary embeddings
-  are scaled. The limit is {limit:g}. Each run has a negative control that must fail: two rows of one fused weight
-  exchanged.
+  itself at its default strictness, on the same device; at every position of the prompts, far positions included where
+  rotary embeddings are scaled. The limit is {limit:g}, or what Transformers differs from itself by between CPU and GPU
+  where that is more. Each run has a negative control that must be seen: two rows of one fused weight exchanged.
 - {missing} stands for what was not measured, and is no pass.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """One table. `forward_cpu` and `forward_gpu`: a difference, `failed`, `not run`, several of these, or nothing."""
+    """One table. `forward_cpu` and `forward_gpu`: a difference, `failed`, `not run`, several of these, or nothing.
+
+    `reasons` say why something was not run or failed; `notes` hold them too, behind what the table covers.
+    """
 
     table: str
     model_types: tuple[str, ...]
@@ -51,6 +55,7 @@ class ModelRow:
     forward_cpu: str
     forward_gpu: str
     notes: str
+    reasons: tuple[str, ...] = ()
 
     def cells(self) -> tuple[str, ...]:
         """Every column as text, in the order of `HEADINGS`."""
@@ -106,21 +111,26 @@ def _row(table: Table, runs: Runs) -> ModelRow:
     cpu, gpu = (_of(table, runs.get(device, {})) for device in ("cpu", "cuda"))
     families = [*cpu, *gpu]
     both = [found for _, found in families]
-    notes = [table.notes] if table.notes else []
-    notes += [table.unsupported] if table.unsupported else []
-    notes += list(_notes(families))
-    notes = list(dict.fromkeys(notes))
+    reasons = [table.unsupported] if table.unsupported else []
+    reasons += [reason for reason in _reasons(families) if reason not in reasons]
+    notes = [*([table.notes] if table.notes else []), *reasons, *_remarks(families)]
     if any(found.get("sha256") not in (None, table.digest) for found in both):
-        notes.append("The table's text has changed since it was measured.")
+        notes.append("The table has changed since it was measured.")
+    notes = list(dict.fromkeys(notes))
     return ModelRow(
         table.name,
         tuple(table.model_types),
         _worst(found.get("cover", {}).get("status") for found in both),
         _worst(found.get("weights", {}).get("status") for found in both),
-        _forward(cpu),
-        _forward(gpu),
-        " ".join(note if note.endswith(".") else f"{note}." for note in notes),
+        _forward(cpu, "cpu"),
+        _forward(gpu, "cuda"),
+        " ".join(map(_sentence, notes)),
+        tuple(map(_sentence, reasons)),
     )
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
 
 
 #: A family's name and what was found of it.
@@ -135,7 +145,8 @@ def _all(run: Mapping[str, Any]) -> list[_Family]:
     return sorted(run.get("families", {}).items())
 
 
-def _notes(families: Sequence[_Family]) -> Iterator[str]:
+def _reasons(families: Sequence[_Family]) -> Iterator[str]:
+    """Why a family was not run or failed, with its name where the table has others."""
     reasons: dict[str, list[str]] = {}
     for name, found in families:
         if reason := found.get("reason"):
@@ -143,6 +154,10 @@ def _notes(families: Sequence[_Family]) -> Iterator[str]:
     names = {name for name, _ in families}
     for reason, of in reasons.items():
         yield reason if set(of) == names else f"{', '.join(dict.fromkeys(of))}: {reason}"
+
+
+def _remarks(families: Sequence[_Family]) -> Iterator[str]:
+    """How a family was compared, where that is not the plain way."""
     for _, found in families:
         yield from found.get("notes", [])
         if found.get("lent"):
@@ -154,7 +169,7 @@ def _worst(statuses: Iterable[str | None]) -> str:
     return next((kind for kind in ("failed", "not run", "passed") if kind in seen), NOT_MEASURED)
 
 
-def _forward(families: Sequence[_Family]) -> str:
+def _forward(families: Sequence[_Family], device: str) -> str:
     """The largest difference of the families that passed, and the names of those that did not."""
     by_status = {
         status: [name for name, found in families if found["status"] == status]
@@ -168,7 +183,11 @@ def _forward(families: Sequence[_Family]) -> str:
     texts = [f"{status}: {', '.join(by_status[status])}" for status in others]
     if passed := by_status["passed"]:
         values = [
-            v["max_abs"] for name, found in families if name in passed for k, v in found.items() if _is_figures(k)
+            v["max_abs"]
+            for name, found in families
+            if name in passed
+            for k, v in found.items()
+            if k == f"against_transformers_on_{device}"
         ]
         texts.insert(0, f"{max(values):.1e}")
     return "; ".join(texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from converters.codecs import quantization_of
 from converters.decode import Encoded, decoded_view
 from converters.dialects.cuts import VOCAB
 from converters.dialects.keys import parse_key
@@ -131,8 +132,7 @@ def _by_table(
 
 def _decoded(side: Side) -> tuple[dict[str, StoredTensor], dict[str, Encoded]]:
     assert side.folder is not None
-    quantization = side.folder.config.get("quantization_config")
-    return decoded_view(side.tensors, quantization if isinstance(quantization, Mapping) else None)
+    return decoded_view(side.tensors, quantization_of(side.folder.config))
 
 
 def _same_headers(left: Mapping[str, StoredTensor], right: Mapping[str, StoredTensor]) -> bool:

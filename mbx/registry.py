@@ -9,7 +9,8 @@ from pathlib import Path
 
 from converters.errors import StorageError, UnsupportedError, UsageError
 from converters.expr import Value
-from converters.table import Table, parse_table
+from converters.table import Table
+from converters.table_parse import parse_table
 from mappings import table_names, table_text
 
 
@@ -37,11 +38,14 @@ def from_file(path: Path) -> Table:
 def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
     """The table for a Hugging Face config: `mapping` (a file or a shipped name) or by `model_type`.
 
+    A model that holds a text model beside a vision tower is known by the text model's type and its own class.
     UnsupportedError when no table knows the architecture.
     """
     if mapping is not None:
         return from_file(Path(mapping)) if mapping.endswith(".toml") else shipped(mapping)
-    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    text = config.get("text_config")
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    model_type, architectures = inner or config.get("model_type"), config.get("architectures") or []
     # Parsing every table would cost more than a small conversion: look for the quoted model type first.
     candidates = [shipped(name) for name in table_names() if f'"{model_type}"' in table_text(name)]
     fits = [t for t in candidates if model_type in t.model_types]
@@ -51,6 +55,12 @@ def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
     chosen = exact or [t for t in fits if not architectures]
     if chosen:
         return chosen[0]
+    if inner and fits:
+        raise UnsupportedError(
+            f"no table for {', '.join(map(str, architectures)) or 'this class'} around a {inner!r} text model",
+            hint=f"the table `{fits[0].name}` covers that text model in a repository of its own; add a [wrapped] "
+            "section with this class's beginnings of names to a copy of it and give that as --mapping FILE",
+        )
     known = sorted({kind for name in table_names() for kind in shipped(name).model_types})
     close = get_close_matches(str(model_type), known, n=3)
     raise UnsupportedError(

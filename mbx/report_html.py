@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 from converters.errors import StorageError
 from mbx import __version__
 from mbx.output import plural
+from mbx.report_plots import divergence_plot, figure, tensor_plots
 from mbx.verify import Difference, Leg, ParityReport
 
 _SHOWN = 500
-_WIDTH, _ROW = 640, 18
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #666; --line: #ddd; --paper: #fff;
   --passed: #1a7f37; --failed: #c62828; --open: #9a6700; --bar: #3b6fb5; }
@@ -29,6 +28,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .passed { color: var(--passed); } .failed { color: var(--failed); } .open { color: var(--open); }
 .soft { color: var(--soft); } svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
 svg .bar { fill: var(--bar); } svg .bad { fill: var(--failed); } svg line { stroke: var(--line); }
+svg .path { fill: none; stroke: var(--bar); stroke-width: 1.5; }
 """
 _CLASSES = {"passed": "passed", "failed": "failed", "not run": "open"}
 
@@ -52,7 +52,8 @@ def page(report: ParityReport) -> str:
         f"mbx {escape(__version__)}</span></p>",
         _legs(report.legs),
         _named(report),
-        _plots(report.differences),
+        divergence_plot(report.borders),
+        tensor_plots(report.differences),
         _tensors(report.differences),
         _dtypes(report),
         _listed("Padding", report.padding),
@@ -88,52 +89,6 @@ def _named(report: ParityReport) -> str:
     return f"<h2>First and worst</h2><ul>{''.join(items)}</ul>"
 
 
-def _plots(differences: Sequence[Difference]) -> str:
-    """Two bar charts, a bar a tensor in the order of the model: share of values that differ, and the largest."""
-    measured = [d for d in differences if d.elements is not None and d.total]
-    if not measured:
-        return ""
-    shown = measured[:60]
-    note = "" if len(shown) == len(measured) else f'<p class="soft">the first {len(shown)} of {len(measured)}</p>'
-    shares = [(d.name, (d.elements or 0) / (d.total or 1), f"{(d.elements or 0) / (d.total or 1):.2%}") for d in shown]
-    sizes = [(d.name, _magnitude(d.max_abs), _figure(d.max_abs)) for d in shown]
-    return (
-        f"<h2>Differing tensors</h2>{note}<h3>Share of values that differ</h3>{_bars(shares)}"
-        f"<h3>Largest difference, on a logarithmic scale</h3>{_bars(sizes)}"
-    )
-
-
-def _magnitude(value: float | None) -> float:
-    """Length of a bar from 0 to 1: decades from 1e-8 to 1e4; what is not finite is full."""
-    if not value:
-        return 0.0
-    return 1.0 if math.isinf(value) else min(1.0, max(0.02, (math.log10(value) + 8) / 12))
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if math.isfinite(value) else "not finite"
-
-
-def _bars(rows: Sequence[tuple[str, float, str]]) -> str:
-    """Horizontal bars as SVG; lengths are from 0 to 1."""
-    height, out = len(rows) * _ROW + 4, []
-    for number, (name, length, figure) in enumerate(rows):
-        y = number * _ROW
-        width = max(1, round(length * (_WIDTH // 2 - 90)))
-        short = name if len(name) <= 52 else f"…{name[-51:]}"
-        kind = "bad" if figure == "not finite" else "bar"
-        out.append(
-            f'<g><title>{escape(name)}: {escape(figure)}</title><text x="{_WIDTH // 2 - 6}" y="{y + 13}" '
-            f'text-anchor="end">{escape(short)}</text><rect class="{kind}" x="{_WIDTH // 2}" y="{y + 3}" '
-            f'width="{width}" height="{_ROW - 6}"/><text x="{_WIDTH // 2 + width + 4}" y="{y + 13}">'
-            f"{escape(figure)}</text></g>"
-        )
-    axis = f'<line x1="{_WIDTH // 2}" y1="0" x2="{_WIDTH // 2}" y2="{height}"/>'
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" width="100%" role="img">{axis}{"".join(out)}</svg>'
-
-
 def _tensors(differences: Sequence[Difference]) -> str:
     if not differences:
         return ""
@@ -147,7 +102,7 @@ def _tensors(differences: Sequence[Difference]) -> str:
             f"<td>{escape(found.dtype)}</td>",
             f"<td>{list(found.shape)}</td>",
             f'<td class="number">{escape(counted)}</td>',
-            f'<td class="number">{_figure(found.max_abs)}</td>',
+            f'<td class="number">{figure(found.max_abs)}</td>',
             f"<td>{'' if found.first is None else list(found.first)}</td>",
             f"<td>{_prose(found.cause or 'no known pattern')}</td>",
         ]

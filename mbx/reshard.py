@@ -14,11 +14,14 @@ from converters.errors import LayoutError, UsageError
 from converters.expr import Value
 from converters.layout import Layout
 from converters.reshard import plan_reshard
+from converters.tensors import StoredTensor
 from mbx.convert import Job, Options, place_megatron
 from mbx.io.architecture import known_config
-from mbx.io.checkpoint import McoreCheckpoint, open_any
+from mbx.io.checkpoint import McoreCheckpoint, open_model
 from mbx.io.commit import check_target
+from mbx.io.optimizer_state import carried_common, carried_states
 from mbx.io.sidecars import megatron_sidecars
+from mbx.output import plural
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -30,28 +33,42 @@ def plan_mcore_to_mcore(
     *,
     vocab_divisor: int | None = None,
     spec: Spec = "transformer_engine",
+    with_optimizer: bool = False,
 ) -> Job:
     """Plan a change of layout (`options.layout`) and format (`options.format`); headers are read, nothing is written.
 
     `vocab_divisor` is make-vocab-size-divisible-by, by default the source's own. `spec` chooses the names of a
-    legacy target. Raises LayoutError where the layout does not fit the model.
+    legacy target. `with_optimizer` takes the optimizer's state along, from torch_dist to torch_dist.
+    Raises LayoutError where the layout does not fit the model, UnsupportedError for state that no other layout reads.
     """
     check_target(source, target, overwrite=options.overwrite)
     if options.dtype is not None:
         raise UsageError("a change of layout keeps every value: --dtype belongs to the other conversions")
-    opened = open_any(source)
+    if with_optimizer and options.format != "torch_dist":
+        raise UsageError(
+            f"--with-optimizer: only --format torch_dist can take it, got {options.format}",
+            hint="leave out one of the two",
+        )
+    opened = open_model(source)
+    states = carried_states(opened, options.layout.ep) if with_optimizer else {}
     config, notes = known_config(opened, options.mapping)
     layout, rows = _vocabulary(opened, config, options.layout, vocab_divisor)
     plan = plan_reshard(
-        opened.tensors,
+        {**opened.tensors, **states},
         config,
         layout,
         padded_vocab=rows,
         objects=opened.objects,
-        notes=(*notes, *_notes(opened, config, rows)),
+        notes=(*notes, *_notes(opened, config, rows, states)),
     )
     sidecars = megatron_sidecars(
-        plan, options.format, _iteration(opened), origin=opened.args, spec=spec, tokenizer=_tokenizer(opened)
+        plan,
+        options.format,
+        _iteration(opened),
+        origin=opened.args,
+        spec=spec,
+        tokenizer=_tokenizer(opened),
+        optimizer=carried_common(opened) if with_optimizer else None,
     )
     placed = place_megatron(plan, options.format, sidecars)
     sides = {
@@ -117,11 +134,19 @@ def _vocabulary(
     return layout, layout.padded_vocab(size if isinstance(size, int) else stored)
 
 
-def _notes(opened: McoreCheckpoint, config: Mapping[str, Value], rows: int | None) -> list[str]:
-    notes = [f"not carried: {what}" for what in opened.left_out] or ["weights only"]
+def _notes(
+    opened: McoreCheckpoint, config: Mapping[str, Value], rows: int | None, states: Mapping[str, StoredTensor]
+) -> list[str]:
+    notes = []
+    if states:
+        size = sum(tensor.nbytes for tensor in states.values())
+        notes.append(f"carried with the weights: optimizer state, {len(states)} tensors, {size} bytes")
+    left = [what for what in opened.left_out if not (states and what.startswith("optimizer state"))]
+    notes += [f"not carried: {what}" for what in left]
+    notes = notes or ["weights only"]
     stored = opened.tensors[EMBEDDING].shape[0] if EMBEDDING in opened.tensors else None
     if rows is not None and stored is not None and rows < stored:
-        notes.append(f"{stored - rows} padding rows behind the vocabulary are left out ({stored} → {rows})")
+        notes.append(f"{plural(stored - rows, 'padding row')} behind the vocabulary left out: {stored} → {rows}")
     stacked = any(name.startswith("decoder.layers.") and not name.split(".")[2].isdigit() for name in opened.tensors)
     if config.get("num_layers") and stacked != stacks_layers("gpt", config):
         notes.append("layers stay " + ("stacked" if stacked else "apart") + ", as the source has them")

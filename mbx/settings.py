@@ -16,6 +16,10 @@ _UNITS |= {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}
 _UNITS |= {unit: 1024**n for n, p in enumerate("KMGT", 1) for unit in (p, f"{p}iB".upper())}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 MIN_MEMORY = 16 << 20
+#: More threads than this gain nothing on the disks that were measured.
+_MOST_WORKERS = 8
+#: "quota period" in microseconds, of the root of the process's own cgroup v2 namespace.
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,19 @@ def parse_workers(text: str) -> int:
     return int(text)
 
 
+def usable_cores() -> int:
+    """Processors that this process may use: those it is bound to, less where its control group has a quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text(encoding="ascii").split()
+        return max(1, min(cores, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no such control group, or `max`: no quota
+        return cores
+
+
 #: Name → what is built in, and the reader of its value.
 _KNOWN: dict[str, tuple[str, Callable[[str], int]]] = {
-    "workers": (str(min(8, os.cpu_count() or 1)), parse_workers),
+    "workers": (str(min(_MOST_WORKERS, usable_cores())), parse_workers),
     "max_memory": ("1GiB", parse_memory),
     "max_shard_size": ("5GB", parse_size),
 }

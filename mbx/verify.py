@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from converters.errors import DifferenceError, StorageError, UnsupportedError
-from converters.isos import inexpressible_rope
-from converters.spelling import canonical
 from mbx import config_leg, legs
 from mbx.convert import DEFAULT_MAX_MEMORY
+from mbx.forward_leg import modelled
 from mbx.io.files import FileSource
 from mbx.legs import Difference, Dtypes, Leg, Status
-from mbx.loss import LOSS_TOLERANCE, compare_loss
+from mbx.mcore.device import ONE_PROCESS, Spread, world_of
 from mbx.mcore.prompts import DRAWN, Prompts
-from mbx.pairs import Pair, pair_sides
+from mbx.pairs import pair_sides
 from mbx.sides import open_side
+
+if TYPE_CHECKING:
+    from mbx.mcore.divergence import BorderDiff
 
 Progress = Callable[[int], None]
 
@@ -34,7 +36,8 @@ class ParityReport:
     """All legs of one comparison.
 
     `differences` are the tensors that are not what they should be, in the order of the model; `dtypes` what every
-    tensor is stored as; `padding` what stands behind the vocabulary; `waived` tensors that one side may lack.
+    tensor is stored as; `padding` what stands behind the vocabulary; `waived` tensors that one side may lack;
+    `borders` how far the forward leg's hidden states are apart behind each layer.
     """
 
     left: str
@@ -46,6 +49,7 @@ class ParityReport:
     padding: tuple[str, ...] = ()
     waived: tuple[str, ...] = ()
     compared_values: int = 0
+    borders: tuple[BorderDiff, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -71,7 +75,7 @@ def parity(
     *,
     forward: bool = False,
     loss: bool = False,
-    device: str = "cpu",
+    spread: Spread = ONE_PROCESS,
     prompts: Prompts = DRAWN,
     tolerance: float | None = None,
     mapping: str | None = None,
@@ -82,8 +86,9 @@ def parity(
 ) -> ParityReport:
     """Compare two checkpoints: Hugging Face folders, Megatron Core ones, or one of each, whatever their layouts.
 
-    `device`, `prompts` and `tolerance` are those of the forward and loss legs: `cuda` runs them on one GPU with
-    Transformer Engine. `dtype` declares a cast that a conversion was asked for. Raises MbxError only where a side, the
+    `spread`, `prompts` and `tolerance` are those of the forward and loss legs: device `cuda` runs them on GPUs with
+    Transformer Engine. Under torchrun every process calls this, and rank 0 has the report: the others take part in the
+    forward leg alone. `dtype` declares a cast that a conversion was asked for. Raises MbxError only where a side, the
     prompts or the device cannot be had at all; differences are findings of a leg.
     """
     sides = open_side(first), open_side(second)
@@ -92,6 +97,8 @@ def parity(
     try:
         pair = pair_sides(*sides, by_side, mapping, dtype)
         cover, comparable, odd = legs.cover(pair)
+        if world_of()[0]:  # rank 0 compares the weights
+            comparable, odd = frozenset(), ()
         left, right = by_side[id(pair.left)], by_side[id(pair.right)]
         found = legs.weights(
             pair, comparable, odd, left, right, workers=workers, max_memory=max_memory, progress=progress
@@ -100,10 +107,12 @@ def parity(
         for source in sources:
             source.close()
     run = [cover, config_leg.config(pair), found.leg]
-    if forward:
-        run.append(_modelled(pair, "forward", device, prompts, tolerance))
-    if loss:
-        run.append(_modelled(pair, "loss", device, prompts, tolerance))
+    ran = [
+        modelled(pair, name, spread, prompts, tolerance, mapping)
+        for name, asked in (("forward", forward), ("loss", loss))
+        if asked
+    ]
+    run += [one.leg for one in ran]
     table = pair.plan.table
     return ParityReport(
         str(first),
@@ -115,44 +124,5 @@ def parity(
         found.padding,
         pair.repeated,
         sum(tally.compared for tally in found.tallies.values()),
+        next((one.borders for one in ran if one.borders), ()),
     )
-
-
-def _modelled(pair: Pair, name: str, device: str, prompts: Prompts, tolerance: float | None) -> Leg:
-    """The forward or loss leg of a pair that has one side of each kind: fp32, Transformers and Megatron Core."""
-    folder, checkpoint, plan = pair.left.folder, pair.right.checkpoint, pair.plan
-    if folder is None or checkpoint is None:
-        return Leg(name, "not run", "both sides are of one kind: there is no second implementation to run")
-    if checkpoint.format != "torch_dist":
-        return Leg(name, "not run", "Megatron Core loads torch_dist checkpoints only: `mbx convert reshard` makes one")
-    from mbx.mcore.parity import FORWARD_TOLERANCE, compare_forward, read_prompts, vocab_size
-
-    config = canonical(folder.config)
-    inexpressible = set(inexpressible_rope(config))
-    if others := [note for note in plan.notes if note not in inexpressible]:
-        return Leg(name, "not run", others[0], tuple(others))
-    if plan.table is not None and plan.table.unsupported:
-        return Leg(name, "not run", plan.table.unsupported)
-    vocab = vocab_size(plan.config)
-    embedding = pair.actual.get("embedding.word_embeddings.weight")
-    padded = embedding.shape[0] if embedding else None
-    if padded is not None and padded < vocab:
-        return Leg(name, "failed", f"the checkpoint embeds {padded} tokens, the vocabulary has {vocab}")
-    read = read_prompts(prompts, plan.config, folder.path, config)
-    sides = plan.config, folder.path, checkpoint.iteration, config, read
-    try:
-        if name == "loss":
-            losses = compare_loss(
-                *sides,
-                padded_vocab=padded,
-                device=device,
-                tolerance=LOSS_TOLERANCE if tolerance is None else tolerance,
-            )
-            return Leg(name, "passed" if losses.ok else "failed", losses.summary, losses.details)
-        limit = FORWARD_TOLERANCE if tolerance is None else tolerance
-        found = compare_forward(*sides, padded_vocab=padded, device=device, tolerance=limit)
-    except UnsupportedError as error:
-        return Leg(name, "not run", error.fact, error.details)
-    except (StorageError, DifferenceError) as error:
-        return Leg(name, "failed", error.fact, error.details)
-    return Leg(name, "passed" if found.diff.ok else "failed", found.summary, found.details)

@@ -10,7 +10,8 @@ from converters.codecs.base import Codec
 from converters.codecs.fp8 import Fp8Block, Fp8Scaled
 from converters.codecs.int4 import Int4Packed
 from converters.codecs.mxfp4 import Mxfp4
-from converters.errors import UnsupportedError
+from converters.errors import UnsupportedError, UsageError
+from converters.expr import Value
 
 #: Each codec with the settings most checkpoints use.
 CODECS: Mapping[str, Codec] = MappingProxyType(
@@ -18,6 +19,17 @@ CODECS: Mapping[str, Codec] = MappingProxyType(
 )
 
 _HINT = "dequantise the checkpoint to bf16 first; codecs: " + ", ".join(CODECS)
+
+
+def quantization_of(config: Mapping[str, Value]) -> Mapping[str, Value] | None:
+    """`quantization_config` of a config.json, None where it has none; UsageError where it is not an object."""
+    found = config.get("quantization_config")
+    if found is None or isinstance(found, Mapping):
+        return found
+    raise UsageError(
+        f"`quantization_config` in config.json: expected an object; got {found!r}",
+        hint="take it out if the weights are stored plainly, else restore the one they were quantised with",
+    )
 
 
 def codecs_for(quantization_config: Mapping[str, object] | None) -> tuple[Codec, ...]:
@@ -36,7 +48,8 @@ def codecs_for(quantization_config: Mapping[str, object] | None) -> tuple[Codec,
         return (CODECS["mxfp4"],)
     if method == "compressed-tensors":
         return _compressed_tensors(quantization_config)
-    raise UnsupportedError(f"no codec for `quant_method: {method}`", hint=_HINT)
+    said = "no `quant_method`" if method is None else f"`quant_method: {method}`"
+    raise UnsupportedError(f"`quantization_config` in config.json has {said}, for which there is no codec", hint=_HINT)
 
 
 def _fp8(config: Mapping[str, object]) -> tuple[Codec, ...]:

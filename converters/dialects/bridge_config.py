@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from converters.dialects.bridge_providers import settled
 from converters.dialects.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS
 from converters.expr import Value
 from converters.layout import Layout
@@ -19,7 +20,8 @@ _ACTIVATIONS = {
     "squared_relu": "megatron.core.activations.squared_relu",
     "quick_gelu": "megatron.core.fusions.fused_bias_geglu.quick_gelu",
 }
-_BY_TARGET = {target: name for name, target in _ACTIVATIONS.items()}
+#: By the function's own name: some of Bridge's modules define the same function again.
+_BY_TARGET = {target.rpartition(".")[2]: name for name, target in _ACTIVATIONS.items()}
 _DTYPES = {"BF16": "torch.bfloat16", "F16": "torch.float16", "F32": "torch.float32"}
 #: Fields of models that GPTModelProvider does not build.
 _OTHER_PROVIDERS = """multi_latent_attention experimental_attention_variant heterogeneous_block_specs
@@ -51,7 +53,8 @@ def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
     if not model.get("is_hybrid_model"):
         out = {field: value for field, value in out.items() if not field.startswith("mamba_")}
     if isinstance(node := model.get("activation_func"), Mapping):
-        out["activation_func"] = _BY_TARGET.get(str(node.get("_target_")), str(node.get("_target_")))
+        target = str(node.get("_target_"))
+        out["activation_func"] = _BY_TARGET.get(target.rpartition(".")[2], target)
     for field in MODEL_ARGUMENTS:
         if field in model:
             out[f"model.{field}"] = _plain(model[field])
@@ -59,7 +62,7 @@ def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
         out["model.max_sequence_length"] = _plain(model["seq_length"])
     if not out.get("model.rope_scaling"):
         out.pop("model.rope_scaling_factor", None)
-    return out
+    return settled(model, out)
 
 
 class _Object:
@@ -92,7 +95,12 @@ def vocab_divisor_of(run_config: Mapping[str, object]) -> int | None:
 
 
 def run_config_of(
-    config: Mapping[str, Value], layout: Layout, rows: int | None, dtype: str, tokenizer: str | None
+    config: Mapping[str, Value],
+    layout: Layout,
+    rows: int | None,
+    dtype: str,
+    tokenizer: str | None,
+    format: str = "torch_dist",
 ) -> dict[str, object] | None:
     """A run_config that Megatron-Bridge's loader reads, None for a kind of model whose provider is not known here.
 
@@ -132,7 +140,7 @@ def run_config_of(
         "fp16": dtype == "F16",
         "perform_initialization": False,
     }
-    checkpoint = {"_target_": _CHECKPOINT, "ckpt_format": "torch_dist", "fully_parallel_save": True}
+    checkpoint = {"_target_": _CHECKPOINT, "ckpt_format": format, "fully_parallel_save": True}
     checkpoint |= {"save_optim": False, "save_rng": False}
     out: dict[str, object] = {"_target_": _CONTAINER, "checkpoint": checkpoint, "model": model}
     if tokenizer is not None:

@@ -40,10 +40,11 @@ MODEL_ARGUMENTS = (
     *("vocab_size", "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling"),
     *("rope_scaling_factor", "seq_len_interpolation_factor", "share_embeddings_and_output_weights"),
 )
-#: Fields that training sets and no weight or forward pass depends on.
+#: Fields that training sets and no weight or forward pass depends on. A sequence length is one: Megatron-Bridge
+#: states the training's, and under rotary positions nothing else depends on it.
 TRAINING = frozenset(
     """attention_dropout hidden_dropout init_method_std moe_router_load_balancing_type moe_aux_loss_coeff
-    moe_router_dtype moe_grouped_gemm fp32_residual_connection""".split()
+    moe_router_dtype moe_grouped_gemm fp32_residual_connection model.max_sequence_length""".split()
 )
 #: What a field says when a model does not use it.
 NEUTRAL: Mapping[str, tuple[Value, ...]] = {
@@ -52,6 +53,8 @@ NEUTRAL: Mapping[str, tuple[Value, ...]] = {
     "moe_layer_freq": (1,),
     "moe_router_pre_softmax": (False,),
     "moe_router_score_function": ("softmax",),
+    "moe_router_num_groups": (1,),
+    "moe_router_group_topk": (1,),
     "model.rotary_percent": (1.0,),
     "model.rope_scaling_factor": (8.0,),
     "rope_type": ("rope", "yarn"),

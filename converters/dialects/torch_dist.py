@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from converters.dialects.keys import parse_key
 from converters.expr import Value
 from converters.ops import ATOM_NAMES
 from converters.table import Row
+from converters.tensors import Shape
 
 DECODER = "decoder.layers.{L}."
 #: Modules that Transformer Engine backs, and so carry an `_extra_state` object beside their weights.
@@ -54,6 +56,20 @@ def stacks_layers(family: str, config: Mapping[str, Value]) -> bool:
         and not config.get("heterogeneous_block_specs")
         and not config.get("hetereogenous_dist_checkpoint")
     )
+
+
+def layers_alike(shapes: Mapping[str, Shape]) -> bool:
+    """Whether every decoder layer has the same parameters in the same shapes: stacking takes no less.
+
+    `shapes` are by key of a single layer, of whole tensors or of one rank's shards throughout.
+    """
+    layers: dict[int, set[tuple[str, Shape]]] = {}
+    for key, shape in shapes.items():
+        parsed = parse_key(key)
+        if parsed.site == "decoder" and parsed.layer is not None:
+            layers.setdefault(parsed.layer, set()).add((parsed.param, shape))
+    kinds = list(layers.values())
+    return all(kind == kinds[0] for kind in kinds)
 
 
 def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[Home, ...]:

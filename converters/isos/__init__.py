@@ -10,12 +10,14 @@ import math
 
 from converters.isos import experts, layers, rope
 from converters.isos.base import FieldsIso, ValueIso, layers_of, number
+from converters.isos.experts import inexpressible_groups
 from converters.isos.rope import LLAMA3_FIXED, inexpressible_rope
 
-__all__ = ["FIELDS", "LLAMA3_FIXED", "VALUE", "FieldsIso", "ValueIso", "inexpressible_rope"]
+__all__ = ["FIELDS", "LLAMA3_FIXED", "VALUE", "FieldsIso", "ValueIso", "inexpressible_groups", "inexpressible_rope"]
 
 FIELDS: dict[str, FieldsIso] = {
     "moe_layers": FieldsIso(("moe_layer_freq",), experts.moe_layers_to_mcore, experts.moe_layers_to_hf),
+    "moe_step": FieldsIso(("moe_layer_freq",), experts.moe_step_to_mcore, experts.moe_step_to_hf),
     "greedy_groups": FieldsIso(
         ("moe_router_num_groups", "moe_router_group_topk"), experts.greedy_groups_to_mcore, experts.greedy_groups_to_hf
     ),
@@ -24,6 +26,11 @@ FIELDS: dict[str, FieldsIso] = {
     ),
     "linear_layers": FieldsIso(("linear_attention_freq",), layers.linear_layers_to_mcore, layers.linear_layers_to_hf),
     "hybrid": FieldsIso(("num_layers", "model.hybrid_override_pattern"), layers.hybrid_to_mcore, layers.hybrid_to_hf),
+    "hybrid_mtp": FieldsIso(
+        ("model.mtp_num_layers", "model.mtp_hybrid_override_pattern", "model.mtp_block_layers"),
+        layers.hybrid_mtp_to_mcore,
+        layers.hybrid_mtp_to_hf,
+    ),
     "rope": FieldsIso(
         ("model.rope_scaling", "model.rope_scaling_factor", "model.seq_len_interpolation_factor"),
         rope.rope_to_mcore,

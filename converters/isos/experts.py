@@ -36,6 +36,33 @@ def moe_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
     return {"decoder_sparse_step": step, "mlp_only_layers": only}
 
 
+def moe_step_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """Llama 4: the layers of `moe_layers`, else every `interleave_moe_layer_step`-th; 1 where all layers are."""
+    layers, listed, step = (
+        layers_of(hf, "num_hidden_layers"),
+        hf.get("moe_layers"),
+        hf.get("interleave_moe_layer_step"),
+    )
+    every = 1 if step is None else int(number(step, "interleave_moe_layer_step"))
+    if every < 1 or not (listed is None or isinstance(listed, list)):
+        raise UsageError(f"config: interleave_moe_layer_step is {step!r} and moe_layers is {listed!r}")
+    chosen = range(every - 1, layers, every) if listed is None else listed
+    flags: list[Value] = [int(layer in chosen) for layer in range(layers)]
+    return {"moe_layer_freq": 1 if all(flags) else flags}
+
+
+def moe_step_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    """The step alone where it says the same layers, else the layers themselves."""
+    flags = mcore.get("moe_layer_freq")
+    if not isinstance(flags, list):
+        return {"interleave_moe_layer_step": 1}
+    chosen: list[Value] = [layer for layer, flag in enumerate(flags) if flag]
+    for step in range(1, len(flags) + 1):
+        if chosen == list(range(step - 1, len(flags), step)):
+            return {"interleave_moe_layer_step": step}
+    return {"interleave_moe_layer_step": 1, "moe_layers": chosen}
+
+
 def first_dense_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """`first_k_dense_replace` ↔ mcore's flag per layer, always spelt out as Megatron-Bridge does."""
     dense = int(number(value, "first_k_dense_replace"))
@@ -78,6 +105,25 @@ def greedy_groups_to_hf(mcore: Mapping[str, Value]) -> Fields:
     if groups is None:
         return {"topk_method": "greedy", "n_group": 1, "topk_group": 1}
     return {"topk_method": "group_limited_greedy", "n_group": groups, "topk_group": top}
+
+
+def inexpressible_groups(mcore: Mapping[str, Value]) -> list[str]:
+    """Where Megatron Core ranks groups of experts by other scores than the model was trained with, in one line.
+
+    Megatron Core sums a group's best `moe_router_topk // moe_router_group_topk` (`group_limited_topk` of 0.16.1);
+    Transformers takes the best one under softmax scores (DeepSeek-V2) and the best two under sigmoid ones
+    (DeepSeek-V3, GLM-4.5). Weights convert all the same; a forward pass sends tokens to other experts.
+    """
+    groups, chosen, topk = (mcore.get(f"moe_router_{name}") for name in ("num_groups", "group_topk", "topk"))
+    if not (isinstance(groups, int) and isinstance(chosen, int) and isinstance(topk, int)) or not 0 < chosen < groups:
+        return []
+    trained, ranked = 1 if mcore.get("moe_router_score_function") == "softmax" else 2, topk // chosen
+    if ranked == trained:
+        return []
+    return [
+        f"each of {groups} groups of experts is ranked by its best {trained} in Transformers, and by its best "
+        f"{ranked} in Megatron Core (moe_router_topk {topk} // moe_router_group_topk {chosen})"
+    ]
 
 
 def gelu_tanh_to_mcore(hf: Mapping[str, Value]) -> Fields:

@@ -42,8 +42,11 @@ def sliding_layers_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
 
 
 def no_rope_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
-    """`no_rope_layers` (1 = rotated) ↔ mcore's flag per layer, 1 = not rotated; without it every fourth is not."""
-    if value is None:
+    """`no_rope_layers` (1 = rotated) ↔ mcore's flag per layer, 1 = not rotated; without it every fourth is not.
+
+    An empty list is none at all (`Llama4TextConfig.__post_init__`).
+    """
+    if not value:
         every = int(number(hf.get("no_rope_layer_interval", 4), "no_rope_layer_interval"))
         layers = int(number(hf.get("num_hidden_layers"), "num_hidden_layers"))
         value = [int((layer + 1) % every != 0) for layer in range(layers)]
@@ -112,3 +115,35 @@ def no_linear_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     if value is not None and (not isinstance(value, list) or set(value) != {1}):
         raise UsageError(f"config: attn_type_list is {value!r}; only softmax attention (1) is covered")
     return None
+
+
+def hybrid_mtp_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """Layers of a hybrid model's prediction block: `mtp_hybrid_override_pattern`, or `mtp_layers_block_type` of v5.
+
+    One block is known here: of several, the layers' numbers in the checkpoint would run through all.
+    """
+    count = hf.get("num_nextn_predict_layers") or 0
+    if count == 0:
+        return {"model.mtp_num_layers": None, "model.mtp_hybrid_override_pattern": None, "model.mtp_block_layers": 0}
+    pattern, kinds = hf.get("mtp_hybrid_override_pattern"), hf.get("mtp_layers_block_type")
+    if pattern is None and isinstance(kinds, list):
+        pattern = "".join(_HYBRID_KINDS.get(str(kind), "?") for kind in kinds)
+    if count != 1 or not isinstance(pattern, str) or not pattern or set(pattern) - {"*", "-", "E"}:
+        raise UsageError(
+            f"config: num_nextn_predict_layers is {count!r} of layers {pattern!r}; "
+            "one block of attention, MLP and expert layers was expected"
+        )
+    return {
+        "model.mtp_num_layers": 1,
+        "model.mtp_hybrid_override_pattern": pattern,
+        "model.mtp_block_layers": len(pattern),
+    }
+
+
+def hybrid_mtp_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    if not mcore.get("model.mtp_num_layers"):
+        return {"num_nextn_predict_layers": 0}
+    return {
+        "num_nextn_predict_layers": 1,
+        "mtp_hybrid_override_pattern": mcore.get("model.mtp_hybrid_override_pattern"),
+    }

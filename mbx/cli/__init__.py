@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from converters.errors import MbxError
-from mbx.cli import budget, diff, doctor, inspect, mlm_args, models, reshard, train, verify
+from mbx.cli import adapter, budget, diff, doctor, inspect, merge, mlm_args, models, reshard, train, verify
 from mbx.cli.failures import Interrupted, help_text, known_failure, usage_failure
 from mbx.cli.options import Quiet, Verbose, epilog
 from mbx.output import out
@@ -46,7 +46,8 @@ app = typer.Typer(
         "mbx convert mcore-to-hf ckpt hf-folder",
     ),
 )
-app.add_typer(reshard.app, name="convert")  # convert's own, with the command `reshard`
+app.add_typer(reshard.app, name="convert")  # convert's own app, to which these modules added their commands
+assert reshard.app is adapter.app is merge.app
 app.add_typer(verify.app, name="verify")
 app.command("diff", epilog=diff.EPILOG)(diff.diff)
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
@@ -78,6 +79,8 @@ def _root(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's own by default); returns the exit code, never raises."""
+    if sys.stdout is None or sys.stderr is None:  # closed by the caller, as `>&-` does: Python has no stream then
+        sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     out.reset(json="--json" in options)

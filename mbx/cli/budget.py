@@ -19,7 +19,7 @@ def budget(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
     recipe: Annotated[str, typer.Option("--recipe", metavar="NAME", help="A shipped recipe or a .toml file.")] = ...,  # type: ignore[assignment]
     world_size: Annotated[
-        int | None, typer.Option("--world-size", metavar="N", help="Number of GPUs (default: tp x pp x cp).")
+        int | None, typer.Option("--world-size", metavar="N", help="Number of GPUs (default: the fewest that fit).")
     ] = None,
     json: Json = False,
     quiet: Quiet = 0,
@@ -30,11 +30,10 @@ def budget(
     from mbx.train.budget import CONTEXT, lines, predict, suggestions
     from mbx.train.catalogue import load_recipe
     from mbx.train.model import blueprint
-    from mbx.train.recipe import check_world
+    from mbx.train.recipe import check_world, smallest_world
 
     chosen = load_recipe(recipe, overrides or ())
-    p = chosen.parallel
-    dp = check_world(chosen, world_size or p.tp * p.pp * p.cp)
+    dp = check_world(chosen, world_size or smallest_world(chosen))
     plan = blueprint(chosen)
     found = predict(chosen, plan, dp)
     tips = suggestions(chosen, plan, dp)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import os
-from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +11,13 @@ import typer
 
 from mbx import settings
 from mbx.cli.layout_options import Ep, Etp, FirstStage, Format, LastStage, Pipeline, Pp, ToFormat, Tp, Vpp
+from mbx.cli.lean import import_numpy
 from mbx.cli.options import Dtype, Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
+from mbx.cli.running import DryRun, NoSync, Overwrite, Resume, carry_out, running
 from mbx.output import out
 
 if TYPE_CHECKING:
-    from mbx.convert import Job, Options
+    from mbx.convert import Options
 
 app = typer.Typer(
     help="Convert checkpoints, as a stream and all or nothing.",
@@ -25,14 +26,14 @@ app = typer.Typer(
     epilog=epilog("mbx convert hf-to-mcore SRC DST --tp 2", "mbx convert mcore-to-hf SRC DST --dry-run"),
 )
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a destination that is not empty.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run of the same command, or start where none was.")
-]
-NoSync = Annotated[
-    bool, typer.Option("--no-sync", help="Do not wait for the disk: faster, and a crash of the machine may lose it.")
-]
+
+class CodecChoice(str, Enum):
+    """How an export stores what the source had quantised."""
+
+    plain = "plain"
+    same = "same"
+
+
 ToDtype = Annotated[
     Dtype | None, typer.Option("--dtype", help="Cast floats to this; each tensor keeps its own if not given.")
 ]
@@ -93,12 +94,14 @@ def hf_to_mcore(
     Any parallel layout can load torch_dist; the sizes choose how its files are cut. `torch` loads at its own only.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
+    import_numpy()
     from converters.coverage import Waivers
     from converters.layout import Layout
     from mbx.cli.source import fetch, stop_before_download
-    from mbx.convert import Options, plan_hf_to_mcore
+    from mbx.convert import plan_hf_to_mcore
 
-    options = Options(
+    options = replace(
+        running(mapping, workers, max_memory, overwrite=overwrite, resume=resume, no_sync=no_sync),
         dtype=dtype and dtype.value,
         layout=Layout(
             tp,
@@ -112,14 +115,8 @@ def hf_to_mcore(
             decoder_last_pipeline_num_layers,
         ),
         format=format.value,
-        mapping=mapping,
         waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
         allow_unused_keys=tuple(allow_unused_key or ()),
-        overwrite=overwrite,
-        resume=resume,
-        sync=not no_sync,
-        workers=settings.number("workers", workers),
-        max_memory=settings.number("max_memory", max_memory),
     )
     _check_layout(options)
     if dry_run:
@@ -134,6 +131,7 @@ def hf_to_mcore(
         "mbx convert mcore-to-hf ckpt ./llama",
         "mbx convert mcore-to-hf ckpt/iter_0001000 ./llama --hf-config ./original",
         "mbx convert mcore-to-hf ckpt ./llama --dtype bf16 --dry-run",
+        "mbx convert mcore-to-hf ckpt ./deepseek --codec same",
     ),
 )
 def mcore_to_hf(
@@ -144,6 +142,10 @@ def mcore_to_hf(
         typer.Option(metavar="DIR", help="Take config.json and tokenizer from here, not from the checkpoint's hf/."),
     ] = None,
     dtype: ToDtype = None,
+    codec: Annotated[
+        CodecChoice,
+        typer.Option("--codec", help="Weights that the source had quantised: as they are now, or the same way again."),
+    ] = CodecChoice.plain,
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest weight file, where none is recorded (default: 5GB).")
     ] = None,
@@ -166,20 +168,17 @@ def mcore_to_hf(
     A checkpoint that mbx made carries the config, the tokenizer and the original file layout in its hf/ folder.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
+    import_numpy()
     from converters.coverage import Waivers
     from mbx.cli.source import fetch
-    from mbx.convert import Options, plan_mcore_to_hf
+    from mbx.convert import plan_mcore_to_hf
 
-    options = Options(
+    options = replace(
+        running(mapping, workers, max_memory, overwrite=overwrite, resume=resume, no_sync=no_sync),
         dtype=dtype and dtype.value,
-        mapping=mapping,
+        codec=codec.value,
         waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
         allow_unused_keys=tuple(allow_unused_key or ()),
-        overwrite=overwrite,
-        resume=resume,
-        sync=not no_sync,
-        workers=settings.number("workers", workers),
-        max_memory=settings.number("max_memory", max_memory),
         max_shard_bytes=settings.number("max_shard_size", max_shard_size),
     )
     reference = fetch(hf_config, weights=False).path if hf_config is not None else None
@@ -191,42 +190,3 @@ def _check_layout(options: Options) -> None:
     from converters.layout import check
 
     check(options.layout, {})
-
-
-def carry_out(make_plan: Callable[[], Job], dry_run: bool) -> None:
-    """Plan; then print the plan, or run it and print what it did."""
-    from converters.errors import DeviceError
-    from mbx.cli import plan_view
-    from mbx.cli.progress import Meter, peak_memory_bytes
-    from mbx.convert import run
-    from mbx.io.ranks import world
-
-    # A large model's plan is millions of objects that live to the end: collecting among them costs a quarter of it.
-    gc.disable()
-    try:
-        job = make_plan()
-    finally:
-        gc.freeze()
-        gc.enable()
-    plan = plan_view.document(job)
-    if dry_run:
-        out.result({"dry_run": True, "plan": plan, "result": None}, lambda: plan_view.lines(plan))
-        if not plan["disk"]["fits"]:
-            raise DeviceError("the result does not fit on the disk", hint="free space, or choose another destination")
-        return
-    for line in plan_view.lines(plan)[1:]:
-        out.detail(line)
-    if (place := world(os.environ)).rank:  # rank 0 speaks for all
-        run(job, place=place)
-        return
-    with Meter(job.plan.direction, job.plan.target_bytes) as meter:
-        outcome = run(job, meter.advance, place)
-    result = {
-        "target": str(outcome.target),
-        "bytes": outcome.bytes_written,
-        "bytes_resumed": outcome.bytes_resumed,
-        "seconds": outcome.seconds,
-        "gb_per_s": outcome.bytes_written / 1e9 / max(outcome.seconds, 1e-9),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    out.result({"dry_run": False, "plan": plan, "result": result}, lambda: plan_view.summary(plan, result))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbx import settings
+from mbx.cli.lean import import_numpy
 from mbx.cli.options import Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
 from mbx.output import aligned, out, plural
 
@@ -37,6 +38,7 @@ def diff(
     change relative to A's, largest first. Exit code 1 where anything differs.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
+    import_numpy()
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
     from mbx.diff import diff as compare

@@ -39,6 +39,8 @@ def known_failure(error: BaseException) -> MbxError:
         failure = UsageError(f"the package `{error.name}` is needed and not installed", hint=f"pip install {package}")
     elif isinstance(error, (OSError, MemoryError)):
         failure = _system(error)
+    elif isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's own MemoryError
+        failure = _system(MemoryError())
     else:
         text = str(error).strip().splitlines()
         said = f": {text[0]}" if text else ""

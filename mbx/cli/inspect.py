@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +12,13 @@ from mbx.cli.options import Json, Quiet, Verbose, epilog
 from mbx.output import SCREEN_WIDTH, aligned, human_bytes, out, paint, plural, wrapped
 
 if TYPE_CHECKING:
-    from mbx.inspect import Checkpoint
+    from mbx.found import Checkpoint
 
 EPILOG = epilog("mbx inspect ckpt", "mbx inspect ./llama --tensors", "mbx inspect ckpt --json | jq .writer")
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face folder or a Megatron checkpoint.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face, PEFT or Megatron checkpoint.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its chunks.")] = False,
     json: Json = False,
     quiet: Quiet = 0,
@@ -47,6 +48,7 @@ def _document(found: Checkpoint, tensors: bool) -> dict[str, Any]:
         "iteration": found.iteration,
         "architecture": found.architecture,
         "table": found.table,
+        "adapter": None if found.adapter is None else asdict(found.adapter),
         "layout": dict(found.layout),
         "tensors": found.num_tensors,
         "parameters": found.parameters,
@@ -73,6 +75,15 @@ def _document(found: Checkpoint, tensors: bool) -> dict[str, Any]:
     return doc
 
 
+def _adapter_rows(adapter: dict[str, Any]) -> list[tuple[str, str]]:
+    ranks = ", ".join(map(str, adapter["ranks"]))
+    alpha = "" if adapter["alpha"] is None else f", alpha {adapter['alpha']:g}"
+    rows = [("adapter", f"{adapter['method']}, rank {ranks}{alpha}")]
+    on = wrapped(list(adapter["targets"]), SCREEN_WIDTH - 12)
+    rows += [("on" if i == 0 else "", line) for i, line in enumerate(on)]
+    return rows + ([("base", adapter["base"])] if adapter["base"] else [])
+
+
 def _lines(doc: dict[str, Any]) -> list[str]:
     writer = f", written by {doc['writer']}" if doc["writer"] else ""
     rows = [("path", doc["path"]), ("format", doc["format"] + writer)]
@@ -83,6 +94,8 @@ def _lines(doc: dict[str, Any]) -> list[str]:
     if doc["architecture"]:
         covered = f"table {doc['table']}" if doc["table"] else "no table covers it"
         rows.append(("model", f"{doc['architecture']}, {covered}"))
+    if doc["adapter"]:
+        rows += _adapter_rows(doc["adapter"])
     if doc["layout"]:
         rows.append(("layout", ", ".join(f"{axis} {size}" for axis, size in doc["layout"].items())))
     if doc["tensors"]:
@@ -90,9 +103,11 @@ def _lines(doc: dict[str, Any]) -> list[str]:
     for name, sizes in doc["dtypes"].items():
         rows.append(("dtype", f"{name}: {plural(sizes['tensors'], 'tensor')}, {human_bytes(sizes['bytes'])}"))
     for name, sizes in doc["other_state"].items():
-        rows.append(("also", f"{name}: {plural(sizes['tensors'], 'tensor')}, {human_bytes(sizes['bytes'])}"))
-    if doc["chunks"]:
-        rows.append(("chunks", f"{doc['chunks']:,} of tensors, {plural(doc['objects'], 'object')}"))
+        counted = f": {plural(sizes['tensors'], 'tensor')}, {human_bytes(sizes['bytes'])}" if sizes["tensors"] else ""
+        rows.append(("also", name + counted))
+    if doc["chunks"] > doc["tensors"] or doc["objects"]:
+        objects = f", {plural(doc['objects'], 'object')}" if doc["objects"] else ""
+        rows.append(("chunks", f"{doc['chunks']:,}{objects}"))
     if doc["files"]:
         rows.append(("files", f"{len(doc['files']):,}, {human_bytes(sum(doc['files'].values()))}"))
     if doc["side_files"]:

@@ -13,6 +13,7 @@ class Format(str, Enum):
 
     torch_dist = "torch_dist"
     torch = "torch"
+    fsdp_dtensor = "fsdp_dtensor"
 
 
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
@@ -32,5 +33,8 @@ LastStage = Annotated[
     int | None, typer.Option("--decoder-last-pipeline-num-layers", metavar="N", help="Layers of the last stage.")
 ]
 ToFormat = Annotated[
-    Format, typer.Option("--format", help="torch_dist, or torch: Megatron-LM's mp_rank_* files.", show_choices=False)
+    Format,
+    typer.Option(
+        "--format", help="torch_dist; torch: mp_rank_* files; fsdp_dtensor: Megatron-FSDP's.", show_choices=False
+    ),
 ]

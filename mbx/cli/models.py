@@ -11,7 +11,10 @@ from mbx.cli.options import Json, Quiet, Verbose, epilog
 from mbx.output import aligned, out, paint
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from converters.table import Table
+    from mbx.models_page import ModelRow
 
 app = typer.Typer(
     help="Show and check the mapping tables, one an architecture.",
@@ -23,14 +26,19 @@ app = typer.Typer(
 
 @app.command("list", epilog=epilog("mbx models list", "mbx models list --json"))
 def list_models(json: Json = False, quiet: Quiet = 0, verbose: Verbose = 0) -> None:
-    """List the architectures that have a table."""
+    """List the architectures that have a table, and how far each is proved.
+
+    COVER and WEIGHTS are the legs of `mbx verify parity`. FORWARD is the largest difference of two fp32 logits
+    between Transformers and Megatron Core, measured on a tiny checkpoint of the family; `*` marks a reason below.
+    """
     out.configure(json=json, quiet=quiet, verbose=verbose)
-    from mappings import table_names
+    from mbx.models_page import read_runs, rows
     from mbx.registry import shipped
 
-    docs = [_document(shipped(name)) for name in table_names()]
-    rows = [(d["name"], ", ".join(d["model_types"]), ", ".join(d["architectures"])) for d in docs]
-    out.result({"tables": docs}, lambda: aligned([("TABLE", "MODEL TYPE", "ARCHITECTURE"), *rows]))
+    found = rows()
+    docs = [{**_document(shipped(row.table)), **_proof(row)} for row in found]
+    runs = [{k: run[k] for k in ("device", "date", "versions")} for run in read_runs().values()]
+    out.result({"tables": docs, "measured_with": runs}, lambda: _list_lines(found))
 
 
 @app.command("show", epilog=epilog("mbx models show llama", "mbx models show llama > mine.toml"))
@@ -109,6 +117,32 @@ def check(
         doc = _check_cover(fetch(against).path, table)
     out.result(doc, lambda: _lines(doc))
     raise typer.Exit(0 if doc["ok"] else 3)
+
+
+def _proof(row: ModelRow) -> dict[str, Any]:
+    return {
+        "cover": row.cover,
+        "weights": row.weights,
+        "forward_cpu": row.forward_cpu,
+        "forward_gpu": row.forward_gpu,
+        "reasons": list(row.reasons),
+    }
+
+
+def _list_lines(rows: Sequence[ModelRow]) -> Iterator[str]:
+    """One line a table, then why something was not run or failed."""
+    heads = ("TABLE", "MODEL TYPE", "COVER", "WEIGHTS", "FORWARD CPU", "FORWARD GPU")
+    yield from aligned([heads, *((*row.cells()[:4], *map(_short, row.cells()[4:6])) for row in rows)])
+    if any(row.reasons for row in rows):
+        yield ""
+    for row in rows:
+        yield from (f"* {row.table}: {reason}" for reason in row.reasons)
+
+
+def _short(forward: str) -> str:
+    """The figure, or the one word for it; `*` where the reasons say more."""
+    first, _, more = forward.partition("; ")
+    return f"{first} *" if more or forward in ("failed", "not run") else first
 
 
 def _check_tables(names: list[str] | None) -> dict[str, Any]:

@@ -40,7 +40,15 @@ def document(report: ParityReport, *, forward: bool) -> dict[str, Any]:
         "padding": list(report.padding),
         "waived": list(report.waived),
         "compared_values": report.compared_values,
+        "borders": [
+            {"name": one.name, "max_abs": _finite(one.max_abs), "relative": _finite(one.relative)}
+            for one in report.borders
+        ],
     }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _difference(found: Difference | None) -> dict[str, Any] | None:

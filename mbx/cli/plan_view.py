@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _EMBEDDING = "embedding.word_embeddings.weight"
 _SHOWN_FILES = 4
 _SHOWN_NOTES = 3
+#: Bytes from which a speed says something of the disk; below, start-up counts most.
+_SPEED_FROM = 10**8
 
 Document = dict[str, Any]
 
@@ -32,6 +34,7 @@ def document(job: Job) -> Document:
     rows = next((draft.shape[0] for draft in plan.drafts if draft.name == _EMBEDDING), None)
     if rows is None and _EMBEDDING in plan.sources:
         rows = plan.sources[_EMBEDDING].shape[0]
+    needed = job.output_bytes  # made of every header beside the weights: DeepSeek-V3 keeps 45,000 scales
     return {
         "direction": plan.direction,
         "source": str(job.source),
@@ -40,7 +43,7 @@ def document(job: Job) -> Document:
         "table": None if plan.table is None else {"name": plan.table.name, "sha256": plan.table.digest},
         "layout": asdict(plan.layout) if importing else None,
         "tensors": {"source": len(plan.sources), "target": len(plan.drafts)},
-        "bytes": {"source": plan.source_bytes, "target": plan.target_bytes, "on_disk": job.output_bytes},
+        "bytes": {"source": plan.source_bytes, "target": plan.target_bytes, "on_disk": needed},
         "vocab": {"size": size, "padded": rows},
         "dtypes": {
             "source": _by_dtype((tensor.dtype, tensor.nbytes) for tensor in _stored(plan)),
@@ -49,7 +52,7 @@ def document(job: Job) -> Document:
         },
         "files": _files(job, importing),
         "memory": {"max_bytes": job.options.max_memory, "workers": job.options.workers},
-        "disk": {"free_bytes": free, "needed_bytes": job.output_bytes, "fits": free >= job.output_bytes},
+        "disk": {"free_bytes": free, "needed_bytes": needed, "fits": free >= needed},
         "ledger": {
             "source_tensors": ledger.consumed + len(ledger.waived_unused),
             "consumed": ledger.consumed,
@@ -58,6 +61,7 @@ def document(job: Job) -> Document:
             "waived_unused": list(ledger.waived_unused),
             "dropped": list(ledger.dropped),
             "repeated": list(ledger.repeated),
+            "beside": list(ledger.beside),
         },
         "notes": list(plan.notes),
     }
@@ -66,7 +70,7 @@ def document(job: Job) -> Document:
 def lines(doc: Document) -> list[str]:
     """The plan as text, at most a screen for a small model."""
     weights = [file for file in doc["files"] if file["kind"] == "weights"]
-    copied = [Path(file["path"]).name for file in doc["files"] if file["kind"] == "copied"]
+    copied = [Path(file["path"]) for file in doc["files"] if file["kind"] == "copied"]
     made = [Path(file["path"]).name for file in doc["files"] if file["kind"] == "made"]
     counts, sizes, disk = doc["tensors"], doc["bytes"], doc["disk"]
     parts = [
@@ -80,11 +84,11 @@ def lines(doc: Document) -> list[str]:
         ("tensors", [ledger_line(doc)]),
         ("bytes", [f"{human_bytes(sizes['source'])} in {plural(counts['source'], 'tensor')}"
                    f" → {human_bytes(sizes['target'])} in {plural(counts['target'], 'tensor')}"]),
-        ("vocab", [_vocab(doc)]),
+        ("vocab", [_vocab(doc)] if doc["vocab"]["size"] is not None else []),
         ("dtypes", _dtype_lines(doc)),
         ("weights", _file_lines(weights)),
         ("made", wrapped(made, SCREEN_WIDTH - 12)),
-        ("copied", wrapped(copied, SCREEN_WIDTH - 12)),
+        ("copied", _copied_lines(copied)),
         ("memory", [f"at most {human_memory(doc['memory']['max_bytes'])} of data in flight,"
                     f" {plural(doc['memory']['workers'], 'worker')}"]),
         ("disk", [f"{human_bytes(disk['needed_bytes'])} needed, {human_bytes(disk['free_bytes'])} free"
@@ -96,8 +100,12 @@ def lines(doc: Document) -> list[str]:
 
 def summary(doc: Document, result: Mapping[str, Any]) -> list[str]:
     """What a finished run did, in a few lines."""
-    speed = f"{result['seconds']:.2f} s, {result['gb_per_s']:.2f} GB/s"
-    text = f"{plural(doc['tensors']['target'], 'tensor')}, {human_bytes(result['bytes'])} in {speed}"
+    text = f"{plural(doc['tensors']['target'], 'tensor')}, {human_bytes(result['bytes'])}"
+    if result["bytes_resumed"]:
+        text += f", {human_bytes(result['bytes'] - result['bytes_resumed'])} of it now,"
+    text += f" in {result['seconds']:.2f} s"
+    if result["bytes"] >= _SPEED_FROM:
+        text += f", {result['gb_per_s']:.2f} GB/s"
     parts = [
         ("written", [f"{text}, peak memory {human_memory(result['peak_memory_bytes'])}"]),
         ("tensors", [ledger_line(doc)]),
@@ -115,7 +123,11 @@ def ledger_line(doc: Document) -> str:
     waived = len(ledger["waived_missing"]) + len(ledger["waived_unused"])
     text = f"{ledger['consumed']:,} of {ledger['source_tensors']:,} source tensors consumed"
     text += f", {ledger['produced']:,} produced, {waived:,} waived"
-    for key, what in (("repeated", "repeated"), ("dropped", "dropped")):
+    for key, what in (
+        ("repeated", "repeated"),
+        ("dropped", "dropped"),
+        ("beside", "kept beside, outside the text model"),
+    ):
         if ledger[key]:
             text += f", {len(ledger[key]):,} {what}"
     return text
@@ -144,11 +156,12 @@ def _files(job: Job, importing: bool) -> list[Document]:
     base = job.base
     index: tuple[str, ...] = (torch_dist.TRACKER,) if importing else ()
     if isinstance(job.placed, torch_dist.Placement):
-        index = (f"{base}.metadata", f"{base}common.pt", f"{base}metadata.json", *index)
+        index = (*(base + name for name in job.placed.index_names()), *index)
     files: list[Document] = [
         {"path": base + name, "bytes": size, "kind": "weights"} for name, size in job.file_sizes.items()
     ]
     files += [{"path": name, "bytes": len(text), "kind": "made"} for name, text in job.texts.items()]
+    files += [{"path": name, "bytes": hf.packed_bytes(of), "kind": "made"} for name, of in job.packed.items()]
     files += [{"path": name, "bytes": None, "kind": "made"} for name in (*index, hf.MANIFEST)]
     files += [{"path": name, "bytes": path.stat().st_size, "kind": "copied"} for name, path in job.side_files.items()]
     return files
@@ -204,6 +217,15 @@ def _file_lines(files: list[Document]) -> list[str]:
         return [f"{file['path']}  {human_bytes(file['bytes'])}" for file in files]
     total = sum(file["bytes"] for file in files)
     return [f"{files[0]['path']} … {Path(files[-1]['path']).name}  {len(files)} files, {human_bytes(total)}"]
+
+
+def _copied_lines(files: Iterable[Path]) -> list[str]:
+    """Names by folder: a tokenizer is copied into two."""
+    folders: dict[str, list[str]] = {}
+    for file in files:
+        folders.setdefault(file.parent.name, []).append(file.name)
+    named = [[f"{folder}/: {names[0]}" if folder else names[0], *names[1:]] for folder, names in folders.items()]
+    return [line for names in named for line in wrapped(names, SCREEN_WIDTH - 12)]
 
 
 def _note_lines(doc: Document) -> list[str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mbx import settings
-from mbx.cli.convert import DryRun, NoSync, Overwrite, Resume, app, carry_out
+from mbx.cli.convert import app
 from mbx.cli.layout_options import Ep, Etp, FirstStage, Format, LastStage, Pipeline, Pp, ToFormat, Tp, Vpp
+from mbx.cli.lean import import_numpy
 from mbx.cli.options import Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
+from mbx.cli.running import DryRun, NoSync, Overwrite, Resume, carry_out, running
 from mbx.output import out
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ def reshard(
     transformer_impl: Annotated[
         LayerSpec, typer.Option(help="Whose names --format torch uses.", show_choices=False)
     ] = LayerSpec.transformer_engine,
+    with_optimizer: Annotated[
+        bool, typer.Option("--with-optimizer", help="Take the optimizer's state along, torch_dist to torch_dist.")
+    ] = False,
     mapping: Mapping = None,
     workers: Workers = None,
     max_memory: MaxMemory = None,
@@ -66,11 +71,11 @@ def reshard(
 ) -> None:
     """Change the layout or format of a Megatron checkpoint, values untouched.
 
-    Weights only: optimizer state in SRC is reported and not carried.
+    Weights only, unless --with-optimizer is given; other state in SRC is reported and not carried.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
+    import_numpy()
     from converters.layout import Layout
-    from mbx.convert import Options
     from mbx.reshard import plan_mcore_to_mcore
 
     layout = Layout(
@@ -84,16 +89,13 @@ def reshard(
         decoder_first_pipeline_num_layers,
         decoder_last_pipeline_num_layers,
     )
-    options = Options(
-        layout=layout,
-        format=format.value,
-        mapping=mapping,
-        overwrite=overwrite,
-        resume=resume,
-        sync=not no_sync,
-        workers=settings.number("workers", workers),
-        max_memory=settings.number("max_memory", max_memory),
-    )
+    run = running(mapping, workers, max_memory, overwrite=overwrite, resume=resume, no_sync=no_sync)
+    options = replace(run, layout=layout, format=format.value)
     spec: Spec = "local" if transformer_impl is LayerSpec.local else "transformer_engine"
     divisor = make_vocab_size_divisible_by
-    carry_out(lambda: plan_mcore_to_mcore(src, dst, options, vocab_divisor=divisor, spec=spec), dry_run)
+    carry_out(
+        lambda: plan_mcore_to_mcore(
+            src, dst, options, vocab_divisor=divisor, spec=spec, with_optimizer=with_optimizer
+        ),
+        dry_run,
+    )

@@ -24,6 +24,8 @@ def fetch(source: str, *, weights: bool = True) -> Source:
     """The folder of `source`; a hub model is downloaded, or found in the cache. Raises as `hub.resolve` does."""
     from mbx.io.hub import resolve
 
+    if Path(source).expanduser().exists():  # no bar for what is here already
+        return Source(resolve(source, weights=weights).path, {})
     with Meter(f"downloading {source}", None) as meter:
         model = resolve(source, weights=weights, progress=meter.reach)
     if model.repo_id is None:

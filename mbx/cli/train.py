@@ -102,7 +102,7 @@ def _train(
     from mbx.train.prepare import prepare
 
     recipe = _fetched(recipe)
-    prepared = prepare(recipe, init_from, resume)
+    prepared = prepare(recipe, init_from, resume, dry=dry_run)
     if dry_run:
         out.result(_planned(prepared), lambda: _plan_lines(prepared))
         return
@@ -167,12 +167,12 @@ def _planned(prepared: Prepared) -> dict[str, object]:
 
 def _plan_lines(prepared: Prepared) -> list[str]:
     recipe, ranks = prepared.recipe, prepared.ranks
+    axes = ", ".join(f"{axis} {getattr(recipe.parallel, axis)}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp"))
     return [
         prepared.start.why,
         f"{recipe.train.steps} steps of {recipe.train.global_batch} x {recipe.data.length} tokens in "
         f"{recipe.train.precision}" + ("" if recipe.fp8.recipe == "none" else f", FP8 {recipe.fp8.recipe}"),
-        f"{ranks.world_size} process(es) on {ranks.device}: tp {recipe.parallel.tp}, pp {recipe.parallel.pp}, "
-        f"cp {recipe.parallel.cp}, ep {recipe.parallel.ep}, dp {ranks.dp}",
+        f"{ranks.world_size} process(es) on {ranks.device}: {axes}, dp {ranks.dp}",
         *_budget_lines(prepared),
     ]
 

@@ -7,13 +7,17 @@ import warnings
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mbx import settings
+from mbx.cli.lean import import_numpy
 from mbx.cli.options import Dtype, Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
 from mbx.output import human_bytes, out, paint
+
+if TYPE_CHECKING:
+    from mbx.mcore.device import Spread
 
 
 class Device(str, Enum):
@@ -38,17 +42,23 @@ app = typer.Typer(
         "mbx verify parity meta-llama/Llama-3.2-1B ckpt --forward",
         "mbx verify parity ckpt-tp1 ckpt-tp8 --html report.html",
         "mbx verify parity ./llama ckpt --json | jq .first.cause",
+        "torchrun --nproc-per-node 2 -m mbx verify parity ./llama ckpt --forward",
     ),
 )
 def parity(
     first: Annotated[str, typer.Argument(metavar="A", help="A folder, hub model org/name[@revision] or checkpoint.")],
     second: Annotated[str, typer.Argument(metavar="B", help="What should be the same model, whatever its layout.")],
     forward: Annotated[
-        bool, typer.Option("--forward", help="Also compare logits of Transformers and Megatron Core, fp32 on the CPU.")
+        bool, typer.Option("--forward", help="Also run both models, a layer in memory at a time, and compare logits.")
     ] = False,
     device: Annotated[
-        Device, typer.Option(help="Where --forward runs; cuda takes one GPU with Transformer Engine.")
-    ] = (Device.cpu),
+        Device, typer.Option(help="Where the models run; cuda takes Transformer Engine, a GPU a process.")
+    ] = Device.cpu,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Under torchrun: tensor-parallel size (default: all processes).")
+    ] = None,
+    pp: Annotated[int, typer.Option(min=1, help="Under torchrun: pipeline stages.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Under torchrun: expert-parallel size.")] = 1,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompt of --forward; token ids are drawn if not given.")
     ] = None,
@@ -66,13 +76,16 @@ def parity(
 
     Either may be a Hugging Face folder or a Megatron checkpoint of any layout. Legs are reported apart: cover (every
     tensor has its counterpart), config (settings agree), weights (every byte agrees, and a likely cause where it does
-    not), forward (the logits agree) and loss. Exit code 1 unless every leg that was asked for ran and passed.
+    not), forward (the logits agree; the first layer that diverges where they do not) and loss. Exit code 1 unless
+    every leg that was asked for ran and passed.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
+    import_numpy()
     from mbx import verify
     from mbx.cli.parity_view import document, lines
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
+    from mbx.mcore.device import world_of
     from mbx.mcore.prompts import Prompts
 
     sides = [fetch(side).path for side in (first, second)]
@@ -84,13 +97,15 @@ def parity(
             forward=forward,
             loss=loss,
             dtype=None if dtype is None else dtype.value,
-            device=device.value,
+            spread=_spread(device, tp, pp, ep),
             prompts=Prompts(text_file=text),
             mapping=mapping,
             workers=settings.number("workers", workers),
             max_memory=settings.number("max_memory", max_memory),
             progress=meter.advance,
         )
+    if world_of()[0]:  # rank 0 has the report
+        raise typer.Exit(0)
     if html is not None:
         from mbx.report_html import write
 
@@ -116,6 +131,7 @@ def ci(
     that was asked for ran and passed.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
+    import_numpy()
     from mbx import ci_report
     from mbx.ci import read_checks, run_checks
     from mbx.cli.source import fetch
@@ -152,6 +168,7 @@ def integrity(
     Names each tensor, file and byte range that changed since mbx wrote it; then the exit code is 1.
     """
     out.configure(json=json, quiet=quiet, verbose=verbose)
+    import_numpy()
     from mbx.cli.progress import Meter
     from mbx.integrity import check
 
@@ -171,6 +188,13 @@ def integrity(
     verdict = paint("unchanged", "green") if report.passed else paint(f"{len(report.changes)} changed", "red")
     out.result(doc, lambda: [*lines, f"{what}: {verdict}"])
     raise typer.Exit(0 if report.passed else 1)
+
+
+def _spread(device: Device, tp: int | None, pp: int, ep: int) -> Spread:
+    """Where the forward leg runs; under torchrun all processes are one tensor-parallel group unless told otherwise."""
+    from mbx.mcore.device import Spread, world_of
+
+    return Spread(tp or max(1, world_of()[1] // pp if ep == 1 else 1), pp, ep, device.value)
 
 
 def _hush() -> None:

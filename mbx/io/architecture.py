@@ -47,20 +47,21 @@ def architecture_of(
     and the args is a note.
     """
     folder = reference or opened.hf
-    if folder is not None and (folder / hf.CONFIG).is_file():
+    if folder is not None and (reference is not None or (folder / hf.CONFIG).is_file()):
         config = hf.read_config(folder)
         table = table_for(config, mapping)
         stated = table.config.to_mcore(config, allow_unused=allow_unused_keys)
-        return Architecture(config, table, folder, tuple(_conflicts(stated, opened)))
+        return Architecture(config, table, folder, tuple(conflicts(stated, opened)))
     known, origin = stated_config(opened)
     if not known:
         raise StorageError(
             f"`{opened.iteration}` says nothing of its architecture: it has neither hf/, run_config.yaml nor args",
             hint="name a folder with config.json and the tokenizer: --hf-config DIR",
         )
-    table, config = _fitting(known, opened, mapping)
+    held, corrected = _as_held(known, opened, origin)
+    table, config = _fitting(held, opened, mapping)
     note = f"config.json was made from {origin} with the table `{table.name}`; there is no tokenizer to copy"
-    return Architecture(config, table, None, (note,))
+    return Architecture(config, table, None, (note, *corrected))
 
 
 def stated_config(opened: McoreCheckpoint) -> tuple[dict[str, Value], str]:
@@ -72,6 +73,20 @@ def stated_config(opened: McoreCheckpoint) -> tuple[dict[str, Value], str]:
     return {}, ""
 
 
+def _as_held(
+    known: Mapping[str, Value], opened: McoreCheckpoint, origin: str
+) -> tuple[Mapping[str, Value], tuple[str, ...]]:
+    """`known` without a query rank that no weight has, and a note of it.
+
+    Megatron-Bridge writes its provider's default rank for DeepSeek-V2-Lite and Moonlight, which have none.
+    """
+    rank = known.get("q_lora_rank")
+    if not rank or any(".linear_q_down_proj." in name for name in opened.tensors):
+        return known, ()
+    note = f"`q_lora_rank` is {rank!r} by {origin}, and no tensor is of that rank; the weights count"
+    return {**known, "q_lora_rank": None}, (note,)
+
+
 def known_config(opened: McoreCheckpoint, mapping: str | None = None) -> tuple[dict[str, Value], tuple[str, ...]]:
     """The flat config of a checkpoint as far as anything says it, for a change of layout; and notes."""
     if opened.hf is not None and (opened.hf / hf.CONFIG).is_file():
@@ -80,11 +95,11 @@ def known_config(opened: McoreCheckpoint, mapping: str | None = None) -> tuple[d
             stated = table_for(config, mapping).config.to_mcore(config, allow_unused=tuple(config))
         except MbxError as error:
             return stated_config(opened)[0], (f"hf/config.json is not used: {error.fact}",)
-        return stated, tuple(_conflicts(stated, opened))
+        return stated, tuple(conflicts(stated, opened))
     return stated_config(opened)[0], ()
 
 
-def _conflicts(stated: Mapping[str, Value], opened: McoreCheckpoint) -> list[str]:
+def conflicts(stated: Mapping[str, Value], opened: McoreCheckpoint) -> list[str]:
     """Fields in which the config of hf/ and Megatron's own sidecars differ; hf/ wins."""
     other, origin = stated_config(opened)
     return [
@@ -104,17 +119,24 @@ def _same(key: str, left: Value, right: Value, config: Mapping[str, Value]) -> b
     neutral = (*NEUTRAL.get(key, ()), None)
     if left in neutral and right in neutral:
         return True
-    if key in ("moe_layer_freq", "linear_attention_freq"):
+    if key in ("moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq"):
         layers = config.get("num_layers")
         if isinstance(layers, int):
-            return _pattern(left, layers) == _pattern(right, layers)
+            return _pattern(key, left, layers) == _pattern(key, right, layers)
     return False
 
 
-def _pattern(value: Value, layers: int) -> Value:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return [int(layer % value == 0) for layer in range(layers)]
-    return value
+def _pattern(field: str, value: Value, layers: int) -> Value:
+    """Layers that are MoE, linear attention or windowed as 1: every `value`-th is MoE, or is not one of the others.
+
+    Source: `get_moe_layer_pattern` and `get_linear_attention_pattern` in Megatron Core's layer specs, and its
+    `is_layer_window_attention`. Sizes below 1 describe no pattern and stay as they are.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        return value
+    if field != "moe_layer_freq":
+        return [int((layer + 1) % value != 0) for layer in range(layers)]
+    return [int(layer % value == 0) for layer in range(layers)]
 
 
 def _fitting(
@@ -134,16 +156,18 @@ def _fitting(
         if mapping is not None:
             raise UnsupportedError(
                 f"the table `{mapping}` does not describe this checkpoint: {reasons[0][1].fact}",
+                hint="the sidecar may leave it out: name a folder with the model's config.json: --hf-config DIR",
                 details=reasons[0][1].details,
             )
         raise UnsupportedError(
             "no shipped table describes this checkpoint",
-            hint="name one to see why it does not: --mapping TABLE",
+            hint="name a folder with the model's config.json: --hf-config DIR (the sidecar may leave out what a table "
+            "needs, as Megatron-Bridge's does YaRN); or a table, to see why it does not: --mapping TABLE",
             details=[f"{name}: {error.fact}" for name, error in reasons],
         )
+    if _norms_span_heads(opened, known):  # the preferred tables' models normalise each head for itself
+        fits = [fit for fit in fits if fit[0].name not in _PREFERRED] or fits
     chosen = next((fit for wish in _PREFERRED for fit in fits if fit[0].name == wish), None)
-    if _norms_span_heads(opened, known):
-        chosen = None  # the preferred tables' models normalise each head for itself
     if chosen is None and len(fits) > 1:
         raise UsageError(
             f"{len(fits)} tables describe this checkpoint alike: {', '.join(table.name for table, _ in fits)}",

@@ -154,17 +154,6 @@ class PartialFolder:
             self._lock = None
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a small file and flush it to the disk."""
-    try:
-        with path.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise os_failure(error, f"writing `{path}`") from error
-
-
 def check_free_space(target: Path, needed_bytes: int) -> int:
     """Bytes free where `target` will lie; DeviceError when `needed_bytes` do not fit.
 

@@ -71,8 +71,10 @@ class FileSource:
                 )
             except OSError as error:
                 raise os_failure(error, f"reading `{where}`") from error
-            if found.shape != chunk.sizes:
-                raise StorageError(f"{where}: holds shape {list(found.shape)}; the index says {list(chunk.sizes)}")
+            if found.shape != chunk.stored_sizes:
+                raise StorageError(
+                    f"{where}: holds shape {list(found.shape)}; the index says {list(chunk.stored_sizes)}"
+                )
             start = self._starts[key] = chunk.start + found.data_offset
         return start
 
@@ -133,7 +135,9 @@ class FileSink:
         path = self.root / file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            fd = self._descriptors[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # Not for reading: NFS would then read a page before part of it is written, and later write all of it back,
+            # with what another host's process has put beside that part in the meantime undone.
+            fd = self._descriptors[file] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, size)
         except OSError as error:
@@ -153,12 +157,12 @@ class FileSink:
         """Where a chunk's data begin: behind the archive's prefix."""
         if not chunk.archive_bytes:
             return chunk.start
-        return chunk.start + len(frame(self._archive_dtypes[chunk.file, chunk.start], chunk.sizes).prefix)
+        return chunk.start + len(frame(self._archive_dtypes[chunk.file, chunk.start], chunk.stored_sizes).prefix)
 
     def finish_chunk(self, dtype: str, chunk: Chunk, crc32: int) -> None:
         """Write an archive's prefix and suffix around finished data."""
         if chunk.archive_bytes:
-            around = frame(dtype, chunk.sizes)
+            around = frame(dtype, chunk.stored_sizes)
             self.write(chunk.file, chunk.start, memoryview(around.prefix))
             end = chunk.start + len(around.prefix) + around.data_nbytes
             self.write(chunk.file, end, memoryview(around.suffix(crc32)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +21,18 @@ from converters.protocols import Source
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.io.bin_weights import INDEX as BIN_INDEX
 from mbx.io.bin_weights import has_bin_weights, read_bin_folder, safetensors_name
+from mbx.io.kinds import HF_CONFIG, found_instead
 from mbx.io.safetensors import build_header, parse_header, read_folder, read_header
 
-CONFIG = "config.json"
+CONFIG = HF_CONFIG
 LAYOUT = "mbx_layout.json"
 #: Tensors without a Megatron Core counterpart (buffers Transformers recomputes), kept for a faithful export.
 KEPT = "mbx_kept.safetensors"
+#: Scales of a quantised source that its values do not tell, kept for an export that encodes again.
+SCALES = "mbx_scales.safetensors"
 MANIFEST = "mbx_manifest.json"
 INDEX = "model.safetensors.index.json"
+_BLOCK = 4 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
 
 
@@ -61,9 +65,9 @@ def read_config(folder: Path) -> dict[str, Value]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        megatron = (folder / "latest_checkpointed_iteration.txt").is_file()
-        hint = f"a Megatron checkpoint: `mbx convert mcore-to-hf {folder} DST` converts it" if megatron else None
-        raise StorageError(f"`{folder}` has no `{CONFIG}`", hint=hint) from None
+        raise StorageError(f"`{folder}` has no `{CONFIG}`", hint=found_instead(folder)) from None
+    except NotADirectoryError:
+        raise StorageError(f"`{folder}` is a file; a Hugging Face folder was expected") from None
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"`{path}` cannot be read: {error}") from error
     if not isinstance(config, dict):
@@ -164,20 +168,43 @@ def _weight_file(path: Path) -> WeightFile:
     return WeightFile(path.name, header.header_bytes[8:], tensors)
 
 
-def pack_kept(tensors: list[StoredTensor], source: Source) -> bytes:
-    """A safetensors file of small tensors that travel beside the Megatron Core ones."""
-    out = bytearray(build_header(tensors))
+def pack_kept(tensors: Sequence[StoredTensor], source: Source) -> Iterator[bytes]:
+    """A safetensors file of tensors that travel beside the Megatron Core ones, block by block."""
+    block = bytearray(build_header(tensors))
     for tensor in tensors:
-        data = bytearray(tensor.nbytes)
         (chunk,) = tensor.chunks
-        source.read_into(chunk.file, source.data_start(chunk), memoryview(data))
-        out += data
-    return bytes(out)
+        start = source.data_start(chunk)
+        for at in range(0, tensor.nbytes, _BLOCK):
+            data = bytearray(min(_BLOCK, tensor.nbytes - at))
+            source.read_into(chunk.file, start + at, memoryview(data))
+            block += data
+            if len(block) >= _BLOCK:
+                yield bytes(block)
+                block.clear()
+    yield bytes(block)
+
+
+def packed_bytes(tensors: Sequence[StoredTensor]) -> int:
+    """Size of the file that `pack_kept` makes."""
+    return len(build_header(tensors)) + sum(tensor.nbytes for tensor in tensors)
 
 
 def kept_tensors(iteration: Path, reference: Path) -> dict[str, StoredTensor]:
-    """What `pack_kept` wrote into `reference`, files named from `iteration`; empty where there is nothing."""
-    path = reference / KEPT
+    """What `pack_kept` wrote as KEPT into `reference`, files named from `iteration`; empty where there is nothing."""
+    return _tensors_of(reference / KEPT, iteration)
+
+
+def known_parts(iteration: Path, reference: Path) -> dict[str, StoredTensor]:
+    """Tensors of a quantised source as it stored them, files named from `iteration`.
+
+    `reference` holds the SCALES of an import, or is the source's own folder, weights and all.
+    """
+    if (reference / SCALES).is_file() or (reference / LAYOUT).is_file():
+        return _tensors_of(reference / SCALES, iteration)
+    return {n: t for path in sorted(reference.glob("*.safetensors")) for n, t in _tensors_of(path, iteration).items()}
+
+
+def _tensors_of(path: Path, iteration: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         return {}
     name = os.path.relpath(path, iteration)

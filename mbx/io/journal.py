@@ -80,13 +80,14 @@ def plan_digest(plan: Plan, targets: Mapping[str, StoredTensor]) -> str:
     add(_FORMAT, plan.direction, plan.table and plan.table.digest, sorted(plan.config.items()), plan.layout)
     for unit in plan.units:
         add(unit.row, unit.shift, len(unit.moves), [(e.tensor, e.index, e.fold) for e in unit.entries])
-    encoded = [part for whole in plan.encoded.values() for part in whole.parts.values()]
-    for tensor in (*plan.sources.values(), *encoded, *targets.values()):
+    for tensor in (*plan.sources.values(), *plan.stored_sources, *targets.values()):
         add(tensor.name, tensor.dtype, tensor.shape)
         for chunk in tensor.chunks:
             add(chunk.offsets, chunk.sizes, chunk.file, chunk.start)
-    for name, whole in plan.encoded.items():
-        add(name, type(whole.codec).__name__)
+    for name, whole in (*plan.encoded.items(), *plan.reencoded.items()):
+        add(name, whole.codec)
+    for place, update in plan.updates.items():
+        add(place, update.identity())
     return digest.hexdigest()
 
 

@@ -19,16 +19,18 @@ from converters.dialects.cuts import cuts_of
 from converters.dialects.keys import canonical_names
 from converters.dialects.local import LocalName, atom_sizes, parse_local
 from converters.dialects.megatron_args import config_of_args, layout_of_args
-from converters.dialects.torch_dist import stacks_layers
+from converters.dialects.torch_dist import layers_alike, stacks_layers
 from converters.errors import StorageError, UnsupportedError
 from converters.expr import Value
 from converters.tensors import StoredTensor
 from mbx.io.archive import load_archive
 from mbx.io.checkpoint import McoreCheckpoint
 from mbx.io.legacy_assembly import Assembly, Shard
+from mbx.io.legacy_copies import Copies, Copy
 from mbx.io.torch_values import Namespace, TensorStub
 
 WEIGHTS = "model_optim_rng.pt"
+EMBEDDING = "embedding.word_embeddings.weight"
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _MODEL = re.compile(r"model(\d*)")
 
@@ -43,6 +45,11 @@ class RankFile:
     ep: int
     chunks: tuple[Mapping[str, Shard], ...]
     top: Mapping[str, object]
+
+    @property
+    def rank(self) -> str:
+        """The rank in words."""
+        return f"tensor rank {self.tp}, pipeline rank {self.pp}, expert rank {self.ep}"
 
 
 def open_legacy(iteration: Path) -> McoreCheckpoint:
@@ -161,8 +168,15 @@ def _shards(path: Path, folder: str, model: object, storages: Mapping[str, tuple
             raise StorageError(f"`{path}`: `{name}` is a {type(value).__name__}; a tensor was expected")
         if not value.is_contiguous:
             raise StorageError(f"`{path}`: `{name}` has strides {value.stride}, not those of a whole tensor")
-        start = storages[value.storage][0] + value.storage_offset * value.itemsize
-        out[str(name).removeprefix("module.")] = Shard(f"{folder}/{WEIGHTS}", start, value.dtype, value.shape)
+        inside = value.storage_offset * value.itemsize
+        out[str(name).removeprefix("module.")] = Shard(
+            f"{folder}/{WEIGHTS}",
+            storages[value.storage][0] + inside,
+            value.dtype,
+            value.shape,
+            value.storage,
+            inside,
+        )
     return out
 
 
@@ -176,6 +190,8 @@ class _Reader:
         self.tp, self.ep, self.etp = tp, ep, etp
         #: (canonical key of one layer, expert or None) → shards by (tensor rank, expert rank)
         self.found: dict[tuple[str, int | None], dict[tuple[int, int], Shard]] = {}
+        #: the same keys → every rank's copy, with its tensor rank; later pipeline stages' included
+        self.copies: dict[tuple[str, int | None], list[tuple[int, Copy]]] = {}
         self.tied = bool(config.get("model.share_embeddings_and_output_weights"))
 
     def tensors(self) -> dict[str, StoredTensor]:
@@ -188,7 +204,9 @@ class _Reader:
             for (key, expert), shards in self.found.items()
         }
         cuts = cuts_of(shapes, cut=self.tp > 1 or self.etp > 1)
-        assembly = Assembly(stacks_layers(self._family(), self.config), self.num_layers)
+        self._check_copies({key: cuts[names[key]].dim is not None for key, _ in self.copies})
+        stacked = stacks_layers(self._family(), self.config) and layers_alike(shapes)
+        assembly = Assembly(stacked, self.num_layers)
         for (key, expert), shards in self.found.items():
             assembly.add(
                 key, expert, self._ranked(key, expert, shards), cuts[key], atom_sizes(_param(key), self.config)
@@ -220,15 +238,31 @@ class _Reader:
             raise StorageError(f"`{self.iteration}` holds {offset} layers; its args say num_layers = {stated}")
 
     def _note(self, file: RankFile, shard: Shard, local: LocalName, offset: int, local_experts: int) -> None:
-        if local.param == "output_layer.weight" and self.tied:
-            return  # the last pipeline stage's own copy of the embedding
         key = local.param
+        if local.param == "output_layer.weight" and self.tied:
+            key = EMBEDDING  # the last pipeline stage's own copy of it
         if local.layer is not None:
             key = f"{local.site}.layers.{local.layer + (offset if local.site == 'decoder' else 0)}.{local.param}"
         expert = None if local.expert is None else file.ep * local_experts + local.expert
         ranks = self.found.setdefault((key, expert), {})
         # Later pipeline stages repeat the embedding for multi-token prediction; the first one counts.
         ranks.setdefault((file.tp, file.ep), shard)
+        what = local.param if expert is None else f"{key}, expert {expert}"
+        self.copies.setdefault((key, expert), []).append(
+            (file.tp, Copy(key if key != EMBEDDING else what, file.rank, shard))
+        )
+
+    def _check_copies(self, cut: Mapping[str, bool]) -> None:
+        """Compare what several ranks hold alike; `cut` says of a key whether tensor parallelism cuts it."""
+        compare = Copies(self.iteration)
+        try:
+            for (key, expert), copies in self.copies.items():
+                size = (self.tp if expert is None else self.etp) if cut[key] else 1
+                for part in range(size):
+                    if len(alike := [copy for tp, copy in copies if tp % size == part]) > 1:
+                        compare.check(alike)
+        finally:
+            compare.close()
 
     def _ranked(self, key: str, expert: int | None, shards: Mapping[tuple[int, int], Shard]) -> list[Shard]:
         """One shard per tensor-parallel rank of the parameter, in order."""

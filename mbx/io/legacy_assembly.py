@@ -14,12 +14,17 @@ from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A rank's part of a tensor: `shape` elements of `dtype`, row-major, at byte `start` of `file`."""
+    """A rank's part of a tensor: `shape` elements of `dtype`, row-major, at byte `start` of `file`.
+
+    It begins `inside` bytes behind the start of the archive's storage of that name.
+    """
 
     file: str
     start: int
     dtype: str
     shape: Shape
+    storage: str = ""
+    inside: int = 0
 
 
 @dataclass(slots=True)
@@ -53,7 +58,7 @@ class Assembly:
         local = shards[0].shape
         if cut.dim is None or len(shards) == 1:
             shards = shards[:1]
-        if atoms and cut.dim == 0:
+        if atoms:
             self._add_atoms(key, index, shards, atoms)
             return
         halves = 2 if cut.gated and len(shards) > 1 else 1

@@ -12,8 +12,10 @@ import os
 import threading
 import time
 import uuid
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +28,8 @@ from mbx.io.journal import FOLDER
 TIMEOUT_S = 120.0
 TIMEOUT_VARIABLE = "MBX_RANK_TIMEOUT"
 _POLL_S = 0.05
+#: The part of a share that it may be larger or smaller by, to end where a file does.
+_UNEVEN = 0.125
 #: Piece numbers as [first, behind last] ranges.
 Share = list[tuple[int, int]]
 _T = TypeVar("_T")
@@ -69,17 +73,27 @@ def world(environment: Mapping[str, str]) -> World:
 def shares(pieces: Sequence[Piece], size: int) -> list[Share]:
     """Cut `pieces`, in order, into `size` consecutive shares of about the same bytes.
 
-    Consecutive, so that two processes meet in few files, and never in a page of one but at the edges.
+    Consecutive, so that two processes meet in few files, and never in a page of one but at the edges; and between two
+    files where one ends near the even cut, so that where files are many no two processes write into the same one.
     """
-    total, upto = sum(piece.nbytes for piece in pieces), 0
-    out: list[Share] = [[] for _ in range(size)]
-    for piece in pieces:
-        share = out[min(size - 1, upto * size // max(1, total))]
-        if share and share[-1][1] == piece.number:
-            share[-1] = (share[-1][0], piece.number + 1)
-        else:
-            share.append((piece.number, piece.number + 1))
-        upto += piece.nbytes
+    starts = list(accumulate((piece.nbytes for piece in pieces), initial=0))
+    total = starts.pop()
+    edges = [n for n in range(1, len(pieces)) if pieces[n].file != pieces[n - 1].file]
+    slack = total / size * _UNEVEN
+    cuts = [0]
+    for rank in range(1, size):
+        even = total * rank / size
+        near = [n for n in edges if abs(starts[n] - even) <= slack]
+        cuts.append(min(near, key=lambda n: abs(starts[n] - even)) if near else bisect_left(starts, even))
+    out: list[Share] = []
+    for first, stop in pairwise([*cuts, len(pieces)]):
+        share: Share = []
+        for piece in pieces[first:stop]:
+            if share and share[-1][1] == piece.number:
+                share[-1] = (share[-1][0], piece.number + 1)
+            else:
+                share.append((piece.number, piece.number + 1))
+        out.append(share)
     return out
 
 

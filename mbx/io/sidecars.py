@@ -73,11 +73,13 @@ def megatron_sidecars(
     origin: Mapping[str, object] | None = None,
     spec: Spec = "transformer_engine",
     tokenizer: str | None = None,
+    optimizer: Mapping[str, object] | None = None,
 ) -> Sidecars:
     """Sidecars of the checkpoint that `plan` makes.
 
-    `origin` are the args of the checkpoint it came from, `tokenizer` a hub name or a folder. What Megatron-Bridge
-    reads goes beside torch_dist weights only, the one format it takes.
+    `origin` are the args of the checkpoint it came from, `tokenizer` a hub name or a folder; `optimizer` is the part
+    of the common state that belongs to an optimizer whose state goes along. What Megatron-Bridge
+    reads goes beside torch_dist and fsdp_dtensor weights only, the formats it takes.
     """
     rows = next((d.shape[0] for d in plan.drafts if d.name == "embedding.word_embeddings.weight"), None)
     config, layout = plan.config, plan.layout
@@ -86,17 +88,20 @@ def megatron_sidecars(
     if origin is None:
         written = args_of(config, layout, rows)
     written |= {"ckpt_format": format, "transformer_impl": spec, "iteration": iteration}
+    # Megatron-LM asks a checkpoint for no state that its args say was not saved.
+    written |= {"no_save_optim": optimizer is None, "no_save_rng": True}
     common: dict[str, object] = {
         "args": Namespace(written),
         "checkpoint_version": 3.0,
         "iteration": iteration,
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+        **(optimizer or {}),
     }
     texts: dict[str, bytes] = {}
     folder = f"iter_{iteration:07d}"
-    if format == "torch_dist":
+    if format in ("torch_dist", "fsdp_dtensor"):
         dtype = Counter(draft.dtype for draft in plan.drafts).most_common(1)[0][0] if plan.drafts else ""
-        run_config = run_config_of(config, layout, rows, dtype, tokenizer)
+        run_config = run_config_of(config, layout, rows, dtype, tokenizer, format)
         if run_config is not None and config.get("num_layers"):
             texts[f"{folder}/run_config.yaml"] = dump_yaml(run_config)
             texts[f"{folder}/train_state.pt"] = texts["latest_train_state.pt"] = train_state_archive(iteration)

@@ -7,18 +7,19 @@ ckpt/iter_0000000/{__R_N.distcp, .metadata, metadata.json, common.pt, hf/}
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import StorageError
 from converters.plan import Draft
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
+from mbx.io import kinds
 from mbx.io.archive import extra_state_archive, object_archive
 from mbx.io.dcp import DcpCheckpoint, build_dcp_metadata, read_dcp
 from mbx.io.files import frame_bytes
 
-TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = kinds.TRACKER
 ITERATION = "iter_0000000"
 #: Chunks are cut by rows above this, so that no archive needs 64-bit zip fields.
 _LARGEST_CHUNK = 1 << 30
@@ -35,11 +36,6 @@ class McoreFolder:
     dcp: DcpCheckpoint
 
 
-def _other_kind(path: Path) -> str | None:
-    folder = (path / "config.json").is_file()
-    return f"a Hugging Face folder: `mbx convert hf-to-mcore {path} DST` converts it" if folder else None
-
-
 def find_iteration(path: Path) -> Path:
     """The `iter_*` folder meant by `path`: itself, or the one the tracker names.
 
@@ -52,7 +48,9 @@ def find_iteration(path: Path) -> Path:
         found = sorted(p.name for p in path.glob("iter_*") if p.is_dir())
         raise StorageError(
             f"`{path}` is no Megatron Core checkpoint: it has neither `metadata.json` nor `{TRACKER}`",
-            hint=f"name an iteration: {path / found[-1]}" if found else _other_kind(path),
+            hint=f"name an iteration: {path / found[-1]}"
+            if found
+            else kinds.found_instead(path) or "it is no Hugging Face folder either: that has `config.json`",
         )
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     name = "release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else None
@@ -82,19 +80,44 @@ def open_torch_dist(path: Path) -> McoreFolder:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Target tensors with a place for every chunk, objects likewise, and the size of every file."""
+    """Target tensors with a place for every chunk, objects likewise, and the size of every file.
+
+    `payloads` are the archives of objects; one that has none there is an empty `_extra_state`.
+    """
 
     tensors: dict[str, StoredTensor]
     objects: dict[str, tuple[str, int, int]]
     file_sizes: dict[str, int]
+    payloads: Mapping[str, bytes]
+
+    def index_names(self) -> tuple[str, ...]:
+        """Files that `write_index` makes."""
+        return (".metadata", "common.pt", "metadata.json")
+
+    def write_index(self, iteration: Path, common: Mapping[str, object]) -> None:
+        """Write what names the tensors, and the common state."""
+        write_index(iteration, self, common)
+
+    def object_archives(self) -> Iterator[tuple[str, int, bytes]]:
+        """File, byte offset and content of every object."""
+        empty = extra_state_archive()
+        for name, (file, start, _) in self.objects.items():
+            yield file, start, self.payloads.get(name, empty)
 
     def archive_dtypes(self) -> dict[tuple[str, int], str]:
         """Dtype of the chunk that starts at (file, byte)."""
         return {(c.file, c.start): t.dtype for t in self.tensors.values() for c in t.chunks}
 
 
-def place(drafts: Iterable[Draft], objects: Iterable[str]) -> Placement:
-    """Lay out archives in `__{rank}_{n}.distcp` files, in draft order; objects follow in rank 0's."""
+def place(
+    drafts: Iterable[Draft], objects: Iterable[str] | Mapping[str, bytes], unstacked: Mapping[str, int] | None = None
+) -> Placement:
+    """Lay out archives in `__{rank}_{n}.distcp` files, in draft order; objects follow in rank 0's.
+
+    Objects without a payload of their own are empty `_extra_state`s. `unstacked` counts, by tensor, the leading
+    dimensions that its archives leave out.
+    """
+    payloads = dict(objects) if isinstance(objects, Mapping) else {}
     open_file: dict[int, tuple[int, int]] = {}
     sizes: dict[str, int] = {}
 
@@ -109,16 +132,17 @@ def place(drafts: Iterable[Draft], objects: Iterable[str]) -> Placement:
 
     tensors = {}
     for draft in drafts:
-        chunks = []
+        chunks, without = [], (unstacked or {}).get(draft.name, 0)
         for rank, offsets, extent in draft.boxes:
             for start, part in _split(draft.dtype, offsets, extent):
-                nbytes = frame_bytes(draft.dtype, part)
+                nbytes = frame_bytes(draft.dtype, part[without:])
                 file, at = reserve(rank, nbytes)
-                chunks.append(Chunk(start, part, file, at, nbytes))
+                chunks.append(Chunk(start, part, file, at, nbytes, without))
         tensors[draft.name] = StoredTensor(draft.name, draft.dtype, draft.shape, tuple(chunks))
-    payload = len(extra_state_archive())
-    places = {name: (*reserve(0, payload), payload) for name in objects}
-    return Placement(tensors, places, sizes)
+    empty = len(extra_state_archive())
+    lengths = {name: len(payloads[name]) if name in payloads else empty for name in objects}
+    places = {name: (*reserve(0, length), length) for name, length in lengths.items()}
+    return Placement(tensors, places, sizes, payloads)
 
 
 def _split(dtype: str, offsets: Shape, sizes: Shape) -> Iterable[tuple[Shape, Shape]]:

@@ -1,162 +1,23 @@
-"""Build a Megatron Core model from a flat config.
-
-A flat config maps TransformerConfig field names to JSON values, and GPTModel constructor arguments under a `model.`
-prefix. Nothing in it is dropped: a key the installed Megatron Core does not know is an error that names it, unless
-it is off (None or False), which is how that Megatron Core is.
-"""
+"""Build a Megatron Core model from a flat config (`mbx.mcore.config`)."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from converters.errors import DeviceError, LayoutError, UnsupportedError, UsageError
+from converters.errors import LayoutError, UnsupportedError, UsageError
 from converters.expr import Value
+from mbx.mcore.config import MODEL_PREFIX, FlatConfig, mcore_version, refuse_unknown, transformer_config
 
 if TYPE_CHECKING:
-    import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
     from torch import nn
 
-FlatConfig: TypeAlias = Mapping[str, Value]
-
-MODEL_PREFIX = "model."
-_DTYPES = ("fp32", "bf16", "fp16")
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu", "quick_gelu")
-# Set by the layout, the dtype or the device, never by a model's config.
-_OWNED = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "params_dtype",
-    "pipeline_dtype",
-    "bf16",
-    "fp16",
-    "use_cpu_initialization",
-    "transformer_impl",
-)
-# Speed, not mathematics: kernels and dispatch that exist on CUDA only. A CPU build turns them off.
-_CUDA_ONLY: dict[str, Value] = {
-    "apply_rope_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "cross_entropy_loss_fusion": False,
-    "fused_single_qkv_rope": False,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "memory_efficient_layer_norm": False,
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_router_fusion": False,
-    "moe_shared_expert_overlap": False,
-    "moe_token_dispatcher_type": "allgather",
-    "persist_layer_norm": False,
-    "sequence_parallel": False,
-    "use_fused_weighted_squared_relu": False,
-}
-# GPTModel (0.16.1, position_embedding_type="yarn") reads these from the config, which does not declare them.
-_YARN_ATTRIBUTES = (
-    "yarn_rotary_scaling_factor",
-    "yarn_original_max_position_embeddings",
-    "yarn_beta_fast",
-    "yarn_beta_slow",
-    "yarn_mscale",
-    "yarn_mscale_all_dim",
-    "yarn_correction_range_round_to_int",
-)
-# Any of these lets stages hold different numbers of layers; mcore checks those itself.
-_UNEVEN_STAGES = (
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
-# MLA ignores GPTModel's rotary arguments and reads the config's; the same word must not mean two things.
-_MLA_ROTARY = ("rotary_base", "rotary_percent")
 # Arguments of ours behind the same prefix: the model class, and what mbx.mcore.sandwich adds to a GPT model.
 _SANDWICH = ("post_layernorms", "rotary_base_local", "scale_embeddings")
-_NOT_CONSTRUCTOR = ("mcore_model", *_SANDWICH)
-
-
-def transformer_config(
-    config: FlatConfig,
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    ep: int = 1,
-    etp: int = 1,
-    dtype: str = "fp32",
-    device: str = "cpu",
-    use_te: bool = False,
-) -> TransformerConfig:
-    """Turn a flat config into a TransformerConfig (MLATransformerConfig under `multi_latent_attention`).
-
-    `etp` is the tensor parallelism of expert weights, 1 by default (Megatron-LM's default follows `tp`).
-    Dropout is 0 unless the config sets it (mcore's default of 0.1 belongs to no converted model). On a CPU, fusions
-    and CUDA dispatchers are off whatever the config says; they change speed, not results.
-    Raises `UnsupportedError` for a field this Megatron Core has not or a combination it refuses, `LayoutError` for a
-    parallel layout that does not divide the model, `DeviceError` for Transformer Engine where there is none.
-    """
-    import torch
-    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-
-    if dtype not in _DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(_DTYPES)}, got `{dtype}`")
-    _check_te(device, use_te)
-    _check_layout(config, tp=tp, pp=pp, ep=ep)
-
-    mla = bool(config.get("multi_latent_attention"))
-    config_class = MLATransformerConfig if mla else TransformerConfig
-    known = {field.name for field in fields(config_class) if field.init}
-    yarn = not mla and config.get(MODEL_PREFIX + "position_embedding_type") == "yarn"
-    extra = {name: config[name] for name in _YARN_ATTRIBUTES if yarn and name in config and name not in known}
-    values = {k: v for k, v in config.items() if not k.startswith(MODEL_PREFIX) and k not in extra}
-    values = {k: v for k, v in values.items() if k in known or k in _OWNED or (v is not None and v is not False)}
-    if mla:
-        values.update(_mla_rotary(config))
-    _refuse_unknown(sorted(set(values) - known), "TransformerConfig")
-    _refuse_owned(values)
-    _refuse_ignored(values, mla=mla, use_te=use_te)
-    if device == "cpu" and values.get("fp8") is not None:
-        raise UnsupportedError(f"fp8={values['fp8']!r} needs a GPU with Transformer Engine", hint="build without fp8")
-
-    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    arguments: dict[str, object] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **values}
-    if "activation_func" in values:
-        arguments["activation_func"] = _activation(values["activation_func"])
-    if values.get("window_size") is not None:
-        arguments["window_size"] = _window(values["window_size"])
-    for name in ("moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq", "no_rope_freq"):
-        pattern = arguments.get(name)
-        if isinstance(pattern, Sequence) and not isinstance(pattern, str):
-            arguments[name] = list(pattern)  # mcore tells a per-layer pattern by its being a list
-    if device == "cpu":
-        arguments.update({name: value for name, value in _CUDA_ONLY.items() if name in known})
-    else:
-        arguments.setdefault("gradient_accumulation_fusion", False)  # True needs Apex
-    arguments.update(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        params_dtype=torch_dtype,
-        pipeline_dtype=torch_dtype,
-        bf16=dtype == "bf16",
-        fp16=dtype == "fp16",
-        use_cpu_initialization=device == "cpu",
-        transformer_impl="transformer_engine" if use_te else "local",
-    )
-    try:
-        built = config_class(**arguments)
-    except (ValueError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UnsupportedError(f"{_mcore()} refuses this config: {error}") from error
-    for name, value in extra.items():
-        setattr(built, name, value)
-    return built
+# What the installed Megatron Core has no module for: tensors of it are left in the checkpoint.
+_ABSENT = ("mtp_num_layers", "mtp_hybrid_override_pattern", "mtp_block_layers")
+_NOT_CONSTRUCTOR = ("mcore_model", "latent_layernorm_epsilon", *_ABSENT, *_SANDWICH)
 
 
 def build_model(
@@ -170,11 +31,15 @@ def build_model(
     device: str = "cpu",
     use_te: bool = False,
     padded_vocab_size: int | None = None,
+    vp_stage: int | None = None,
+    streamed: bool = False,
 ) -> nn.Module:
     """Build this rank's GPTModel (or MambaModel) inside an initialised process group; weights are random.
 
     On a CPU, stay inside `mbx.mcore.cpu.megatron_on_cpu` for as long as the model is used. `padded_vocab_size` is the
-    row count of the embedding, the true `model.vocab_size` by default; it must be a multiple of `tp`.
+    row count of the embedding, the true `model.vocab_size` by default; it must be a multiple of `tp`. `vp_stage` is
+    the model chunk to build where the process group has virtual pipeline stages. The decoder layers of a `streamed`
+    model have no weights until `mbx.mcore.eviction.make_room`.
     Raises what `transformer_config` raises, and `UnsupportedError` for a model this device or version cannot express.
     """
     from megatron.core import parallel_state
@@ -189,31 +54,40 @@ def build_model(
         raise UsageError(f"model.mcore_model must be `gpt` or `hybrid`, got {kind!r}")
     if kind == "hybrid" and not use_te:
         raise UnsupportedError(
-            f"{_mcore()} builds hybrid (Mamba) models with Transformer Engine only",
+            f"{mcore_version()} builds hybrid (Mamba) models with Transformer Engine only",
             hint="run this leg on a GPU with Transformer Engine and mamba-ssm installed",
         )
     built = transformer_config(config, tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype, device=device, use_te=use_te)
     try:
-        model_class, specs = (_gpt_parts if kind == "gpt" else _hybrid_parts)(config, built, use_te)
+        model_class, specs = (_gpt_parts if kind == "gpt" else _hybrid_parts)(config, built, use_te, vp_stage)
+        if streamed:
+            from mbx.mcore.eviction import evicting_specs
+
+            specs = evicting_specs(specs)
         arguments = _model_arguments(config, model_class)
         arguments["vocab_size"] = _vocab_size(config, padded_vocab_size, tp)
-        arguments["pre_process"] = parallel_state.is_pipeline_first_stage()
-        arguments["post_process"] = parallel_state.is_pipeline_last_stage()
+        arguments["pre_process"] = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        arguments["post_process"] = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         model: nn.Module = model_class(config=built, **specs, **arguments)
     except (ValueError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
         raise UnsupportedError(
-            f"{_mcore()} cannot build this model on {device} "
+            f"{mcore_version()} cannot build this model on {device} "
             f"({'Transformer Engine' if use_te else 'local'} spec): {error}"
         ) from error
     if config.get(MODEL_PREFIX + "scale_embeddings"):
         from mbx.mcore.sandwich import scale_embeddings
 
         scale_embeddings(model, built.hidden_size)
+    latent = config.get(MODEL_PREFIX + "latent_layernorm_epsilon")
+    if isinstance(latent, float) and latent != built.layernorm_epsilon:
+        from mbx.mcore.sandwich import set_latent_epsilon
+
+        set_latent_epsilon(model, latent)
     return model.to(device)
 
 
 def _gpt_parts(
-    config: FlatConfig, built: TransformerConfig, use_te: bool
+    config: FlatConfig, built: TransformerConfig, use_te: bool, vp_stage: int | None
 ) -> tuple[type[nn.Module], dict[str, object]]:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -227,19 +101,23 @@ def _gpt_parts(
         use_te=use_te,
         post_layernorms=bool(config.get(MODEL_PREFIX + "post_layernorms")),
         rotary_base_local=base,
+        vp_stage=vp_stage,
     )
     return GPTModel, {
         "transformer_layer_spec": block,
-        "mtp_block_spec": mtp_block_spec(built, block, use_te=use_te),
+        "mtp_block_spec": mtp_block_spec(built, block, use_te=use_te, vp_stage=vp_stage),
+        "vp_stage": vp_stage,
     }
 
 
 def _hybrid_parts(
-    config: FlatConfig, _built: TransformerConfig, _use_te: bool
+    config: FlatConfig, _built: TransformerConfig, _use_te: bool, vp_stage: int | None
 ) -> tuple[type[nn.Module], dict[str, object]]:
     added = [f"`{MODEL_PREFIX}{name}`" for name in _SANDWICH if config.get(MODEL_PREFIX + name)]
     if added:
         raise UnsupportedError(f"{', '.join(added)}: hybrid models are built without")
+    if vp_stage is not None:
+        raise UnsupportedError(f"{mcore_version()} has no virtual pipeline stages for hybrid models")
     # The stack's module needs triton to import, so it stays behind the Transformer Engine check.
     from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
     from megatron.core.models.mamba.mamba_model import MambaModel
@@ -251,7 +129,7 @@ def _model_arguments(config: FlatConfig, model_class: type) -> dict[str, Value]:
     names = {k[len(MODEL_PREFIX) :]: v for k, v in config.items() if k.startswith(MODEL_PREFIX)}
     arguments = {k: v for k, v in names.items() if k not in _NOT_CONSTRUCTOR}
     accepted = set(inspect.signature(model_class).parameters)
-    _refuse_unknown([MODEL_PREFIX + k for k in sorted(set(arguments) - accepted)], model_class.__name__)
+    refuse_unknown([MODEL_PREFIX + k for k in sorted(set(arguments) - accepted)], model_class.__name__)
     missing = [MODEL_PREFIX + k for k in ("vocab_size", "max_sequence_length") if k not in arguments]
     if missing:
         raise UsageError(f"the config lacks {', '.join(missing)}")
@@ -269,96 +147,3 @@ def _vocab_size(config: FlatConfig, padded: int | None, tp: int) -> int:
         up = -(-rows // tp) * tp
         raise LayoutError(f"vocabulary of {rows} rows does not divide by tp {tp}", hint=f"pad it to {up} rows")
     return rows
-
-
-def _mla_rotary(config: FlatConfig) -> dict[str, Value]:
-    moved: dict[str, Value] = {}
-    for name in _MLA_ROTARY:
-        argument = config.get(MODEL_PREFIX + name)
-        if argument is None:
-            continue
-        if config.get(name, argument) != argument:
-            raise UsageError(f"`{name}` is {config[name]!r} but `model.{name}` is {argument!r}; MLA reads the former")
-        moved[name] = argument
-    if config.get(MODEL_PREFIX + "rope_scaling"):
-        raise UnsupportedError(f"{_mcore()} ignores `model.rope_scaling` under multi_latent_attention")
-    return moved
-
-
-def _activation(name: Value) -> Callable[[torch.Tensor], torch.Tensor]:
-    import torch.nn.functional as F
-    from megatron.core.activations import fast_gelu, squared_relu
-    from megatron.core.fusions.fused_bias_geglu import quick_gelu
-
-    by_name = zip(_ACTIVATIONS, (F.silu, F.gelu, fast_gelu, squared_relu, quick_gelu), strict=True)
-    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = dict(by_name)
-    if not isinstance(name, str) or name not in functions:
-        raise UnsupportedError(f"activation_func must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
-    return functions[name]
-
-
-def _window(value: Value) -> tuple[int, int]:
-    if isinstance(value, Sequence) and len(value) == 2:
-        left, right = value
-        if isinstance(left, int) and isinstance(right, int):
-            return left, right
-    raise UsageError(f"window_size must be two integers [left, right] or null, got {value!r}")
-
-
-def _check_te(device: str, use_te: bool) -> None:
-    import importlib.util
-
-    import torch
-
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"device must be `cpu` or `cuda`, got `{device}`")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device `cuda` is not available", hint="use device `cpu`")
-    if use_te and (device == "cpu" or importlib.util.find_spec("transformer_engine") is None):
-        raise DeviceError(
-            "the Transformer Engine spec needs a GPU and the transformer_engine package",
-            hint="use the local spec on a CPU",
-        )
-
-
-def _check_layout(config: FlatConfig, *, tp: int, pp: int, ep: int) -> None:
-    for size, axis, field in ((tp, "tp", "num_attention_heads"), (ep, "ep", "num_moe_experts")):
-        count = config.get(field)
-        if size > 1 and (not isinstance(count, int) or count % size):
-            raise LayoutError(f"{axis} {size} does not divide {field} {count}")
-    layers = config.get("num_layers")
-    if pp > 1 and not any(config.get(name) for name in _UNEVEN_STAGES) and isinstance(layers, int) and layers % pp:
-        raise LayoutError(f"pp {pp} does not divide num_layers {layers}")
-
-
-def _refuse_unknown(names: list[str], owner: str) -> None:
-    if names:
-        raise UnsupportedError(
-            f"{_mcore()} has no {owner} field {', '.join(f'`{name}`' for name in names)}",
-            hint="a newer megatron-core may have it, or the mapping table misspells it",
-        )
-
-
-def _refuse_owned(values: Mapping[str, Value]) -> None:
-    owned = [name for name in _OWNED if name in values]
-    if owned:
-        raise UsageError(
-            f"{', '.join(f'`{name}`' for name in owned)} follow from the layout, dtype and device",
-            hint="pass them as arguments instead of config keys",
-        )
-
-
-def _refuse_ignored(values: Mapping[str, Value], *, mla: bool, use_te: bool) -> None:
-    """Fields the installed Megatron Core would accept and then not act on in this kind of build."""
-    if mla and values.get("softmax_scale") is not None:
-        raise UnsupportedError(f"{_mcore()} computes the softmax scale of MLA itself and ignores `softmax_scale`")
-    if values.get("heterogeneous_block_specs"):
-        raise UnsupportedError("`heterogeneous_block_specs` needs per-layer specs, which a flat config does not carry")
-    if values.get("moe_latent_size") is not None and not use_te:
-        raise UnsupportedError(f"{_mcore()} builds `moe_latent_size` with Transformer Engine only")
-
-
-def _mcore() -> str:
-    from megatron.core import __version__
-
-    return f"megatron-core {__version__}"

@@ -7,6 +7,7 @@ CPU. The patches stay inside one context manager: nothing is changed by importin
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -117,7 +118,8 @@ def process_group(
     """Initialise torch.distributed and Megatron Core's parallel state, and tear both down on exit.
 
     One process needs no network (an in-memory store); several meet at `init_file`, a path on a shared file system
-    that does not exist yet. Model-parallel RNG streams start from `seed`. On a CPU, enter `megatron_on_cpu` first.
+    that does not exist yet, or where torchrun's environment says. Model-parallel RNG streams start from `seed`.
+    On a CPU, enter `megatron_on_cpu` first.
     Raises `LayoutError` where tp·pp or etp·ep·pp does not divide the world, `UsageError` where a group exists already.
     """
     import torch
@@ -130,15 +132,16 @@ def process_group(
         )
     if torch.distributed.is_initialized():
         raise UsageError("torch.distributed is initialised already", hint="leave the other process group first")
-    if world_size > 1 and init_file is None:
-        raise UsageError(f"{world_size} processes need an `init_file` to meet at, got none")
+    from_torchrun = world_size > 1 and init_file is None
+    if from_torchrun and "MASTER_ADDR" not in os.environ:
+        raise UsageError(f"{world_size} processes need an `init_file` to meet at, or torchrun; got neither")
 
     # torch re-exports its stores without declaring them
-    store: torch._C._distributed_c10d.Store
-    if init_file is None:
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    else:
+    store: torch._C._distributed_c10d.Store | None = None
+    if init_file is not None:
         store = torch.distributed.FileStore(str(init_file), world_size)  # type: ignore[attr-defined]
+    elif not from_torchrun:
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group(
         backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
     )

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class FarLimit:
+    """The limit from position `start` on: not below `floor`, what one ulp of the rotary frequencies changes there."""
+
+    start: int
+    tolerance: float
+    floor: float
+
+
+@dataclass(frozen=True, slots=True)
 class LogitDiff:
     """How far two logit tensors of one prompt set are apart.
 
@@ -24,7 +33,8 @@ class LogitDiff:
     `kl`: KL(a || b) over the vocabulary in nats, mean over all positions of all rows; NaN where not finite.
     `top1_agreement`: share of positions with the same arg max. `first_bad_position`: (row, position) of the first
     position, in reading order, that is not finite or differs by more than `tolerance`; None where there is none.
-    `has_nan`: either side holds NaN or an infinity.
+    `has_nan`: either side holds NaN or an infinity. `largest`: the largest |Δ| of each position. `far`: the limit of
+    far positions, where one of their own was measured (`mbx.mcore.rotary_floor`).
     """
 
     max_abs: float
@@ -34,11 +44,74 @@ class LogitDiff:
     has_nan: bool
     num_positions: int
     tolerance: float
+    largest: tuple[float, ...] = ()
+    far: FarLimit | None = None
 
     @property
     def ok(self) -> bool:
-        """True only where everything is finite and every logit agrees within `tolerance`."""
-        return not self.has_nan and self.first_bad_position is None and self.max_abs <= self.tolerance
+        """True only where everything is finite and every logit agrees within the limit of its position."""
+        limit = self.tolerance if self.far is None else self.far.tolerance
+        return not self.has_nan and self.first_bad_position is None and self.max_abs <= limit
+
+
+class LogitTally:
+    """Compares logits a part of the vocabulary at a time, in float64: nothing grows with the vocabulary."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.tokens = 0
+        self._empty = True
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """a, b: [positions, tokens], the next tokens of the vocabulary; DifferenceError for unequal shapes."""
+        import torch
+
+        if a.shape != b.shape:
+            raise DifferenceError(f"logits of unequal shape: got {list(a.shape)} against {list(b.shape)}")
+        if self._empty:
+            self._empty = False
+            rows = a.shape[0]
+            self.finite = torch.ones(rows, dtype=torch.bool)
+            self.largest = torch.zeros(rows, dtype=torch.float64)
+            self.log_sums = torch.full((2, rows), -math.inf, dtype=torch.float64)
+            self.weighted = torch.zeros(rows, dtype=torch.float64)
+            self.best = torch.full((2, rows), -math.inf, dtype=torch.float64)
+            self.best_token = torch.zeros((2, rows), dtype=torch.long)
+        both = torch.stack((a.detach().double().cpu(), b.detach().double().cpu()))
+        difference = both[0] - both[1]
+        self.finite &= both.isfinite().all(-1).all(0)
+        self.largest = torch.maximum(self.largest, difference.abs().amax(-1))
+        log_sums = torch.logaddexp(self.log_sums, both.logsumexp(-1))
+        # The expected difference under softmax(a) so far, carried over to the new sum.
+        mine = (both[0] - log_sums[0][:, None]).exp()
+        self.weighted = self.weighted * (self.log_sums[0] - log_sums[0]).exp() + (mine * difference).sum(-1)
+        self.log_sums = log_sums
+        best, token = both.max(-1)
+        better = best > self.best
+        self.best_token = torch.where(better, token + self.tokens, self.best_token)
+        self.best = torch.where(better, best, self.best)
+        self.tokens += a.shape[1]
+
+    def result(self, rows: int = 1) -> LogitDiff:
+        """The difference over everything added, for positions that are `rows` equal rows; DifferenceError for none."""
+        import torch
+
+        if self._empty or not self.tokens or not self.finite.numel():
+            raise DifferenceError("no logits to compare")
+        largest = self.largest.masked_fill(~self.finite, math.inf)
+        bad = torch.nonzero(largest > self.tolerance)
+        has_nan = not bool(self.finite.all())
+        kl = self.weighted - self.log_sums[0] + self.log_sums[1]
+        return LogitDiff(
+            max_abs=float(largest.max()),
+            kl=math.nan if has_nan else float(kl.mean()),
+            top1_agreement=float((self.best_token[0] == self.best_token[1]).double().mean()),
+            first_bad_position=divmod(int(bad[0]), largest.numel() // rows) if len(bad) else None,
+            has_nan=has_nan,
+            num_positions=largest.numel(),
+            tolerance=self.tolerance,
+            largest=tuple(largest.tolist()),
+        )
 
 
 def compare_logits(a: torch.Tensor, b: torch.Tensor, *, tolerance: float = 1e-4) -> LogitDiff:
@@ -46,8 +119,6 @@ def compare_logits(a: torch.Tensor, b: torch.Tensor, *, tolerance: float = 1e-4)
 
     a, b: [b, s, vocab]. Raises `DifferenceError` for unequal shapes (unequal vocabularies included) or no positions.
     """
-    import torch
-
     if a.shape != b.shape:
         raise DifferenceError(
             f"logits of unequal shape: got {list(a.shape)} against {list(b.shape)} ([batch, sequence, vocab])",
@@ -57,22 +128,9 @@ def compare_logits(a: torch.Tensor, b: torch.Tensor, *, tolerance: float = 1e-4)
         raise UsageError(f"logits must be [batch, sequence, vocab], got {list(a.shape)}")
     if a.numel() == 0:
         raise DifferenceError(f"no logits to compare: shape {list(a.shape)}")
-    left, right = a.detach().double().cpu(), b.detach().double().cpu()
-    finite_BS = (left.isfinite() & right.isfinite()).all(-1)
-    diff_BS = (left - right).abs().amax(-1).masked_fill(~finite_BS, math.inf)
-    bad = torch.nonzero(diff_BS > tolerance)
-    has_nan = not bool(finite_BS.all())
-    log_p, log_q = left.log_softmax(-1), right.log_softmax(-1)
-    kl = math.nan if has_nan else float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    return LogitDiff(
-        max_abs=float(diff_BS.max()),
-        kl=kl,
-        top1_agreement=float((left.argmax(-1) == right.argmax(-1)).double().mean()),
-        first_bad_position=(int(bad[0, 0]), int(bad[0, 1])) if len(bad) else None,
-        has_nan=has_nan,
-        num_positions=diff_BS.numel(),
-        tolerance=tolerance,
-    )
+    tally = LogitTally(tolerance)
+    tally.add(a.flatten(0, 1), b.flatten(0, 1))
+    return tally.result(rows=a.shape[0])
 
 
 def mcore_logits(
@@ -106,7 +164,7 @@ def mcore_logits(
     model.eval()
     handle = model.get_submodule("output_layer").register_forward_hook(keep)
     try:
-        with torch.no_grad(), _rotated_at(model, positions):
+        with torch.no_grad(), rotated_at(model, positions):
             # With MTP heads GPTModel wants labels even for logits (it clones them); the loss is thrown away, and the
             # hook keeps the main head's logits, which are computed last. Labels change no logits.
             labels = ids if getattr(model, "mtp_process", False) else None
@@ -115,7 +173,7 @@ def mcore_logits(
         handle.remove()
         model.train(was_training)
     logits = outputs[0].transpose(0, 1)  # [s, b, vocab / tp] -> [b, s, vocab / tp]
-    logits = _gather_vocab(logits.contiguous())
+    logits = gather_vocab(logits.contiguous())
     if logits.shape[-1] < vocab_size:
         raise DifferenceError(
             f"Megatron Core gives {logits.shape[-1]} logits a position, the vocabulary has {vocab_size}"
@@ -124,7 +182,7 @@ def mcore_logits(
 
 
 @contextlib.contextmanager
-def _rotated_at(model: nn.Module, positions: torch.Tensor | None) -> Iterator[None]:
+def rotated_at(model: nn.Module, positions: torch.Tensor | None) -> Iterator[None]:
     """Make the rotary tables of `model` those of `positions: [s]`; mcore itself counts 0, 1, 2, … from the length."""
     if positions is None:
         yield
@@ -165,7 +223,7 @@ def hf_logits(hf_dir: Path, input_ids: torch.Tensor, *, trust_remote_code: bool 
     return transformers_logits(load_transformers(hf_dir, trust_remote_code=trust_remote_code), input_ids)
 
 
-def _gather_vocab(logits: torch.Tensor) -> torch.Tensor:
+def gather_vocab(logits: torch.Tensor) -> torch.Tensor:
     """Concatenate vocabulary shards over the tensor-parallel group: [b, s, vocab/tp] → [b, s, vocab]."""
     import torch
     from megatron.core import parallel_state

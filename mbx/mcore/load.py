@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from converters.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -31,6 +32,22 @@ def load_torch_dist(model: nn.Module, iter_dir: Path, *, strict: str = DEFAULT_S
     values; `raise_all` also refuses keys that the model does not have. Collective over the process group.
     Raises `StorageError` with mcore's own words where mcore does not accept the checkpoint.
     """
+    loaded = load_sharded(sharded_weights(model), iter_dir, strict=strict)
+    try:
+        model.load_state_dict(loaded, strict=True)
+    except RuntimeError as error:
+        raise refused(iter_dir, error) from error
+
+
+def sharded_weights(model: nn.Module) -> dict[str, object]:
+    """What `model` asks a torch_dist checkpoint for: state-dict name → sharded tensor, object or factory of them."""
+    return cast(_Sharded, model).sharded_state_dict(metadata=_metadata())
+
+
+def load_sharded(
+    sharded: dict[str, object], iter_dir: Path, *, strict: str = DEFAULT_STRICTNESS
+) -> dict[str, torch.Tensor]:
+    """A state dict for what `sharded_weights` asked for; errors are those of `load_torch_dist`."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
@@ -41,15 +58,19 @@ def load_torch_dist(model: nn.Module, iter_dir: Path, *, strict: str = DEFAULT_S
             f"`{iter_dir}` is not a torch_dist iteration: it has no metadata.json",
             hint="name the iter_* folder, not its parent",
         )
-    sharded = {"model": cast(_Sharded, model).sharded_state_dict(metadata=_metadata())}
     # torch's CheckpointException derives from BaseException, so it is named.
     try:
-        loaded = dist_checkpointing.load(sharded, str(iter_dir), strict=strict)
-        model.load_state_dict(loaded["model"], strict=True)
+        loaded = dist_checkpointing.load({"model": sharded}, str(iter_dir), strict=strict)
     except (CheckpointException, CheckpointingException, RuntimeError, KeyError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        fact = f"Megatron Core does not accept `{iter_dir}`: {lines[0] if lines else type(error).__name__}"
-        raise StorageError(fact, details=lines[1:]) from error
+        raise refused(iter_dir, error) from error
+    return cast("dict[str, torch.Tensor]", loaded["model"])
+
+
+def refused(iter_dir: Path, error: BaseException) -> StorageError:
+    """Megatron Core's own words for why it does not take a checkpoint."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    fact = f"Megatron Core does not accept `{iter_dir}`: {lines[0] if lines else type(error).__name__}"
+    return StorageError(fact, details=lines[1:])
 
 
 def save_torch_dist(model: nn.Module, iter_dir: Path) -> None:
@@ -103,7 +124,7 @@ def asked_keys(model: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 
     _need_group()
-    state = {"model": cast(_Sharded, model).sharded_state_dict(metadata=_metadata())}
+    state = {"model": sharded_weights(model)}
     apply_factories(state)
     values = list(nested_values(state))
     tensors = frozenset(value.key for value in values if isinstance(value, ShardedTensor))

@@ -1,35 +1,127 @@
-"""The forward leg of parity: one set of prompts through Transformers and through a loaded Megatron Core model."""
+"""The forward leg of parity: one set of prompts through two models, one layer in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from converters.errors import UsageError
 from converters.expr import Value
 from converters.isos import inexpressible_rope
+from converters.tensors import StoredTensor
+from mbx.io.files import FileSource
+from mbx.io.hf import read_config
+from mbx.mcore.device import Spread, megatron_on, world_of
+from mbx.mcore.divergence import BorderDiff, compare_traces, first_divergence
 from mbx.mcore.forward import LogitDiff
 from mbx.mcore.prompts import Batch, Passes, Prompts, passes
+from mbx.mcore.rotary_floor import with_far_limit
+from mbx.mcore.trace import Trace
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
-    from transformers import PreTrainedModel
+
+    from mbx.mcore.mcore_weights import StoredWeights
 
 #: Largest difference of two fp32 logits that rounding explains on models of a few layers.
 FORWARD_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
+class TransformersModel:
+    """Transformers' model of a Hugging Face folder."""
+
+    path: Path
+    title: str = field(default="Transformers", init=False)
+
+    @property
+    def note(self) -> str:
+        """Under which class Transformers runs a model that it has none for; empty where it has."""
+        from mbx.mcore.twins import twin_of
+
+        twin = twin_of(read_config(self.path))
+        return "" if twin is None else f"; {twin.note}"
+
+    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
+        """The pass, on rank 0; an empty trace elsewhere."""
+        del vocab
+        if world_of()[0]:
+            return Trace({}, _nothing)
+        from mbx.mcore.transformers_side import trace_transformers
+
+        return trace_transformers(self.path, batches, device=spread.device)
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronModel:
+    """Megatron Core's model of a flat `config`, with the weights of a Megatron checkpoint of any format.
+
+    `tensors` by torch_dist key have their chunks below `root`; with `torch_dist`, torch's reader reads that folder.
+    `reference` and `hf_config` (v4 spelling) say which rotary frequencies the config cannot express.
+    """
+
+    config: Mapping[str, Value]
+    root: Path
+    tensors: Mapping[str, StoredTensor]
+    torch_dist: bool = True
+    reference: Path | None = None
+    hf_config: Mapping[str, Value] = field(default_factory=dict)
+    title: str = field(default="Megatron Core", init=False)
+
+    @property
+    def embedded_rows(self) -> int:
+        """Rows of the embedding, padding included."""
+        embedding = self.tensors.get("embedding.word_embeddings.weight")
+        return vocab_size(self.config) if embedding is None else embedding.shape[0]
+
+    @property
+    def lent(self) -> tuple[str, ...]:
+        """Rotary constants that Megatron Core cannot express, one line each."""
+        return tuple(inexpressible_rope(self.hf_config)) if self.reference is not None else ()
+
+    @property
+    def frequencies(self) -> torch.Tensor | None:
+        """Transformers' rotary frequencies, where Megatron Core's constants differ."""
+        from mbx.mcore.reference import transformers_frequencies
+
+        return transformers_frequencies(self.reference) if self.lent and self.reference is not None else None
+
+    def weights(self, source: FileSource) -> StoredWeights:
+        """The checkpoint's weights."""
+        from mbx.mcore.mcore_weights import StoredWeights
+
+        if not self.torch_dist:
+            return StoredWeights(self.tensors, source)
+        from mbx.mcore.dcp_weights import TorchDistWeights
+
+        return TorchDistWeights(self.root, self.tensors, source)
+
+    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
+        """The pass; collective, inside `megatron_on`."""
+        from mbx.mcore.mcore_side import trace_megatron
+
+        source = FileSource(self.root)
+        weights = self.weights(source)
+        found = trace_megatron(self.config, weights, batches, vocab=vocab, spread=spread, frequencies=self.frequencies)
+        return Trace(found.hidden, found.head, source.close)
+
+
+Model: TypeAlias = TransformersModel | MegatronModel
+
+
+@dataclass(frozen=True, slots=True)
 class Forward:
-    """What a forward comparison found: the difference, where it was taken, and what Megatron Core was lent for it.
+    """What a forward comparison found: the differences, where they were taken, and what Megatron Core was lent for it.
 
     `lent`: rotary constants that Megatron Core cannot express and that were set from Transformers, one line each.
     """
 
+    titles: tuple[str, str]
     diff: LogitDiff
+    borders: tuple[BorderDiff, ...]
     where: str
     lent: tuple[str, ...] = ()
 
@@ -38,14 +130,32 @@ class Forward:
         """The figures, each with its unit, limit and reduction."""
         diff = self.diff
         kl = "is not finite" if diff.has_nan else f"{max(diff.kl, 0.0):.1e} nats (mean over positions)"
-        return f"max |Δlogit| {diff.max_abs:.2e} (limit {diff.tolerance:g}), KL {kl}, top-1 {diff.top1_agreement:.2%}"
+        limit = f"limit {diff.tolerance:g}"
+        if diff.far is not None:
+            limit += f", {diff.far.tolerance:.2e} from position {diff.far.start}"
+        return f"max |Δlogit| {diff.max_abs:.2e} ({limit}), KL {kl}, top-1 {diff.top1_agreement:.2%}"
 
     @property
     def details(self) -> tuple[str, ...]:
-        """Where the figures were taken, where they first passed the limit, and what was lent."""
-        lines = [f"KL(Transformers ‖ Megatron Core) over {self.diff.num_positions} positions: {self.where}"]
-        if self.diff.first_bad_position is not None:
-            lines.append(f"the first position over the limit is number {self.diff.first_bad_position[1]}, from 0")
+        """Where the figures were taken, where the two first part, and what was lent."""
+        lines = [f"KL({self.titles[0]} ‖ {self.titles[1]}) over {self.diff.num_positions} positions: {self.where}"]
+        if self.diff.far is not None:
+            lines.append(
+                f"from position {self.diff.far.start} the limit is not below the floor of fp32, measured here: one "
+                f"unit in the last place of the frequencies changes Transformers' logits by {self.diff.far.floor:.2e}"
+            )
+        if self.borders:
+            worst = max(self.borders, key=lambda border: border.relative)
+            lines.append(f"hidden states at {len(self.borders)} borders, the furthest apart behind {worst.line}")
+        if not self.diff.ok:
+            if self.diff.first_bad_position is not None:
+                at = self.diff.first_bad_position[1]
+                lines.append(f"the first position over the limit is number {at}, from 0")
+            first = first_divergence(self.borders)
+            if first is not None:
+                lines.append(f"the first to diverge is {first.line}")
+            elif self.borders:
+                lines.append("no border diverges: the difference is made by the output layer, or grows slowly")
         return (*lines, *(f"{line}: Transformers' own frequencies were used" for line in self.lent))
 
 
@@ -64,87 +174,47 @@ def read_prompts(
 
 
 def compare_forward(
-    config: Mapping[str, Value],
-    hf_path: Path,
-    iteration: Path,
-    hf_config: Mapping[str, Value],
+    first: Model,
+    second: Model,
     read: Passes,
+    vocab: int,
     *,
-    padded_vocab: int | None = None,
-    device: str = "cpu",
+    spread: Spread | None = None,
     tolerance: float = FORWARD_TOLERANCE,
-) -> Forward:
-    """Difference of fp32 logits at every position of `read`.
+) -> Forward | None:
+    """Difference of logits at every position of `read`, and of hidden states behind every layer.
 
-    `config` is the Megatron Core config; `hf_config` the folder's in the v4 spelling; `iteration` a torch_dist
-    folder, loaded by Megatron Core itself at its default strictness. `padded_vocab` is the embedding's row count
-    there. On `cuda` both models run on the GPU, Megatron Core with Transformer Engine. Raises UnsupportedError where
-    one of the two cannot run the model on this device, DeviceError where the device is missing.
+    `vocab` is the true vocabulary size. On `cuda` both models run on a GPU, Megatron Core with Transformer Engine.
+    Under torchrun Megatron Core's side is spread over all processes; the result is rank 0's, None elsewhere. Raises
+    UnsupportedError where one of the two cannot run the model on this device, DeviceError where the device is missing.
     """
-    from mbx.mcore.device import megatron_on
-    from mbx.mcore.forward import compare_logits
-    from mbx.mcore.reference import load_transformers
-
-    vocab = vocab_size(config)
-    with megatron_on(device):
-        model = loaded_model(config, iteration, padded_vocab=padded_vocab, device=device)
-        lent = lend_frequencies(model, hf_path, hf_config)
-        ours = mcore_passes(model, read.batches, vocab)
-        del model
-        reference = transformers_passes(load_transformers(hf_path, device=device), read.batches)
-    spec = "Transformer Engine" if device == "cuda" else "local"
-    diff = compare_logits(reference, ours, tolerance=tolerance)
-    return Forward(diff, f"{read.origin}; fp32 on {device}, {spec} spec", lent)
-
-
-def loaded_model(
-    config: Mapping[str, Value],
-    iteration: Path,
-    *,
-    padded_vocab: int | None = None,
-    device: str = "cpu",
-    dtype: str = "fp32",
-) -> nn.Module:
-    """Build the model of `config` on `device` and load `iteration` into it; call inside `megatron_on(device)`."""
-    from mbx.mcore.build import build_model
-    from mbx.mcore.load import load_torch_dist
-
-    model = build_model(
-        dict(config), padded_vocab_size=padded_vocab, device=device, dtype=dtype, use_te=device == "cuda"
-    )
-    load_torch_dist(model, iteration)
-    return model
-
-
-def lend_frequencies(model: nn.Module, hf_path: Path, hf_config: Mapping[str, Value]) -> tuple[str, ...]:
-    """Give `model` Transformers' rotary frequencies where Megatron Core's constants differ; returns what differed."""
-    from mbx.mcore.forward import set_rope_frequencies
-    from mbx.mcore.reference import transformers_frequencies
-
-    lent = tuple(inexpressible_rope(hf_config))
-    if lent:
-        set_rope_frequencies(model, transformers_frequencies(hf_path))
-    return lent
-
-
-def mcore_passes(model: nn.Module, batches: tuple[Batch, ...], vocab: int) -> torch.Tensor:
-    """Logits of every position of every batch in turn: [1, positions, vocab], on the CPU."""
-    from mbx.mcore.forward import mcore_logits
-
-    return _joined([mcore_logits(model, b.ids, vocab_size=vocab, positions=b.positions) for b in batches])
-
-
-def transformers_passes(model: PreTrainedModel, batches: tuple[Batch, ...]) -> torch.Tensor:
-    """The same of a Transformers model."""
-    from mbx.mcore.reference import transformers_logits
-
-    return _joined([transformers_logits(model, b.ids, positions=b.positions) for b in batches])
-
-
-def _joined(logits: list[torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    return torch.cat([part.reshape(-1, part.shape[-1]).cpu() for part in logits])[None]
+    spread = spread or Spread()
+    models = (first, second)
+    megatron = any(isinstance(model, MegatronModel) for model in models)
+    with contextlib.ExitStack() as opened:
+        with contextlib.ExitStack() as stack:
+            if megatron:
+                stack.enter_context(megatron_on(spread.device, tp=spread.tp, pp=spread.pp, ep=spread.ep))
+            traces = []
+            for model in models:
+                traces.append(model.trace(read.batches, vocab, spread))
+                opened.callback(traces[-1].close)
+            found = compare_traces(traces[0], traces[1], vocab, tolerance)
+        if found is None:
+            return None
+        diff, borders = found
+        for model, trace in zip(models, traces, strict=True):
+            if isinstance(model, TransformersModel):
+                diff = with_far_limit(diff, model, trace, read, vocab, spread.device)
+                break
+    where = f"{read.origin}; {spread.dtype} on {spread.device}"
+    if megatron:
+        where += f", {'Transformer Engine' if spread.device == 'cuda' else 'local'} spec"
+        sizes = [f"{name} {size}" for name, size in (("tp", spread.tp), ("pp", spread.pp), ("ep", spread.ep))]
+        where += "".join(f", {text}" for text in sizes if not text.endswith(" 1"))
+    where += "".join(dict.fromkeys(model.note for model in models if isinstance(model, TransformersModel)))
+    lent = tuple(line for model in models if isinstance(model, MegatronModel) for line in model.lent)
+    return Forward((first.title, second.title), diff, borders, where, tuple(dict.fromkeys(lent)))
 
 
 def vocab_size(config: Mapping[str, Value]) -> int:
@@ -153,3 +223,10 @@ def vocab_size(config: Mapping[str, Value]) -> int:
     if not isinstance(vocab, int):
         raise UsageError(f"model.vocab_size is {vocab!r}; forward parity needs a number")
     return vocab
+
+
+def _nothing(first: int, last: int) -> torch.Tensor:
+    """Logits where rank 0 has them."""
+    import torch
+
+    return torch.empty(0, last - first)

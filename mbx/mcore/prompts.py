@@ -43,6 +43,14 @@ class Batch:
     ids: torch.Tensor
     positions: torch.Tensor | None = None
 
+    @property
+    def far(self) -> torch.Tensor:
+        """[s]: which tokens stand elsewhere than where they would by their number."""
+        import torch
+
+        counted = torch.arange(self.ids.shape[1])
+        return torch.zeros_like(counted, dtype=torch.bool) if self.positions is None else self.positions != counted
+
 
 @dataclass(frozen=True, slots=True)
 class Passes:
@@ -50,6 +58,13 @@ class Passes:
 
     batches: tuple[Batch, ...]
     origin: str
+
+    @property
+    def far(self) -> torch.Tensor:
+        """`Batch.far` of every position of every batch in turn: [positions], as logits are compared."""
+        import torch
+
+        return torch.cat([batch.far.expand_as(batch.ids).flatten() for batch in self.batches])
 
 
 def passes(

@@ -11,10 +11,11 @@ from converters.errors import StorageError, UnsupportedError
 from mbx.io.hf import read_config
 from mbx.io.safetensors import read_folder
 from mbx.mcore.forward import check_ids
+from mbx.mcore.twins import twin_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def transformers_logits(
@@ -47,7 +48,7 @@ def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: b
         raise StorageError(f"`{hf_dir}` is not a Hugging Face checkpoint: it has no config.json")
     try:
         # output_loading_info turns the result into a pair, which its annotation does not say.
-        with _silent_transformers():
+        with silent_transformers():
             loaded = AutoModelForCausalLM.from_pretrained(
                 hf_dir,
                 dtype=torch.float32,
@@ -55,7 +56,7 @@ def load_transformers(hf_dir: Path, *, device: str = "cpu", trust_remote_code: b
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                **_decoded(hf_dir),
+                **decoding(hf_dir),
             )
     except (ValueError, KeyError, ImportError) as error:
         raise UnsupportedError(f"Transformers cannot build `{hf_dir}`: {error}") from error
@@ -81,10 +82,9 @@ def transformers_frequencies(hf_dir: Path) -> torch.Tensor:
     does not, or where Transformers has no such scaling.
     """
     import torch
-    from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = AutoConfig.from_pretrained(hf_dir, local_files_only=True).get_text_config()
+    config = transformers_config(hf_dir).get_text_config()
     kind = (getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}).get("rope_type")
     if kind not in ROPE_INIT_FUNCTIONS:
         raise UnsupportedError(f"Transformers scales no rotary positions of type {kind!r}")
@@ -95,7 +95,22 @@ def transformers_frequencies(hf_dir: Path) -> torch.Tensor:
     return inv_freq
 
 
-def _decoded(hf_dir: Path) -> dict[str, object]:
+def transformers_config(hf_dir: Path) -> PreTrainedConfig:
+    """The config of a folder's model, or of its twin where Transformers has no class for it.
+
+    Raises ValueError, KeyError and others like them, as Transformers does, where it cannot read config.json.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    raw = read_config(hf_dir)
+    if (twin := twin_of(raw)) is None:
+        found = AutoConfig.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+    else:
+        found = CONFIG_MAPPING[twin.model_type].from_dict(twin.config_of(raw))
+    return cast(PreTrainedConfig, found)
+
+
+def decoding(hf_dir: Path) -> dict[str, object]:
     """Arguments that make Transformers decode quantised weights instead of computing with them, on every device.
 
     Raises UnsupportedError for FP8 blocks that do not divide a weight: Transformers takes the block size from the
@@ -125,7 +140,7 @@ def _decoded(hf_dir: Path) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _silent_transformers() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     """No progress bars, and no list of tensors that a class leaves unread: the cover leg accounts for those."""
     from transformers.utils import logging
 

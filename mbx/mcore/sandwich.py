@@ -1,4 +1,4 @@
-"""What Gemma and GLM-4 add to a Megatron Core layer: norms behind sublayers, scaled embeddings, a second rotary base.
+"""What families add to a Megatron Core layer: norms behind sublayers, scaled embeddings, a second rotary base, …
 
 Like `mbx.mcore.modules` this file imports torch and megatron when imported. The norms take the checkpoint names that
 Megatron-Bridge gives them: `self_attention.linear_proj.post_layernorm`, `mlp.linear_fc2.post_layernorm`.
@@ -96,6 +96,21 @@ def use_two_bases(layer: ModuleSpec, rotary_base_local: float) -> None:
         raise UnsupportedError(f"a second rotary base is built for SelfAttention, not for {attention.module.__name__}")
     attention.module = TwoBaseAttention
     attention.params = {**(attention.params or {}), "rotary_base_local": rotary_base_local}
+
+
+def set_latent_epsilon(model: nn.Module, epsilon: float) -> None:
+    """Give the norms of latent queries, keys and values an epsilon of their own; Megatron Core has one for all.
+
+    They are modules of the attention in the local spec, and part of the projection behind them in Transformer
+    Engine's.
+    """
+    for name, module in model.named_modules():
+        part = name.rpartition(".")[2]
+        if part in _LATENT_NORMS and hasattr(module, "eps"):
+            module.eps = epsilon
+
+
+_LATENT_NORMS = ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj")
 
 
 def scale_embeddings(model: nn.Module, hidden_size: int) -> None:

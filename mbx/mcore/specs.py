@@ -19,14 +19,22 @@ if TYPE_CHECKING:
 
 
 def gpt_block_spec(
-    config: TransformerConfig, *, use_te: bool, post_layernorms: bool = False, rotary_base_local: float | None = None
+    config: TransformerConfig,
+    *,
+    use_te: bool,
+    post_layernorms: bool = False,
+    rotary_base_local: float | None = None,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Layer specs of this pipeline rank's decoder, dense and expert layers placed by `moe_layer_freq`.
 
     `post_layernorms` adds a norm behind attention and behind the MLP, `rotary_base_local` gives windowed layers a
-    rotary base of their own; Megatron Core has neither (`mbx.mcore.sandwich`).
+    rotary base of their own; Megatron Core has neither (`mbx.mcore.sandwich`). `vp_stage` is the model chunk where the
+    pipeline is interleaved.
     """
-    block = _block_spec(config, use_te=use_te)
+    block = _block_spec(config, use_te=use_te, vp_stage=vp_stage)
+    if config.qk_l2_norm and config.no_rope_freq:
+        _norm_rotated_layers_only(config, block, vp_stage)
     if post_layernorms or rotary_base_local is not None:
         from mbx.mcore.sandwich import add_post_layernorms, use_two_bases
 
@@ -39,20 +47,42 @@ def gpt_block_spec(
     return block
 
 
-def _block_spec(config: TransformerConfig, *, use_te: bool) -> TransformerBlockSubmodules:
+def _norm_rotated_layers_only(
+    config: TransformerConfig, block: TransformerBlockSubmodules, vp_stage: int | None
+) -> None:
+    """Llama 4 norms queries and keys where it rotates them; `qk_l2_norm` alone does so in every layer."""
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    flags = config.no_rope_freq[first : first + len(block.layer_specs)]
+    block.layer_specs = [deepcopy(layer) for layer in block.layer_specs]  # mcore repeats one spec object
+    for layer, is_unrotated in zip(block.layer_specs, flags, strict=True):
+        if is_unrotated:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = IdentityOp
+
+
+def _block_spec(config: TransformerConfig, *, use_te: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
+    if config.heterogeneous_block_specs:
+        return _heterogeneous_block_spec(config, use_te=use_te, vp_stage=vp_stage)
     if config.experimental_attention_variant is not None:
-        return _variant_block_spec(config, use_te=use_te)
+        return _variant_block_spec(config, use_te=use_te, vp_stage=vp_stage)
     if use_te:
         return get_gpt_decoder_block_spec(
-            config, use_transformer_engine=True, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
+            config,
+            use_transformer_engine=True,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+            vp_stage=vp_stage,
         )
-    return _local_block_spec(config)
+    return _local_block_spec(config, vp_stage)
 
 
 def mtp_block_spec(
-    config: TransformerConfig, block: TransformerBlockSubmodules, *, use_te: bool
+    config: TransformerConfig, block: TransformerBlockSubmodules, *, use_te: bool, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """Specs of the multi-token-prediction heads on this rank, None where there are none.
 
@@ -62,7 +92,7 @@ def mtp_block_spec(
 
     if not config.mtp_num_layers:
         return None
-    spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te)
+    spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te, vp_stage=vp_stage)
     if spec is not None and not use_te:
         from mbx.mcore.modules import LocalNorm
 
@@ -71,7 +101,28 @@ def mtp_block_spec(
     return spec
 
 
-def _variant_block_spec(config: TransformerConfig, *, use_te: bool) -> TransformerBlockSubmodules:
+def _heterogeneous_block_spec(
+    config: TransformerConfig, *, use_te: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Layers of unequal width, some without attention or MLP: mcore's own specs, on a CPU with our norms."""
+    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    block = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
+    if not use_te:
+        from mbx.mcore.modules import LocalNorm
+
+        block.layer_norm = LocalNorm
+        for layer in block.layer_specs:
+            for name in ("input_layernorm", "pre_mlp_layernorm"):
+                if getattr(layer.submodules, name) is WrappedTorchNorm:
+                    setattr(layer.submodules, name, LocalNorm)
+    return block
+
+
+def _variant_block_spec(
+    config: TransformerConfig, *, use_te: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     from megatron.core import __version__
     from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
         get_transformer_block_with_experimental_attention_variant_spec,
@@ -83,10 +134,10 @@ def _variant_block_spec(config: TransformerConfig, *, use_te: bool) -> Transform
             f"{config.experimental_attention_variant!r} with Transformer Engine only",
             hint="run this leg on a GPU with Transformer Engine installed",
         )
-    return get_transformer_block_with_experimental_attention_variant_spec(config)
+    return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
 
 
-def _local_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -95,9 +146,9 @@ def _local_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     dense = _local_layer_spec(config, num_experts=None)
     expert = dense if config.num_moe_experts is None else _local_layer_spec(config, num_experts=config.num_moe_experts)
     layers = [expert if is_expert else dense for is_expert in expert_layers(config)]
-    first = get_transformer_layer_offset(config)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=layers[first : first + get_num_layers_to_build(config)], layer_norm=LocalNorm
+        layer_specs=layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)], layer_norm=LocalNorm
     )
 
 

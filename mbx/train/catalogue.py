@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -22,12 +22,21 @@ _SHORT = {"model": "model.path", "data": "data.path", "steps": "train.steps", "l
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes: whole files, and every MODEL_METHOD of `model.MODEL` and `method.METHOD`."""
+    """Names of the shipped recipes: whole files, and every MODEL_METHOD of `model.MODEL` and `method.METHOD`.
+
+    A model's file may have a table `methods` of those that fit, each with what it changes for it; without, all fit.
+    """
     stems = [path.name.removesuffix(".toml") for path in FOLDER.glob("*.toml")]
     whole = [stem for stem in stems if "." not in stem]
     models = [stem.removeprefix("model.") for stem in stems if stem.startswith("model.")]
     methods = [stem.removeprefix("method.") for stem in stems if stem.startswith("method.")]
-    return sorted(whole + [f"{model}_{method}" for model in models for method in methods])
+    return sorted(whole + [f"{model}_{method}" for model in models for method in _methods(model, methods)])
+
+
+def _methods(model: str, known: list[str]) -> list[str]:
+    fitting = _toml(FOLDER / f"model.{model}.toml").get("methods", known)
+    assert isinstance(fitting, list | dict)
+    return list(fitting)
 
 
 def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -52,12 +61,19 @@ def _raw(name: str) -> dict[str, object]:
         )
     model, _, method = name.rpartition("_")
     how, what = _toml(FOLDER / f"method.{method}.toml"), _toml(FOLDER / f"model.{model}.toml")
+    methods = what.pop("methods", {})
+    assert isinstance(methods, dict)
+    own = methods.get(method, {})
     merged: dict[str, object] = {"description": f"{what.pop('title')}: {how.pop('title')}"}
-    for key in (*how, *what):  # the model's file has the last word, field by field
-        first, last = how.get(key, {}), what.get(key, {})
-        assert isinstance(first, dict) and isinstance(last, dict)
-        merged[key] = {**first, **last}
+    for key in (*how, *what, *own):  # the model's file has the last word, field by field
+        merged[key] = {**_section(how, key), **_section(what, key), **_section(own, key)}
     return merged
+
+
+def _section(raw: Mapping[str, object], key: str) -> dict[str, object]:
+    section = raw.get(key, {})
+    assert isinstance(section, dict)
+    return section
 
 
 def _toml(path: Path) -> dict[str, object]:

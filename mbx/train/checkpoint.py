@@ -2,6 +2,9 @@
 
 RUN/latest_checkpointed_iteration.txt     written last: what it names is whole
 RUN/iter_0000010/{.metadata, common.pt, …, mbx_train.json, hf/}
+
+With `run.save_async` a forked process writes a copy of the state as it was, and the tracker moves at the end of the
+first step at which every rank's writer is done (Megatron Core's own queue of such writers).
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +22,10 @@ from mbx.io import hf, torch_dist
 from mbx.train.model import Blueprint, unwrap
 from mbx.train.parallel import Ranks
 from mbx.train.recipe import Recipe
+from mbx.train.restore import allocate, count_steps, random_streams, restore_random
 
 if TYPE_CHECKING:
-    import torch
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
 
@@ -30,7 +34,15 @@ RECIPE = "recipe.json"
 #: Recipe keys that must not change under --resume: with them, step N would not be the step N of the run.
 _FIXED = (
     *("data", "train.global_batch", "train.seed", "train.per_token_loss", "lora", "model.path", "model.shape"),
-    *("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep", "parallel.etp", "parallel.distributed_optimizer"),
+    *(
+        "parallel.tp",
+        "parallel.pp",
+        "parallel.vpp",
+        "parallel.cp",
+        "parallel.ep",
+        "parallel.etp",
+        "parallel.distributed_optimizer",
+    ),
 )
 
 
@@ -68,31 +80,58 @@ class Store:
     def __init__(self, recipe: Recipe, plan: Blueprint, ranks: Ranks) -> None:
         self.recipe, self.plan, self.ranks = recipe, plan, ranks
         self.root = recipe.run_dir
+        self._writers: AsyncCallsQueue | None = None
 
-    def save(self, state: LoopState, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Path:
-        """Write `iter_{step}`; the tracker moves only when all of it is on the disk. Older ones beyond `keep` go."""
+    def save(self, state: LoopState, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> Path:
+        """Write `iter_{step}`; the tracker moves only when all of it is on the disk. Older ones beyond `keep` go.
+
+        With `run.save_async` it returns while a process of each rank writes; `settle` finishes what is written.
+        """
         import torch
         from megatron.core import dist_checkpointing
 
+        self.settle(wait=True)  # one at a time: the tracker must not go back
         target = self.root / f"iter_{state.step:07d}"
         if self.ranks.is_main:
             shutil.rmtree(target, ignore_errors=True)  # an unfinished one: the tracker does not name it
             target.mkdir(parents=True)
         torch.distributed.barrier()
-        content = self._content(model, optimizer, loading=False)
+        content = self._content(chunks, optimizer, loading=False)
         content |= {
             "checkpoint_version": 3.0,
             "iteration": state.step,
             "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
         }
-        dist_checkpointing.save(content, str(target), ("torch_dist", 1))
-        torch.distributed.barrier()
-        if self.ranks.is_main:
+        beside = self.recipe.run.save_async
+        request = dist_checkpointing.save(content, str(target), ("torch_dist", 1), async_sharded_save=beside)
+        if request is None:
+            torch.distributed.barrier()
             self._finish(target, state)
-        torch.distributed.barrier()
+            torch.distributed.barrier()
+            return target
+        request.add_finalize_fn(lambda: self._finish(target, state))
+        if self._writers is None:
+            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+            self._writers = AsyncCallsQueue()
+        self._writers.schedule_async_request(request)
         return target
 
+    def settle(self, *, wait: bool) -> None:
+        """Finish a checkpoint whose writers are done on all ranks; `wait` until they are. Collective."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        if self._writers is None:
+            return
+        try:  # torch's CheckpointException derives from BaseException, so it is named
+            self._writers.maybe_finalize_async_calls(blocking=wait)
+        except (CheckpointException, OSError) as error:
+            raise StorageError(f"a checkpoint of `{self.root}` could not be written: {error}") from error
+
     def _finish(self, target: Path, state: LoopState) -> None:
+        """Complete a written checkpoint and point the tracker at it; the main rank's work."""
+        if not self.ranks.is_main:
+            return
         loop = {**asdict(state), "world_size": self.ranks.world_size}
         (target / STATE).write_text(json.dumps(loop), encoding="utf-8")
         (target / RECIPE).write_text(json.dumps(self.recipe.to_dict(), indent=1), encoding="utf-8")
@@ -115,7 +154,7 @@ class Store:
         for old in done[: max(0, len(done) - keep + 1)] if keep else []:
             shutil.rmtree(old)
 
-    def load(self, path: Path, model: DistributedDataParallel, optimizer: MegatronOptimizer) -> LoopState:
+    def load(self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> LoopState:
         """Fill the model, the optimizer and the random streams from `path`; returns the loop's state."""
         import torch
         from megatron.core import dist_checkpointing
@@ -123,26 +162,27 @@ class Store:
         from torch.distributed.checkpoint.api import CheckpointException
 
         state = self._check_recipe(path)
-        _allocate(optimizer)
-        content = self._content(model, optimizer, loading=True)
+        allocate(optimizer)
+        content = self._content(chunks, optimizer, loading=True)
         try:  # torch's CheckpointException derives from BaseException, so it is named
             loaded = dist_checkpointing.load(content, str(path))
         except (CheckpointException, CheckpointingException, OSError, KeyError) as error:
             raise StorageError(f"`{path}` cannot be resumed: {error}") from error
         # an adapter run's checkpoint holds adapters only; the base was read from its own storage
-        unwrap(model).load_state_dict(loaded["model"], strict=not self.recipe.lora.rank)
+        for name, chunk in _named(chunks):
+            unwrap(chunk).load_state_dict(loaded[name], strict=not self.recipe.lora.rank)
         if self.recipe.run.save_optimizer:
             with torch.no_grad():  # main parameters of an fp32 model are views of its own
                 optimizer.load_state_dict(loaded["optimizer"])
-            _count_steps(optimizer)
-            _restore_random(loaded["rng"])
+            count_steps(optimizer)
+            restore_random(loaded["rng"])
         else:
             optimizer.reload_model_params()
         torch.distributed.barrier()
         return state
 
     def _content(
-        self, model: DistributedDataParallel, optimizer: MegatronOptimizer, *, loading: bool
+        self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, loading: bool
     ) -> dict[str, object]:
         from megatron.core import parallel_state
         from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -153,17 +193,17 @@ class Store:
             "distrib_optim_sharding_type": "dp_reshardable",
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        weights = unwrap(model).sharded_state_dict(metadata=metadata)  # type: ignore[operator]
-        content: dict[str, object] = {"model": weights}
+        weights = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}  # type: ignore[operator]
+        content: dict[str, object] = dict(weights)
         if self.recipe.run.save_optimizer:
             # the optimizer pairs its states with the shards of the parameters it trains
             content["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
             rank, world = self.ranks.rank, self.ranks.world_size
-            content["rng"] = ShardedObject("rng_state", _random(), (world,), (rank,), replica_id=0)
+            content["rng"] = ShardedObject("rng_state", random_streams(), (world,), (rank,), replica_id=0)
         if self.recipe.lora.rank:
             from mbx.train.lora import only_adapters
 
-            content["model"] = only_adapters(weights)
+            content |= {name: only_adapters(part) for name, part in weights.items()}
         return content
 
     def _check_recipe(self, path: Path) -> LoopState:
@@ -189,84 +229,15 @@ class Store:
         return read_state(path)
 
 
-def _plain_adams(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
-    """PyTorch's AdamW wherever it stands in for Transformer Engine's."""
-    import torch
-
-    inner = [getattr(one, "optimizer", None) for one in getattr(optimizer, "chained_optimizers", [optimizer])]
-    return [adam for adam in inner if isinstance(adam, torch.optim.AdamW)]
-
-
-def _allocate(optimizer: MegatronOptimizer) -> None:
-    """Give AdamW the state that a first step would.
-
-    Megatron Core's distributed optimizer reads the step number of an existing state before it loads one.
-    """
-    import torch
-
-    for adam in _plain_adams(optimizer):
-        fresh = [] if adam.state else [p for group in adam.param_groups for p in group["params"]]
-        for parameter in fresh:
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
-
-
-def _count_steps(optimizer: MegatronOptimizer) -> None:
-    """Put the step number, which the distributed optimizer stores with a group, back into AdamW's states.
-
-    Each parameter gets a counter of its own: loading gave all of them one tensor, which every one would advance.
-    """
-    import torch
-
-    for adam in _plain_adams(optimizer):
-        for group in adam.param_groups:
-            for state in (adam.state[p] for p in group["params"] if "step" in group):
-                state["step"] = torch.tensor(float(group["step"]))
+def _named(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, DistributedDataParallel]]:
+    """Chunks under Megatron-LM's names: `model`, or `model0`, `model1`, … where the pipeline is interleaved."""
+    return [("model" if len(chunks) == 1 else f"model{number}", chunk) for number, chunk in enumerate(chunks)]
 
 
 def _get(recipe: Mapping[str, object], key: str) -> object:
     value: object = recipe
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
-def _random() -> dict[str, object]:
-    """States of every random stream a step may draw from."""
-    import random
-
-    import numpy
-    import torch
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    return {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _restore_random(states: Mapping[str, object]) -> None:
-    import random
-
-    import numpy
-    import torch
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
-    random.setstate(states["python"])  # type: ignore[arg-type]
-    numpy.random.set_state(states["numpy"])  # type: ignore[arg-type]
-    torch.set_rng_state(_tensor(states["torch"]))
-    torch.cuda.set_rng_state(_tensor(states["cuda"]))
-    get_cuda_rng_tracker().set_states(states["tracker"])
-
-
-def _tensor(value: object) -> torch.Tensor:
-    import torch
-
-    if not isinstance(value, torch.Tensor):
-        raise StorageError(f"a random state should be a tensor, got {type(value).__name__}")
     return value
 
 

@@ -11,7 +11,9 @@ from mbx.train.checkpoint import latest
 def export_hf(run_dir: Path, target: Path, *, dtype: str | None = None, overwrite: bool = False) -> Path:
     """Convert the run's last checkpoint to a Hugging Face folder at `target`; weights keep their dtype by default.
 
-    For a run of adapters, use `mbx.train.lora.export_peft` or merge first: its checkpoint holds no base weights.
+    Norms that Megatron Core stores as gamma and the folder as 1 + gamma (gated delta nets) are then written in fp32
+    where they were trained in 16 bits, which have no room for the sum: rounding it moves logits by tenths.
+    For a run of adapters, use `mbx.train.peft.export_peft` or merge first: its checkpoint holds no base weights.
     """
     from mbx.convert import Options, plan_mcore_to_hf, run
 
@@ -22,16 +24,15 @@ def export_hf(run_dir: Path, target: Path, *, dtype: str | None = None, overwrit
         raise UsageError(
             f"`{found}` was trained without a Hugging Face folder", hint="mbx convert mcore-to-hf --hf-config DIR"
         )
-    return run(plan_mcore_to_hf(found, target, Options(dtype=dtype, overwrite=overwrite))).target
+    return run(plan_mcore_to_hf(found, target, Options(dtype=dtype, exact_norms=True, overwrite=overwrite))).target
 
 
 def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Path, str]:
     """Write what a run trained, and say what it is: a model, a PEFT adapter, or (`merged`) the base with it."""
     import json
-    import tempfile
 
     from mbx.train.checkpoint import RECIPE, read_state
-    from mbx.train.peft import export_peft, merge_peft
+    from mbx.train.peft import export_peft, merge_run
 
     found = latest(run_dir)
     if found is None:
@@ -49,6 +50,4 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Pa
             f"the adapters' base `{base}` is no Hugging Face folder to merge into",
             hint="export the adapter without --merged, or convert the base first",
         )
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = export_peft(run_dir, Path(folder) / "adapter")
-        return merge_peft(base, adapter, target), "Hugging Face model, adapter merged in fp32"
+    return merge_run(run_dir, base, target), "Hugging Face model, adapter merged in fp32"

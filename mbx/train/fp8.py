@@ -5,7 +5,8 @@ from __future__ import annotations
 from converters.errors import DeviceError, UsageError
 from converters.expr import Value
 from mbx.train.parallel import Ranks
-from mbx.train.recipe import Fp8, Recipe
+from mbx.train.recipe import Recipe
+from mbx.train.sections import Fp8
 
 #: Compute capability from which a recipe runs, and to which (None: no end). Transformer Engine 2.11, fp8.py:
 #: delayed and tensorwise from Ada on, 1x128 blocks on Hopper only, MXFP8 from Blackwell on.

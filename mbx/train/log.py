@@ -49,7 +49,7 @@ class Log:
     """The main rank's log; other ranks' calls do nothing."""
 
     def __init__(self, recipe: Recipe, *, main: bool, live: bool = True) -> None:
-        self.main, self.total = main, recipe.train.steps
+        self.main, self.total, self.name = main, recipe.train.steps, recipe.name
         self.path = recipe.run_dir / METRICS
         self._writers: list[_Writer] = []
         self._losses: deque[float] = deque(maxlen=60)
@@ -125,10 +125,20 @@ class Log:
 
         assert self._live is not None
         done = int(30 * s.step / self.total)
-        text = (
-            f"{'█' * done}{'░' * (30 - done)} {s.step}/{self.total}\n{line(s, self.total)}\n{plot(list(self._losses))}"
-        )
-        self._live.update(Panel(text, title="mbx train"))
+        left = (self.total - s.step) * s.step_s
+        ahead = f"{s.step}/{self.total}, {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left"
+        text = f"{'█' * done}{'░' * (30 - done)} {ahead}\n{line(s, self.total)}\n{chart(list(self._losses))}"
+        self._live.update(Panel(text, title=f"mbx train: {self.name}"))
+
+
+def check_writers(recipe: Recipe) -> None:
+    """UsageError where the recipe logs to a package that is not installed."""
+    for key, asked, package in (
+        ("run.tensorboard", recipe.run.tensorboard, "tensorboard"),
+        ("run.wandb", bool(recipe.run.wandb), "wandb"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{key} is set, but {package} is not installed", hint=f"pip install {package}")
 
 
 def line(s: Step, total: int) -> str:
@@ -140,19 +150,23 @@ def line(s: Step, total: int) -> str:
     )
 
 
-def plot(losses: list[float]) -> str:
-    """The last losses as one line of bars between their extremes."""
+def chart(losses: list[float], height: int = 6) -> str:
+    """The last losses as columns of `height` lines between their extremes, which stand at the left."""
     finite = [x for x in losses if x == x]
     if not finite:
         return ""
     low, high = min(finite), max(finite)
-    bars = (_BARS[int((x - low) / (high - low or 1.0) * (len(_BARS) - 1))] if x == x else "?" for x in losses)
-    return f"loss {low:.3f}–{high:.3f} {''.join(bars)}"
+    top = height * len(_BARS) - 1
+    levels = [1 + int((x - low) / (high - low or 1.0) * top) if x == x else 0 for x in losses]  # in eighths of a line
+    rows = []
+    for row in reversed(range(height)):
+        label = f"{high:9.3f} " if row == height - 1 else f"{low:9.3f} " if row == 0 else " " * 10
+        filled = (min(len(_BARS), max(0, level - row * len(_BARS))) for level in levels)
+        rows.append(label + "".join(_BARS[n - 1] if n else " " for n in filled).rstrip())
+    return "\n".join(rows)
 
 
 def _tensorboard(folder: Path) -> _Writer:
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("run.tensorboard is set, but tensorboard is not installed", hint="pip install tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     writer: _Writer = SummaryWriter(str(folder / "tensorboard"))
@@ -163,8 +177,6 @@ class _Wandb:
     """Weights & Biases behind the two calls of a TensorBoard writer."""
 
     def __init__(self, recipe: Recipe) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise UsageError("run.wandb is set, but wandb is not installed", hint="pip install wandb")
         import wandb  # type: ignore[import-not-found,unused-ignore]
 
         self._run = wandb.init(project=recipe.run.wandb, name=recipe.name, config=recipe.to_dict())

@@ -6,10 +6,7 @@ gradients, its optimizer steps. This file decides what they are given.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,8 +22,12 @@ from mbx.train.log import Log, Step
 from mbx.train.parallel import session
 from mbx.train.prepare import Prepared
 from mbx.train.schedule import learning_rate
+from mbx.train.stepping import GuardedStep
+from mbx.train.stop import Stop
+from mbx.train.warmup import warm_up
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
 
@@ -47,7 +48,7 @@ class Outcome:
 
 
 def train(prepared: Prepared, *, live: bool = True, on_step: Callable[[Step], None] = lambda _: None) -> Outcome:
-    """Run a prepared recipe to its end, to SIGTERM, or to a loss that is not a number; collective over all ranks."""
+    """Run a prepared recipe to its end, to SIGTERM or Ctrl-C, or to a loss that is not a number; collective."""
     recipe, ranks = prepared.recipe, prepared.ranks
     with session(recipe, ranks):
         log = Log(recipe, main=ranks.is_main, live=live)
@@ -76,33 +77,39 @@ class _Trainer:
         resumed = checkpoint.read_state(prepared.start.path) if how == "resume" and prepared.start.path else None
         self.base = resumed.base if resumed else str(prepared.start.path or "")
 
-        # 1. the model, with this rank's weights read straight from their storage
-        network = models.build(self.recipe, self.plan, self.ranks)
-        if how == "init":
-            assert prepared.start.path is not None
-            report = start.load_weights(models.unwrap(network), self.plan, prepared.start.path)
-            log.message(report)
-        if self.recipe.lora.rank:
-            from mbx.train import lora
+        # 1. the model's chunks, with this rank's weights read straight from their storage
+        warm_up(self.recipe, self.plan, self.ranks)
+        networks = models.build(self.recipe, self.plan, self.ranks)
+        for bare in map(models.unwrap, networks):
+            if how == "init":
+                assert prepared.start.path is not None
+                log.message(start.load_weights(bare, self.plan, prepared.start.path))
+            if self.recipe.lora.rank:
+                from mbx.train import lora
 
-            lora.attach(models.unwrap(network), self.recipe.lora, self.plan, self.recipe.train.seed)
-            if how == "resume":  # the frozen base is in no checkpoint of an adapter run
-                log.message(start.load_weights(models.unwrap(network), self.plan, lora.base_of(self.base)))
-            if self.recipe.lora.adapter and how != "resume":
-                from mbx.train.peft import load_peft
+                lora.attach(bare, self.recipe.lora, self.plan, self.recipe.train.seed)
+                if how == "resume":  # the frozen base is in no checkpoint of an adapter run
+                    log.message(start.load_weights(bare, self.plan, lora.base_of(self.base)))
+                if self.recipe.lora.adapter and how != "resume":
+                    from mbx.train.peft import load_peft
 
-                load_peft(models.unwrap(network), self.plan, Path(self.recipe.lora.adapter))
+                    load_peft(bare, self.plan, Path(self.recipe.lora.adapter))
 
         # 2. gradients, optimizer, schedules
-        self.model: DistributedDataParallel = models.wrap(self.recipe, network, self.ranks)
-        self.optimizer: MegatronOptimizer = models.optimizer(self.recipe, self.model, self.ranks)
-        config = get_model_config(self.model)
-        config.grad_scale_func = self.optimizer.scale_loss
-        config.finalize_model_grads_func = _finalizer()
-        if self.model.ddp_config.overlap_grad_reduce:
-            config.no_sync_func = self.model.no_sync
+        self.chunks: list[DistributedDataParallel] = [
+            models.wrap(self.recipe, network, self.ranks, bucketed=number == 0)
+            for number, network in enumerate(networks)
+        ]
+        self.optimizer: MegatronOptimizer = models.optimizer(self.recipe, self.chunks, self.ranks)
+        waits = [chunk.no_sync for chunk in self.chunks]
+        for config in map(get_model_config, self.chunks):
+            config.grad_scale_func = self.optimizer.scale_loss
+            config.finalize_model_grads_func = _finalizer()
+            if self.chunks[0].ddp_config.overlap_grad_reduce:
+                config.no_sync_func = waits if len(waits) > 1 else waits[0]
         self.forward_backward = get_forward_backward_func()
-        self.mark_first = models.first_microbatch(self.model)
+        self.mark_first = models.first_microbatch(*self.chunks)
+        self.take_step = GuardedStep(self.optimizer)
 
         # 3. rows, and the place in them
         self.train_rows, self.eval_rows = self._rows()
@@ -110,7 +117,7 @@ class _Trainer:
         self.step, self.saved, self.mean_loss = 0, -1, math.nan
         if how == "resume":
             assert prepared.start.path is not None
-            state = self.store.load(prepared.start.path, self.model, self.optimizer)
+            state = self.store.load(prepared.start.path, self.chunks, self.optimizer)
             self.step, self.saved, self.mean_loss = state.step, state.step, state.mean_loss
         self.flops = models.flops_per_token(
             self.plan.config, self.recipe.data.length, self.plan.padded_vocab, self.recipe.lora.rank > 0
@@ -126,14 +133,14 @@ class _Trainer:
         )
 
     def run(self) -> Outcome:
-        """Step to the end; save on the way, at the end, and on SIGTERM."""
+        """Step to the end; save on the way, at the end, and when told to stop."""
         import torch
 
         t, r = self.recipe.train, self.recipe.run
         first, losses, stopped = self.step, [], "finished"
         if self.ranks.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with _Stop() as stop:
+        with Stop(self.ranks.is_main) as stop:
             while self.step < t.steps:
                 figures = self._one_step()
                 losses.append(figures.loss)
@@ -142,13 +149,15 @@ class _Trainer:
                 self._check_loss(figures)
                 if t.eval_every and self.step % t.eval_every == 0 and self.eval_rows is not None:
                     self.log.evaluation(self.step, self._evaluate())
-                if self._any(stop.asked):
-                    stopped = "stopped by SIGTERM"
+                if self._any(bool(stop.asked)):
+                    stopped = f"stopped by {stop.asked or 'a signal to another rank'}"
                     break
+                self.store.settle(wait=False)
                 if r.save and r.save_every and self.step % r.save_every == 0 and self.step < t.steps:
                     self._save()
-        if r.save and self.step != self.saved:
-            self._save()
+            if r.save and self.step != self.saved:
+                self._save()
+            self.store.settle(wait=True)
         self.log.message(
             f"{stopped} at step {self.step}" + (f"; checkpoint in {self.recipe.run_dir}" if r.save else "")
         )
@@ -166,20 +175,19 @@ class _Trainer:
             group["lr"] = lr
             group["weight_decay"] = self.recipe.optim.weight_decay * group.get("wd_mult", 1.0)  # none on biases, norms
         self.mark_first()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, tokens = self._forward_backward(self.train_rows, self.step, forward_only=False)
-        if math.isfinite(loss):
-            updated, grad_norm, _ = self.optimizer.step()
-            grad_norm = float(grad_norm or 0.0)
-            if not updated:  # fp16: the scaler met an infinity, lowered its scale and skipped the step
-                self.log.message(f"step {self.step + 1}: skipped, gradients overflowed fp16")
-        else:
-            grad_norm = math.nan  # nothing is updated: the checkpoint stays good
+        loss, grad_norm, updated = self.take_step(
+            self._forward_backward(self.train_rows, self.step, forward_only=False)
+        )
+        if not updated and math.isfinite(loss):  # fp16: the scaler met an infinity, lowered its scale and skipped
+            self.log.message(f"step {self.step + 1}: skipped, gradients overflowed fp16")
         if self.ranks.device == "cuda":
             torch.cuda.synchronize()
         took = time.perf_counter() - began
         self.step += 1
+        tokens = t.global_batch * self.recipe.data.length
         tflops = tokens * self.flops / took / self.ranks.world_size / 1e12
         peak = memory.peak_gib(self.ranks.device)
         return Step(self.step, loss, lr, grad_norm, tokens, took, tokens / took, tflops, tflops / self._peak(), peak)
@@ -194,27 +202,27 @@ class _Trainer:
         peak = next((value for key, value in _PEAK_TFLOPS.items() if key in name), math.inf)
         return peak * (2 if self.recipe.fp8.recipe != "none" else 1)
 
-    def _forward_backward(self, rows: Rows, step: int, *, forward_only: bool) -> tuple[float, int]:
-        """Run one global batch through Megatron Core's schedule; returns its mean loss and its number of tokens."""
+    def _forward_backward(self, rows: Rows, step: int, *, forward_only: bool) -> torch.Tensor:
+        """Run one global batch through Megatron Core's schedule; its mean loss, on the device and not waited for."""
         import torch
         from megatron.core import parallel_state as ps
 
         t = self.recipe.train
-        batches = self._batches(rows, step)
+        batches = [self._batches(rows, step) for _ in self.chunks]
         length, micro = self.recipe.data.length, t.micro_batch
         if self.ranks.te and self.recipe.data.kind in ("chat", "completion") and self.recipe.data.pack:
             length, micro = length * micro, 1  # packed rows travel between stages as one
         results = self.forward_backward(
             forward_step_func=forward_step,
             data_iterator=batches,
-            model=[self.model],
+            model=self.chunks,
             num_microbatches=t.global_batch // (t.micro_batch * self.ranks.dp),
             seq_length=length,
             micro_batch_size=micro,
             forward_only=forward_only,
         )
-        total = torch.zeros(2, dtype=torch.float64 if self.ranks.device == "cpu" else torch.float32)
-        total = total.to(self.ranks.device)
+        exact = torch.float64 if self.ranks.device == "cpu" else torch.float32
+        total = torch.zeros(2, dtype=exact, device=self.ranks.device)
         if ps.is_pipeline_last_stage():
             sums = torch.stack([r["loss"] for r in results]).to(total.dtype)
             # per token: Σ loss / Σ tokens; else the mean over micro-batches of their means, as Megatron-LM reports it
@@ -224,7 +232,7 @@ class _Trainer:
         if self.recipe.parallel.pp > 1:
             last = ps.get_pipeline_model_parallel_last_rank()
             torch.distributed.broadcast(total, src=last, group=ps.get_pipeline_model_parallel_group())
-        return float(total[0] / total[1].clamp(min=1)), t.global_batch * self.recipe.data.length
+        return total[0] / total[1].clamp(min=1)
 
     def _batches(self, rows: Rows, step: int) -> Iterator[Batch]:
         from megatron.core import parallel_state as ps
@@ -245,13 +253,15 @@ class _Trainer:
         import torch
 
         assert self.eval_rows is not None
-        self.model.eval()
+        for chunk in self.chunks:
+            chunk.eval()
         with torch.no_grad():
             losses = [
-                self._forward_backward(self.eval_rows, n, forward_only=True)[0]
+                float(self._forward_backward(self.eval_rows, n, forward_only=True))
                 for n in range(self.recipe.train.eval_steps)
             ]
-        self.model.train()
+        for chunk in self.chunks:
+            chunk.train()
         return sum(losses) / len(losses)
 
     def _check_loss(self, figures: Step) -> None:
@@ -273,7 +283,7 @@ class _Trainer:
     def _save(self) -> None:
         from mbx.train.checkpoint import LoopState
 
-        self.store.save(LoopState(self.step, self.mean_loss, self.base), self.model, self.optimizer)
+        self.store.save(LoopState(self.step, self.mean_loss, self.base), self.chunks, self.optimizer)
         self.saved = self.step
 
     def _any(self, flag: bool) -> bool:
@@ -291,23 +301,3 @@ def _finalizer() -> Callable[..., None]:
 
     function: Callable[..., None] = finalize_model_grads
     return function
-
-
-class _Stop(contextlib.AbstractContextManager["_Stop"]):
-    """Notes SIGTERM instead of dying of it, so that a step ends and a checkpoint is written."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: object = None
-
-    def __enter__(self) -> _Stop:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, number: int, frame: object) -> None:
-        self.asked = True
-
-    def __exit__(self, *error: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)  # type: ignore[arg-type]

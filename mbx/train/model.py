@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,9 @@ from converters.errors import LayoutError, StorageError, UsageError
 from converters.expr import Value
 from converters.layout import Layout
 from converters.layout import check as check_layout
+from converters.spelling import canonical
 from converters.table import Table
+from mbx.train.flat import train_config
 from mbx.train.parallel import Ranks
 from mbx.train.recipe import Recipe
 
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+
+#: How the converter's options spell a parallel size, which a recipe spells `parallel.tp`.
+_AXIS = re.compile(r"--(tp|pp|vpp|ep|etp) ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +84,7 @@ def blueprint(recipe: Recipe) -> Blueprint:
     else:
         raise UsageError(f"recipe `{recipe.name}` has no model", hint="model=DIR names a Hugging Face folder")
     config.update(recipe.model.config)
-    layout = Layout(recipe.parallel.tp, recipe.parallel.pp, recipe.model.vocab_divisor)
-    check_layout(layout, config)
+    layout = _layout(recipe, config)
     positions = as_int(config, "model.max_sequence_length")
     if recipe.data.length > positions:
         raise UsageError(f"data.length {recipe.data.length} exceeds the model's {positions} positions")
@@ -89,6 +95,18 @@ def blueprint(recipe: Recipe) -> Blueprint:
     if recipe.data.length % (2 * recipe.parallel.cp) and recipe.parallel.cp > 1:
         raise LayoutError(f"data.length {recipe.data.length} is not a multiple of 2 x cp {recipe.parallel.cp}")
     return Blueprint(config, table, folder, layout)
+
+
+def _layout(recipe: Recipe, config: Mapping[str, Value]) -> Layout:
+    """The recipe's layout; LayoutError, in a recipe's words, where the model does not take it."""
+    p = recipe.parallel
+    layout = Layout(p.tp, p.pp, recipe.model.vocab_divisor, vpp=p.vpp, ep=p.ep, etp=p.etp)
+    try:
+        check_layout(layout, config)
+    except LayoutError as error:
+        fact, *details = (_AXIS.sub(r"parallel.\1 ", text) for text in (error.fact, *error.details))
+        raise LayoutError(fact, hint=error.hint and _AXIS.sub(r"parallel.\1=", error.hint), details=details) from error
+    return layout
 
 
 def load_tokenizer(plan: Blueprint) -> PreTrainedTokenizerBase:
@@ -108,46 +126,17 @@ def load_tokenizer(plan: Blueprint) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def train_config(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> dict[str, Value]:
-    """The flat config the trainer builds from: the model's, and what the recipe says of parallelism and precision."""
-    from mbx.train.fp8 import fp8_config
-
-    config = {**(gpu_config(plan.config) if ranks.te else {}), **plan.config}
-    p, tr = recipe.parallel, recipe.train
-    config["calculate_per_token_loss"] = tr.per_token_loss
-    config["context_parallel_size"] = p.cp
-    config["deterministic_mode"] = tr.deterministic
-    if p.tp > 1 and p.sequence_parallel and ranks.device == "cuda":
-        config["sequence_parallel"] = True
-    if tr.recompute == "full":
-        config |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif tr.recompute == "selective":
-        config |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    return config | fp8_config(recipe.fp8)
+def build(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> list[nn.Module]:
+    """This rank's model with random weights, on its device: `parallel.vpp` chunks, in order of depth."""
+    return [_build_chunk(recipe, plan, ranks, stage) for stage in range(recipe.parallel.vpp)]
 
 
-def gpu_config(config: Mapping[str, Value]) -> dict[str, Value]:
-    """Fused kernels for a GPU with Transformer Engine: same mathematics, less memory and traffic.
-
-    What the model's config or the recipe says about them wins.
-    """
-    fused: dict[str, Value] = {
-        "bias_dropout_fusion": True,
-        "cross_entropy_loss_fusion": True,  # one kernel that turns logits into their gradient in place
-        "cross_entropy_fusion_impl": "te",
-    }
-    if config.get("gated_linear_unit") and config.get("activation_func") == "silu":
-        fused["bias_activation_fusion"] = True
-    if config.get("model.position_embedding_type") == "rope" and not config.get("multi_latent_attention"):
-        fused["apply_rope_fusion"] = True
-    return fused
-
-
-def build(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> nn.Module:
-    """This rank's model with random weights, on its device."""
+def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> nn.Module:
     from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
 
+    from mbx.io.hf import read_config
     from mbx.mcore.build import build_model
+    from mbx.mcore.whole import lend_frequencies
 
     p = recipe.parallel
     model = build_model(
@@ -160,7 +149,10 @@ def build(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> nn.Module:
         device=ranks.device,
         use_te=ranks.te,
         padded_vocab_size=plan.padded_vocab,
+        vp_stage=stage if p.vpp > 1 else None,
     )
+    if plan.hf is not None:  # rotary constants that Megatron Core has no field for
+        lend_frequencies(model, plan.hf, canonical(read_config(plan.hf)))
     for parameter in model.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if recipe.train.precision != "fp32":
@@ -171,8 +163,12 @@ def build(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> nn.Module:
     return model
 
 
-def wrap(recipe: Recipe, model: nn.Module, ranks: Ranks) -> DistributedDataParallel:
-    """Megatron Core's data-parallel wrapper: gradients in fp32 buckets, reduced as they come."""
+def wrap(recipe: Recipe, model: nn.Module, ranks: Ranks, *, bucketed: bool = True) -> DistributedDataParallel:
+    """Megatron Core's data-parallel wrapper: gradients in fp32 buckets, reduced as they come.
+
+    Chunks of an interleaved pipeline behind the first are not `bucketed`: their reduction overlaps with the others'
+    computation anyway (megatron/training/training.py).
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     cuda = ranks.device == "cuda"
@@ -186,7 +182,9 @@ def wrap(recipe: Recipe, model: nn.Module, ranks: Ranks) -> DistributedDataParal
         check_for_nan_in_grad=False,
         bucket_size=max(40_000_000, 1_000_000 * ranks.dp) if overlap and num_parameters else None,
     )
-    return DistributedDataParallel(config=model.config, ddp_config=config, module=model)
+    return DistributedDataParallel(
+        config=model.config, ddp_config=config, module=model, disable_bucketing=not bucketed
+    )
 
 
 def _distributed(recipe: Recipe, ranks: Ranks) -> bool:
@@ -194,11 +192,13 @@ def _distributed(recipe: Recipe, ranks: Ranks) -> bool:
     return recipe.parallel.distributed_optimizer and ranks.dp * recipe.parallel.cp > 1
 
 
-def optimizer(recipe: Recipe, model: DistributedDataParallel, ranks: Ranks) -> MegatronOptimizer:
+def optimizer(recipe: Recipe, chunks: Sequence[DistributedDataParallel], ranks: Ranks) -> MegatronOptimizer:
     """Megatron Core's Adam over the trainable parameters; biases and norms take no weight decay."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    o, precision = recipe.optim, recipe.train.precision
+    o, t, precision = recipe.optim, recipe.train, recipe.train.precision
+    # Losses that are summed over tokens have gradients larger by their number than losses that are averaged.
+    tokens = 2 ** int(math.log2(t.micro_batch * recipe.data.length)) if t.per_token_loss else 1
     config = OptimizerConfig(
         optimizer=o.optimizer,
         sgd_momentum=0.0,
@@ -211,11 +211,11 @@ def optimizer(recipe: Recipe, model: DistributedDataParallel, ranks: Ranks) -> M
         clip_grad=o.clip,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        params_dtype=next(model.parameters()).dtype,
+        params_dtype=next(chunks[0].parameters()).dtype,
         use_distributed_optimizer=_distributed(recipe, ranks),
-        initial_loss_scale=2.0**16,
+        initial_loss_scale=2.0**16 / tokens,
     )
-    return get_megatron_optimizer(config, [model], use_gloo_process_groups=ranks.device == "cpu")
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=ranks.device == "cpu")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -252,9 +252,9 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[str, int, bool]]:
         yield name, parameter.numel(), parameter.requires_grad
 
 
-def first_microbatch(model: nn.Module) -> Callable[[], None]:
+def first_microbatch(*chunks: nn.Module) -> Callable[[], None]:
     """A call for the start of every step, without which FP8 layers keep using the weights they cached."""
-    marked = [m for m in model.modules() if hasattr(m, "is_first_microbatch")]
+    marked = [m for chunk in chunks for m in chunk.modules() if hasattr(m, "is_first_microbatch")]
 
     def mark() -> None:
         for module in marked:
@@ -265,5 +265,5 @@ def first_microbatch(model: nn.Module) -> Callable[[], None]:
 
 def human(count: float) -> str:
     """`1.24B`, `168M`: a number of parameters."""
-    power = min(4, max(0, int(math.log10(max(1.0, count)) // 3)))
+    power = min(4, max(0, int(math.log10(max(1.0, count * 1.0005)) // 3)))  # 999.6M is 1B at three digits
     return f"{count / 1000**power:.3g}{('', 'K', 'M', 'B', 'T')[power]}"

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import cast
 
 from converters.errors import DeviceError, UsageError
-from mbx.train.recipe import Recipe, check_world
+from mbx.train.recipe import Recipe, check_world, smallest_world
 
 _TIMEOUT_S = 1800.0
 
@@ -33,13 +33,16 @@ class Ranks:
         return self.rank == 0
 
 
-def planned_ranks(recipe: Recipe) -> Ranks:
-    """Where this process will stand, from torchrun's environment; errors come before any group or GPU work."""
+def planned_ranks(recipe: Recipe, *, dry: bool = False) -> Ranks:
+    """Where this process will stand, from torchrun's environment; errors come before any group or GPU work.
+
+    A `dry` run outside torchrun is planned for the smallest world that the recipe fits.
+    """
     import importlib.util
 
     import torch
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE") or (smallest_world(recipe) if dry else 1))
     device = recipe.run.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,6 +84,7 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=p.tp,
             pipeline_model_parallel_size=p.pp,
+            virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
             context_parallel_size=p.cp,
             expert_model_parallel_size=p.ep,
             expert_tensor_parallel_size=p.etp,

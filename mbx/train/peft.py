@@ -1,223 +1,147 @@
-"""Adapters as Hugging Face PEFT folders: `adapter_config.json` and `adapter_model.safetensors`.
-
-Names follow PEFT's `get_peft_model_state_dict`: `base_model.model.MODULE.lora_A.weight` [r, in], `lora_B.weight`
-[out, r], and for DoRA `lora_magnitude_vector` [out].
-"""
+"""Adapters of a run as Hugging Face PEFT folders, and adapters of any folder in a run's model."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from converters.config_map import environment
-from converters.errors import StorageError, UnsupportedError, UsageError
-from converters.table import Table
-from converters.tensors import StoredTensor
-from mbx.io import hf, torch_dist
+from converters.adapters.lowrank import Factors, factors_of, slot_rows
+from converters.adapters.sites import Adapted, Site
+from converters.errors import StorageError, UsageError
+from mbx.adapters.convert import plan_adapter_to_hf
+from mbx.adapters.folder import CONFIG, WEIGHTS, Adapter, Base, open_adapter, open_base
+from mbx.adapters.merge import plan_merge
+from mbx.convert import Options, run
+from mbx.io import hf
 from mbx.io.files import FileSource
-from mbx.registry import table_for
-from mbx.train.checkpoint import RECIPE, latest, read_state
-from mbx.train.lora import adapters
+from mbx.train.checkpoint import latest
+from mbx.train.lora import LoraLinear, Placed, adapters
 from mbx.train.model import Blueprint
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
-_OPS = ("qkv", "glu", "col", "row", "copy")
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-def projections(table: Table, config: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
-    """Hugging Face modules of each Megatron Core linear, atom by atom, from the table's rows.
-
-    UnsupportedError where Transformers fuses atoms that are adapted apart here.
-    """
-    found = {}
-    for row in table.expand(environment(config), None):  # type: ignore[arg-type]
-        module, _, leaf = row.mcore.rpartition(".")
-        if leaf != "weight" or row.expert is not None or ".linear_" not in f".{module}":
-            continue
-        if row.spec.op not in _OPS:
-            raise UnsupportedError(
-                f"`{row.mcore}` is one fused tensor in Transformers (op {row.spec.op}): no PEFT adapter fits"
-            )
-        found[module] = tuple(name.removesuffix(".weight") for name in row.hf)
-    return found
+__all__ = ["CONFIG", "WEIGHTS", "export_peft", "load_peft", "merge_run"]
 
 
 def export_peft(run_dir: Path, target: Path) -> Path:
     """Write the adapters of a run's last checkpoint as a PEFT folder at `target`; no model is built."""
-    from safetensors.torch import save_file
-
-    recipe, table, config, tensors = _read_run(run_dir)
-    if target.exists() and any(target.iterdir()):
-        raise UsageError(f"`{target}` is not empty", hint="name a new folder")
-    lora = recipe["lora"]
-    assert isinstance(lora, dict)
-    out: dict[str, torch.Tensor] = {}
-    for module, names in projections(table, config).items():
-        if module.rpartition(".")[2] not in lora["targets"]:
-            continue
-        a = tensors[f"{module}.lora_a"]
-        for atom, (name, part) in enumerate(zip(names, a.chunk(len(names)), strict=True)):
-            out[f"{_PREFIX}{name}.lora_A.weight"] = part.contiguous()
-            out[f"{_PREFIX}{name}.lora_B.weight"] = tensors[f"{module}.lora_b{atom}"]
-            if lora["dora"]:
-                out[f"{_PREFIX}{name}.lora_magnitude_vector"] = tensors[f"{module}.lora_m{atom}"]
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(out, target / WEIGHTS, metadata={"format": "pt"})
-    described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": recipe["base"],
-        "r": lora["rank"],
-        "lora_alpha": lora["alpha"],
-        "lora_dropout": lora["dropout"],
-        "use_dora": lora["dora"],
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": sorted({name.rpartition(".")[2] for name in _modules(out)}),
-    }
-    (target / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    return target
+    found = _last(run_dir)
+    return run(plan_adapter_to_hf(found, target, Options(), open_base(found / "hf"))).target
 
 
-def _modules(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    return (key.removeprefix(_PREFIX).split(".lora_")[0] for key in tensors)
+def merge_run(run_dir: Path, base: Path, target: Path) -> Path:
+    """Write `base` with the adapters of a run's last checkpoint merged in fp32."""
+    return run(plan_merge(base, _last(run_dir), target, Options())).target
 
 
-def _read_run(run_dir: Path) -> tuple[dict[str, object], Table, dict[str, object], dict[str, torch.Tensor]]:
-    """Recipe, table, config and adapter tensors (one entry a layer) of a run's last checkpoint."""
+def _last(run_dir: Path) -> Path:
     found = latest(run_dir)
     if found is None:
         raise StorageError(f"`{run_dir}` holds no checkpoint")
-    recipe = json.loads((found / RECIPE).read_text(encoding="utf-8"))
-    if not recipe["lora"]["rank"]:
-        raise UsageError(f"`{run_dir}` trained every weight; it has no adapter", hint="mbx convert mcore-to-hf")
-    recipe["base"] = read_state(found).base
-    raw = hf.read_config(found / "hf")
-    table = table_for(raw, recipe["model"]["mapping"] or None)
-    opened = torch_dist.open_torch_dist(found)
-    source = FileSource(opened.iteration)
-    tensors = {}
-    try:
-        for key, stored in opened.dcp.tensors.items():
-            if key.startswith("optimizer") or not key.rpartition(".")[2].startswith("lora_"):
-                continue
-            whole = _read(source, stored)
-            if key.startswith("decoder.layers.self_attention") or key.startswith("decoder.layers.mlp"):
-                for layer, part in enumerate(whole):  # stacked: the layer is the first dimension
-                    tensors[key.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)] = part.contiguous()
-            else:
-                tensors[key] = whole
-    finally:
-        source.close()
-    return recipe, table, dict(table.config.to_mcore(raw)), tensors
-
-
-def _read(source: FileSource, stored: StoredTensor) -> torch.Tensor:
-    dtype = _TORCH[stored.dtype]
-    whole = torch.empty(stored.shape, dtype=dtype)
-    for chunk in stored.chunks:
-        part = torch.empty(chunk.sizes, dtype=dtype)
-        buffer = part.reshape(-1).view(torch.uint8).numpy().data
-        source.read_into(chunk.file, source.data_start(chunk), buffer)
-        place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-        whole[place] = part
-    return whole
+    if not (found / "hf" / hf.CONFIG).is_file():
+        raise UsageError(f"`{found}` was trained without a Hugging Face folder, whose names an adapter needs")
+    return found
 
 
 def load_peft(model: nn.Module, plan: Blueprint, folder: Path) -> None:
-    """Fill the adapters of a bare model from a PEFT folder, each rank its own part."""
+    """Fill the adapters of a bare model from a PEFT folder or an adapter checkpoint, each rank its own part.
+
+    Raises UsageError where it adapts other modules, or has another rank, scale or method, than the recipe.
+    """
     from megatron.core import parallel_state
-    from safetensors import safe_open
 
-    described = _config(folder)
     if plan.table is None:
-        raise UsageError("a PEFT adapter is read by the names of a Hugging Face model", hint="model=DIR")
-    names_of = projections(plan.table, dict(plan.config))
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
-
-    def mine(tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
-        return tensor if dim is None or tp == 1 else tensor.chunk(tp, dim)[rank]
-
-    with safe_open(folder / WEIGHTS, framework="pt") as file, torch.no_grad():
-        present, used = set(file.keys()), set()
-        for module, adapter in adapters(model):
-            if (described["r"], bool(described.get("use_dora"))) != (adapter.rank, adapter.dora):
-                raise UsageError(
-                    f"`{folder}` has r={described['r']}, use_dora={described.get('use_dora')}; the recipe asks for "
-                    f"lora.rank={adapter.rank}, lora.dora={str(adapter.dora).lower()}"
-                )
-            scale = float(described["lora_alpha"]) / int(described["r"])  # type: ignore[arg-type,call-overload]
-            if scale != adapter.scale:
-                raise UsageError(
-                    f"`{folder}` scales by {scale:g}, the recipe by lora.alpha/lora.rank = {adapter.scale:g}"
-                )
-            for atom, name in enumerate(names_of[module]):
-                keys = [f"{_PREFIX}{name}.lora_{x}.weight" for x in "AB"]
-                if missing := [key for key in keys if key not in present]:
-                    raise UsageError(f"`{folder}` has no `{missing[0]}`", hint="name its modules in lora.targets")
-                used.update(keys)
-                a, b = (file.get_tensor(key) for key in keys)
-                place = slice(atom * adapter.rank, (atom + 1) * adapter.rank)
-                adapter.lora_a[place].copy_(mine(a, 1 if adapter.row_parallel else None))
-                adapter.b(atom).copy_(mine(b, None if adapter.row_parallel else 0))
-                if adapter.dora:
-                    key = f"{_PREFIX}{name}.lora_magnitude_vector"
-                    used.add(key)
-                    m = mine(file.get_tensor(key), None if adapter.row_parallel else 0)
-                    adapter.get_parameter(f"lora_m{atom}").copy_(m)
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1 and (extra := sorted(present - used)):
-        raise UsageError(f"`{folder}` adapts modules that lora.targets does not: {extra[0]}", details=extra)
-
-
-def _config(folder: Path) -> dict[str, object]:
+        raise UsageError("an adapter is read by the names of a Hugging Face model", hint="model=DIR")
+    adapter = open_adapter(folder, Base(plan.hf or folder, {}, plan.table, plan.config, None))
+    by_weight = {found.row.mcore: found for found in adapter.adapted}
+    source = FileSource(adapter.root)
     try:
-        loaded = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"`{folder}` is no PEFT folder: {error}") from error
-    if loaded.get("peft_type") != "LORA" or loaded.get("bias", "none") != "none" or loaded.get("rank_pattern"):
-        raise UnsupportedError(f"`{folder}`: only plain LoRA and DoRA adapters of one rank are read")
-    return dict(loaded)
+        factors, used = Factors(source, adapter.tensors), set()
+        with torch.no_grad():
+            own = list(adapters(model))
+            for placed in own:
+                if placed.weight in by_weight:
+                    _check(placed, by_weight[placed.weight], adapter)
+            for placed in own:
+                used.add(placed.weight)
+                _fill(placed, by_weight.get(placed.weight), adapter, factors)
+    finally:
+        source.close()
+    alone = parallel_state.get_pipeline_model_parallel_world_size() * (
+        parallel_state.get_expert_model_parallel_world_size()
+    )
+    if alone == 1 and (extra := sorted(set(by_weight) - used)):
+        over = [by_weight[weight] for weight in extra]
+        modules = [f"`{name}`" for one in over for site in one.sites for name in one.modules_of(one.row, site)]
+        raise UsageError(f"`{folder}` adapts modules that lora.targets does not: {modules[0]}", details=modules)
 
 
-def merge_peft(base: Path, adapter: Path, target: Path) -> Path:
-    """Write the Hugging Face folder `base` with the PEFT adapter merged in fp32; one file is in memory at a time."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+def _check(placed: Placed, found: Adapted, adapter: Adapter) -> None:
+    """UsageError where an adapter's rank, method or scale is not the recipe's."""
+    layer = placed.layer
+    dora = isinstance(layer, LoraLinear) and layer.dora
+    for site in found.sites:
+        if (site.rank, site.m is not None) != (layer.rank, dora):
+            raise UsageError(
+                f"`{adapter.path}` has r={site.rank}, use_dora={site.m is not None} on `{placed.weight}`; the recipe "
+                f"asks for lora.rank={layer.rank}, lora.dora={str(dora).lower()}"
+            )
+        if (scale := adapter.scales[site.b, site.index]) != layer.scale:
+            raise UsageError(
+                f"`{adapter.path}` scales by {scale:g}, the recipe by lora.alpha/lora.rank = {layer.scale:g}"
+            )
 
-    described = _config(adapter)
-    if target.exists() and any(target.iterdir()):
-        raise UsageError(f"`{target}` is not empty", hint="name a new folder")
-    parts = load_file(adapter / WEIGHTS)
-    scale = float(described["lora_alpha"]) / int(described["r"])  # type: ignore[arg-type,call-overload]
-    waiting = {name: name for name in _modules(parts)}
-    folder = hf.open_hf(base)
-    target.mkdir(parents=True, exist_ok=True)
-    for file in folder.weight_files:
-        with safe_open(base / file, framework="pt") as stored:
-            metadata, tensors = stored.metadata(), {key: stored.get_tensor(key) for key in list(stored.keys())}
-        for key, weight in tensors.items():
-            if waiting.pop(module := key.removesuffix(".weight"), None) is None:
-                continue
-            a, b = (parts[f"{_PREFIX}{module}.lora_{x}.weight"].float() for x in "AB")
-            total = weight.float() + scale * (b @ a)
-            if described.get("use_dora"):
-                m = parts[f"{_PREFIX}{module}.lora_magnitude_vector"].float()
-                total *= (m / total.norm(dim=1))[:, None]
-            tensors[key] = total.to(weight.dtype)
-        save_file(tensors, target / file, metadata=metadata)
-    if waiting:
-        raise StorageError(
-            f"`{base}` lacks {len(waiting)} adapted weight(s): {sorted(waiting)[0]}", details=sorted(waiting)
+
+def _fill(placed: Placed, found: Adapted | None, adapter: Adapter, factors: Factors) -> None:
+    layer, rank = placed.layer, placed.layer.rank
+    if found is None or any(found.site_of(atom) is None for atom in found.form.order()):
+        raise UsageError(
+            f"`{adapter.path}` has no adapter on all of `{placed.weight}`", hint="name its modules in lora.targets"
         )
-    for name in folder.side_files:
-        shutil.copyfile(base / name, target / name)
-    return target
+    if len(placed.b) == 1 and len(found.form.atoms) > 1:
+        if len(found.sites) > 1:
+            raise UsageError(f"`{adapter.path}` adapts parts of `{placed.weight}` apart, which is one tensor here")
+        groups = [tuple(found.form.order())]
+    else:
+        groups = [(atom,) for atom in range(len(placed.b))]
+    for n, atoms in enumerate(groups):
+        first = found.site_of(atoms[0])
+        assert first is not None
+        a, _ = factors_of(factors, first)
+        placed.a[n * rank : (n + 1) * rank].copy_(_mine(a, layer.row_parallel, 1, placed))
+        b, m = _rows(found, atoms, factors)
+        cut = not layer.row_parallel and not (isinstance(layer, LoraLinear) and layer.whole)
+        placed.b[n].copy_(_mine(b, cut, 0, placed, len(atoms)))
+        if placed.m and m is not None:
+            placed.m[n].copy_(_mine(m, cut, 0, placed, len(atoms)))
+
+
+def _rows(found: Adapted, atoms: tuple[int, ...], factors: Factors) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """B and m of some atoms: as they are for one, in Megatron Core's order for all of a weight."""
+    order = dict(zip(found.form.order(), found.form.mcore_pack().slots(), strict=True))
+    parts: list[tuple[Site, int]] = [(site, atom) for atom in atoms if (site := found.site_of(atom)) is not None]
+    b = torch.cat(
+        [factors_of(factors, site)[1][torch.from_numpy(slot_rows(site.rows()[atom]))] for site, atom in parts]
+    )
+    m = None
+    if parts[0][0].m is not None:
+        m = torch.cat(
+            [
+                factors.matrix(site.m or "", site.index)[torch.from_numpy(slot_rows(site.rows()[atom])), 0]
+                for site, atom in parts
+            ]
+        )
+    if len(atoms) > 1:
+        back = torch.argsort(torch.cat([torch.from_numpy(slot_rows(order[atom])) for atom in atoms]))
+        b, m = b[back], None if m is None else m[back]
+    return b, m
+
+
+def _mine(tensor: torch.Tensor, cut: bool, dim: int, placed: Placed, atoms: int = 1) -> torch.Tensor:
+    """This rank's part of a tensor; gate and up that lie together are cut one by one."""
+    group = placed.layer.group
+    if not cut or group.size() == 1:
+        return tensor
+    if atoms > 1 and placed.layer.slots.gated:
+        return torch.cat([part.chunk(group.size(), dim)[group.rank()] for part in tensor.chunk(2, dim)])
+    return tensor.chunk(group.size(), dim)[group.rank()]

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import DeviceError, StorageError, UsageError
+from converters.errors import DeviceError, StorageError, UnsupportedError, UsageError
 from mbx.train import data as datasets
 from mbx.train import model as models
+from mbx.train.examples import read_examples
+from mbx.train.flat import sequence_parallel
 from mbx.train.fp8 import check_fp8
+from mbx.train.log import check_writers
 from mbx.train.parallel import Ranks, planned_ranks
 from mbx.train.recipe import Recipe
 
@@ -69,12 +72,23 @@ class Prepared:
     eval_rows: Rows | None
 
 
-def prepare(recipe: Recipe, init_from: str | None = None, resume: bool = False) -> Prepared:
-    """Check a recipe against this machine, its model and its data; MbxError says what is wrong."""
+def prepare(recipe: Recipe, init_from: str | None = None, resume: bool = False, *, dry: bool = False) -> Prepared:
+    """Check a recipe against this machine, its model and its data; MbxError says what is wrong.
+
+    `dry`: nothing will be trained, so the processes need not be there.
+    """
     start = decide(recipe, init_from, resume)
-    ranks = planned_ranks(recipe)
-    check_fp8(recipe, ranks)
+    # before the ranks: a size that does not divide the model is no matter of processes
     plan = models.blueprint(recipe)
+    if plan.table is not None and plan.table.unsupported:
+        raise UnsupportedError(
+            f"another model would be trained: {plan.table.unsupported}",
+            hint="conversions of this family carry its weights; no training does",
+        )
+    ranks = planned_ranks(recipe, dry=dry)
+    check_fp8(recipe, ranks)
+    check_writers(recipe)
+    _check_axes(recipe, plan, ranks, dry)
     if plan.config.get("gradient_accumulation_fusion"):
         _check_apex()
     if recipe.lora.rank:
@@ -83,6 +97,28 @@ def prepare(recipe: Recipe, init_from: str | None = None, resume: bool = False) 
         check_lora(recipe, plan)
     train_rows, eval_rows = _read_rows(recipe, plan, ranks)
     return Prepared(recipe, start, ranks, plan, train_rows, eval_rows)
+
+
+def _check_axes(recipe: Recipe, plan: models.Blueprint, ranks: Ranks, dry: bool) -> None:
+    """Refuse axes that these rows, this device or this model have no kernels for."""
+    if recipe.parallel.cp > 1 and _packs(recipe):
+        raise UsageError("packed rows cannot be cut by context parallelism", hint="data.pack=false or parallel.cp=1")
+    if recipe.parallel.cp > 1 and not ranks.te:
+        raise DeviceError(
+            f"parallel.cp={recipe.parallel.cp} needs the attention of Transformer Engine, on a GPU",
+            hint="parallel.cp=1",
+        )
+    shared = recipe.parallel.sequence_parallel if dry else sequence_parallel(recipe, ranks)
+    if plan.config.get("num_moe_experts") and recipe.parallel.tp > 1 and not shared:
+        raise DeviceError(
+            f"parallel.tp={recipe.parallel.tp}: Megatron Core trains experts under tensor parallelism with sequence "
+            "parallelism only, which needs GPUs and parallel.sequence_parallel=true",
+            hint="parallel.tp=1; parallel.ep shares the experts out",
+        )
+
+
+def _packs(recipe: Recipe) -> bool:
+    return recipe.data.pack and recipe.data.kind in ("chat", "completion")
 
 
 def _check_apex() -> None:
@@ -104,13 +140,10 @@ def _read_rows(recipe: Recipe, plan: models.Blueprint, ranks: Ranks) -> tuple[Ro
         return None, None
     if not d.path:
         raise UsageError(f"data.kind `{d.kind}` needs a file", hint="data=FILE.jsonl")
-    packs = d.pack and d.kind != "text"
-    if packs and recipe.parallel.cp > 1:
-        raise UsageError("packed rows cannot be cut by context parallelism", hint="data.pack=false or parallel.cp=1")
     tokenizer = models.load_tokenizer(plan)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def rows(path: str) -> Rows:
-        return datasets.example_rows(d, datasets.read_examples(d, Path(path), tokenizer), int(pad or 0))
+        return datasets.example_rows(d, read_examples(d, Path(path), tokenizer), int(pad or 0))
 
     return rows(d.path), rows(d.eval_path) if d.eval_path else None

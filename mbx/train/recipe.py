@@ -1,150 +1,21 @@
-"""Recipes: small TOML files whose keys are the fields of the dataclasses below, and `a.b=value` overrides.
+"""Recipes: small TOML files whose keys are the fields of `mbx.train.sections`, and `a.b=value` overrides.
 
-Everything a run depends on stands here. Unknown keys are errors; the fields are the documentation.
+Everything a run depends on stands in one. Unknown keys are errors; the fields are the documentation.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 
 from converters.errors import UsageError
 from converters.expr import Value
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What is trained.
-
-    `path`: a Hugging Face folder; its `config.json` and tokenizer count. `init`: `pretrained` reads its weights,
-    `random` draws new ones. `shape`: flat Megatron Core config used where no path is given. `config`: flat config
-    keys set on top of either (kernels, MoE dispatch, dropout). `vocab_divisor`: the embedding is padded to a
-    multiple of this times `parallel.tp`.
-    """
-
-    path: str = ""
-    init: str = "pretrained"
-    mapping: str = ""
-    vocab_divisor: int = 1
-    shape: Mapping[str, Value] = field(default_factory=dict)
-    config: Mapping[str, Value] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Where samples come from.
-
-    `kind`: `chat` (JSONL with `messages`), `completion` (JSONL with `prompt` and `completion`), `text` (JSONL with
-    `text`, or plain .txt), `indexed` (Megatron `.bin`/`.idx`, path without suffix), `mock` (Megatron Core's mock
-    documents), `pattern` (a sequence any model learns). `length`: tokens of a row. `pack`: several examples a row.
-    `too_long`: an example longer than a row is an `error`, or is `drop`ped or `truncate`d. `null_vocab_size`: for
-    `mock`, the vocabulary without its end-of-document token, as Megatron-LM's NullTokenizer counts.
-    """
-
-    kind: str = "chat"
-    path: str = ""
-    eval_path: str = ""
-    length: int = 2048
-    pack: bool = True
-    too_long: str = "error"
-    shuffle: bool = True
-    seed: int = 1234
-    split: str = "969,30,1"
-    null_vocab_size: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Train:
-    """How long and how large. `global_batch` and `micro_batch` are in rows of `data.length` tokens.
-
-    `per_token_loss`: every token of a global batch weighs the same; otherwise every micro-batch does, as in
-    Megatron-LM. `spike_factor`: stop when the loss exceeds this times its running mean; 0 never stops.
-    """
-
-    steps: int = 100
-    micro_batch: int = 1
-    global_batch: int = 8
-    precision: str = "bf16"
-    recompute: str = "none"
-    seed: int = 1234
-    deterministic: bool = False
-    per_token_loss: bool = True
-    eval_every: int = 0
-    eval_steps: int = 8
-    spike_factor: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Optim:
-    """Adam with decoupled weight decay (or plain SGD), and the learning rate over steps."""
-
-    optimizer: str = "adam"
-    lr: float = 1e-5
-    min_lr: float = 0.0
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Parallel:
-    """Sizes of the parallel axes; data parallelism is what remains of the world."""
-
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    ep: int = 1
-    etp: int = 1
-    sequence_parallel: bool = True
-    distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """Low-rank adapters on a frozen base; rank 0 trains every weight. The update is `alpha / rank · B A`."""
-
-    rank: int = 0
-    alpha: float = 32.0
-    dropout: float = 0.0
-    dora: bool = False
-    targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
-    adapter: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Fp8:
-    """Transformer Engine's FP8: `none`, `delayed`, `tensorwise` (current scaling), `blockwise`, `mxfp8`."""
-
-    recipe: str = "none"
-    format: str = "hybrid"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Where a run lives and what it leaves behind.
-
-    `save`: whether it leaves checkpoints at all. `save_every` 0 saves at the end only; `keep` 0 keeps all.
-    """
-
-    dir: str = "runs/{recipe}"
-    save: bool = True
-    save_every: int = 0
-    keep: int = 2
-    save_optimizer: bool = True
-    tensorboard: bool = False
-    wandb: str = ""
-    device: str = "auto"
-    kernels: str = "auto"
+from mbx.train.sections import Data, Fp8, Lora, Model, Optim, Parallel, Run, Train
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +68,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _POSITIVE = (
     "data.length train.steps train.micro_batch train.global_batch model.vocab_divisor "
-    "parallel.tp parallel.pp parallel.cp parallel.ep parallel.etp"
+    "parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep parallel.etp"
 ).split()
 
 
@@ -298,8 +169,23 @@ def _check(recipe: Recipe) -> None:
     if recipe.optim.warmup_steps > recipe.train.steps:
         raise UsageError(
             f"optim.warmup_steps {recipe.optim.warmup_steps} exceed train.steps {recipe.train.steps}",
-            hint="optim.warmup_steps=0 trains without a warm-up",
+            hint="optim.warmup_steps=0 trains without a warm-up, optim.warmup_fraction=0.05 warms up by share",
         )
+    if not 0.0 <= recipe.optim.warmup_fraction <= 1.0:
+        raise UsageError(
+            f"`optim.warmup_fraction` is a share of the steps, 0 to 1, got {values['optim.warmup_fraction']}"
+        )
+    if recipe.parallel.vpp > 1 and recipe.parallel.pp == 1:
+        raise UsageError(
+            f"parallel.vpp {recipe.parallel.vpp} interleaves pipeline stages, and parallel.pp is 1",
+            hint="parallel.vpp=1, or parallel.pp=2 on two GPUs",
+        )
+
+
+def smallest_world(recipe: Recipe) -> int:
+    """Fewest processes in which every parallel axis of the recipe has its size."""
+    p = recipe.parallel
+    return math.lcm(p.tp * p.pp * p.cp, p.etp * p.ep * p.pp)
 
 
 def check_world(recipe: Recipe, world_size: int) -> int:
@@ -309,14 +195,25 @@ def check_world(recipe: Recipe, world_size: int) -> int:
     if world_size % model:
         raise UsageError(
             f"tp {p.tp} x pp {p.pp} x cp {p.cp} = {model} does not divide the world of {world_size} process(es)",
-            hint=f"torchrun --nproc-per-node {model} -m mbx train …",
+            hint=f"torchrun --nproc-per-node {smallest_world(recipe)} -m mbx train …",
         )
     if world_size % (p.etp * p.ep * p.pp):
-        raise UsageError(f"etp {p.etp} x ep {p.ep} x pp {p.pp} does not divide the world of {world_size} process(es)")
+        raise UsageError(
+            f"etp {p.etp} x ep {p.ep} x pp {p.pp} does not divide the world of {world_size} process(es)",
+            hint=f"torchrun --nproc-per-node {smallest_world(recipe)} -m mbx train …",
+        )
     dp = world_size // model
-    if recipe.train.global_batch % (recipe.train.micro_batch * dp):
+    rows = recipe.train.micro_batch * dp
+    if recipe.train.global_batch % rows:
         raise UsageError(
             f"train.global_batch {recipe.train.global_batch} is not a multiple of train.micro_batch "
-            f"{recipe.train.micro_batch} x dp {dp}"
+            f"{recipe.train.micro_batch} x dp {dp}",
+            hint=f"train.global_batch={-(-recipe.train.global_batch // rows) * rows}",
+        )
+    rounds = recipe.train.global_batch // rows
+    if p.vpp > 1 and (rounds < p.pp or rounds % p.pp):
+        raise UsageError(
+            f"interleaved stages need a multiple of parallel.pp {p.pp} micro-batches a step, the recipe has {rounds}",
+            hint=f"train.global_batch={rows * p.pp * max(1, -(-rounds // p.pp))}",
         )
     return dp

@@ -70,11 +70,14 @@ def _svg(title: str, points: Points, second: Points) -> str:
         up = (y - low_y) / ((high_y - low_y) or 1) * (_HEIGHT - 2 * _MARGIN)
         return _MARGIN + across, _HEIGHT - _MARGIN - up
 
+    legend = (
+        f'<text x="{_WIDTH - _MARGIN}" y="20" text-anchor="end" fill="#d95f02">● validation</text>' if second else ""
+    )
     line = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points if y == y)
     dots = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="#d95f02"/>'.format(*place(x, y)) for x, y in second)
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img"><title>{title}</title>'
-        f'<text x="{_MARGIN}" y="20" font-weight="bold">{title}</text>'
+        f'<text x="{_MARGIN}" y="20" font-weight="bold">{title}</text>{legend}'
         f'<polyline points="{line}" fill="none" stroke="#1b6ca8" stroke-width="1.5"/>{dots}'
         f'<text x="4" y="{_HEIGHT - _MARGIN}">{low_y:.4g}</text><text x="4" y="{_MARGIN}">{high_y:.4g}</text>'
         f'<text x="{_MARGIN}" y="{_HEIGHT - 20}">{low_x:g}</text>'
@@ -88,9 +91,12 @@ def _png(panels: Sequence[tuple[str, Points, Points]], target: Path) -> None:
     from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 
     figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
-    for axes, (title, points, second) in zip(figure.subplots(len(panels)), panels, strict=True):
-        axes.plot(*zip(*points, strict=True))
+    for axes, (title, points, second) in zip(figure.subplots(len(panels), sharex=True), panels, strict=True):
+        axes.plot(*zip(*points, strict=True), label="training")
         if second:
-            axes.plot(*zip(*second, strict=True), "o")
+            axes.plot(*zip(*second, strict=True), "o", label="validation")
+            axes.legend()
         axes.set_title(title)
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
     figure.savefig(target)

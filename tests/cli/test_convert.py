@@ -72,6 +72,7 @@ def test_the_document_has_stable_keys(mbx: Run, here: Path) -> None:
     .plan.disk.free_bytes .plan.disk.needed_bytes .plan.dtypes.changes[].count .plan.dtypes.changes[].from
     .plan.dtypes.changes[].to .plan.dtypes.source.*.bytes .plan.dtypes.source.*.tensors .plan.dtypes.target.*.bytes
     .plan.dtypes.target.*.tensors .plan.files[].bytes .plan.files[].kind .plan.files[].path .plan.ledger.consumed
+    .plan.ledger.beside[]
     .plan.ledger.dropped[] .plan.ledger.produced .plan.ledger.repeated[] .plan.ledger.source_tensors
     .plan.ledger.waived_missing[] .plan.ledger.waived_unused[] .plan.memory.max_bytes .plan.memory.workers
     .plan.notes[]

@@ -247,5 +247,12 @@ def test_a_closed_pipe_is_no_traceback(here: Path) -> None:
     assert "Traceback" not in done.stderr and done.stdout.splitlines()[-1] in ("0", "141")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_is_no_failure(here: Path, closed: str) -> None:
+    command = f"{sys.executable} -m mbx models show llama {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=_environment(), cwd=here)
+    assert done.returncode == 0 and done.stderr == "" and bool(done.stdout) == (closed == "2>&-")
+
+
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(TINY.parents[1])}

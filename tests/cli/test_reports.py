@@ -94,18 +94,25 @@ def test_inspect_says_what_is_unfinished(mbx: Run, here: Path, ckpt: Path) -> No
     assert said.document["architecture"] == "LlamaForCausalLM"
 
 
-def test_inspect_names_legacy_folders(mbx: Run, here: Path) -> None:
-    for tp in range(2):
-        for pp in range(3):
-            folder = here / "old" / "iter_0000007" / f"mp_rank_{tp:02d}_{pp:03d}"
-            folder.mkdir(parents=True)
-            (folder / "model_optim_rng.pt").write_bytes(b"x")
-    (here / "old" / "latest_checkpointed_iteration.txt").write_text("7")
+def test_inspect_shows_the_layout_and_tensors_of_legacy_files(mbx: Run, here: Path) -> None:
+    mbx("convert", "hf-to-mcore", TINY / "llama", "old", "--format", "torch", "--tp", "2", "--pp", "2")
     doc = mbx("inspect", "old", "--json").document
-    assert (doc["format"], doc["iteration"], doc["layout"]) == ("megatron legacy", 7, {"tp": 2, "pp": 3})
-    shutil.rmtree(here / "old" / "iter_0000007" / "mp_rank_01_001")
+    assert (doc["format"], doc["iteration"], doc["table"]) == ("megatron legacy", 0, "llama")
+    assert doc["layout"] == {"tp": 2, "pp": 2, "vpp": 1, "ep": 1, "etp": 2}
+    assert doc["tensors"] > 0 and len(doc["files"]) == 4
+    shutil.rmtree(here / "old" / "iter_0000000" / "mp_rank_01_001")
     said = mbx("inspect", "old", "--json")
-    assert said.code == 4 and "1 of 6 ranks are missing" in said.document["fault"]
+    assert said.code == 4 and "tensor rank 1, pipeline rank 1" in said.document["fault"]
+    assert len(said.document["files"]) == 3
+
+
+def test_inspect_knows_megatron_fsdp(mbx: Run, here: Path) -> None:
+    mbx("convert", "hf-to-mcore", TINY / "llama", "fsdp", "--format", "fsdp_dtensor")
+    doc = mbx("inspect", "fsdp", "--json").document
+    assert (doc["format"], doc["writer"], doc["table"], doc["fault"]) == ("fsdp_dtensor", "mbx", "llama", None)
+    assert doc["tensors"] > 0 and doc["files"] and "tokenizer.json" in doc["side_files"]
+    assert mbx("verify", "integrity", "fsdp").code == 0
+    assert mbx("verify", "parity", TINY / "llama", "fsdp", "--json").document["passed"]
 
 
 @pytest.mark.skipif(not (PEERS / "llama" / "mcore").is_dir(), reason="needs MBX_PEER_CHECKPOINTS")
@@ -113,6 +120,7 @@ def test_inspect_knows_megatron_bridge(mbx: Run) -> None:
     doc = mbx("inspect", PEERS / "llama" / "mcore", "--json").document
     assert (doc["format"], doc["writer"], doc["iteration"]) == ("torch_dist", "Megatron-Bridge", 0)
     assert doc["parameters"] > 0 and doc["fault"] is None
+    assert doc["table"] == "llama"  # by run_config.yaml: such a checkpoint has no hf/
 
 
 def test_inspect_refuses_what_is_no_checkpoint(mbx: Run, here: Path) -> None:
@@ -122,7 +130,7 @@ def test_inspect_refuses_what_is_no_checkpoint(mbx: Run, here: Path) -> None:
 
 def test_models_list_and_show(mbx: Run, here: Path) -> None:
     tables = mbx("models", "list", "--json").document["tables"]
-    assert "llama" in {table["name"] for table in tables} and "LlamaForCausalLM" in mbx("models", "list").stdout
+    assert "llama" in {table["name"] for table in tables} and "FORWARD GPU" in mbx("models", "list").stdout
     shown = mbx("models", "show", "llama")
     (here / "mine.toml").write_text(shown.stdout)
     assert mbx("convert", "hf-to-mcore", TINY / "llama", "ckpt", "--mapping", "mine.toml").code == 0
@@ -226,5 +234,6 @@ def test_on_a_terminal_progress_is_a_bar(here: Path) -> None:
     shown = on_a_terminal(["-c", code], here)
     assert "writing" in shown and "1.0/4.0 GB" in shown and "GB/s" in shown and "iB" in shown
     argv = ["-m", "mbx", "convert", "hf-to-mcore", str(TINY / "llama")]
-    assert "hf-to-mcore" in on_a_terminal([*argv, "a"], here)
+    shown = on_a_terminal([*argv, "a"], here)
+    assert "hf-to-mcore" in shown and "downloading" not in shown
     assert on_a_terminal([*argv, "b", "-q"], here) == on_a_terminal([*argv, "c", "--json"], here) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import signal
 import subprocess
@@ -18,20 +19,26 @@ from converters.pieces import Piece
 from mbx.io import journal
 from mbx.io.commit import partial_path
 from mbx.io.ranks import World, shares, world
+from tests.formats._quantised import quantised
 from tests.formats._runs import convert, tree
 
 STEP = {"SLURM_STEP_NUM_TASKS": "2"}
 ROOT = Path(__file__).resolve().parents[2]
 
-#: One process: `argv` = source, target, options; SLOW seconds a piece; DIE_AT that piece's number, by SIGKILL.
+#: One process: `argv` = source, target, options; SLOW seconds a piece; DIE_AT that piece's number, by SIGKILL; HOST is
+#: the boot id of its host.
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 from converters.errors import MbxError
 from converters.layout import Layout
 from mbx.convert import Options, plan_hf_to_mcore, run
+from mbx.io import journal
 from mbx.io.journal import Log
 from mbx.io.ranks import world
+
+if "HOST" in os.environ:  # as if on a host of that name
+    journal._boot_id = lambda: os.environ["HOST"]
 
 done, calls = Log.done, 0
 def slow(self, *args):
@@ -52,12 +59,12 @@ except MbxError as error:
 
 
 def _start(
-    rank: int, size: int, source: Path, target: Path, *arguments: str, **variables: str
+    rank: int, size: int, source: Path, target: Path, *arguments: str, program: str = WORKER, **variables: str
 ) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     environment |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MBX_RANK_TIMEOUT": "4", **variables}
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(source), str(target), *arguments],
+        [sys.executable, "-c", program, str(source), str(target), *arguments],
         env=environment,
         cwd=ROOT,
         stderr=subprocess.PIPE,
@@ -115,6 +122,32 @@ def test_one_killed_process_fails_the_others_in_time_and_resume_completes(
     assert tree(target) == expected
 
 
+def test_hosts_trust_what_they_wrote_and_not_what_another_may_have_lost(
+    tiny: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    """Two hosts, one of which dies; the run goes on with the other and a third, whose logs name other boots."""
+    target = tmp_path / "t"
+    hosts = [{"HOST": "a"}, {"HOST": "b", "DIE_AT": "4"}]
+    _finish([_start(rank, 2, tiny / "llama", target, SLOW="0.01", **hosts[rank]) for rank in range(2)])
+    partial = partial_path(target)
+    everything = journal.read_pieces(partial, trusted=True)
+    on_a = {number for log in (partial / ".mbx").glob("*.log") if b"B a" in log.read_bytes() for number in _noted(log)}
+    assert on_a and set(everything) - on_a, "both hosts wrote pieces before one died"
+    for path in partial.rglob("*.distcp"):  # what the dead host had not flushed is lost: here, all of it
+        size = path.stat().st_size
+        path.write_bytes(b"")
+        os.truncate(path, size)
+    results = _finish(
+        [_start(rank, 2, tiny / "llama", target, "resume", HOST=host) for rank, host in enumerate(("c", "d"))]
+    )
+    assert results == [(0, "")] * 2
+    assert tree(target) == expected
+
+
+def _noted(log: Path) -> list[int]:
+    return [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("P ")]
+
+
 def test_a_process_that_fails_tells_the_others_at_once(tiny: Path, tmp_path: Path) -> None:
     """Its own words reach them, well within the time that a silent death takes."""
     target, source = tmp_path / "t", tmp_path / "source"
@@ -150,9 +183,9 @@ def test_processes_with_different_sources_are_refused(tiny: Path, tmp_path: Path
     assert any("another conversion than rank 0" in text for _, text in results), results
 
 
-def _piece(number: int, nbytes: int) -> Piece:
+def _piece(number: int, nbytes: int, file: str = "") -> Piece:
     unit: Any = None
-    return Piece(number, unit, None, 0, 0, nbytes, 0, "")
+    return Piece(number, unit, None, 0, 0, nbytes, 0, file)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -164,6 +197,21 @@ def test_shares_are_disjoint_complete_and_even(size: int) -> None:
     size_of = {piece.number: piece.nbytes for piece in pieces}
     loads = [sum(size_of[n] for first, stop in share for n in range(first, stop)) for share in cut]
     assert max(loads) - min(loads) <= 2 * 100
+
+
+def test_where_files_end_near_an_even_cut_no_two_processes_share_one() -> None:
+    pieces = [_piece(n, 10, f"model-{n // 47}") for n in range(1000)]
+    cut = shares(pieces, 4)
+    files = [{pieces[n].file for first, stop in share for n in range(first, stop)} for share in cut]
+    assert sum(map(len, files)) == len(set.union(*files)) == 22
+    loads = [sum(stop - first for first, stop in share) for share in cut]
+    assert sum(loads) == 1000 and max(loads) - min(loads) <= 0.25 * 250
+
+
+def test_a_file_of_one_process_is_cut_where_files_are_few() -> None:
+    """Negative control: even shares come before whole files."""
+    pieces = [_piece(n, 10, "one" if n < 400 else "two") for n in range(1000)]
+    assert shares(pieces, 2) == [[(0, 500)], [(500, 1000)]]
 
 
 def test_more_processes_than_pieces() -> None:
@@ -193,3 +241,26 @@ def test_a_place_that_makes_no_sense_is_refused(pair: tuple[str, str]) -> None:
     with pytest.raises(UsageError, match="RANK"):
         world({"RANK": pair[0], "WORLD_SIZE": pair[1]})
     assert world({"RANK": "1", "WORLD_SIZE": "2"}) == World(1, 2, "WORLD_SIZE")
+
+
+EXPORTER = """
+import os, sys
+from pathlib import Path
+from mbx.convert import Options, plan_mcore_to_hf, run
+from mbx.io.ranks import world
+
+options = Options(codec="same", workers=1, max_memory=1 << 25, sync=False)
+run(plan_mcore_to_hf(Path(sys.argv[1]), Path(sys.argv[2]), options), place=world(os.environ))
+"""
+
+
+@pytest.mark.parametrize("name", ["fp8_block", "mxfp4", "int4_packed"])
+def test_processes_that_encode_again_make_what_one_makes(tmp_path: Path, name: str) -> None:
+    source, mcore = quantised(name, tmp_path / "source"), tmp_path / "mcore"
+    convert("hf-to-mcore", source, mcore, max_memory=1 << 25)
+    convert("mcore-to-hf", mcore, tmp_path / "alone", codec="same", max_memory=1 << 25)
+    team = [_start(rank, 2, mcore, tmp_path / "team", program=EXPORTER, MBX_RANK_TIMEOUT="60") for rank in range(2)]
+    assert _finish(team) == [(0, "")] * 2
+    assert tree(tmp_path / "team") == tree(tmp_path / "alone")
+    weights = sorted(path.name for path in source.glob("*.safetensors"))
+    assert weights and filecmp.cmpfiles(source, tmp_path / "team", weights, shallow=False)[0] == weights

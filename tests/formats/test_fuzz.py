@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from converters.errors import MbxError, TableError
 from converters.layout import Layout
-from converters.table import Table, parse_table
+from converters.table import Table
+from converters.table_parse import parse_table
 from tests.formats._runs import convert
 
 TABLES = sorted((Path(__file__).resolve().parents[2] / "mappings").glob("*.toml"))

@@ -137,7 +137,7 @@ MOE = {
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        (Layout(tp=8), ("num_query_groups = 4", "--tp 4")),
+        (Layout(tp=6), ("num_query_groups = 4", "num_attention_heads = 16", "--tp 4")),
         (Layout(pp=2), ("num_layers = 27", "--pp")),
         (Layout(ep=3), ("num_moe_experts = 8", "--ep 2")),
         (Layout(etp=5), ("moe_ffn_hidden_size = 48", "--etp 4")),
@@ -158,6 +158,7 @@ def test_impossible_layouts_are_refused_with_a_reason(layout: Layout, words: tup
 def test_a_layout_that_fits_is_not_refused() -> None:
     check(Layout(tp=4, pp=2, ep=4, etp=2, last_stage=13), MOE)
     check(Layout(tp=64), {})
+    check(Layout(tp=8, etp=1), MOE)  # two ranks to a key and value head
 
 
 def test_uneven_stages_are_offered() -> None:

@@ -145,13 +145,20 @@ def test_args_tell_the_architecture(tmp_path: Path, name: str) -> None:
 
 
 def test_models_alike_are_told_apart_by_the_user(tmp_path: Path) -> None:
-    source = make("olmoe", tmp_path / "source")
+    source = make("sarvam_moe", tmp_path / "source")
     run(plan_hf_to_mcore(source, tmp_path / "legacy", Options(sync=False, format="torch")))
     shutil.rmtree(tmp_path / "legacy/iter_0000000/hf")
-    with pytest.raises(UsageError, match="olmoe, qwen3_moe"):
+    with pytest.raises(UsageError, match="glm4_moe, sarvam_moe"):
         plan_mcore_to_hf(tmp_path / "legacy", tmp_path / "hf", DENSE)
-    job = plan_mcore_to_hf(tmp_path / "legacy", tmp_path / "hf", Options(mapping="olmoe"))
-    assert job.plan.table is not None and job.plan.table.name == "olmoe"
+    job = plan_mcore_to_hf(tmp_path / "legacy", tmp_path / "hf", Options(mapping="sarvam_moe"))
+    assert job.plan.table is not None and job.plan.table.name == "sarvam_moe"
+
+
+def test_a_norm_over_all_heads_tells_models_apart(tmp_path: Path) -> None:
+    run(plan_hf_to_mcore(make("olmoe", tmp_path / "source"), tmp_path / "legacy", Options(sync=False, format="torch")))
+    shutil.rmtree(tmp_path / "legacy/iter_0000000/hf")
+    job = plan_mcore_to_hf(tmp_path / "legacy", tmp_path / "hf", DENSE)
+    assert job.plan.table is not None and job.plan.table.name == "olmoe", "and not qwen3_moe"
 
 
 def test_a_table_that_does_not_fit_says_why(source: Path, tmp_path: Path) -> None:
@@ -343,3 +350,43 @@ def test_chunks_point_at_the_bytes_torch_reads(source: Path) -> None:
     wanted = load(source, 0, 1)["model"]["decoder.final_layernorm.weight"]
     assert wanted is not None and bytes(raw) == wanted.view(torch.uint8).numpy().tobytes()
     assert re.fullmatch(r"mp_rank_00_001/model_optim_rng\.pt", chunk.file)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "words"),
+    [
+        ("decoder.layers.1.self_attention.linear_qkv.layer_norm_weight", "mp_rank_01", "tensor rank 1"),
+        ("decoder.final_layernorm.weight", "mp_rank_01", "tensor rank 1"),
+    ],
+)
+def test_ranks_that_drifted_apart_are_named(tiny: Path, tmp_path: Path, name: str, rank: str, words: str) -> None:
+    run(
+        plan_hf_to_mcore(tiny / "llama", tmp_path / "legacy", Options(sync=False, format="torch", layout=Layout(tp=2)))
+    )
+    path = tmp_path / "legacy/iter_0000000" / rank / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    torch.save(state, path)
+    open_any(tmp_path / "legacy")  # saved again, but unchanged
+    state["model"][name] += 1
+    torch.save(state, path)
+    with pytest.raises(StorageError, match=f"`{name}`.*{words}.*values differ"):
+        open_any(tmp_path / "legacy")
+
+
+def test_copies_that_are_views_of_larger_storages_are_compared_by_value(tiny: Path, tmp_path: Path) -> None:
+    """A distributed optimizer's parameters are views of one buffer, whose other parts differ from rank to rank."""
+    run(
+        plan_hf_to_mcore(tiny / "llama", tmp_path / "legacy", Options(sync=False, format="torch", layout=Layout(tp=2)))
+    )
+    path = tmp_path / "legacy/iter_0000000/mp_rank_01/model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    name = "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"
+    norm = state["model"][name]
+    buffer = torch.cat([torch.full_like(norm, 7.0), norm])
+    state["model"][name] = buffer[len(norm) :]
+    torch.save(state, path)
+    assert len(open_any(tmp_path / "legacy").tensors) > 0
+    buffer[-1] += 1
+    torch.save(state, path)
+    with pytest.raises(StorageError, match="values differ"):
+        open_any(tmp_path / "legacy")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,23 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
 #: What the interpreter, numpy and the stacks of the threads take beside `--max-memory`.
 ALLOWANCE = 128
+#: The same where values are decoded: torch itself takes 150 MiB.
+WITH_TORCH = 256
 
-#: `argv`: limit in MiB, then what `mbx` gets. RLIMIT_DATA bounds every private writable page a process may map.
+#: `argv`: limit in MiB, then what `mbx` gets, or code to run. RLIMIT_DATA bounds every private writable page a process
+#: may map.
 LIMITED = """
 import resource, sys
 limit = int(sys.argv[1]) << 20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 if sys.argv[2] == "allocate":
     bytearray(limit)
+if sys.argv[2] == "import torch":
+    import torch
+    sys.exit(0)
 sys.argv = ["mbx", *sys.argv[2:]]
 from mbx.cli import main
-main()
+sys.exit(main())
 """
 
 
@@ -38,8 +45,11 @@ def _limited(limit_mib: int, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def _llama(tiny: Path, folder: Path, *, vocab: int, hidden: int, ffn: int, layers: int) -> int:
-    """A Llama of zeros that take no disk space; returns its bytes. The head is a tensor of its own."""
+def _llama(tiny: Path, folder: Path, *, vocab: int, hidden: int, ffn: int, layers: int, fp8: bool = False) -> int:
+    """A Llama of zeros that take no disk space; returns its bytes. The head is a tensor of its own.
+
+    With `fp8` the linears are stored in blocks of 128 by 128, with scales.
+    """
     config = json.loads((tiny / "llama" / "config.json").read_text())
     heads = hidden // 64
     config |= {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
@@ -55,6 +65,14 @@ def _llama(tiny: Path, folder: Path, *, vocab: int, hidden: int, ffn: int, layer
         shapes |= {f"{at}{p}_layernorm.weight": (hidden,) for p in ("input", "post_attention")}
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
     tensors = [StoredTensor(name, "BF16", shape, ()) for name, shape in shapes.items()]
+    if fp8:
+        config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        linears = {name: shape for name, shape in shapes.items() if "_proj" in name}
+        tensors = [replace(t, dtype="F8_E4M3" if t.name in linears else "BF16") for t in tensors]
+        tensors += [
+            StoredTensor(f"{name}_scale_inv", "F32", (-(-rows // 128), -(-cols // 128)), ())
+            for name, (rows, cols) in linears.items()
+        ]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     header = build_header(tensors, {"format": "pt"})
@@ -83,6 +101,29 @@ def test_a_model_beyond_the_limit_passes_through(tiny: Path, tmp_path: Path) -> 
     nbytes = _llama(tiny, tmp_path / "source", vocab=200_000, hidden=512, ffn=1024, layers=1)
     assert nbytes > 2 * (limit + ALLOWANCE) * MIB
     _round_trip(tmp_path / "source", tmp_path, limit)
+
+
+def test_a_cast_passes_through_without_torch(tiny: Path, tmp_path: Path) -> None:
+    """fp32 doubles what is written; torch alone would take more than the whole limit."""
+    limit = 32
+    nbytes = _llama(tiny, tmp_path / "source", vocab=80_000, hidden=512, ffn=1024, layers=1)
+    memory = ("--max-memory", f"{limit}MiB", "--no-sync", "--workers", "4", "--dtype", "fp32")
+    done = _limited(limit + ALLOWANCE, "convert", "hf-to-mcore", tmp_path / "source", tmp_path / "mcore", *memory)
+    assert done.returncode == 0, done.stderr
+    written = sum(path.stat().st_size for path in (tmp_path / "mcore").rglob("*.distcp"))
+    assert written > 2 * nbytes > 2 * limit * MIB
+    assert _limited(limit + ALLOWANCE, "import torch").returncode != 0  # negative control
+
+
+def test_an_fp8_model_beyond_the_limit_is_decoded(tiny: Path, tmp_path: Path) -> None:
+    limit = 64
+    nbytes = _llama(tiny, tmp_path / "source", vocab=1000, hidden=2048, ffn=32768, layers=1, fp8=True)
+    memory = ("--max-memory", f"{limit}MiB", "--no-sync", "--workers", "2")
+    done = _limited(limit + WITH_TORCH, "convert", "hf-to-mcore", tmp_path / "source", tmp_path / "mcore", *memory)
+    assert done.returncode == 0, done.stderr
+    written = sum(path.stat().st_size for path in (tmp_path / "mcore").rglob("*.distcp"))
+    assert written > 1.9 * nbytes > (limit + WITH_TORCH) * MIB
+    assert check(tmp_path / "mcore", workers=2).passed
 
 
 @pytest.mark.slow

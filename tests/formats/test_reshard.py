@@ -72,16 +72,27 @@ def assert_same_folder(left: Path, right: Path) -> None:
     assert filecmp.cmpfiles(left, right, names, shallow=False)[1:] == ([], [])
 
 
-@pytest.mark.parametrize("formats", [("torch_dist", "torch_dist"), ("torch", "torch_dist"), ("torch_dist", "torch")])
+CHAINS = [
+    ("torch_dist", "torch_dist"),
+    ("torch", "torch_dist"),
+    ("torch_dist", "torch"),
+    ("torch", "torch"),
+    ("fsdp_dtensor", "torch"),
+    ("torch", "fsdp_dtensor"),
+]
+
+
+@pytest.mark.parametrize("formats", CHAINS, ids="-".join)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_a_chain_of_layouts_ends_at_the_direct_import(
     checkpoint: Callable[[str], Path], tmp_path: Path, name: str, formats: tuple[str, str]
 ) -> None:
+    """TP 2, PP 2, EP 4, ETP 2 → TP 4, EP 2, where expert tensor parallelism follows → one rank."""
     source = checkpoint(name)
     run(plan_hf_to_mcore(source, tmp_path / "direct", PLAIN))
     first = options(Layout(tp=2, pp=2, ep=4, etp=2), formats[0])
     run(plan_hf_to_mcore(source, tmp_path / "a", first))
-    run(plan_mcore_to_mcore(tmp_path / "a", tmp_path / "b", options(Layout(tp=4, ep=2, etp=1), formats[1])))
+    run(plan_mcore_to_mcore(tmp_path / "a", tmp_path / "b", options(Layout(tp=4, ep=2), formats[1])))
     run(plan_mcore_to_mcore(tmp_path / "b", tmp_path / "c", PLAIN))
     assert_same_checkpoint(tmp_path / "c", tmp_path / "direct")
     run(plan_mcore_to_hf(tmp_path / "b", tmp_path / "hf", PLAIN))
@@ -146,7 +157,10 @@ def deep(folder: Path, layers: int, vocab: int = 40) -> Path:
     ("layers", "layout"),
     [
         (61, Layout(pp=4, last_stage=13)),
+        (61, Layout(pp=4, pipeline="Et*8|(t*8|)*6t*5,L")),
         (27, Layout(pp=2, first_stage=14)),
+        (27, Layout(pp=2, pipeline="Et*7|t*7|t*7|t*6L")),
+        (28, Layout(pp=2, vpp=2, first_stage=12)),
         (16, Layout(pp=4, vpp=2)),
         (12, Layout(pp=4, pipeline="E|t*5|t*6|t,L")),
     ],

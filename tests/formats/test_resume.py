@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from converters.errors import MbxError, StorageError, UsageError
 from converters.layout import Layout
+from mbx.cli import main
 from mbx.convert import Options, plan_hf_to_mcore, run
 from mbx.io import journal
 from mbx.io.commit import PartialFolder, partial_path
@@ -159,6 +161,19 @@ def test_what_a_resumed_run_reports_and_does_not_repeat(interrupted: tuple[Path,
     outcome = run(job, seen.append)
     assert before and seen[0] == outcome.bytes_resumed > 0
     assert sum(seen) == job.plan.target_bytes
+
+
+def test_the_speed_of_a_resumed_run_is_that_of_what_it_wrote(
+    interrupted: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the interrupted run wrote took none of this one's time: a run that only has to rename is not a fast one."""
+    source, target = interrupted
+    arguments = ["--tp", "2", "--max-memory", "16MiB", "--workers", "2", "--no-sync", "--resume"]
+    assert main(["convert", "hf-to-mcore", str(source), str(target), *arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)["result"]
+    written = result["bytes"] - result["bytes_resumed"]
+    assert 0 < written < result["bytes"]
+    assert result["gb_per_s"] * result["seconds"] == pytest.approx(written / 1e9)
 
 
 def test_a_journal_is_believed(interrupted: tuple[Path, Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from converters.dialects.bridge_config import config_of_run_config
 from converters.errors import StorageError, UnsupportedError
 from converters.layout import Layout
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.architecture import architecture_of
+from mbx.io.architecture import architecture_of, conflicts
 from mbx.io.archive import object_archive
-from mbx.io.checkpoint import open_any
+from mbx.io.checkpoint import McoreCheckpoint, open_any
 from mbx.io.sidecars import read_run_config
 from mbx.registry import table_for
 from mbx.reshard import plan_mcore_to_mcore
@@ -154,8 +155,6 @@ def test_a_common_state_among_the_tensors_is_read(ours: Path, tiny: Path, tmp_pa
 
 def test_separate_norms_are_read_as_fused_ones(ours: Path, tiny: Path, tmp_path: Path) -> None:
     """A checkpoint whose writer kept the norms apart exports as any other."""
-    from dataclasses import replace
-
     from mbx.io.dcp import build_dcp_metadata, read_dcp
 
     iteration = ours / "iter_0000000"
@@ -193,6 +192,49 @@ def test_optimizer_state_is_said_to_stay_behind(ours: Path, tmp_path: Path) -> N
     ):
         assert any("not carried: optimizer state" in note for note in job.plan.notes)
         assert not any(name.startswith("optimizer") for name in job.plan.sources)
+
+
+@pytest.mark.parametrize(("size", "layers"), [(4, 8), (3, 7), (1, 2)])
+def test_a_frequency_and_its_pattern_are_the_same(size: int, layers: int, tmp_path: Path) -> None:
+    """Megatron Core's own functions say which layers are MoE, and which have linear attention."""
+    from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+        get_linear_attention_pattern,
+        get_moe_layer_pattern,
+    )
+
+    config = argparse.Namespace(num_layers=layers, linear_attention_freq=size, moe_layer_freq=size)
+    patterns = {
+        "linear_attention_freq": get_linear_attention_pattern(config),
+        "moe_layer_freq": get_moe_layer_pattern(config),
+    }
+    for field, pattern in patterns.items():
+        stated = {"num_layers": layers, field: pattern}
+        args = {"num_layers": layers, "num_experts": 8, field: size}
+        opened = McoreCheckpoint(tmp_path, tmp_path, "torch_dist", {}, args=args)
+        assert conflicts(stated, opened) == [], field
+        assert len(conflicts(stated, replace(opened, args={**args, field: size + 1}))) == 1, field
+
+
+def test_megatron_core_reads_the_common_state(ours: Path, tiny: Path, tmp_path: Path) -> None:
+    """The calls by which Megatron-LM and Megatron-Bridge tell a format and read what lies beside the weights."""
+    from megatron.core import dist_checkpointing
+
+    iteration = str(ours / "iter_0000000")
+    assert dist_checkpointing.check_is_distributed_checkpoint(iteration)
+    common = dist_checkpointing.load_common_state_dict(iteration)
+    assert {"args", "checkpoint_version", "iteration", "content_metadata"} <= set(common)
+    metadata = dist_checkpointing.load_content_metadata(iteration)
+    assert metadata == {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    run(plan_hf_to_mcore(tiny / "llama", tmp_path / "fsdp", Options(sync=False, format="fsdp_dtensor")))
+    assert not dist_checkpointing.check_is_distributed_checkpoint(str(tmp_path / "fsdp/iter_0000000"))
+    run_config = yaml.safe_load((tmp_path / "fsdp/iter_0000000/run_config.yaml").read_text())
+    assert run_config["checkpoint"]["ckpt_format"] == "fsdp_dtensor"
+
+
+def test_megatron_lm_asks_for_no_state_that_is_not_there(ours: Path) -> None:
+    """Without these two it would look for an optimizer and random-number state, and fail."""
+    args = torch.load(ours / "iter_0000000/common.pt", weights_only=False)["args"]
+    assert (args.no_save_optim, args.no_save_rng) == (True, True)
 
 
 def test_a_wrong_table_is_refused(peers: Path, tmp_path: Path) -> None:

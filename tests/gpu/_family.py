@@ -26,14 +26,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from _verdict import judge  # noqa: E402
 
-from converters.errors import MbxError, UnsupportedError  # noqa: E402
+from converters.errors import MbxError  # noqa: E402
 from converters.expr import Value  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mbx.mcore.parity import LogitDiff
+    from mbx.mcore.forward import LogitDiff
     from mbx.mcore.prompts import Passes
     from mbx.verify import Leg
 
@@ -117,26 +117,22 @@ def _checkpoint(name: str, tiny: Path | None, work: Path) -> Path:
     return source
 
 
-def _change_config(folder: Path, settings: Mapping[str, Value], *, drop: str = "") -> None:
+def _change_config(folder: Path, settings: Mapping[str, Value]) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = {key: value for key, value in {**config, **settings}.items() if key != drop}
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({**config, **settings}, indent=2), encoding="utf-8")
 
 
 def _reference(source: Path, work: Path, found: Found) -> Path:
-    """The folder Transformers reads: `source`, or a copy under the class that has the same decoder."""
-    from fixtures.headers import CLASS_OF, has_class
-    from mbx.io.hf import read_config
+    """The folder Transformers reads: `source`, or a copy for a class that has the same decoder."""
+    from _twins import write_twin
 
-    config = read_config(source)
-    kind = str(config.get("model_type"))
-    if has_class(config):
+    from mbx.io.hf import read_config
+    from mbx.mcore.twins import twin_of
+
+    twin = twin_of(read_config(source))
+    if twin is None:
         return source
-    if kind not in CLASS_OF:
-        raise UnsupportedError(f"Transformers has no class for {kind}")
-    found.setdefault("notes", []).append(f"Compared with Transformers' {CLASS_OF[kind]}, which has the same decoder")  # type: ignore[attr-defined]
-    shutil.copytree(source, work / "reference")
-    _change_config(work / "reference", {"model_type": CLASS_OF[kind]}, drop="auto_map")
+    found.setdefault("notes", []).append(write_twin(source, work / "reference", twin))  # type: ignore[attr-defined]
     return work / "reference"
 
 
@@ -150,8 +146,9 @@ def _forward(name: str, device: str, source: Path, work: Path, config: dict[str,
     from mbx.io.torch_dist import open_torch_dist
     from mbx.mcore.device import megatron_on
     from mbx.mcore.forward import compare_logits
-    from mbx.mcore.parity import lend_frequencies, loaded_model, mcore_passes, read_prompts
+    from mbx.mcore.parity import read_prompts
     from mbx.mcore.prompts import Prompts
+    from mbx.mcore.whole import lend_frequencies, loaded_model, mcore_passes
 
     hf_config = canonical(read_config(source))
     read = read_prompts(Prompts(), config, source, hf_config)
@@ -186,8 +183,9 @@ def _forward(name: str, device: str, source: Path, work: Path, config: dict[str,
 
 def _references(source: Path, read: Passes, device: str, found: Found) -> dict[str, torch.Tensor]:
     """Transformers' fp32 logits on the CPU, and on the GPU where there is one; its torch code, not fla's kernels."""
-    from mbx.mcore.parity import transformers_passes
+    from mbx.mcore.forward import compare_logits
     from mbx.mcore.reference import load_transformers
+    from mbx.mcore.whole import transformers_passes
 
     hidden = sys.modules.pop("fla", None)
     sys.modules["fla"] = None  # type: ignore[assignment]  # reads as "not installed"
@@ -196,6 +194,7 @@ def _references(source: Path, read: Passes, device: str, found: Found) -> dict[s
         if device == "cuda":
             try:
                 logits["cuda"] = transformers_passes(load_transformers(source, device="cuda"), read.batches)
+                found["transformers_between_devices"] = _figures(compare_logits(logits["cpu"], logits["cuda"]))
             except (RuntimeError, ValueError, ImportError, TypeError) as error:
                 found["transformers_on_cuda"] = f"{type(error).__name__}: {error}"[:300]
         return logits
@@ -226,7 +225,7 @@ def _keys(
 def _low_precision(
     config: Mapping[str, Value], iteration: Path, padded: int, compared: Callable[[nn.Module], dict[str, LogitDiff]]
 ) -> Found:
-    from mbx.mcore.parity import loaded_model
+    from mbx.mcore.whole import loaded_model
 
     try:
         model = loaded_model(config, iteration, padded_vocab=padded, device="cuda", dtype="bf16")

@@ -1,7 +1,7 @@
 """Forward parity of every family on one device: `python tests/gpu/run_forward.py --device cuda --out DIR`.
 
 Each family runs in a process of its own and none can stop another. DIR gets `forward.json`; a table goes to stdout.
-`--record` also puts the figures into `fixtures/measured/forward.json`, from which docs/models.md is written.
+`--record` also puts the figures into `mappings/measured.json`, from which docs/models.md is written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 from _verdict import judge  # noqa: E402
 
-MEASURED = ROOT / "fixtures" / "measured" / "forward.json"
+MEASURED = ROOT / "mappings" / "measured.json"
 _PACKAGES = ("torch", "transformers", "megatron-core", "transformer-engine")
 
 
@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--tiny", type=Path, help="folder of checkpoints by name; made on the spot without it")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--limit-s", type=float, default=330.0, help="all families together, in seconds")
-    parser.add_argument("--record", action="store_true", help="also write fixtures/measured/forward.json")
+    parser.add_argument("--record", action="store_true", help="also write mappings/measured.json")
     parser.add_argument("--record-from", type=Path, metavar="FILE", help="record an earlier forward.json; run nothing")
     arguments = parser.parse_args()
     if arguments.record_from:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mbx.convert import Options, plan_hf_to_mcore, run
+from mbx.mcore.device import Spread
 from mbx.verify import parity
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
@@ -21,7 +22,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_forward_agrees_on_a_gpu(tiny: Path, tmp_path: Path, name: str) -> None:
     run(plan_hf_to_mcore(tiny / name, tmp_path / "mcore", Options(sync=False)))
-    leg = parity(tiny / name, tmp_path / "mcore", forward=True, device="cuda").legs[-1]
+    leg = parity(tiny / name, tmp_path / "mcore", forward=True, spread=Spread(device="cuda")).legs[-1]
     assert leg.status == "passed", leg
     assert "cuda, Transformer Engine spec" in leg.details[0]
 
@@ -34,5 +35,7 @@ def test_swapped_gate_and_up_fail_on_a_gpu(tiny: Path, tmp_path: Path) -> None:
     assert right in table_text("qwen3")
     own.write_text(table_text("qwen3").replace(right, wrong))
     run(plan_hf_to_mcore(tiny / "qwen3", tmp_path / "mcore", Options(mapping=str(own), sync=False)))
-    leg = parity(tiny / "qwen3", tmp_path / "mcore", forward=True, device="cuda", mapping=str(own)).legs[-1]
+    leg = parity(
+        tiny / "qwen3", tmp_path / "mcore", forward=True, spread=Spread(device="cuda"), mapping=str(own)
+    ).legs[-1]
     assert leg.status == "failed"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mbx.mcore.build import FlatConfig, build_model
+from mbx.mcore.build import build_model
+from mbx.mcore.config import FlatConfig
 from mbx.mcore.forward import mcore_logits
 
 if TYPE_CHECKING:

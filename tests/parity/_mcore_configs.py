@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mbx.mcore.build import FlatConfig
+from mbx.mcore.config import FlatConfig
 
 LLAMA: FlatConfig = {
     "num_layers": 4,

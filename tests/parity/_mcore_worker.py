@@ -1,4 +1,4 @@
-"""Run one Megatron Core job in a process of its own: `_mcore_worker.py JOB RANK WORLD WORKDIR`.
+"""Run one rank of a Megatron Core job in a process of its own: `_mcore_worker.py RANK WORLD JOB WORKDIR`.
 
 Process groups and CUDA patches are process-wide, so jobs run outside pytest; each writes its findings to
 `WORKDIR/JOB.pt` (rank 0), and the tests judge them.
@@ -15,7 +15,8 @@ from _mcore_configs import GPT2, GPT_OSS, LLAMA, MLA_MOE_MTP, QWEN3_MOE, SMALL, 
 from _peers import peer_root
 
 from converters.errors import MbxError
-from mbx.mcore.build import FlatConfig, build_model
+from mbx.mcore.build import build_model
+from mbx.mcore.config import FlatConfig
 from mbx.mcore.cpu import megatron_on_cpu, process_group
 from mbx.mcore.forward import hf_logits, mcore_logits, set_rope_frequencies
 from mbx.mcore.load import load_torch_dist, save_torch_dist
@@ -145,4 +146,4 @@ def main(job: str, rank: int, world_size: int, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[3], int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[4]))

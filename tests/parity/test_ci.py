@@ -85,7 +85,8 @@ def test_a_pair_that_differs_is_named_with_its_cause(tiny: Path, tmp_path: Path)
 
 
 def test_a_leg_that_was_asked_for_and_cannot_run_is_no_pass(tiny: Path, tmp_path: Path) -> None:
-    results = checked(source(tiny, 'format = "torch"', 'legs = ["cover", "forward"]'), tmp_path)
+    own = table_with(NAME, tmp_path, "model_types", 'unsupported = "no such forward pass"\nmodel_types')
+    results = checked(source(tiny, f'mapping = "{own}"', 'legs = ["cover", "forward"]'), tmp_path)
     assert [result.leg.status for result in results] == ["passed", "not run"]
     suite = ElementTree.fromstring(junit(results))[0]
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors"), suite.get("skipped")) == (
@@ -163,3 +164,36 @@ def test_the_checks_of_this_project_can_be_read() -> None:
     assert {Path(check.source or "").name for check in checks} == {"llama", "qwen2", "qwen3", "mistral"}
     assert any("forward" in check.legs for check in checks)
     assert described(Layout(tp=2, pp=2)) == "tp2 pp2" and described(Layout()) == "tp1"
+
+
+def test_a_table_is_checked_on_a_small_model_of_it(tmp_path: Path) -> None:
+    """With every leg, forward included; the model is the same each time."""
+    results = checked('[[check]]\nsource = "qwen2"\n', tmp_path)
+    assert {result.leg.name: result.leg.status for result in results} == dict.fromkeys(
+        ("cover", "config", "weights", "round-trip", "forward"), "passed"
+    )
+    assert results[0].check == "qwen2"
+
+
+@pytest.mark.parametrize("name", ["mimo", "llama_nemotron", "sarvam_moe"])
+def test_a_table_without_a_class_in_transformers_says_that_it_is_not_possible(name: str, tmp_path: Path) -> None:
+    results = checked(f'[[check]]\nsource = "{name}"\n', tmp_path)
+    assert results and not any(result.passed for result in results)
+    assert "not possible: transformers" in results[0].leg.summary and f"`{name}`" in results[0].leg.summary
+
+
+def test_a_table_that_megatron_core_cannot_run_passes_every_other_leg(tmp_path: Path) -> None:
+    """Ministral 3 scales queries by position. Transformers repeats the context length among its rotary settings."""
+    results = checked('[[check]]\nsource = "ministral3"\n', tmp_path)
+    others = dict.fromkeys(("cover", "config", "weights", "round-trip"), "passed")
+    assert {result.leg.name: result.leg.status for result in results} == {**others, "forward": "not run"}
+    (forward,) = (result.leg for result in results if result.leg.name == "forward")
+    assert "scales queries by position" in forward.summary
+
+
+def test_a_megatron_checkpoint_is_a_source(tiny: Path, tmp_path: Path) -> None:
+    good = convert(tiny / NAME, tmp_path / "mcore")
+    results = checked(f'[[check]]\nsource = "{good}"\nlayouts = [{{ tp = 2 }}]\n', tmp_path)
+    assert statuses(results) == {
+        ("tp2", leg): "passed" for leg in ("cover", "config", "weights", "round-trip", "forward")
+    }

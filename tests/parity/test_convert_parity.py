@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from _ranks import run_ranks
 from safetensors.torch import load_file
 
 from converters.layout import Layout
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
-WORKER = Path(__file__).with_name("_convert_worker.py")
-ROOT = WORKER.parents[2]
-TINY = ROOT / "fixtures" / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "fixtures" / "tiny"
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 TOLERANCE = 1e-4
 
@@ -27,15 +23,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     world, work = request.param, tmp_path_factory.mktemp(f"tp{request.param}")
     for family in FAMILIES:
         run(plan_hf_to_mcore(TINY / family, work / family, Options(layout=Layout(tp=world))))
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(WORKER)]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(world), str(work), *FAMILIES], env=env, stderr=subprocess.PIPE)
-        for rank in range(world)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=240)
-        assert worker.returncode == 0, errors.decode()[-3000:]
+    run_ranks("_convert_worker.py", world, work, *FAMILIES)
     return world, work
 
 

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from _layout_worker import MODELS
+from _layout_worker import MODELS, depth_of
+from _ranks import run_ranks
 
 from converters.layout import Layout
 from mbx.convert import Options, run
 from mbx.io.checkpoint import McoreCheckpoint, open_any
+from mbx.io.dcp import read_dcp
 from mbx.io.files import FileSource
 from mbx.reshard import plan_mcore_to_mcore
 
-HERE = Path(__file__).resolve().parent
 WORLD = 4
 
 
 def run_job(job: str, work: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(HERE / "_layout_worker.py"), job]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(WORLD), str(work)], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [rank.communicate(timeout=300)[1].decode(errors="replace") for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-3000:] for error in errors)
+    run_ranks("_layout_worker.py", WORLD, job, work)
 
 
 def contents(opened: McoreCheckpoint) -> dict[str, np.ndarray]:
@@ -64,8 +49,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(saved: Path) -> list[dict[str, dict[str, list[str]]]]:
     """Findings of each rank about checkpoints that mbx made of Megatron's own, both ways and by a detour."""
-    for name, (_, sizes) in MODELS.items():
-        folder, own = saved / name, Layout(**sizes)
+    for name, (config, sizes) in MODELS.items():
+        folder, own = saved / name, Layout(**sizes, vpp=depth_of(config))
         one, plain = Options(sync=False), Options(sync=False, layout=own)
         run(plan_mcore_to_mcore(folder / "legacy", folder / "to_dist_from_legacy", plain))
         run(plan_mcore_to_mcore(folder / "dist", folder / "to_dist_tp1", one))
@@ -78,6 +63,7 @@ def loaded(saved: Path) -> list[dict[str, dict[str, list[str]]]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_both_of_megatrons_formats_hold_the_same_tensors(saved: Path, name: str) -> None:
+    config, sizes = MODELS[name]
     dist, legacy = open_any(saved / name / "dist"), open_any(saved / name / "legacy")
     assert (dist.format, legacy.format) == ("torch_dist", "torch")
     assert {n: (t.dtype, t.shape) for n, t in dist.tensors.items()} == {
@@ -85,7 +71,7 @@ def test_both_of_megatrons_formats_hold_the_same_tensors(saved: Path, name: str)
     }
     ours, theirs = contents(legacy), contents(dist)
     assert [n for n in ours if not np.array_equal(ours[n], theirs[n])] == []
-    assert legacy.left_out == ("optimizer state",) and legacy.layout == Layout(**MODELS[name][1])
+    assert legacy.left_out == ("optimizer state",) and legacy.layout == Layout(**sizes, vpp=depth_of(config))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -95,3 +81,15 @@ def test_megatron_loads_every_output_equal(loaded: list[dict[str, dict[str, list
         assert outputs.pop("fresh"), "another seed must not give the same weights"
         assert len(outputs) == 4
         assert {made: names for made, names in outputs.items() if names} == {}, f"rank {rank}"
+
+
+def test_shards_kept_apart_are_put_together(saved: Path) -> None:
+    """Megatron Core's singleton_local_shards: a key per layer, expert and half."""
+    apart, dist = open_any(saved / "moe/apart/iter_0000005"), open_any(saved / "moe/dist")
+    names = read_dcp(saved / "moe/apart/iter_0000005").tensors
+    assert "decoder.layers.3.mlp.experts.experts.7.linear_fc1.weight_w" in names
+    assert {n: (t.dtype, t.shape) for n, t in apart.tensors.items()} == {
+        n: (t.dtype, t.shape) for n, t in dist.tensors.items()
+    }
+    ours, theirs = contents(apart), contents(dist)
+    assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []

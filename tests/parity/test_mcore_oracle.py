@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,15 +9,15 @@ import pytest
 import torch
 from _mcore_worker import VARIANTS
 from _peers import PEERS_ENV, peer_root
+from _ranks import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import DifferenceError, MbxError, UsageError
-from mbx.mcore.build import transformer_config
+from mbx.mcore.config import transformer_config
 from mbx.mcore.forward import compare_logits
 
 Found: TypeAlias = dict[str, torch.Tensor]
-HERE = Path(__file__).resolve().parent
 needs_peers = pytest.mark.skipif(peer_root() is None, reason=f"{PEERS_ENV} names no folder of peer checkpoints")
 # fp32 against fp32 on one machine; the two implementations differ in summation order only.
 FP32_TOLERANCE = 1e-4
@@ -29,23 +26,7 @@ STORED_TOLERANCE = 5e-3
 
 
 def run_job(job: str, work: Path, world_size: int = 1) -> Found:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(HERE / "_mcore_worker.py"), job]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world_size), str(work)],
-            env=env,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        errors = [rank.communicate(timeout=240)[1].decode(errors="replace") for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-3000:] for error in errors)
+    run_ranks("_mcore_worker.py", world_size, job, work)
     return torch.load(work / f"{job}.pt", weights_only=True)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from _stores import changed_mcore
 
 from converters.errors import StorageError
 from mbx.cli import main
+from mbx.mcore.divergence import BorderDiff
 from mbx.report_html import page, write
 from mbx.verify import ParityReport, parity
 
@@ -26,7 +29,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 class Balanced(HTMLParser):
     """Fails on a tag that is closed wrongly; collects the text."""
 
-    VOID = frozenset(("meta", "br", "rect", "line"))
+    VOID = frozenset(("meta", "br", "rect", "line", "circle", "polyline"))
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -89,6 +92,19 @@ def test_a_sound_pair_has_no_plots_and_says_so(tiny: Path, tmp_path: Path) -> No
     assert html.count('class="tensor"') == 0 and page(report) == html
 
 
+def test_hidden_states_are_drawn_and_the_first_layer_that_diverges_is_named(wrong: ParityReport) -> None:
+    relative = (0.0, 4e-7, 8e-7, 3e-2, math.inf)
+    names = ("embedding", "layer 0", "layer 1", "layer 2", "final norm")
+    borders = tuple(BorderDiff(name, value, value) for name, value in zip(names, relative, strict=True))
+    html = page(replace(wrong, borders=borders))
+    text = " ".join(parsed(html).text)
+    assert html.count('class="border"') == len(borders) and "The first to diverge is layer 2: " in text
+    assert html.count('<circle class="bad"') == 2 and "nan" not in html and 'cx="inf' not in html
+    sound = page(replace(wrong, borders=borders[:3]))
+    assert "The first to diverge" not in sound and sound.count('class="border"') == 3
+    assert "Hidden states" not in page(wrong)
+
+
 def test_the_option_writes_it(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = convert(tiny / NAME, tmp_path / "mcore")
     target = tmp_path / "report.html"
@@ -106,7 +122,8 @@ def test_a_file_that_cannot_be_written_is_an_error(wrong: ParityReport, tmp_path
 def test_a_browser_lays_it_out(wrong: ParityReport, tmp_path: Path) -> None:
     """The document after layout has the verdict, a bar a tensor, and a picture of it is not blank."""
     assert BROWSER is not None
-    write(wrong, target := tmp_path / "report.html")
+    borders = tuple(BorderDiff(f"layer {n}", 10.0**-n, 10.0**-n) for n in range(8))
+    write(replace(wrong, borders=borders), target := tmp_path / "report.html")
     shot = tmp_path / "report.png"
     common = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     env = {**os.environ, "HOME": str(tmp_path)}
@@ -114,6 +131,7 @@ def test_a_browser_lays_it_out(wrong: ParityReport, tmp_path: Path) -> None:
         [*common, "--dump-dom", target.as_uri()], capture_output=True, text=True, timeout=120, env=env, check=True
     )
     assert 'id="verdict">failed' in done.stdout and done.stdout.count("<rect") == 2 * len(wrong.differences)
+    assert done.stdout.count("<circle") == len(borders)
     subprocess.run(
         [*common, "--window-size=1000,1600", f"--screenshot={shot}", target.as_uri()],
         capture_output=True,

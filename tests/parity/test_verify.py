@@ -19,7 +19,9 @@ from converters.spelling import canonical
 from fixtures.make_tiny import make
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.io.hf import read_config
-from mbx.mcore.parity import compare_forward, read_prompts
+from mbx.io.torch_dist import open_torch_dist
+from mbx.mcore.device import Spread
+from mbx.mcore.parity import MegatronModel, TransformersModel, compare_forward, read_prompts, vocab_size
 from mbx.mcore.prompts import Prompts
 from mbx.registry import shipped
 from mbx.verify import Leg, ParityReport, parity
@@ -237,12 +239,13 @@ def test_a_wrong_rope_factor_shows_past_the_original_context(tiny: Path, tmp_pat
     right = shipped("llama").config.to_mcore(config)
     wrong = {**right, "model.rope_scaling_factor": 16.0}
 
+    opened = open_torch_dist(target)
+
     def difference(mcore: dict[str, Value], *, far: bool) -> float:
         read = read_prompts(Prompts(far=far), mcore, tiny / "llama", canonical(config))
-        padded = int(str(right["model.vocab_size"]))
-        found = compare_forward(
-            mcore, tiny / "llama", target / "iter_0000000", canonical(config), read, padded_vocab=padded
-        )
+        models = TransformersModel(tiny / "llama"), MegatronModel(mcore, opened.iteration, opened.dcp.tensors)
+        found = compare_forward(*models, read, vocab_size(mcore))
+        assert found is not None
         return found.diff.max_abs
 
     assert difference(right, far=True) < 1e-4
@@ -281,4 +284,4 @@ def test_prompts_that_cannot_be_read_are_errors(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_an_error(tiny: Path, good: Path) -> None:
     with pytest.raises(DeviceError, match="Transformer Engine|no GPU"):
-        parity(tiny / NAME, good, forward=True, device="cuda")
+        parity(tiny / NAME, good, forward=True, spread=Spread(device="cuda"))

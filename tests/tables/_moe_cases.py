@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from converters.tensors import Chunk, Shape, StoredTensor
 from fixtures.families import FAMILIES, Family
 from fixtures.headers import hub_headers
 from fixtures.index import Header
@@ -31,6 +30,8 @@ ON_A_CPU = (
     "moonlight",
     "glm4_moe",
     "glm4_moe_air",
+    "llama4_scout",
+    "llama4_maverick",
 )
 UNSUPPORTED = ("olmoe", "minimax_m2")
 ELSEWHERE = (
@@ -41,6 +42,7 @@ ELSEWHERE = (
     "nemotron_h",
     "nemotron_nano_v2",
     "nemotron_nano_v3",
+    "nemotron_super",
 )
 ALL = (*ON_A_CPU, *UNSUPPORTED, *ELSEWHERE)
 #: Families without a Transformers class, so without layout v5.
@@ -56,10 +58,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Megatron Core ranks a group by its best topk // topk_group experts, Transformers by its best two.
     "deepseek_v3_one_a_group": ("deepseek_v3", {"num_experts_per_tok": 2}),
     "kimi_k2_by_class": ("kimi_k2", {"model_type": "deepseek_v3"}),
-    # Transformers norms latents with 1e-6 whatever rms_norm_eps is; Megatron Core has one epsilon.
-    "moonlight_one_epsilon": ("moonlight", {"rms_norm_eps": 1e-6}),
     "moonlight_with_heads": ("moonlight", {"num_nextn_predict_layers": 1}),
-    "nemotron_latent": ("nemotron_nano_v3", {"moe_latent_size": 16}),
+    # Megatron Core's own constants of rotary scaling are not Scout's.
+    "llama4_scout_unscaled": ("llama4_scout", {"rope_scaling": None}),
+    "nemotron_mtp_mlp": (
+        "nemotron_super",
+        {"hybrid_override_pattern": "MEM*EM-M", "mtp_hybrid_override_pattern": "*-"},
+    ),
 }
 
 
@@ -91,14 +96,6 @@ def headers_in(folder: Path) -> dict[str, Header]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in read_folder(folder).tensors.items()}
 
 
-def stored(headers: Mapping[str, tuple[str, Shape]]) -> dict[str, StoredTensor]:
-    """Tensors of these names, dtypes and shapes, each in one chunk of a file that does not exist."""
-    return {
-        name: StoredTensor(name, dtype, shape, (Chunk((0,) * len(shape), shape, "none", 0),))
-        for name, (dtype, shape) in headers.items()
-    }
-
-
 #: Cases of one table: they reach all its rows together.
 TABLES: dict[str, tuple[str, ...]] = {
     "qwen3_moe": ("qwen3_moe", "qwen3_moe_dense_layer"),
@@ -109,12 +106,13 @@ TABLES: dict[str, tuple[str, ...]] = {
     "deepseek_v2": ("deepseek_v2", "deepseek_v2_lite"),
     "deepseek_v3": ("deepseek_v3", "moonlight_with_heads"),
     "glm4_moe": ("glm4_moe", "glm4_moe_air"),
+    "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
     "sarvam_moe": ("sarvam_moe",),
     "qwen3_next": ("qwen3_next",),
     "qwen3_5": ("qwen3_5_text",),
     "qwen3_5_moe": ("qwen3_5_moe_text",),
-    "nemotron_h": ("nemotron_nano_v3", "nemotron_h", "nemotron_latent"),
+    "nemotron_h": ("nemotron_nano_v3", "nemotron_h", "nemotron_super", "nemotron_mtp_mlp"),
 }
 
 
@@ -144,7 +142,7 @@ def cases(table: str) -> list[Case]:
     for name in TABLES[table]:
         plain = headers_of(name)
         found.append(plain)
-        if table not in ("gpt_oss", "sarvam_moe", "qwen3_5") and "dense" not in name:
+        if table not in ("gpt_oss", "sarvam_moe", "qwen3_5", "llama4") and "dense" not in name:
             found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))
     config, headers = found[0]
     found.append(({**config, "tie_word_embeddings": True}, headers))

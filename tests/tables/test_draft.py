@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from converters.errors import CoverageError, UnsupportedError
-from converters.table import parse_table
+from converters.table_parse import parse_table
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.draft import draft, templates
 from mbx.io.hf import open_hf

@@ -9,7 +9,8 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from _moe_cases import headers_of, stored  # noqa: E402
+from _moe_cases import headers_of  # noqa: E402
+from _scaffold import stored  # noqa: E402
 
 from converters.errors import CoverageError  # noqa: E402
 from converters.exporter import plan_export  # noqa: E402
@@ -18,7 +19,9 @@ from converters.layout import Layout  # noqa: E402
 from mbx.registry import table_for  # noqa: E402
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "nemotron_super"]
+)
 def test_prediction_layers_are_whole_or_absent_in_both_directions(name: str) -> None:
     config, headers = headers_of(name)
     table = table_for(config)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QWEN3 = ROOT / "fixtures" / "tiny" / "qwen3"
@@ -34,46 +37,50 @@ def raw(run_dir: Path, **sections: dict[str, object]) -> Raw:
 
 
 def run_here(recipe: Raw, **arguments: object) -> list[float]:
-    """Losses of a run in this process."""
+    """Losses of a run in this process. A signal that ended the run was meant for the tests, so it ends them."""
     from mbx.train.loop import train
     from mbx.train.prepare import prepare
     from mbx.train.recipe import parse_recipe
 
-    return list(train(prepare(parse_recipe(recipe), **arguments), live=False).losses)  # type: ignore[arg-type]
+    done = train(prepare(parse_recipe(recipe), **arguments), live=False)  # type: ignore[arg-type]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if number.name in done.stopped:
+            signal.raise_signal(number)
+    return list(done.losses)
 
 
-def start_world(size: int, jobs: list[dict[str, object]], out: Path) -> list[subprocess.Popen[bytes]]:
-    """Start `size` processes that run `jobs` one after the other; rank 0 writes their losses to `out`."""
-    probes = [socket.socket() for _ in jobs]  # a port of its own for each job's rendezvous
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    out.with_suffix(".jobs").write_text(
-        json.dumps([{**job, "port": port} for job, port in zip(jobs, ports, strict=True)])
-    )
+def start_world(
+    size: int, jobs: list[dict[str, object]], out: Path, *, own_group: bool = False
+) -> list[subprocess.Popen[bytes]]:
+    """Start `size` processes that run `jobs` one after the other; rank 0 writes their losses to `out`.
+
+    `own_group`: each leads a process group, by which what it forked can be found.
+    """
+    out.with_suffix(".jobs").write_text(json.dumps(jobs))
+    for old in out.parent.glob(f"{out.stem}.port*"):  # of an earlier world
+        old.unlink()
     processes = []
     for rank in range(size):
         env = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "ignore",
         }
         log = out.with_suffix(f".log{rank}").open("wb")
         arguments = [sys.executable, __file__, str(out)]
-        processes.append(subprocess.Popen(arguments, env=env, stdout=log, stderr=log, cwd=ROOT))
+        processes.append(
+            subprocess.Popen(arguments, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=own_group)
+        )
     return processes
 
 
 def run_world(size: int, jobs: list[dict[str, object]], out: Path) -> list[list[float]]:
     """Losses of every job, run by `size` processes."""
     processes = start_world(size, jobs, out)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while any(process.poll() is None for process in processes):
         failed = any(process.poll() for process in processes)
         if failed or time.monotonic() > deadline:  # the others wait for the one that failed
@@ -86,8 +93,45 @@ def run_world(size: int, jobs: list[dict[str, object]], out: Path) -> list[list[
     return json.loads(out.read_text())
 
 
+def meet(rank: int, note: Path) -> TCPStore | None:
+    """Where the ranks of a world find each other: a port that rank 0 takes, keeps open and writes down in `note`.
+
+    A port that is looked up, closed and opened again later may be another process's by then. The result must live
+    until the process group is gone. Torch joins a store at MASTER_PORT, as torchrun's workers do, where the
+    environment says that another opened it.
+    """
+    from torch.distributed import TCPStore
+
+    store = None
+    if rank == 0:
+        store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        draft = note.with_name(f"{note.name}.tmp")
+        draft.write_text(str(store.port))
+        draft.replace(note)
+    deadline = time.monotonic() + 300
+    while not note.is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": note.read_text(), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store
+
+
+def stall_writers() -> None:
+    """Let every process forked from now on hang where it would flush a file to the disk."""
+    parent, flush = os.getpid(), os.fsync
+
+    def stalled(fd: int) -> None:
+        if os.getpid() != parent:
+            time.sleep(600)
+        flush(fd)
+
+    os.fsync = stalled
+
+
 def main(out: Path) -> None:
-    """One process of a world. A job is `{recipe, resume?, kill_at?, stop_at?}`."""
+    """One process of a world. A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?}`.
+
+    `stall_from`: the writers of asynchronous checkpoints hang from this step on.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -97,17 +141,20 @@ def main(out: Path) -> None:
     from mbx.train.recipe import parse_recipe
 
     results = []
-    for job in json.loads(out.with_suffix(".jobs").read_text()):
-        os.environ["MASTER_PORT"] = str(job["port"])
+    for number, job in enumerate(json.loads(out.with_suffix(".jobs").read_text())):
+        store = meet(int(os.environ["RANK"]), out.with_suffix(f".port{number}"))
 
         def watch(step: Step, job: dict[str, int] = job) -> None:
+            if job.get("stall_from") == step.step:
+                stall_writers()
             if job.get("kill_at") == step.step:
                 os.kill(os.getpid(), signal.SIGKILL)
             if job.get("stop_at") == step.step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), job.get("signal", signal.SIGTERM))
 
         prepared = prepare(parse_recipe(job["recipe"]), resume=job.get("resume", False))
         results.append(list(train(prepared, live=False, on_step=watch).losses))
+        del store
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(results))
 

@@ -9,11 +9,14 @@ import pytest
 from _trainings import ROOT, raw
 
 from converters.errors import UnsupportedError
+from fixtures.index import published_parameters
+from fixtures.make_tiny import make
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
 from mbx.train import lora
-from mbx.train.budget import count, predict, suggestions
+from mbx.train.budget import Budget, predict, suggestions
 from mbx.train.catalogue import load_recipe
+from mbx.train.counts import count
 from mbx.train.model import Blueprint, blueprint
 from mbx.train.recipe import Recipe, parse_recipe
 
@@ -53,6 +56,59 @@ def test_experts_and_learned_positions() -> None:
         assert count(recipe, plan, 0).base == built
 
 
+@pytest.mark.parametrize(
+    ("family", "lora_targets"),
+    [
+        ("qwen3_moe", ["linear_qkv", "linear_proj"]),
+        ("qwen3_moe", ["linear_qkv", "linear_fc1", "linear_fc2"]),
+        ("deepseek_v2_lite", ["linear_q_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj"]),
+        ("deepseek_v2", []),
+        ("deepseek_v2", ["linear_q_down_proj", "linear_q_up_proj", "linear_fc1", "linear_fc2"]),
+        ("gemma3_text", ["linear_qkv", "linear_fc1"]),
+        ("gpt_oss", ["linear_qkv", "linear_proj"]),
+    ],
+)
+def test_counts_of_other_families_are_exact(family: str, lora_targets: list[str], tmp_path: Path) -> None:
+    adapted = {"rank": 4, "targets": lora_targets} if lora_targets else {}
+    recipe = parse_recipe(raw(tmp_path / "run", model={"path": str(make(family, tmp_path / family))}, lora=adapted))
+    plan = blueprint(recipe)
+    with megatron_on_cpu(), process_group():
+        model = build_model(plan.config, padded_vocab_size=plan.padded_vocab)
+        built = sum(p.numel() for p in model.parameters())
+        if adapted:
+            lora.attach(model, recipe.lora, plan, 0)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts = count(recipe, plan, 0)
+    assert counts.base == built
+    assert counts.adapters == (trained if adapted else 0)
+    assert predict(recipe, plan, 1).total > counts.base
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        ("qwen3_30b_a3b", "Qwen3-30B-A3B"),
+        ("deepseek_v2_lite", "DeepSeek-V2-Lite"),
+        ("gemma3_1b", "gemma-3-1b-pt"),
+        ("gpt_oss_20b", "gpt-oss-20b"),
+        ("llama3_70b", "Llama-3.3-70B-Instruct"),
+    ],
+)
+def test_counts_are_the_published_ones(recipe: str, model: str) -> None:
+    chosen = load_recipe(f"{recipe}_sft", ["parallel.tp=1", "parallel.pp=1", "parallel.ep=1"])
+    assert count(chosen, blueprint(chosen), 0).base == published_parameters(model)
+
+
+def test_an_expert_s_optimizer_is_shared_by_its_own_ranks() -> None:
+    """With ep 8 on 8 GPUs every expert has one rank: nothing of its optimizer state is cut."""
+    recipe = load_recipe("qwen3_30b_a3b_sft")
+    plan = blueprint(recipe)
+    counts = count(recipe, plan, 0)
+    on_8, on_16 = (predict(recipe, plan, dp).parts["optimizer"] for dp in (8, 16))
+    assert on_8 == 12 * counts.experts + 12 * (counts.base - counts.experts) // 8
+    assert on_16 == on_8 // 2
+
+
 def test_stages_and_ranks_add_up() -> None:
     recipe, plan = planned("qwen3", model={"vocab_divisor": 64})
     whole = count(recipe, plan, 0)
@@ -82,6 +138,48 @@ def test_parts_follow_the_recipe() -> None:
     assert total(name="llama3_8b_lora") < 0.4 * base
 
 
+def test_the_peak_is_one_phase_not_their_sum() -> None:
+    """With recomputation the logits are gone before a layer is computed again; without them a layer weighs more."""
+
+    def found(*overrides: str, name: str = "llama32_1b_lora") -> Budget:
+        recipe = load_recipe(name, overrides)
+        return predict(recipe, blueprint(recipe), 1)
+
+    large = found("train.recompute=full", "data.length=8192", "train.micro_batch=1")
+    assert large.phase == "the output layer" and large.parts["logits"] == 8192 * 128256 * 2
+    assert "gradients within a layer" not in large.parts
+    small = found(
+        "train.recompute=full", "data.length=8192", "train.micro_batch=1", "model.config.model.vocab_size=1024"
+    )
+    assert small.phase == "a layer" and "logits" not in small.parts
+    trained = found("train.micro_batch=1", name="llama32_1b_pretrain")
+    assert trained.parts["output layer"] >= 128256 * 2048 * 2, "the output weight's gradient lies beside the logits"
+
+
+def test_facts_of_fp8_and_of_the_optimizers() -> None:
+    """SGD keeps one fp32 buffer, Adam two; only delayed scaling keeps a cast copy of the attention's output."""
+
+    def total(*overrides: str) -> int:
+        recipe = load_recipe("llama32_1b_pretrain", ["train.micro_batch=1", "data.length=4096", *overrides])
+        return predict(recipe, blueprint(recipe), 1).total
+
+    recipe = load_recipe("llama32_1b_pretrain", [])
+    weights = count(recipe, blueprint(recipe), 0).base
+    assert total() - total("optim.optimizer=sgd") == 4 * weights
+    assert total("fp8.recipe=delayed") - total("fp8.recipe=tensorwise") == 16 * 4096 * 2048
+
+
+def test_an_interleaved_pipeline_keeps_more_chunks() -> None:
+    """1F1B keeps pp - stage micro-batches; interleaved, (pp - stage - 1) · 2 + (vpp - 1) · pp + 1 chunks."""
+
+    def kept(*overrides: str) -> int:
+        more = ["train.micro_batch=1", "train.global_batch=8", "parallel.pp=2", *overrides]
+        recipe = load_recipe("llama32_1b_pretrain", more)
+        return predict(recipe, blueprint(recipe), 1).parts["activations"]
+
+    assert kept("parallel.vpp=2") > kept()
+
+
 def test_suggestions_save_what_they_say() -> None:
     recipe = load_recipe("llama3_8b_sft", ["train.micro_batch=2"])
     plan = blueprint(recipe)
@@ -94,6 +192,6 @@ def test_suggestions_save_what_they_say() -> None:
 
 def test_models_it_does_not_cover_are_named() -> None:
     recipe, plan = planned("llama")
-    odd = dataclasses.replace(plan, config={**plan.config, "multi_latent_attention": True})
-    with pytest.raises(UnsupportedError, match="standard attention"):
+    odd = dataclasses.replace(plan, config={**plan.config, "experimental_attention_variant": "gated_delta_net"})
+    with pytest.raises(UnsupportedError, match="standard and latent attention"):
         predict(recipe, odd, 1)

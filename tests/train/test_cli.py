@@ -33,7 +33,6 @@ def small(tmp_path: Path, chats: str) -> list[str]:
         f"run.dir={tmp_path / 'run'}",
         "train.steps=3",
         "train.global_batch=2",
-        "optim.warmup_steps=0",
     ]
 
 
@@ -81,6 +80,13 @@ def test_dry_run_writes_nothing(tmp_path: Path, chats: str, capsys: pytest.Captu
         (["train", *RECIPE, "--init-from", "/nowhere"], 4, "/nowhere"),
         (["train", *RECIPE, "--resume"], 4, "no checkpoint"),
         (["train", *RECIPE, "fp8.recipe=delayed", "train.precision=bf16"], 5, "needs a GPU"),
+        (["train", *RECIPE, "fp8.recipe=mxfp8", "train.precision=bf16"], 5, "fp8.recipe=mxfp8"),
+        (["train", *RECIPE, "data.length=1024"], 2, "exceeds the model's 512 positions"),
+        (["train", *RECIPE, "parallel.tp=3"], 2, "parallel.tp 3 does not divide num_attention_heads"),
+        (["train", *RECIPE, "parallel.pp=2", "parallel.vpp=8"], 2, "layers"),
+        (["train", *RECIPE, "parallel.cp=2", "data.pack=false", "--dry-run"], 5, "parallel.cp=2 needs"),
+        (["train", *RECIPE, "model.config.gradient_accumulation_fusion=true"], 5, "Apex"),
+        (["train", *RECIPE, "optim.warmup_steps=600"], 2, "optim.warmup_fraction"),
         (["train", *RECIPE, "parallel.tp=2"], 2, "torchrun --nproc-per-node 2"),
         (["train", "export", "/nowhere"], 2, "export RUN DST"),
         (["train", "export", "/nowhere", "/nowhere2"], 2, "no checkpoint"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import peft
@@ -12,10 +13,14 @@ from _trainings import QWEN3, Raw, raw, run_here
 from safetensors.torch import load_file, save_file
 
 from converters.errors import UsageError
+from fixtures.make_tiny import make
+from mbx.convert import Options, plan_hf_to_mcore, run
+from mbx.io import hf
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
 from mbx.mcore.forward import compare_logits, hf_logits, mcore_logits
 from mbx.mcore.load import load_torch_dist
+from mbx.train.checkpoint import RECIPE
 from mbx.train.export import export_run
 from mbx.train.model import blueprint
 from mbx.train.peft import WEIGHTS
@@ -107,6 +112,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, fp32_base: Path
             run_here(again)
     tensors = load_file(adapter / WEIGHTS)
     tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 32)
+    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"] = torch.zeros(96, 4)
     save_file(tensors, adapter / WEIGHTS)
     with pytest.raises(UsageError, match="up_proj"):
         lora = {"rank": 4, "targets": ["linear_qkv"], "adapter": str(adapter)}
@@ -120,3 +126,37 @@ def test_only_adapters_are_trained(tmp_path: Path) -> None:
     names = open_torch_dist(tmp_path / "run").dcp.tensors
     assert names
     assert all(".linear_proj.lora_" in name for name in names)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text"])
+def test_gated_norms_keep_the_values_of_a_16_bit_run(family: str, tmp_path: Path) -> None:
+    """Megatron Core trains gamma, the folder holds 1 + gamma: 16 bits would round it, and the logits with it."""
+    source = make(family, tmp_path / "hf")
+    trained = load_file(source / "model.safetensors")
+    steps = torch.Generator().manual_seed(2)
+    for name in (name for name in trained if name.endswith("linear_attn.norm.weight")):
+        trained[name] = trained[name].float() + 0.02 * torch.randn(trained[name].shape, generator=steps)
+    save_file(trained, source / "model.safetensors", {"format": "pt"})
+    made = run(plan_hf_to_mcore(source, tmp_path / "run", Options(dtype="bf16", sync=False))).target
+    iteration = next(made.glob("iter_*"))
+    (iteration / "hf" / hf.KEPT).unlink()  # a conversion's, which a run does not leave
+    (iteration / RECIPE).write_text(json.dumps({"lora": {"rank": 0}}))
+    target, _ = export_run(made, tmp_path / "out")
+    exported = load_file(target / "model.safetensors")
+    norms = [name for name in exported if name.endswith("linear_attn.norm.weight")]
+    wanted = {}
+    for name, tensor in trained.items():
+        gamma = (tensor.float() - 1).bfloat16().float()
+        wanted[name] = 1 + gamma if name in norms else tensor.bfloat16().float()
+    assert norms and all(torch.equal(exported[name].float(), wanted[name]) for name in wanted)
+    assert {exported[name].dtype for name in exported if name not in norms} == {torch.bfloat16}
+
+    ids = torch.randint(0, 251, (2, 40), generator=torch.Generator().manual_seed(1))
+    written = hf_logits(target, ids)
+    model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    model.load_state_dict(wanted, strict=False)
+    with torch.no_grad():
+        assert compare_logits(model(ids).logits, written).ok
+        rounded = {name: wanted[name].bfloat16().float() for name in norms}
+        model.load_state_dict(rounded, strict=False)
+        assert compare_logits(model(ids).logits, written).max_abs > 1e-2, "rounding must show"

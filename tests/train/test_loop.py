@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import io
 import json
 from pathlib import Path
 
@@ -10,15 +12,16 @@ import numpy as np
 import pytest
 from _trainings import QWEN3, raw, run_here
 
-from converters.errors import DeviceError, DifferenceError, LayoutError, MbxError, UnsupportedError, UsageError
+from converters.errors import DeviceError, DifferenceError, LayoutError, MbxError, UsageError
 from mbx.train.data import Pattern, Row
 from mbx.train.fp8 import check_capability, fp8_config
-from mbx.train.log import METRICS, Step, line, plot
+from mbx.train.log import METRICS, Log, Step, chart, line
 from mbx.train.loop import train
 from mbx.train.model import first_microbatch
 from mbx.train.prepare import prepare
-from mbx.train.recipe import Fp8, parse_recipe
+from mbx.train.recipe import parse_recipe
 from mbx.train.report import read_metrics, write_report
+from mbx.train.sections import Fp8
 
 
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:
@@ -73,15 +76,17 @@ def test_a_spike_stops_the_run(tmp_path: Path) -> None:
         ({"data": {"kind": "chat"}}, UsageError, "needs a file"),
         ({"model": {"path": "/nowhere"}}, MbxError, "no folder"),
         ({"model": {"path": ""}}, UsageError, "no model is named"),
-        ({"parallel": {"tp": 3}}, UsageError, "does not divide the world"),
+        ({"parallel": {"tp": 3}}, LayoutError, "parallel.tp 3 does not divide num_attention_heads"),
+        ({"parallel": {"tp": 2}}, UsageError, "does not divide the world"),
+        ({"parallel": {"ep": 2}}, LayoutError, "parallel.ep 2: this model has no experts"),
+        ({"parallel": {"pp": 2, "vpp": 4}}, LayoutError, "16|layers"),
         ({"fp8": {"recipe": "delayed"}}, UsageError, "precision=bf16"),
         ({"fp8": {"recipe": "delayed"}, "train": {"precision": "bf16"}}, DeviceError, "needs a GPU"),
         ({"run": {"kernels": "te"}}, DeviceError, "transformer_engine"),
         ({"run": {"device": "cuda"}}, DeviceError, "there is none"),
         ({"model": {"config": {"gradient_accumulation_fusion": True}}}, DeviceError, "Apex"),
         ({"lora": {"rank": 4, "targets": ["q_proj"]}}, UsageError, "q_proj"),
-        ({"lora": {"rank": 4}, "model": {"config": {"num_moe_experts": 4}}}, UnsupportedError, "experts"),
-        ({"lora": {"rank": 4}, "model": {"config": {"multi_latent_attention": True}}}, UnsupportedError, "attention"),
+        ({"lora": {"rank": 4}, "model": {"config": {"multi_latent_attention": True}}}, UsageError, "no linear_qkv"),
         ({"data": {"kind": "chat", "path": "x"}, "parallel": {"cp": 2}}, UsageError, "world"),
     ],
 )
@@ -95,8 +100,8 @@ def test_refused_before_anything_runs(
 
 def test_layouts_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(LayoutError, match="query_groups"):
-        prepare(parse_recipe(raw(tmp_path / "run", parallel={"tp": 8})))
+    with pytest.raises(LayoutError, match="parallel.tp 3 does not divide num_attention_heads"):
+        prepare(parse_recipe(raw(tmp_path / "run", parallel={"tp": 3})))
     with pytest.raises(UsageError, match="context parallelism"):
         path = tmp_path / "d.jsonl"
         path.write_text("{}")
@@ -160,4 +165,36 @@ def test_log_line_and_plot() -> None:
     assert line(step, 100).startswith(
         "step   7/100  loss 2.5000  lr 0.0001  grad 0.500  8,192 tok/s  300.0 TFLOP/s (40.0% MFU)"
     )
-    assert plot([3.0, 2.0, float("nan"), 1.0]) == "loss 1.000–3.000 █▄?▁"
+    drawn = chart([3.0, 2.0, float("nan"), 1.0], height=2).splitlines()
+    assert drawn == ["    3.000 █", "    1.000 ██ ▁"]
+    assert chart([]) == "" and chart([2.0, 2.0], height=1) == "    2.000 ▁▁"
+
+
+class Terminal(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_live_view_draws_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    log = Log(parse_recipe(raw(tmp_path / "run")), main=True)
+    for number, loss in enumerate((6.0, 5.0, 4.5), 1):
+        log.step(Step(number, loss, 1e-4, 0.5, 64, 0.5, 128.0, 0.0, 0.0, 1.0))
+    log.message("a line beside it")
+    log.close()
+    shown = screen.getvalue()
+    assert "mbx train: custom" in shown and "3/20" in shown and "6.000" in shown and "█" in shown
+    assert "a line beside it" in shown
+
+
+@pytest.mark.parametrize(("key", "value", "package"), [("tensorboard", True, "tensorboard"), ("wandb", "x", "wandb")])
+def test_missing_loggers_are_named(tmp_path: Path, key: str, value: object, package: str) -> None:
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(UsageError, match=f"{package} is not installed"):
+        prepare(parse_recipe(raw(tmp_path / "run", run={key: value})))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from _trainings import raw, run_here, run_world
+from _trainings import Raw, run_here, run_world
+from _trainings import raw as whole
+
+from fixtures.make_tiny import make
 
 TOLERANCE = 1e-4
+#: Steps of a run: layouts that differ do so in the first ones. On GPUs, tests/gpu/run_train_parallel.py takes 20.
+SHORT = 10
 LORA = {"rank": 4, "alpha": 8.0}
 LAYOUTS: dict[str, dict[str, dict[str, object]]] = {
     "tp": {"parallel": {"tp": 2}},
@@ -19,6 +26,11 @@ LAYOUTS: dict[str, dict[str, dict[str, object]]] = {
 PADDED = {"vocab_divisor": 64}
 
 
+def raw(run_dir: Path, **sections: dict[str, object]) -> Raw:
+    """The recipe of the other suites, shorter."""
+    return whole(run_dir, **{**sections, "train": {"steps": SHORT, **sections.get("train", {})}})
+
+
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     folder = tmp_path_factory.mktemp("parallel")
@@ -28,10 +40,18 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     ]
     # the data-parallel run once more, told to stop on the way and continued: its optimizer's state is cut over ranks
     stopped = raw(folder / "stopped", model=PADDED)
-    jobs += [{"recipe": stopped, "stop_at": 12}, {"recipe": stopped, "resume": True}]
-    found = dict(zip([*LAYOUTS, "stopped", "resumed"], run_world(2, jobs, folder / "losses.json"), strict=True))
+    jobs += [{"recipe": stopped, "stop_at": 6}, {"recipe": stopped, "resume": True}]
+    # interleaved stages, saved beside the training, stopped and continued: each rank holds two chunks
+    chunks = raw(folder / "chunks", model=PADDED, parallel={"pp": 2, "vpp": 2}, run={"save_async": True})
+    jobs += [{"recipe": chunks, "stop_at": 6}, {"recipe": chunks, "resume": True}]
+    experts = {"model": {"path": str(make("qwen3_moe", folder / "moe")), **PADDED}}
+    jobs.append({"recipe": raw(folder / "ep", **experts, parallel={"ep": 2})})
+    names = [*LAYOUTS, "stopped", "resumed", "vpp_stopped", "vpp_resumed", "ep"]
+    found = dict(zip(names, run_world(2, jobs, folder / "losses.json"), strict=True))
     for name, lora in (("plain", {}), ("lora", {"lora": LORA}), ("dora", {"lora": {**LORA, "dora": True}})):
         found[name] = run_here(raw(folder / f"one-{name}", model=PADDED, **lora))
+    found["vpp"] = found["vpp_stopped"] + found["vpp_resumed"]
+    found["experts"] = run_here(raw(folder / "one-experts", **experts))
     return found
 
 
@@ -43,7 +63,12 @@ def test_a_sharded_optimizer_resumes(curves: dict[str, list[float]]) -> None:
     assert curves["stopped"] + curves["resumed"] == curves["dp"]
 
 
-@pytest.mark.parametrize("layout", ["tp", "pp", "dp"])
+def test_experts_on_two_ranks_agree(curves: dict[str, list[float]]) -> None:
+    assert difference(curves["ep"], curves["experts"]) < TOLERANCE
+    assert difference(curves["experts"], curves["plain"]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["tp", "pp", "dp", "vpp"])
 def test_layouts_agree(curves: dict[str, list[float]], layout: str) -> None:
     assert difference(curves[layout], curves["plain"]) < TOLERANCE
 

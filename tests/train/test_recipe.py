@@ -8,7 +8,7 @@ import pytest
 
 from converters.errors import StorageError, UsageError
 from mbx.train.catalogue import load_recipe, recipe_names
-from mbx.train.recipe import all_keys, check_world, parse_recipe
+from mbx.train.recipe import all_keys, check_world, parse_recipe, smallest_world
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -36,11 +36,35 @@ def test_shipped_shapes_are_those_of_the_hub() -> None:
         "llama3_70b": "Llama-3.3-70B-Instruct",
         "qwen3_0_6b": "Qwen3-0.6B",
         "qwen3_8b": "Qwen3-8B",
+        "qwen3_30b_a3b": "Qwen3-30B-A3B",
+        "deepseek_v2_lite": "DeepSeek-V2-Lite",
+        "gemma3_1b": "gemma-3-1b-pt",
+        "gpt_oss_20b": "gpt-oss-20b",
+        "nemotron_h_8b": "Nemotron-H-8B-Base-8K",
     }
     for recipe, model in pairs.items():
         config = json.loads((index / f"{model}.json").read_text())["config"]
         wanted = {k: v for k, v in table_for(config).config.to_mcore(config).items() if v is not None}
-        assert dict(load_recipe(f"{recipe}_sft").model.shape) == wanted
+        found = load_recipe(f"{recipe}_sft").model.shape
+        assert {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()} == {
+            k: tuple(v) if isinstance(v, list) else v for k, v in wanted.items()
+        }
+
+
+def test_models_list_the_methods_that_fit() -> None:
+    names = set(recipe_names())
+    assert {"nemotron_h_8b_sft", "deepseek_v2_lite_lora", "gpt_oss_20b_dora"} <= names
+    assert "nemotron_h_8b_lora" not in names
+    # and what a method changes in a model: all weights of 70 billion need more GPUs than their adapters
+    assert (load_recipe("llama3_70b_sft").parallel.pp, load_recipe("llama3_70b_lora").parallel.pp) == (4, 1)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_any_shipped_recipe_can_be_cut_short(name: str) -> None:
+    from mbx.train.schedule import learning_rate
+
+    recipe = load_recipe(name, ["steps=4"])
+    assert learning_rate(recipe.optim, 0, 4) == recipe.optim.lr, "no warm-up swallows a run of four steps"
 
 
 def test_overrides() -> None:
@@ -70,7 +94,9 @@ def test_overrides() -> None:
         ("fp8.recipe=fp4", "choices", None),
         ("train=3", "no key `train`", "train"),
         ("steps", "no override", "key=value"),
-        ("optim.warmup_steps=100000", "exceed", None),
+        ("optim.warmup_steps=100000", "exceed", "warmup_fraction"),
+        ("optim.warmup_fraction=1.5", "0 to 1", None),
+        ("parallel.vpp=2", "parallel.pp is 1", "parallel.pp=2"),
     ],
 )
 def test_bad_overrides(override: str, fact: str, hint: str | None) -> None:
@@ -112,5 +138,21 @@ def test_world_must_fit() -> None:
     assert check_world(recipe, 8) == 2
     with pytest.raises(UsageError, match="does not divide the world of 6"):
         check_world(recipe, 6)
-    with pytest.raises(UsageError, match="global_batch"):
+    with pytest.raises(UsageError, match="global_batch") as caught:
         check_world(recipe, 32)
+    assert caught.value.hint == "train.global_batch=16"
+
+
+def test_the_smallest_world_holds_every_axis() -> None:
+    experts = parse_recipe({"parallel": {"tp": 2, "ep": 8}, "train": {"global_batch": 8}})
+    assert smallest_world(experts) == 8
+    with pytest.raises(UsageError, match="ep 8") as caught:
+        check_world(experts, 4)
+    assert "--nproc-per-node 8" in (caught.value.hint or "")
+
+
+def test_interleaved_stages_need_full_rounds() -> None:
+    recipe = parse_recipe({"parallel": {"pp": 2, "vpp": 2}, "train": {"global_batch": 9}})
+    with pytest.raises(UsageError, match="multiple of parallel.pp 2 micro-batches") as caught:
+        check_world(recipe, 2)
+    assert caught.value.hint == "train.global_batch=10"

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbx.train.recipe import Optim
-from mbx.train.schedule import learning_rate
+from mbx.train.schedule import learning_rate, warmup_steps
+from mbx.train.sections import Optim
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,15 @@ def test_equals_megatron_core(style: str, warmup: int, decay: int) -> None:
     for step in range(steps):
         assert learning_rate(optim, step, steps) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
         oracle.step(1)
+
+
+def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
+    assert warmup_steps(Optim(warmup_fraction=0.04), 500) == 20
+    assert warmup_steps(Optim(warmup_fraction=0.04), 4) == 0
+    assert warmup_steps(Optim(warmup_fraction=0.04, warmup_steps=3), 500) == 3
+    assert warmup_steps(Optim(warmup_fraction=0.04, warmup_steps=0), 500) == 0
+    shared, counted = Optim(lr=1.0, warmup_fraction=0.1), Optim(lr=1.0, warmup_steps=10)
+    assert [learning_rate(shared, s, 100) for s in range(100)] == [learning_rate(counted, s, 100) for s in range(100)]
 
 
 def test_wsd_holds_then_falls() -> None:

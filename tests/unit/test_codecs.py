@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.codecs import CODECS, Codec, Fp8Block, Fp8Scaled, Int4Packed, Mxfp4, assemble, codecs_for, scale_faults
+from converters.codecs import CODECS, Codec, Fp8Block, Fp8Scaled, Int4Packed, Mxfp4, assemble, codecs_for
+from converters.codecs.arithmetic.common import scale_faults
 from converters.errors import LayoutError, StorageError, UnsupportedError
+from tests.unit._torch_memory import peak_bytes
 
 FP8 = torch.float8_e4m3fn
 seeds = st.integers(0, 2**31 - 1)
@@ -152,7 +154,7 @@ def test_fp8_block_zero_blocks_and_bad_values():
         with pytest.raises(StorageError, match="1 of 1 blocks"):
             codec.encode(x)
     scale = torch.tensor([[float("nan"), 0.0], [-1.0, float("inf")]])
-    assert scale_faults(scale) == {"nan": 1, "zero": 1, "negative": 1, "infinite": 1}
+    assert scale_faults(scale) == {"NaN": 1, "zero": 1, "negative": 1, "infinite": 1}
     assert scale_faults(torch.ones(3)) == {}
     weight = torch.ones(256, 256).to(FP8)
     decoded = codec.decode({"weight": weight, "scale": scale})
@@ -203,7 +205,7 @@ def test_mxfp4_decodes_as_transformers(low, high, dtype):
     parts = random_mxfp4(7, 3, 24, 5, low, high)
     if high == 256:
         parts["scale"][0, :2, 0], parts["scale"][1, :2, 0] = 255, 0
-        assert scale_faults(parts["scale"])["nan"] >= 2
+        assert scale_faults(parts["scale"])["NaN"] >= 2
     ours = CODECS["mxfp4"].decode(parts, dtype=dtype)
     theirs = convert_moe_packed_tensors(parts["blocks"], parts["scale"], dtype=dtype)
     assert ours.shape == (3, 160, 24) == CODECS["mxfp4"].decoded_shape({k: tuple(v.shape) for k, v in parts.items()})
@@ -392,23 +394,9 @@ def test_decoding_and_encoding_stay_within_six_times_the_slab(codec, shape):
     x = random_weight(17, *shape)
     parts = codec.encode(x)
     bound = 6 * x.numel() * 2
-    assert _peak_bytes(lambda: codec.decode(parts)) <= bound
-    assert _peak_bytes(lambda: codec.encode(x)) <= bound
-    assert _peak_bytes(lambda: x.double().add(1).mul(2)) > bound  # the meter does see torch's memory
-
-
-def _peak_bytes(work) -> int:
-    """Largest sum of live CPU allocations while `work` runs, from torch's own profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        work()
-    live = peak = 0
-    for event in prof.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+    assert peak_bytes(lambda: codec.decode(parts)) <= bound
+    assert peak_bytes(lambda: codec.encode(x)) <= bound
+    assert peak_bytes(lambda: x.double().add(1).mul(2)) > bound  # the meter does see torch's memory
 
 
 def test_assemble_finds_the_parts_by_name():

@@ -1,0 +1,112 @@
+"""What a PEFT `adapter_config.json` says, key by key: a key that nobody knows may change the forward pass.
+
+Source: `LoraConfig` and `get_pattern_key` of PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from converters.errors import UnsupportedError, UsageError
+from converters.expr import Value
+
+#: Keys that say where an adapter came from, or which modules it was put on: the tensors' names say that too.
+_HARMLESS = frozenset(
+    """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode
+    layers_pattern layers_to_transform lora_dropout lora_ga_config megatron_core peft_type peft_version
+    qalora_group_size revision runtime_config target_modules target_parameters task_type loftq_config""".split()
+)
+_READ = frozenset(
+    "r lora_alpha use_rslora use_dora rank_pattern alpha_pattern modules_to_save init_lora_weights".split()
+)
+#: Starting points that change the base weights: the adapter alone is then not what was trained.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Ranks and scales of an adapter; patterns are regular expressions on the end of a module's name."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+
+    def rank_of(self, module: str) -> int:
+        """Rank of the adapter on `module`, named as in the base model."""
+        return next((rank for key, rank in self.rank_pattern.items() if _fits(key, module)), self.rank)
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """What `B A` is multiplied by at a rank: alpha / r, or alpha / √r (arXiv 2312.03732)."""
+        alpha = next((value for key, value in self.alpha_pattern.items() if _fits(key, module)), self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+def _fits(pattern: str, module: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error as error:
+        raise UsageError(f"adapter_config.json: {pattern!r} is no regular expression: {error}") from error
+
+
+def parse_settings(config: Mapping[str, Value]) -> LoraSettings:
+    """Settings of an `adapter_config.json`; UnsupportedError names every key that cannot be honoured."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedError(f"adapter_config.json: peft_type is {kind!r}; LORA (with or without DoRA) is read")
+    refused = [
+        f"`{key}` = {value!r}"
+        for key, value in sorted(config.items())
+        if key not in _HARMLESS and key not in _READ and not _neutral(key, value)
+    ]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        refused.append(f"`init_lora_weights` = {start!r}, which changes the base weights")
+    if refused:
+        raise UnsupportedError(
+            f"adapter_config.json: {refused[0]} is not supported", hint="merge it with PEFT itself", details=refused
+        )
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list):
+        raise UsageError(f"adapter_config.json: `modules_to_save` = {saved!r}; a list was expected")
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise UsageError(f"adapter_config.json: `r` = {rank!r}; a whole number of at least 1 was expected")
+    return LoraSettings(
+        rank,
+        _number("lora_alpha", alpha),
+        bool(config.get("use_rslora")),
+        bool(config.get("use_dora")),
+        {key: _whole(key, value) for key, value in _pattern(config, "rank_pattern").items()},
+        {key: _number(key, value) for key, value in _pattern(config, "alpha_pattern").items()},
+        tuple(map(str, saved)),
+    )
+
+
+def _neutral(key: str, value: Value) -> bool:
+    return not value or (key == "bias" and value == "none")
+
+
+def _pattern(config: Mapping[str, Value], key: str) -> Mapping[str, Value]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise UsageError(f"adapter_config.json: `{key}` = {value!r}; an object was expected")
+    return value
+
+
+def _number(key: str, value: Value) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"adapter_config.json: `{key}` = {value!r}; a number was expected")
+    return value
+
+
+def _whole(key: str, value: Value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"adapter_config.json: rank_pattern `{key}` = {value!r}; a whole number was expected")
+    return value

@@ -1,0 +1,103 @@
+"""What the arithmetic of every codec needs: chunks of rows, checks of parts and scales, nibbles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from converters.errors import StorageError
+
+Parts = Mapping[str, torch.Tensor]
+
+#: Elements a codec works on at a time: 256 Ki are 1 MiB of fp32 scratch, which stays in a core's own cache, and which
+#: the allocator keeps. With 1 Mi it asks the kernel for fresh pages each time: FP8 took 4.6 ns an element, not 1.0.
+CHUNK_ELEMENTS = 1 << 18
+
+
+def row_chunks(num_rows: int, row_elements: int, alignment: int = 1) -> Iterator[slice]:
+    """Consecutive row ranges of about CHUNK_ELEMENTS elements, cut at multiples of `alignment`."""
+    step = max(1, CHUNK_ELEMENTS // max(1, row_elements * alignment)) * alignment
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+def part(parts: Parts, role: str, *dtypes: torch.dtype) -> torch.Tensor:
+    """The part of a role; raises StorageError when it is missing or has none of `dtypes`."""
+    if role not in parts:
+        raise StorageError(f"expected a part `{role}`; got {', '.join(sorted(parts)) or 'none'}")
+    tensor = parts[role]
+    if dtypes and tensor.dtype not in dtypes:
+        raise StorageError(f"part `{role}`: expected {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
+    return tensor
+
+
+def require_finite(amax: torch.Tensor, codec: str) -> None:
+    """Raise StorageError unless each block's largest magnitude is finite."""
+    bad = int((~torch.isfinite(amax)).sum())
+    if bad:
+        raise StorageError(
+            f"{bad} of {amax.numel()} blocks hold NaN or infinite values; {codec} cannot store them",
+            hint="write the tensor without a codec, or find where the values became non-finite",
+        )
+
+
+def scale_faults(scale: torch.Tensor) -> dict[str, int]:
+    """How many scales are NaN, infinite, zero or negative; empty when all are positive and finite.
+
+    Decoding follows Transformers, which multiplies by whatever is stored: a zero scale gives zeros, a NaN gives NaN.
+    """
+    s = scale_to_fp32(scale)
+    if bool(((s > 0) & (s < torch.inf)).all()):
+        return {}
+    counts = {
+        "NaN": int(torch.isnan(s).sum()),
+        "infinite": int(torch.isinf(s).sum()),
+        "zero": int((s == 0).sum()),
+        "negative": int((s < 0).sum()),
+    }
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def scale_to_fp32(scale: torch.Tensor) -> torch.Tensor:
+    """Stored scales as fp32; uint8 holds E8M0 exponents, `2 ** (byte - 127)`, 255 being NaN (OCP MX v1.0, 5.4.1)."""
+    if scale.dtype == torch.uint8:
+        return scale.view(torch.float8_e8m0fnu).to(torch.float32)
+    return scale.to(torch.float32)
+
+
+def as_scales(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """fp32 values in the safetensors dtype of stored scales; U8 holds E8M0 exponents."""
+    if dtype == "U8":
+        return values.to(torch.float8_e8m0fnu).view(torch.uint8)
+    return values.to(_SCALE_DTYPES[dtype])
+
+
+_SCALE_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+def unpack_nibbles(packed: torch.Tensor, values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Look up two 4-bit codes a byte, the low nibble first, in `out` (contiguous) where it is given.
+
+    packed: uint8 [..., B], values: [16] of a 2- or 4-byte dtype; result [..., 2*B] of the dtype of `values`.
+    One table of 256 value pairs, read as single integers, makes this one gather: 0.4 ns a byte on one core against
+    3.8 for two gathers into strided halves.
+    """
+    byte = torch.arange(256)
+    pairs = torch.stack((values[byte & 15], values[byte >> 4]), dim=-1)
+    pair_dtype = torch.int32 if values.element_size() == 2 else torch.int64
+    if out is None:
+        out = torch.empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=values.dtype)
+    codes = packed.flatten().to(torch.int32)
+    torch.index_select(pairs.view(pair_dtype).flatten(), 0, codes, out=out.view(pair_dtype).view(-1))
+    return out
+
+
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Two 4-bit codes a byte, the low nibble first; codes: uint8 [..., 2*B] below 16, result uint8 [..., B]."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)

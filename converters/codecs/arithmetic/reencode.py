@@ -1,0 +1,31 @@
+"""Encoding values that may still be what a source's scales give: those keep their scale, others get a fresh one."""
+
+from __future__ import annotations
+
+import torch
+
+from converters.codecs.base import Codec
+from converters.tensors import Shape
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def reencode(
+    codec: Codec, tensor: torch.Tensor, scale: torch.Tensor | None, shape: Shape | None = None
+) -> dict[str, torch.Tensor]:
+    """The parts of a tensor or slab. A block that `scale`, the source's, stores without loss keeps it.
+
+    Any other block was changed, by training say, and gets the scale that `codec.encode` derives. `shape` is that of
+    the whole tensor. The values are compared as they were decoded: in bf16, then in the dtype of `tensor`.
+    """
+    if scale is None:
+        return codec.encode(tensor, shape=shape)
+    parts = codec.encode(tensor, scale=scale, shape=shape)
+    # NaN, from a scale that is one, counts as a difference.
+    changed = codec.any_by_scale(codec.decode(parts).to(tensor.dtype) != tensor).reshape(scale.shape)
+    if not bool(changed.any()):
+        return parts
+    word = _WORDS[scale.element_size()]
+    fresh = codec.encode(tensor)["scale"].reshape(scale.shape).view(word)
+    mixed = torch.where(changed, fresh, scale.view(word)).view(scale.dtype)
+    return codec.encode(tensor, scale=mixed, shape=shape)

@@ -1,0 +1,194 @@
+"""The product of a frozen weight and its adapter in one autograd node, without a pass over the activations too many.
+
+Apart, `y = W x` and `y += s · B A x` copy y once forward, and backward add two gradients of x that were both written
+out. Here the small products are accumulated into the large ones' results: with T tokens, T · (2 · out + 2 · in)
+elements less to read and write a linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+#: Bases whose forward pass is a norm (the first), or nothing, and then the product.
+_NORMED = ("TELayerNormColumnParallelLinear",)
+_PLAIN = ("TEColumnParallelLinear", "TERowParallelLinear", "ColumnParallelLinear", "RowParallelLinear")
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """The norm in front of a product; `offset` is 1 where gamma is stored less one."""
+
+    kind: str
+    eps: float
+    offset: int
+
+
+class _Product(torch.autograd.Function):
+    """`y = x Wᵀ + bias`, then each B added to its rows of y from its columns of `s · x Aᵀ`; gradients for x, A, B."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+        groups: int,
+        unread: bool,
+        a: torch.Tensor,
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        h = _scaled(rows, a.t(), scale)
+        if unread:
+            y = rows.new_empty(len(rows), weight.shape[0])
+        else:
+            y = F.linear(rows, weight, bias)
+            for b, outputs, ranks in _places(factors, groups):
+                y[:, outputs].addmm_(h[:, ranks], b.t())
+        ctx.save_for_backward(rows, weight, h, a, *factors)
+        ctx.scale, ctx.groups = scale, groups  # type: ignore[attr-defined]
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, h, a, *factors = ctx.saved_tensors  # type: ignore[attr-defined]
+        scale: float = ctx.scale  # type: ignore[attr-defined]
+        groups: int = ctx.groups  # type: ignore[attr-defined]
+        g = grad.reshape(-1, grad.shape[-1])
+        places = list(_places(factors, groups))
+        parts = [_scaled(g[:, outputs], b, scale) for b, outputs, _ in places]
+        gh = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        gb = [g[:, outputs].t() @ h[:, ranks] for _, outputs, ranks in places]
+        if groups > 1:
+            gb = _parted(gb[0], factors, groups)
+        gx = None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            gx = (g @ weight).addmm_(gh, a).view(*grad.shape[:-1], weight.shape[1])
+        return gx, None, None, None, None, None, gh.t() @ rows, *gb
+
+
+def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale · left @ right` in one kernel."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
+def _places(factors: Sequence[torch.Tensor], groups: int) -> Iterator[tuple[torch.Tensor, slice, slice]]:
+    """Each B with its rows of the output and its columns of `x Aᵀ`; interleaved B's are one, with zeros between."""
+    if groups > 1:
+        joined = joined_factors(factors, groups)
+        yield joined, slice(0, joined.shape[0]), slice(0, joined.shape[1])
+        return
+    row = column = 0
+    for b in factors:
+        yield b, slice(row, row + b.shape[0]), slice(column, column + b.shape[1])
+        row, column = row + b.shape[0], column + b.shape[1]
+
+
+def _blocks(factors: Sequence[torch.Tensor], groups: int) -> Iterator[tuple[slice, slice]]:
+    """Rows within a group, and columns, that each B has of the joined one."""
+    row = column = 0
+    for b in factors:
+        size = b.shape[0] // groups
+        yield slice(row, row + size), slice(column, column + b.shape[1])
+        row, column = row + size, column + b.shape[1]
+
+
+def joined_factors(factors: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
+    """`factors` as one [Σ outᵢ, Σ nᵢ] whose rows are `groups` repeats of a block of each; for no gradient."""
+    rows, columns = sum(b.shape[0] for b in factors), sum(b.shape[1] for b in factors)
+    joined = factors[0].new_zeros(groups, rows // groups, columns)
+    for b, (row, column) in zip(factors, _blocks(factors, groups), strict=True):
+        joined[:, row, column] = b.view(groups, -1, b.shape[1])
+    return joined.view(rows, columns)
+
+
+def _parted(joined: torch.Tensor, factors: Sequence[torch.Tensor], groups: int) -> list[torch.Tensor]:
+    """The inverse of `joined_factors`: each B's part of a joined gradient."""
+    blocks = joined.view(groups, -1, joined.shape[1])
+    pairs = zip(factors, _blocks(factors, groups), strict=True)
+    return [blocks[:, row, column].reshape(b.shape) for b, (row, column) in pairs]
+
+
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    scale: float,
+    *,
+    groups: int = 1,
+    unread: bool = False,
+) -> torch.Tensor:
+    """`x Wᵀ + bias + scale · (x Aᵀ) Bᵀ` with W and bias frozen.
+
+    x: [..., in], weight: [out, in], a: [Σ nᵢ, in], factors: [outᵢ, nᵢ] with Σ outᵢ = out; all of one dtype. B is
+    block-diagonal in the factors, its rows in `groups` repeats of a block of each. `unread`: the output's values
+    matter to nobody (a recomputed layer's last product) and are not computed.
+    """
+    out = _Product.apply(x, weight, bias, scale, groups, unread, a, *factors)  # type: ignore[no-untyped-call]
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def normed(x: torch.Tensor, base: nn.Module, norm: Norm) -> torch.Tensor:
+    """The base's own norm of x, computed in fp32 and rounded once."""
+    gamma = base.layer_norm_weight
+    assert isinstance(gamma, torch.Tensor)
+    if norm.offset:
+        gamma = gamma + norm.offset
+    if norm.kind == "RMSNorm":
+        return F.rms_norm(x, (x.shape[-1],), gamma, norm.eps)
+    beta = base.layer_norm_bias
+    assert isinstance(beta, torch.Tensor)
+    return F.layer_norm(x, (x.shape[-1],), gamma, beta, norm.eps)
+
+
+def norm_of(base: nn.Module) -> Norm | None:
+    """The norm that is part of `base`, None where it has none."""
+    if type(base).__name__ not in _NORMED:
+        return None
+    return Norm(str(base.normalization), float(base.eps), int(bool(base.zero_centered_gamma)))  # type: ignore[arg-type]
+
+
+def biases(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The bias that `base` adds and the one it hands to its caller instead; at most one is not None."""
+    bias = getattr(base, "bias", None)
+    if not isinstance(bias, torch.Tensor) or not bias.numel():
+        return None, None
+    deferred = getattr(base, "te_return_bias", None)
+    if deferred is None:
+        deferred = base.skip_bias_add
+    return (None, bias) if deferred else (bias, None)
+
+
+def fits(base: nn.Module, *, tp: int, quantized: bool) -> bool:
+    """Whether `product` may stand for `base`: a whole, frozen, unquantized weight of a known linear."""
+    weight, kind = base.weight, type(base).__name__
+    return (
+        tp == 1
+        and not quantized
+        and (kind in _PLAIN or (kind in _NORMED and hasattr(base, "layer_norm_weight")))
+        and isinstance(weight, torch.Tensor)
+        and not weight.requires_grad
+    )
+
+
+def ends_checkpoint(parent: nn.Module, leaf: str, config: TransformerConfig) -> bool:
+    """Whether nothing but a residual addition lies between this linear and the end of a checkpointed span.
+
+    Then its output is not read when the span is computed again: an addition's backward pass needs no operand. It holds
+    for the MLP's second product where every layer is a span of its own.
+    """
+    whole = config.recompute_granularity == "full" and config.recompute_method == "uniform"
+    return whole and config.recompute_num_layers == 1 and leaf == "linear_fc2" and type(parent).__name__ == "MLP"

@@ -1,0 +1,76 @@
+"""Forward parity of models that Transformers has no class for, and of text models beside a vision tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from fixtures.make_tiny import make
+from fixtures.wrapped import WRAPPED, make_wrapped
+from mappings import table_text
+from mbx.convert import Options, plan_hf_to_mcore, run
+from mbx.legs import Leg
+from mbx.mcore.forward import compare_logits
+from mbx.mcore.prompts import Batch
+from mbx.mcore.transformers_side import trace_transformers
+from mbx.mcore.twins import TWINS
+from mbx.verify import parity
+
+#: Checkpoint, its table, and what the leg says of the comparison.
+CASES = [
+    ("llama_nemotron", "llama_nemotron", "llama"),
+    ("sarvam_moe", "sarvam_moe", "glm4_moe"),
+    ("mimo", "mimo", "qwen2"),
+    ("kimi_k2", "deepseek_v3", "deepseek_v3"),
+    ("gemma3", "gemma3_text", "gemma3_text"),
+    ("llama4", "llama4", "llama4_text"),
+]
+GATE_UP = ('["mlp.gate_proj.weight", "mlp.up_proj.weight"]', '["mlp.up_proj.weight", "mlp.gate_proj.weight"]')
+HALVES = ('{ glu_fused = "feed_forward.experts', '{ glu_zip = "feed_forward.experts')
+
+
+def forward(name: str, work: Path, mapping: str | None = None) -> Leg:
+    source = make_wrapped(name, work / "hf") if name in WRAPPED else make(name, work / "hf")
+    run(plan_hf_to_mcore(source, work / "mcore", Options(sync=False, mapping=mapping)))
+    return parity(source, work / "mcore", forward=True, mapping=mapping).legs[-1]
+
+
+@pytest.mark.parametrize(("name", "table", "model_type"), CASES)
+def test_forward_passes_and_says_against_what(tmp_path: Path, name: str, table: str, model_type: str) -> None:
+    leg = forward(name, tmp_path)
+    assert (leg.name, leg.status) == ("forward", "passed"), leg
+    assert f"Transformers' {model_type}" in leg.details[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("sarvam_moe", "sarvam_moe"), ("gemma3", "gemma3_text"), ("llama4", "llama4")]
+)
+def test_a_wrong_row_fails(tmp_path: Path, name: str, table: str) -> None:
+    right, wrong = HALVES if name == "llama4" else GATE_UP
+    text = table_text(table)
+    assert right in text
+    (tmp_path / "own.toml").write_text(text.replace(right, wrong), encoding="utf-8")
+    assert forward(name, tmp_path, str(tmp_path / "own.toml")).status == "failed"
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_the_text_model_alone_computes_what_the_whole_model_does(tmp_path: Path, kind: str) -> None:
+    source = make_wrapped(kind, tmp_path / "hf")
+    ids = torch.randint(0, 251, (2, 24), generator=torch.Generator().manual_seed(0))
+    whole = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        expected = whole(ids, use_cache=False).logits
+    trace = trace_transformers(source, [Batch(ids)])
+    found = trace.head(0, 251).reshape(*ids.shape, 251)
+    trace.close()
+    assert expected.std() > 0.5
+    assert compare_logits(expected, found).max_abs <= 1e-5
+
+
+def test_every_twin_that_a_cpu_runs_is_tried() -> None:
+    """Qwen3.5 needs Transformer Engine on Megatron Core's side."""
+    types = {"llama_nemotron": "nemotron-nas"}
+    assert {types.get(name, name) for name, _, _ in CASES} | {"qwen3_5", "qwen3_5_moe"} == set(TWINS)

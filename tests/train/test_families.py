@@ -1,0 +1,80 @@
+"""What a family asks of the trainer: refused where Megatron Core has another model, else its kernels and constants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from _trainings import raw
+
+from converters.errors import DeviceError, UnsupportedError
+from fixtures.make_tiny import make
+from mappings import table_names
+from mbx.mcore.cpu import megatron_on_cpu, process_group
+from mbx.mcore.reference import transformers_frequencies
+from mbx.registry import shipped
+from mbx.train.flat import gpu_config
+from mbx.train.model import blueprint, build
+from mbx.train.parallel import Ranks
+from mbx.train.prepare import prepare
+from mbx.train.recipe import parse_recipe
+
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, dp=1, device="cpu", te=False)
+REFUSED = {name: why for name in table_names() if (why := shipped(name).unsupported)}
+
+
+def test_some_families_are_refused() -> None:
+    assert {"olmoe", "minimax_m2"} <= REFUSED.keys() and "llama" not in REFUSED
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_refused_with_the_tables_reason(family: str, tmp_path: Path) -> None:
+    """These used to train another model, or to end in an error about fields of a config."""
+    recipe = parse_recipe(raw(tmp_path / "run", model={"path": str(make(family, tmp_path / "hf"))}))
+    with pytest.raises(UnsupportedError) as found:
+        prepare(recipe)
+    assert REFUSED[family] in found.value.fact
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("family", "fused"), [("gpt_oss", False), ("qwen3_moe", True), ("qwen2", True)])
+def test_dropout_is_fused_but_for_experts_with_biases(family: str, fused: bool, tmp_path: Path) -> None:
+    """`TEGroupedMLP` of Megatron Core 0.16.1 asserts that both do not come together."""
+    config = blueprint(parse_recipe(raw(tmp_path, model={"path": str(make(family, tmp_path / "hf"))}))).config
+    assert gpu_config(config)["bias_dropout_fusion"] is fused
+
+
+def test_rotary_constants_without_a_field_are_set(tmp_path: Path) -> None:
+    """Llama 4 scales rotary frequencies with a factor that Megatron Core fixes at another value."""
+    source = make("llama4_scout", tmp_path / "hf")
+    recipe = parse_recipe(raw(tmp_path / "run", model={"path": str(source)}))
+    plan = blueprint(recipe)
+    with megatron_on_cpu(), process_group():
+        (model,) = build(recipe, plan, ALONE)
+        found = model.rotary_pos_emb.inv_freq.clone()  # type: ignore[union-attr,operator]
+        own = type(model.rotary_pos_emb)(  # what Megatron Core would compute
+            kv_channels=int(str(plan.config["kv_channels"])),
+            rotary_percent=1.0,
+            rotary_base=500_000,
+            rope_scaling=True,
+            use_cpu_initialization=True,
+        ).inv_freq
+    assert torch.allclose(found, transformers_frequencies(source), rtol=1e-6)
+    assert not torch.allclose(found, own, rtol=1e-3)
+
+
+def test_experts_under_tensor_parallelism_need_sequence_parallelism(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron Core ends such a run in its first step. A plan may be for another machine."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for family, refused in (("qwen3_moe", True), ("qwen3", False)):
+        sections = {"model": {"path": str(make(family, tmp_path / family))}, "parallel": {"tp": 2}}
+        recipe = parse_recipe(raw(tmp_path / "run", **sections))
+        if refused:
+            with pytest.raises(DeviceError, match="sequence parallelism"):
+                prepare(recipe)
+            prepare(recipe, dry=True)
+        else:
+            prepare(recipe)

@@ -1,0 +1,60 @@
+"""Casts without torch equal torch's, whatever the bits; NaN stays NaN."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converters.casts import convert
+from converters.values import convert as by_torch
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOATS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+
+
+def _nan(data: np.ndarray, dtype: str) -> np.ndarray:
+    return np.isnan(by_torch(data, dtype, "F64", 0).view(np.float64))
+
+
+@pytest.mark.parametrize("shift", [0, 1, -1])
+@pytest.mark.parametrize("target", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("count", [0, 1, 1000, 200_003])
+def test_any_bits_become_what_torch_makes_of_them(source: str, target: str, shift: int, count: int) -> None:
+    """Random bits hold subnormals, both infinities, NaN and values beyond the target's range."""
+    data = np.random.default_rng(count).integers(0, 256, count * FLOATS[source], np.uint8)
+    wanted, got = by_torch(data, source, target, shift), convert(data, source, target, shift)
+    assert got.shape == wanted.shape == (count * FLOATS[target],)
+    nan = _nan(wanted, target)
+    assert np.array_equal(_nan(got, target), nan)
+    rows = got.reshape(count, FLOATS[target]), wanted.reshape(count, FLOATS[target])
+    assert np.array_equal(rows[0][~nan], rows[1][~nan])
+
+
+def test_every_16_bit_value_survives_the_way_through_fp32() -> None:
+    words = np.arange(1 << 16, dtype=np.uint16)
+    for dtype in ("BF16", "F16"):
+        back = convert(convert(words.view(np.uint8), dtype, "F32"), "F32", dtype).view(np.uint16)
+        quiet = words[~_nan(words.view(np.uint8), dtype)]
+        assert np.array_equal(back[quiet], quiet)
+    ties = np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF], np.uint32)  # to even, down and up; beyond the range
+    assert convert(ties.view(np.uint8), "F32", "BF16").view(np.uint16).tolist() == [0x3F80, 0x3F82, 0x7F80]
+
+
+def test_the_result_lies_where_it_was_asked_for() -> None:
+    data, out = np.ones(64, np.float32).view(np.uint8), np.zeros(128, np.uint8)
+    made = convert(data, "F32", "BF16", 0, out)
+    assert np.shares_memory(made, out) and out.any()
+
+
+def test_no_torch_is_needed() -> None:
+    code = "import sys, numpy as np; from converters.casts import convert\n"
+    code += "convert(np.zeros(8, np.uint8), 'F32', 'BF16', 1); assert 'torch' not in sys.modules\n"
+    code += "convert(np.zeros(8, np.uint8), 'F8_E4M3', 'BF16', 0); assert 'torch' in sys.modules"  # negative control
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
