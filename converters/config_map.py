@@ -130,7 +130,10 @@ def parse_config(table: str, raw: object) -> ConfigTable:
     for name, keys in sections["via"].items():
         if name not in FIELDS:
             raise TableError(f"{table}: [config.via] `{name}` is not registered; known: {', '.join(sorted(FIELDS))}")
-        groups[name] = (keys,) if isinstance(keys, str) else tuple(keys)
+        listed = [keys] if isinstance(keys, str) else keys
+        if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
+            raise TableError(f"{table}: [config.via] `{name}` must be a key or a list of keys")
+        groups[name] = tuple(listed)
     seen: dict[str, str] = {}
     for field, where in [(r.mcore, "a row") for r in rows] + [(f, "[config.fixed]") for f in sections["fixed"]]:
         if field in seen:

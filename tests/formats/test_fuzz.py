@@ -95,6 +95,14 @@ def test_any_text_is_a_table_error(text: str) -> None:
         parse_table("fuzzed", text)
 
 
+@pytest.mark.parametrize("value", ["0", "[0]", "{}"])
+def test_keys_that_are_no_keys_are_a_table_error(value: str) -> None:
+    text = next(path for path in TABLES if path.stem == "gemma2").read_text(encoding="utf-8")
+    assert (old := 'rope   = "rope_scaling"') in text
+    with pytest.raises(TableError, match="config.via"):
+        parse_table("fuzzed", text.replace(old, f"rope   = {value}"))
+
+
 def test_shipped_tables_are_none() -> None:
     """Negative control: undamaged, the same texts parse."""
     assert len(TABLES) > 5
