@@ -65,7 +65,7 @@ def modelled(
         return Modelled(Leg(name, "failed", error.fact, error.details))
     if found is None:
         return Modelled(Leg(name, "not run", "rank 0 has the result"))
-    leg = Leg(name, "passed" if found.diff.ok else "failed", found.summary, found.details)
+    leg = Leg(name, "passed" if found.diff.ok else "failed", found.summary, found.details, found.figures)
     return Modelled(leg, found.borders)
 
 

@@ -31,12 +31,13 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """One check: what it saw in one line, and every finding in `details`."""
+    """One check: what it saw in one line, every finding in `details`, and measured `figures` by name."""
 
     name: str
     status: Status
     summary: str
     details: tuple[str, ...] = ()
+    figures: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,12 @@ _COLOURS = {"passed": "green", "failed": "red", "not run": "yellow"}
 
 def document(report: ParityReport, *, forward: bool) -> dict[str, Any]:
     """What `--json` prints. The forward leg stands in it also where nobody asked for it."""
-    legs = {
+    legs: dict[str, dict[str, Any]] = {
         leg.name: {"status": leg.status, "summary": leg.summary, "details": list(leg.details)} for leg in report.legs
     }
+    for leg in report.legs:
+        if leg.figures:
+            legs[leg.name]["figures"] = {name: _finite(value) for name, value in leg.figures}
     if not forward:
         legs["forward"] = {"status": "not run", "summary": "not asked for; add --forward", "details": []}
     return {

@@ -26,6 +26,25 @@ class FarLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class Bf16Noise:
+    """Most likely tokens outside the noise of bf16 (`mbx.mcore.bf16_noise`).
+
+    `largest`: the largest |Δlogit| between the reference in bf16 and in fp32. Of `num_positions` near ones, `outside`
+    have a margin of over twice the noise there; `disagreements` numbers those of them with another most likely token.
+    """
+
+    largest: float
+    outside: int
+    num_positions: int
+    disagreements: tuple[int, ...] = ()
+
+    @property
+    def agreement(self) -> float:
+        """Share of the positions outside the noise with the same most likely token; NaN where there are none."""
+        return 1 - len(self.disagreements) / self.outside if self.outside else math.nan
+
+
+@dataclass(frozen=True, slots=True)
 class LogitDiff:
     """How far two logit tensors of one prompt set are apart.
 
@@ -34,7 +53,8 @@ class LogitDiff:
     `top1_agreement`: share of positions with the same arg max. `first_bad_position`: (row, position) of the first
     position, in reading order, that is not finite or differs by more than `tolerance`; None where there is none.
     `has_nan`: either side holds NaN or an infinity. `largest`: the largest |Δ| of each position. `far`: the limit of
-    far positions, where one of their own was measured (`mbx.mcore.rotary_floor`).
+    far positions, where one of their own was measured (`mbx.mcore.rotary_floor`). `other_top1`: numbers of the
+    positions with another arg max. `noise`: those outside the noise of bf16, where it was measured.
     """
 
     max_abs: float
@@ -46,10 +66,14 @@ class LogitDiff:
     tolerance: float
     largest: tuple[float, ...] = ()
     far: FarLimit | None = None
+    other_top1: tuple[int, ...] = ()
+    noise: Bf16Noise | None = None
 
     @property
     def ok(self) -> bool:
-        """True only where everything is finite and every logit agrees within the limit of its position."""
+        """True only where all is finite, every logit within its limit, and top-1 the same outside the bf16 noise."""
+        if self.noise is not None and self.noise.disagreements:
+            return False
         limit = self.tolerance if self.far is None else self.far.tolerance
         return not self.has_nan and self.first_bad_position is None and self.max_abs <= limit
 
@@ -101,16 +125,18 @@ class LogitTally:
         largest = self.largest.masked_fill(~self.finite, math.inf)
         bad = torch.nonzero(largest > self.tolerance)
         has_nan = not bool(self.finite.all())
+        same = self.best_token[0] == self.best_token[1]
         kl = self.weighted - self.log_sums[0] + self.log_sums[1]
         return LogitDiff(
             max_abs=float(largest.max()),
             kl=math.nan if has_nan else float(kl.mean()),
-            top1_agreement=float((self.best_token[0] == self.best_token[1]).double().mean()),
+            top1_agreement=float(same.double().mean()),
             first_bad_position=divmod(int(bad[0]), largest.numel() // rows) if len(bad) else None,
             has_nan=has_nan,
             num_positions=largest.numel(),
             tolerance=self.tolerance,
             largest=tuple(largest.tolist()),
+            other_top1=tuple(torch.nonzero(~same).flatten().tolist()),
         )
 
 

@@ -14,6 +14,7 @@ from converters.isos import inexpressible_rope
 from converters.tensors import StoredTensor
 from mbx.io.files import FileSource
 from mbx.io.hf import read_config
+from mbx.mcore.bf16_noise import with_bf16_noise
 from mbx.mcore.device import Spread, megatron_on, world_of
 from mbx.mcore.divergence import BorderDiff, compare_traces, first_divergence
 from mbx.mcore.forward import LogitDiff
@@ -133,7 +134,38 @@ class Forward:
         limit = f"limit {diff.tolerance:g}"
         if diff.far is not None:
             limit += f", {diff.far.tolerance:.2e} from position {diff.far.start}"
-        return f"max |Δlogit| {diff.max_abs:.2e} ({limit}), KL {kl}, top-1 {diff.top1_agreement:.2%}"
+        return f"max |Δlogit| {diff.max_abs:.2e} ({limit}), KL {kl}, top-1 {self._top1}"
+
+    @property
+    def _top1(self) -> str:
+        noise = self.diff.noise
+        if noise is None:
+            return f"{self.diff.top1_agreement:.2%}"
+        of = f"of {noise.num_positions} positions outside bf16 noise {noise.largest:.2g}"
+        if not noise.outside:
+            return f"{self.diff.top1_agreement:.2%} (none {of})"
+        return f"{noise.agreement:.2%} (of {noise.outside} {of})"
+
+    @property
+    def figures(self) -> tuple[tuple[str, float], ...]:
+        """The figures of `summary` by name; those of the bf16 noise where it was measured."""
+        diff, noise = self.diff, self.diff.noise
+        found: tuple[tuple[str, float], ...] = (
+            ("max_abs", diff.max_abs),
+            ("tolerance", diff.tolerance),
+            ("mean_kl_nats", diff.kl),
+            ("top1_agreement", diff.top1_agreement),
+            ("positions", diff.num_positions),
+        )
+        if noise is None:
+            return found
+        return (
+            *found,
+            ("bf16_noise", noise.largest),
+            ("near_positions", noise.num_positions),
+            ("outside_noise", noise.outside),
+            ("top1_agreement_outside_noise", noise.agreement),
+        )
 
     @property
     def details(self) -> tuple[str, ...]:
@@ -144,6 +176,13 @@ class Forward:
                 f"from position {self.diff.far.start} the limit is not below the floor of fp32, measured here: one "
                 f"unit in the last place of the frequencies changes Transformers' logits by {self.diff.far.floor:.2e}"
             )
+        noise = self.diff.noise
+        if noise is not None:
+            lines.append(f"top-1 over all positions {self.diff.top1_agreement:.2%}")
+            if noise.disagreements:
+                lines.append(
+                    f"outside bf16 noise, top-1 first differs at near position {noise.disagreements[0]}, from 0"
+                )
         if self.borders:
             worst = max(self.borders, key=lambda border: border.relative)
             lines.append(f"hidden states at {len(self.borders)} borders, the furthest apart behind {worst.line}")
@@ -206,6 +245,7 @@ def compare_forward(
         for model, trace in zip(models, traces, strict=True):
             if isinstance(model, TransformersModel):
                 diff = with_far_limit(diff, model, trace, read, vocab, spread.device)
+                diff = with_bf16_noise(diff, model, trace, read, vocab, spread.device)
                 break
     where = f"{read.origin}; {spread.dtype} on {spread.device}"
     if megatron:

@@ -49,9 +49,10 @@ class LeftOut(nn.Module):
 
 
 class PartialTransformers:
-    """The model of a Hugging Face folder, of which any part can be had in fp32 with its weights."""
+    """The model of a Hugging Face folder, of which any part can be had in `dtype` with its weights."""
 
-    def __init__(self, hf_dir: Path) -> None:
+    def __init__(self, hf_dir: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         folder = open_hf(hf_dir)
         self.path, self.source = hf_dir, FileSource(hf_dir)
         self.raw, self.twin = folder.config, twin_of(folder.config)
@@ -78,23 +79,27 @@ class PartialTransformers:
             at[name] = tensor
 
     def layer(self, number: int) -> nn.Module:
-        """Decoder layer `number` in fp32, filled."""
+        """Decoder layer `number`, filled."""
         tensors = self._by_layer.get(number, {})
         state = {name: read_whole(tensor, self.source) for name, tensor in tensors.items()}
         if self.twin is not None:
             state = self.twin.layer_of(self.raw, number, state)
         model = self._filled(number, state, vocab=1)
-        return model.get_submodule(f"{self.layers_path}.{number}").float()
+        return self._cast(model.get_submodule(f"{self.layers_path}.{number}"))
 
     def frame(self, tokens: Sequence[int]) -> PreTrainedModel:
-        """The model in fp32 with all layers left out, and of its vocabulary only the ascending `tokens`."""
+        """The model with all layers left out, and of its vocabulary only the ascending `tokens`."""
         runs = row_runs(tokens)
         state = {}
         for name, tensor in self._outside.items():
             cut = tensor.shape[:1] == (self.vocab_size,) and (len(tensor.shape) > 1 or name.endswith("head.bias"))
             state[name] = read_rows(tensor, self.source, runs) if cut else read_whole(tensor, self.source)
         model = self._filled(None, state, vocab=len(tokens))
-        return cast("PreTrainedModel", model.float())  # type: ignore[no-untyped-call]
+        return cast("PreTrainedModel", self._cast(model))
+
+    def _cast(self, module: nn.Module) -> nn.Module:
+        """In fp32 everything is; else what Transformers keeps in fp32 stays (rotary tables, some routers' biases)."""
+        return module.float() if self.dtype == torch.float32 else module
 
     def _filled(self, keep: int | None, state: Mapping[str, torch.Tensor], vocab: int) -> PreTrainedModel:
         config = copy.deepcopy(self.config)
@@ -107,7 +112,7 @@ class PartialTransformers:
                     None,
                     config=config,
                     state_dict=dict(state),
-                    dtype=torch.float32,
+                    dtype=self.dtype,
                     attn_implementation="eager",
                     output_loading_info=True,
                     **self.decoding,

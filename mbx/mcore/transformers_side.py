@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from mbx.mcore.partial import PartialTransformers
 
 
-def trace_transformers(hf_dir: Path, batches: Sequence[Batch], *, device: str = "cpu", nudged: bool = False) -> Trace:
-    """Run the model of a Hugging Face folder in fp32 with eager attention, layer by layer.
+def trace_transformers(
+    hf_dir: Path, batches: Sequence[Batch], *, device: str = "cpu", nudged: bool = False, dtype: str = "float32"
+) -> Trace:
+    """Run the model of a Hugging Face folder in `dtype` (of torch) with eager attention, layer by layer.
 
     `nudged` raises the rotary frequencies to the next fp32 numbers (`mbx.mcore.rotary_floor`).
     Raises what `mbx.mcore.reference.load_transformers` raises, and UsageError for token ids outside the vocabulary.
@@ -32,7 +34,7 @@ def trace_transformers(hf_dir: Path, batches: Sequence[Batch], *, device: str = 
 
     from mbx.mcore.partial import PartialTransformers, left_out
 
-    parts = PartialTransformers(hf_dir)
+    parts = PartialTransformers(hf_dir, getattr(torch, dtype))
     for batch in batches:
         check_ids(batch.ids, parts.vocab_size)
     tokens = torch.unique(torch.cat([batch.ids.flatten() for batch in batches]))
