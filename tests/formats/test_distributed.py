@@ -62,7 +62,7 @@ def _start(
     rank: int, size: int, source: Path, target: Path, *arguments: str, program: str = WORKER, **variables: str
 ) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    environment |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MBX_RANK_TIMEOUT": "4", **variables}
+    environment |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MBX_RANK_TIMEOUT": "12", **variables}
     return subprocess.Popen(
         [sys.executable, "-c", program, str(source), str(target), *arguments],
         env=environment,
@@ -110,12 +110,12 @@ def test_one_killed_process_fails_the_others_in_time_and_resume_completes(
             for rank in range(3)
         ]
     )
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 90
     for rank, (code, text) in enumerate(results):
         if rank == victim:
             assert code == -signal.SIGKILL
         else:
-            assert code == 4 and f"rank {victim} of 3 gave no sign of life for 4 s" in text and "--resume" in text
+            assert code == 4 and f"rank {victim} of 3 gave no sign of life for 12 s" in text and "--resume" in text
     assert not target.exists() and journal.has_progress(partial_path(target))
     results = _finish([_start(rank, 2, tiny / "llama", target, "resume") for rank in range(2)])
     assert results == [(0, "")] * 2
@@ -163,7 +163,7 @@ def test_a_process_that_fails_tells_the_others_at_once(tiny: Path, tmp_path: Pat
     for path in source.glob("*.safetensors"):
         os.truncate(path, 1000)
     results = _finish(processes)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 90
     assert all(code == 4 for code, _ in results), results
     assert all("ends at byte" in text for _, text in results), results
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from converters.spelling import canonical
 from fixtures.make_tiny import make
-from mbx.cli import app
+from mbx.cli import main
 from mbx.io.hf import read_config
 from mbx.mcore.bf16_noise import outside_noise
 from mbx.mcore.device import Spread
@@ -101,11 +100,10 @@ def test_a_generous_limit_does_not_excuse_another_token(tiny: Path) -> None:
     assert False in seen
 
 
-def test_the_figure_is_printed_and_in_the_document(tiny: Path) -> None:
+def test_the_figure_is_printed_and_in_the_document(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tiny / "llama")
-    done = CliRunner().invoke(app, ["verify", "parity", folder, folder, "--forward", "--json"])
-    assert done.exit_code == 0, done.output
-    leg = json.loads(done.stdout)["legs"]["forward"]
+    assert main(["verify", "parity", folder, folder, "--forward", "--json"]) == 0
+    leg = json.loads(capsys.readouterr().out)["legs"]["forward"]
     figures = leg["figures"]
     assert figures["bf16_noise"] > 0 and figures["top1_agreement_outside_noise"] == 1
     assert 0 < figures["outside_noise"] < figures["near_positions"] == 96 <= figures["positions"]
