@@ -1,28 +1,30 @@
-"""Conversions in forked processes that are killed, or made to fail, at a chosen system call."""
+"""Conversions in processes of their own that are killed, or made to fail, at a chosen system call."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
-import warnings
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from converters.layout import Layout
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.convert import Options, Outcome, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 #: Everything that changes a file system on mbx's way to a target.
 CALLS = ("pwrite", "write", "fsync", "ftruncate", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
-def convert(direction: str, source: Path, target: Path, **options: Any) -> None:
+def convert(direction: str, source: Path, target: Path, **options: Any) -> Outcome:
     """A conversion with small memory, so that even a tiny model has many pieces."""
     settings = Options(**{"workers": 2, "max_memory": 1 << 24, **options})
     plan = plan_hf_to_mcore if direction == "hf-to-mcore" else plan_mcore_to_hf
-    run(plan(source, target, settings))
+    return run(plan(source, target, settings))
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -37,61 +39,71 @@ def tree(folder: Path) -> dict[str, str]:
     return out
 
 
-def in_child(action: Callable[[], object]) -> tuple[int, str]:
-    """Run `action` in a forked process: its wait status, and what it returned, as text."""
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork beside threads; the child uses none of them
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.close(reading)
-            text = str(action())
-            os.write(writing, text.encode()[:60000])
-            status = 0
-        except BaseException as error:
-            os.write(writing, f"{type(error).__name__}: {error}".encode()[:60000])
-        finally:
-            os._exit(status)
-    os.close(writing)
-    text = b""
-    while block := os.read(reading, 1 << 16):
-        text += block
-    os.close(reading)
-    return os.waitpid(pid, 0)[1], text.decode()
+#: Forks of a process that has no threads. A fork of the tests' own hangs for ever in its first parallel sum where
+#: torch has started threads before it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["mbx.convert", "tests.formats._runs"])
+
+
+def in_child(action: Callable[[], object], timeout: float = 120) -> tuple[int, str]:
+    """Run `action`, which must pickle, in a process of its own: its exit code, -N after signal N, and its result.
+
+    The result is text; what was raised, where something was. TimeoutError after `timeout` seconds.
+    """
+    reading, writing = FORKS.Pipe(duplex=False)
+    child = FORKS.Process(target=_report, args=(action, writing))
+    child.start()
+    writing.close()
+    try:
+        text = str(reading.recv()) if reading.poll(timeout) else ""
+    except EOFError:  # it died
+        text = ""
+    reading.close()
+    child.join(timeout)
+    if child.exitcode is None:
+        child.kill()
+        raise TimeoutError(f"{action} was not done in {timeout:g} s")
+    return child.exitcode, text
+
+
+def _report(action: Callable[[], object], writing: Connection) -> None:
+    try:
+        writing.send(str(action()))
+    except BaseException as error:
+        writing.send(f"{type(error).__name__}: {error}")
+        os._exit(1)
 
 
 def dying_at(count: int, action: Callable[[], object]) -> Callable[[], int]:
     """`action` that ends by SIGKILL at the `count`-th changing system call, half of whose bytes are written.
 
-    Returns the number of calls where it gets to its end.
+    Returns the number of calls where it gets to its end. For `in_child` alone: the calls stay replaced.
     """
+    return partial(_run_and_die, count, action)
 
-    def run_and_die() -> int:
-        calls = 0
 
-        def wrap(name: str) -> None:
-            real = getattr(os, name)
+def _run_and_die(count: int, action: Callable[[], object]) -> int:
+    calls = 0
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == count:
-                    if name in ("pwrite", "write"):
-                        real(args[0], memoryview(args[1])[: len(args[1]) // 2], *args[2:])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                # A killed process loses no pages, flushed or not: the flush itself would only cost time.
-                return None if name == "fsync" else real(*args, **kwargs)
+    def wrap(name: str) -> None:
+        real = getattr(os, name)
 
-            setattr(os, name, call)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                if name in ("pwrite", "write"):
+                    real(args[0], memoryview(args[1])[: len(args[1]) // 2], *args[2:])
+                os.kill(os.getpid(), signal.SIGKILL)
+            # A killed process loses no pages, flushed or not: the flush itself would only cost time.
+            return None if name == "fsync" else real(*args, **kwargs)
 
-        for name in CALLS:
-            wrap(name)
-        action()
-        return calls
+        setattr(os, name, call)
 
-    return run_and_die
+    for name in CALLS:
+        wrap(name)
+    action()
+    return calls
 
 
 __all__ = ["CALLS", "Layout", "convert", "dying_at", "in_child", "tree"]

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from mbx.convert import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.integrity import check
 from mbx.io.hf import LAYOUT, SCALES, open_hf
 from tests.formats._quantised import FOLDERS, change, quantised, tensors
-from tests.formats._runs import dying_at, in_child, tree
+from tests.formats._runs import convert, dying_at, in_child, tree
 
 SAME = Options(codec="same", workers=2, max_memory=1 << 25)
 KEEPERS = [name for name in FOLDERS if name.startswith("fp8")]
@@ -227,10 +228,10 @@ def test_an_unknown_codec_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["fp8_block", "int4_packed"])
 def test_a_killed_export_goes_on_where_it_was(tmp_path: Path, name: str) -> None:
     source, mcore = imported(name, tmp_path)
-    job = lambda resume: plan_mcore_to_hf(mcore, tmp_path / "hf", replace(SAME, resume=resume, sync=False))  # noqa: E731
-    status, _ = in_child(dying_at(90, lambda: run(job(False))))
-    assert status == signal.SIGKILL
-    outcome = run(job(True))
+    export = partial(convert, "mcore-to-hf", mcore, tmp_path / "hf", codec="same", max_memory=1 << 25, sync=False)
+    status, text = in_child(dying_at(90, export))
+    assert status == -signal.SIGKILL, text
+    outcome = export(resume=True)
     assert outcome.bytes_resumed > 0 and differing(source, tmp_path / "hf") == []
     exported(mcore, tmp_path / "straight")
     assert tree(tmp_path / "hf") == tree(tmp_path / "straight")

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,13 @@ def test_a_read_only_target(source: Path, tmpfs: Callable[..., Path]) -> None:
     _refused(StorageError, "cannot write beside .*Read-only file system", source, tmpfs("ro") / "target")
 
 
-def test_a_limit_on_file_sizes(source: Path, tmp_path: Path) -> None:
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        convert("hf-to-mcore", source, tmp_path / "target")
+def _limited(source: Path, target: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    convert("hf-to-mcore", source, target)
 
-    status, text = in_child(limited)
+
+def test_a_limit_on_file_sizes(source: Path, tmp_path: Path) -> None:
+    status, text = in_child(partial(_limited, source, tmp_path / "target"))
     assert status != 0 and "DeviceError" in text and "distcp" in text and "File too large" in text
     assert not (tmp_path / "target").exists()
 

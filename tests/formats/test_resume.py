@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,13 +50,12 @@ def _resume(direction: str, source: Path, target: Path) -> None:
 
 
 def _killed(direction: str, source: Path, target: Path, at: int, **options: object) -> int:
-    """Run and kill at a system call; returns the wait status."""
-    action = dying_at(at, lambda: convert(direction, source, target, **{**_options(direction), **options}))
-    return in_child(action)[0]
+    """Run and kill at a system call; returns the exit code."""
+    return in_child(dying_at(at, partial(convert, direction, source, target, **{**_options(direction), **options})))[0]
 
 
 def _num_calls(direction: str, source: Path, target: Path) -> int:
-    status, text = in_child(dying_at(0, lambda: convert(direction, source, target, **_options(direction))))
+    status, text = in_child(dying_at(0, partial(convert, direction, source, target, **_options(direction))))
     assert status == 0, text
     shutil.rmtree(target)
     return int(text)
@@ -68,7 +68,7 @@ def _check_kills(case: Case, work: Path, kills: int) -> None:
     partial = 0
     for at in points:
         target = work / f"at{at}"
-        assert _killed(direction, source, target, at) == signal.SIGKILL
+        assert _killed(direction, source, target, at) == -signal.SIGKILL
         if target.exists():  # killed behind the rename: the target is whole
             assert tree(target) == expected
             continue
@@ -134,7 +134,7 @@ def interrupted(tiny: Path, tmp_path: Path) -> tuple[Path, Path]:
     source, target = tmp_path / "source", tmp_path / "target"
     shutil.copytree(tiny / "llama", source)
     total = _num_calls("hf-to-mcore", source, tmp_path / "count")
-    assert _killed("hf-to-mcore", source, target, total // 2) == signal.SIGKILL
+    assert _killed("hf-to-mcore", source, target, total // 2) == -signal.SIGKILL
     assert journal.has_progress(partial_path(target))
     return source, target
 
@@ -334,12 +334,16 @@ def test_resume_with_nothing_to_resume_is_a_plain_run(tiny: Path, tmp_path: Path
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_marks_are_set_while_a_run_goes_on(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _marking_every_piece(source: Path, target: Path) -> None:
+    journal._MARK_EVERY_S = 0.0
+    convert("hf-to-mcore", source, target, layout=TP, workers=1)
+
+
+def test_marks_are_set_while_a_run_goes_on(tiny: Path, tmp_path: Path) -> None:
     """With a mark after every piece, a restart of the machine loses nothing but the piece that was last."""
-    monkeypatch.setattr(journal, "_MARK_EVERY_S", 0.0)
     target = tmp_path / "t"
     total = _num_calls("hf-to-mcore", tiny / "llama", target)
-    _killed("hf-to-mcore", tiny / "llama", target, total // 2, workers=1)
+    in_child(dying_at(total // 2, partial(_marking_every_piece, tiny / "llama", target)))
     trusted = journal.read_pieces(partial_path(target))
     _relabel(partial_path(target))
     assert len(journal.read_pieces(partial_path(target))) >= len(trusted) - 1 > 2

@@ -77,6 +77,15 @@ def start_world(
     return processes
 
 
+def run_to_its_kill(job: dict[str, object], out: Path) -> None:
+    """Run one process until it kills itself, then what it had started: writers, and Megatron Core's manager."""
+    (killed,) = start_world(1, [job], out, own_group=True)
+    try:
+        assert killed.wait(timeout=120) == -signal.SIGKILL
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+
+
 def run_world(size: int, jobs: list[dict[str, object]], out: Path) -> list[list[float]]:
     """Losses of every job, run by `size` processes."""
     processes = start_world(size, jobs, out)

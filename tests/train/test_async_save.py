@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
-from _trainings import Raw, raw, run_here, start_world
+from _trainings import Raw, raw, run_here, run_to_its_kill, start_world
 
 from mbx.train.checkpoint import latest
 
@@ -40,13 +38,8 @@ def test_a_stopped_run_resumes(tmp_path: Path, whole: list[float]) -> None:
 def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path, whole: list[float]) -> None:
     """The writer of step 6 hangs; the process dies at step 7, with half a checkpoint on the disk."""
     run = tmp_path / "run"
-    job = {"recipe": recipe(run), "stall_from": 5, "kill_at": 7}
-    (killed,) = start_world(1, [job], tmp_path / "first.json", own_group=True)
-    try:
-        assert killed.wait(timeout=120) == -signal.SIGKILL
-        assert (run / "iter_0000006").is_dir()
-        found = latest(run)
-        assert found is not None and found.name == "iter_0000004"
-    finally:
-        os.killpg(killed.pid, signal.SIGKILL)  # the writer that hangs
+    run_to_its_kill({"recipe": recipe(run), "stall_from": 5, "kill_at": 7}, tmp_path / "first.json")
+    assert (run / "iter_0000006").is_dir()
+    found = latest(run)
+    assert found is not None and found.name == "iter_0000004"
     assert run_here(recipe(run), resume=True) == whole[4:]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-from _trainings import QWEN3, Raw, raw, run_here, start_world
+from _trainings import QWEN3, Raw, raw, run_here, run_to_its_kill, start_world
 
 from converters.errors import StorageError, UsageError
 from mbx.train.log import METRICS
@@ -35,8 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 def test_resume_after_kill(tmp_path: Path, whole: list[float]) -> None:
     run = tmp_path / "run"
-    (killed,) = start_world(1, [{"recipe": recipe(run), "kill_at": 5}], tmp_path / "first.json")
-    assert killed.wait(timeout=120) == -signal.SIGKILL
+    run_to_its_kill({"recipe": recipe(run), "kill_at": 5}, tmp_path / "first.json")
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "3"
     (run / "iter_0000006").mkdir()  # what a kill during the next save would leave: the tracker does not name it
     (run / "iter_0000006" / "__0_0.distcp").write_bytes(b"half")
@@ -58,8 +56,7 @@ def test_adapters_resume(tmp_path: Path) -> None:
 
     expected = run_here(lora(tmp_path / "whole"))
     first = lora(tmp_path / "run")
-    (killed,) = start_world(1, [{"recipe": first, "kill_at": 4}], tmp_path / "first.json")
-    assert killed.wait(timeout=120) == -signal.SIGKILL
+    run_to_its_kill({"recipe": first, "kill_at": 4}, tmp_path / "first.json")
     assert run_here(first, resume=True) == expected[3:]
     saved = (tmp_path / "run" / "iter_0000008").stat()
     assert saved.st_size >= 0
