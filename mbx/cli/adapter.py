@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbx.cli.convert import app
-from mbx.cli.layout_options import Ep, Etp, FirstStage, LastStage, Pipeline, Pp, Tp, Vpp
-from mbx.cli.options import Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
-from mbx.cli.running import DryRun, NoSync, Overwrite, Resume, carry_out, running
-from mbx.output import out
+from mbx.cli.groups import grouped
+from mbx.cli.layout_options import LayoutOptions
+from mbx.cli.options import Mapping, Output, epilog
+from mbx.cli.running import Running, carry_out
 
 if TYPE_CHECKING:
     from mbx.adapters.folder import Base
@@ -32,6 +32,7 @@ BaseModel = Annotated[
         "mbx convert adapter-to-mcore ./lora lora-mcore --base ckpt --fused",
     ),
 )
+@grouped
 def adapter_to_mcore(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A PEFT folder: LoRA or DoRA.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint folder to make.")],
@@ -39,38 +40,22 @@ def adapter_to_mcore(
     fused: Annotated[
         bool, typer.Option("--fused", help="One A for query, key and value (gate and up), which must be equal.")
     ] = False,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    vpp: Vpp = 1,
-    ep: Ep = 1,
-    etp: Etp = None,
-    pipeline_layout: Pipeline = None,
-    decoder_first_pipeline_num_layers: FirstStage = None,
-    decoder_last_pipeline_num_layers: LastStage = None,
+    *,
+    layout: LayoutOptions,
     mapping: Mapping = None,
-    workers: Workers = None,
-    max_memory: MaxMemory = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    no_sync: NoSync = False,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    running: Running,
+    output: Output,
 ) -> None:
     """Convert a PEFT adapter to a Megatron checkpoint of adapters, as Megatron-Bridge names them.
 
     Of the base only the config is read. Query, key and value keep factors of their own (CanonicalLoRA) unless --fused.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
-    from converters.layout import Layout
+    output.configure()
     from mbx.adapters.convert import plan_adapter_to_mcore
 
-    first, last = decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers
-    run = running(mapping, workers, max_memory, overwrite=overwrite, resume=resume, no_sync=no_sync)
-    options = replace(run, layout=Layout(tp, pp, 1, vpp, ep, etp, pipeline_layout, first, last))
+    options = replace(running.options(mapping), layout=layout.layout())
     model = find_base(src, base, mapping)
-    carry_out(lambda: plan_adapter_to_mcore(src, dst, options, model, fused=fused), dry_run)
+    carry_out(lambda: plan_adapter_to_mcore(src, dst, options, model, fused=fused), running.dry_run)
 
 
 @app.command(
@@ -81,31 +66,26 @@ def adapter_to_mcore(
         "mbx convert adapter-to-hf runs/llama32_1b_lora ./lora --base ./Llama-3.2-1B",
     ),
 )
+@grouped
 def adapter_to_hf(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A Megatron checkpoint of adapters, or a training run.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The PEFT folder to make.")],
     base: BaseModel = None,
     mapping: Mapping = None,
-    workers: Workers = None,
-    max_memory: MaxMemory = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    no_sync: NoSync = False,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    running: Running,
+    output: Output,
 ) -> None:
     """Convert a Megatron checkpoint of adapters to a PEFT folder.
 
     Reads what mbx, Megatron-Bridge and `mbx train` write. What came from PEFT through mbx comes back byte for byte.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     from mbx.adapters.convert import plan_adapter_to_hf
 
-    options = running(mapping, workers, max_memory, overwrite=overwrite, resume=resume, no_sync=no_sync)
+    options = running.options(mapping)
     model = find_base(src, base, mapping)
-    carry_out(lambda: plan_adapter_to_hf(src, dst, options, model), dry_run)
+    carry_out(lambda: plan_adapter_to_hf(src, dst, options, model), running.dry_run)
 
 
 def find_base(src: Path, base: str | None, mapping: str | None) -> Base:

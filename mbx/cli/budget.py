@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.cli.groups import grouped
+from mbx.cli.options import Output, epilog
 from mbx.output import out
 
 EPILOG = epilog(
@@ -15,18 +16,18 @@ EPILOG = epilog(
 )
 
 
+@grouped
 def budget(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
     recipe: Annotated[str, typer.Option("--recipe", metavar="NAME", help="A shipped recipe or a .toml file.")] = ...,  # type: ignore[assignment]
     world_size: Annotated[
         int | None, typer.Option("--world-size", metavar="N", help="Number of GPUs (default: the fewest that fit).")
     ] = None,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    output: Output,
 ) -> None:
     """Predict the peak memory of a rank, by part, and what would lower it."""
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     from mbx.train.budget import CONTEXT, lines, predict, suggestions
     from mbx.train.catalogue import load_recipe
     from mbx.train.model import blueprint

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbx import settings
-from mbx.cli.layout_options import Ep, Etp, FirstStage, Format, LastStage, Pipeline, Pp, ToFormat, Tp, Vpp
+from mbx.cli.groups import grouped
+from mbx.cli.layout_options import Format, LayoutOptions, ToFormat
 from mbx.cli.lean import import_numpy
-from mbx.cli.options import Dtype, Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
-from mbx.cli.running import DryRun, NoSync, Overwrite, Resume, carry_out, running
-from mbx.output import out
+from mbx.cli.options import Dtype, Mapping, Output, epilog
+from mbx.cli.running import Running, carry_out
 
 if TYPE_CHECKING:
     from mbx.convert import Options
@@ -59,18 +59,13 @@ AllowUnusedKey = Annotated[
         "mbx convert hf-to-mcore ./mine ckpt --mapping ./mine.toml --json",
     ),
 )
+@grouped
 def hf_to_mcore(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder or hub model org/name[@revision].")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint folder to make.")],
     format: ToFormat = Format.torch_dist,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    vpp: Vpp = 1,
-    ep: Ep = 1,
-    etp: Etp = None,
-    pipeline_layout: Pipeline = None,
-    decoder_first_pipeline_num_layers: FirstStage = None,
-    decoder_last_pipeline_num_layers: LastStage = None,
+    *,
+    layout: LayoutOptions,
     dtype: ToDtype = None,
     make_vocab_size_divisible_by: Annotated[
         int, typer.Option(metavar="N", help="Pad the vocabulary with zero rows to a multiple of N x TP.")
@@ -79,50 +74,32 @@ def hf_to_mcore(
     allow_missing: AllowMissing = None,
     allow_unused: AllowUnused = None,
     allow_unused_key: AllowUnusedKey = None,
-    workers: Workers = None,
-    max_memory: MaxMemory = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    no_sync: NoSync = False,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    running: Running,
+    output: Output,
 ) -> None:
     """Convert a Hugging Face model to a Megatron Core checkpoint.
 
     Any parallel layout can load torch_dist; the sizes choose how its files are cut. `torch` loads at its own only.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     import_numpy()
     from converters.coverage import Waivers
-    from converters.layout import Layout
     from mbx.cli.source import fetch, stop_before_download
     from mbx.convert import plan_hf_to_mcore
 
     options = replace(
-        running(mapping, workers, max_memory, overwrite=overwrite, resume=resume, no_sync=no_sync),
+        running.options(mapping),
         dtype=dtype and dtype.value,
-        layout=Layout(
-            tp,
-            pp,
-            make_vocab_size_divisible_by,
-            vpp,
-            ep,
-            etp,
-            pipeline_layout,
-            decoder_first_pipeline_num_layers,
-            decoder_last_pipeline_num_layers,
-        ),
+        layout=layout.layout(make_vocab_size_divisible_by),
         format=format.value,
         waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
         allow_unused_keys=tuple(allow_unused_key or ()),
     )
     _check_layout(options)
-    if dry_run:
+    if running.dry_run:
         stop_before_download(src)
     source = fetch(src)
-    carry_out(lambda: plan_hf_to_mcore(source.path, dst, options, source.origin), dry_run)
+    carry_out(lambda: plan_hf_to_mcore(source.path, dst, options, source.origin), running.dry_run)
 
 
 @app.command(
@@ -134,6 +111,7 @@ def hf_to_mcore(
         "mbx convert mcore-to-hf ckpt ./deepseek --codec same",
     ),
 )
+@grouped
 def mcore_to_hf(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A Megatron checkpoint, or one iter_* folder of it.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The Hugging Face folder to make.")],
@@ -153,28 +131,22 @@ def mcore_to_hf(
     allow_missing: AllowMissing = None,
     allow_unused: AllowUnused = None,
     allow_unused_key: AllowUnusedKey = None,
-    workers: Workers = None,
-    max_memory: MaxMemory = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    no_sync: NoSync = False,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    running: Running,
+    output: Output,
 ) -> None:
     """Convert a Megatron Core checkpoint, torch_dist or legacy, to a Hugging Face model.
 
     A checkpoint that mbx made carries the config, the tokenizer and the original file layout in its hf/ folder.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     import_numpy()
     from converters.coverage import Waivers
     from mbx.cli.source import fetch
     from mbx.convert import plan_mcore_to_hf
 
     options = replace(
-        running(mapping, workers, max_memory, overwrite=overwrite, resume=resume, no_sync=no_sync),
+        running.options(mapping),
         dtype=dtype and dtype.value,
         codec=codec.value,
         waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
@@ -182,7 +154,7 @@ def mcore_to_hf(
         max_shard_bytes=settings.number("max_shard_size", max_shard_size),
     )
     reference = fetch(hf_config, weights=False).path if hf_config is not None else None
-    carry_out(lambda: plan_mcore_to_hf(src, dst, options, reference), dry_run)
+    carry_out(lambda: plan_mcore_to_hf(src, dst, options, reference), running.dry_run)
 
 
 def _check_layout(options: Options) -> None:

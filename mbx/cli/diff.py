@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mbx import settings
+from mbx.cli.groups import grouped
 from mbx.cli.lean import import_numpy
-from mbx.cli.options import Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
+from mbx.cli.options import Mapping, Output, Resources, epilog
 from mbx.output import aligned, out, plural
 
 if TYPE_CHECKING:
@@ -21,23 +21,22 @@ EPILOG = epilog(
 )
 
 
+@grouped
 def diff(
     left: Annotated[str, typer.Argument(metavar="A", help="A folder, hub model org/name[@revision] or checkpoint.")],
     right: Annotated[str, typer.Argument(metavar="B", help="The later one, in any format or layout.")],
     top: Annotated[int, typer.Option(metavar="N", min=0, help="Changed tensors to show.")] = 20,
     mapping: Mapping = None,
-    workers: Workers = None,
-    max_memory: MaxMemory = None,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    resources: Resources,
+    output: Output,
 ) -> None:
     """Show what changed from checkpoint A to checkpoint B.
 
     Lists tensors added and removed, changed dtypes, shapes and settings, and for each changed tensor the norm of the
     change relative to A's, largest first. Exit code 1 where anything differs.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     import_numpy()
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
@@ -48,8 +47,8 @@ def diff(
         found = compare(
             *sides,
             mapping=mapping,
-            workers=settings.number("workers", workers),
-            max_memory=settings.number("max_memory", max_memory),
+            workers=resources.num_workers,
+            max_memory=resources.max_bytes,
             progress=meter.advance,
         )
     out.result(_document(found), lambda: _lines(found, top))

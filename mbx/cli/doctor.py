@@ -13,7 +13,8 @@ from typing import Any
 import typer
 
 from converters.errors import UsageError
-from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.cli.groups import grouped
+from mbx.cli.options import Output, epilog
 from mbx.output import aligned, human_bytes, human_memory, out, paint
 
 EPILOG = epilog("mbx doctor", "mbx doctor --json")
@@ -34,12 +35,13 @@ _VARIABLES = (
 )
 
 
-def doctor(json: Json = False, quiet: Quiet = 0, verbose: Verbose = 0) -> None:
+@grouped
+def doctor(output: Output) -> None:
     """Show versions, devices, settings and their origins.
 
     Exit code 1 if a needed package is missing or a setting cannot be used.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     doc = _examine()
     out.result(doc, lambda: _lines(doc))
     raise typer.Exit(0 if doc["ok"] else 1)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.cli.groups import grouped
+from mbx.cli.options import Output, epilog
 from mbx.output import SCREEN_WIDTH, aligned, human_bytes, out, paint, plural, wrapped
 
 if TYPE_CHECKING:
@@ -17,19 +18,19 @@ if TYPE_CHECKING:
 EPILOG = epilog("mbx inspect ckpt", "mbx inspect ./llama --tensors", "mbx inspect ckpt --json | jq .writer")
 
 
+@grouped
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face, PEFT or Megatron checkpoint.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its chunks.")] = False,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    output: Output,
 ) -> None:
     """Say what a checkpoint is and holds.
 
     Format, writer, architecture and tensors, from headers alone.
     Exit code 4 for a checkpoint that is unfinished or damaged, with what is known of it.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     from mbx.inspect import examine
 
     found = examine(path)

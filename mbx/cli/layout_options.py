@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from converters.layout import Layout
 
 
 class Format(str, Enum):
@@ -38,3 +42,24 @@ ToFormat = Annotated[
         "--format", help="torch_dist; torch: mp_rank_* files; fsdp_dtensor: Megatron-FSDP's.", show_choices=False
     ),
 ]
+
+
+@dataclass(frozen=True)
+class LayoutOptions:
+    """The parallel sizes of a checkpoint to write."""
+
+    tp: Tp = 1
+    pp: Pp = 1
+    vpp: Vpp = 1
+    ep: Ep = 1
+    etp: Etp = None
+    pipeline_layout: Pipeline = None
+    decoder_first_pipeline_num_layers: FirstStage = None
+    decoder_last_pipeline_num_layers: LastStage = None
+
+    def layout(self, vocab_divisor: int = 1) -> Layout:
+        """The same as a `Layout`, the vocabulary padded to a multiple of `vocab_divisor` x TP rows."""
+        from converters.layout import Layout
+
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        return Layout(self.tp, self.pp, vocab_divisor, self.vpp, self.ep, self.etp, self.pipeline_layout, first, last)

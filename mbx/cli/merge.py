@@ -10,10 +10,10 @@ from typing import Annotated
 import typer
 
 from mbx.cli.convert import app
-from mbx.cli.layout_options import Ep, Etp, FirstStage, LastStage, Pipeline, Pp, Tp, Vpp
-from mbx.cli.options import Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
-from mbx.cli.running import DryRun, NoSync, Overwrite, Resume, carry_out, running
-from mbx.output import out
+from mbx.cli.groups import grouped
+from mbx.cli.layout_options import LayoutOptions
+from mbx.cli.options import Mapping, Output, epilog
+from mbx.cli.running import Running, carry_out
 
 __all__ = ["app", "merge"]
 
@@ -33,42 +33,27 @@ class Kind(str, Enum):
         "mbx convert merge ckpt lora-mcore merged-ckpt --tp 2",
     ),
 )
+@grouped
 def merge(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A folder, hub model org/name or checkpoint.")],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or a checkpoint of adapters.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
     to: Annotated[Kind | None, typer.Option("--to", help="What to make (default: what the base is).")] = None,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    vpp: Vpp = 1,
-    ep: Ep = 1,
-    etp: Etp = None,
-    pipeline_layout: Pipeline = None,
-    decoder_first_pipeline_num_layers: FirstStage = None,
-    decoder_last_pipeline_num_layers: LastStage = None,
+    *,
+    layout: LayoutOptions,
     mapping: Mapping = None,
-    workers: Workers = None,
-    max_memory: MaxMemory = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    no_sync: NoSync = False,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    running: Running,
+    output: Output,
 ) -> None:
     """Merge an adapter into its base.
 
     Adapted weights are computed in fp32 and rounded once to the base's dtype, as PEFT's merge of an fp32 model is;
     all others move as bytes. An adapter tensor that matches nothing in the base is an error.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
-    from converters.layout import Layout
+    output.configure()
     from mbx.adapters.merge import plan_merge
     from mbx.cli.source import fetch
 
-    first, last = decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers
-    run = running(mapping, workers, max_memory, overwrite=overwrite, resume=resume, no_sync=no_sync)
-    options = replace(run, layout=Layout(tp, pp, 1, vpp, ep, etp, pipeline_layout, first, last))
+    options = replace(running.options(mapping), layout=layout.layout())
     source = fetch(base).path
-    carry_out(lambda: plan_merge(source, adapter, dst, options, to=to and to.value), dry_run)
+    carry_out(lambda: plan_merge(source, adapter, dst, options, to=to and to.value), running.dry_run)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.cli.groups import grouped
+from mbx.cli.options import Output, epilog
 from mbx.output import out
 
 app = typer.Typer(
@@ -22,17 +23,16 @@ app = typer.Typer(
 @app.command(
     "to-recipe", epilog=epilog("mbx mlm-args to-recipe run.sh > mine.toml", "mbx mlm-args to-recipe - --json")
 )
+@grouped
 def to_recipe(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A script with the command line; - reads stdin.")],
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    output: Output,
 ) -> None:
     """Print the recipe that a Megatron-LM command line means.
 
     Flags that have no counterpart, and flags that are not known, are listed on stderr.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     from converters.errors import StorageError
     from mbx import mlm_args
 
@@ -51,17 +51,16 @@ def to_recipe(
 @app.command(
     "from-recipe", epilog=epilog("mbx mlm-args from-recipe llama3_8b_sft", "mbx mlm-args from-recipe mine.toml")
 )
+@grouped
 def from_recipe(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or .toml file.")],
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    output: Output,
 ) -> None:
     """Print the Megatron-LM flags of a recipe.
 
     Keys that no flag expresses are listed on stderr.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     from mbx import mlm_args
     from mbx.train.catalogue import load_recipe
 

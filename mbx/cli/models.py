@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.cli.groups import grouped
+from mbx.cli.options import Output, epilog
 from mbx.output import aligned, out, paint
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ app = typer.Typer(
 
 
 @app.command("list", epilog=epilog("mbx models list", "mbx models list --json"))
-def list_models(json: Json = False, quiet: Quiet = 0, verbose: Verbose = 0) -> None:
+@grouped
+def list_models(output: Output) -> None:
     """List the architectures that have a table, and how far each is proved.
 
     COVER and WEIGHTS are the legs of `mbx verify parity`. FORWARD is the largest difference of two fp32 logits
     between Transformers and Megatron Core, measured on a tiny checkpoint of the family; `*` marks a reason below.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     from mbx.models_page import read_runs, rows
     from mbx.registry import shipped
 
@@ -42,14 +44,13 @@ def list_models(json: Json = False, quiet: Quiet = 0, verbose: Verbose = 0) -> N
 
 
 @app.command("show", epilog=epilog("mbx models show llama", "mbx models show llama > mine.toml"))
+@grouped
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A table that `mbx models list` names.")],
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    output: Output,
 ) -> None:
     """Print a table as it is: TOML that --mapping takes back."""
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     from mappings import table_text
     from mbx.registry import shipped
 
@@ -59,17 +60,16 @@ def show(
 
 
 @app.command("new", epilog=epilog("mbx models new ./novel > novel.toml", "mbx models new org/name --json"))
+@grouped
 def new(
     source: Annotated[str, typer.Argument(metavar="HF", help="A Hugging Face folder or hub model; headers are read.")],
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    output: Output,
 ) -> None:
     """Draft a table for a checkpoint from rows that shipped tables know.
 
     What no row places stands in comments at the end, and as a warning on stderr.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     from mbx.cli.source import fetch
     from mbx.draft import draft
     from mbx.io.hf import open_hf
@@ -91,6 +91,7 @@ def new(
         "mbx models check ./mine.toml --against org/name",
     ),
 )
+@grouped
 def check(
     table: Annotated[
         str | None, typer.Argument(metavar="[TABLE]", help="A table's name or .toml file; all shipped ones if absent.")
@@ -99,16 +100,15 @@ def check(
         str | None,
         typer.Option(metavar="HF", help="Prove that it covers this folder or hub model: every tensor and config key."),
     ] = None,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    output: Output,
 ) -> None:
     """Check that tables are well formed, or that one covers a checkpoint exactly.
 
     With --against, every tensor without a row, every row without a tensor and every unknown config key is listed, and
     the exit code is 3 unless there are none. Headers and config.json are read, no weights.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     if against is None:
         doc = _check_tables([table] if table is not None else None)
     else:

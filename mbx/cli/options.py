@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
 import typer
+
+from mbx import settings
+from mbx.output import out
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, errors included.")]
 Quiet = Annotated[
@@ -25,6 +29,38 @@ MaxMemory = Annotated[
     str | None,
     typer.Option("--max-memory", metavar="SIZE", help="Memory for data in flight: 512MiB, 1GiB, 2G (default: 1GiB)."),
 ]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command speaks."""
+
+    json: Json = False
+    quiet: Quiet = 0
+    verbose: Verbose = 0
+
+    def configure(self) -> None:
+        """Speak so from here on."""
+        out.configure(json=self.json, quiet=self.quiet, verbose=self.verbose)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a command that reads weights may use."""
+
+    workers: Workers = None
+    max_memory: MaxMemory = None
+
+    @property
+    def num_workers(self) -> int:
+        """`workers`, settings and environment included; UsageError where it is no number."""
+        return settings.number("workers", self.workers)
+
+    @property
+    def max_bytes(self) -> int:
+        """`max_memory` likewise."""
+        return settings.number("max_memory", self.max_memory)
+
 
 EXIT_CODES = (
     "0 ok, 1 checked and found a difference, 2 usage or config,",

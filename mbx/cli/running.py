@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mbx import settings
+from mbx.cli.options import Resources
 from mbx.output import out
 
 if TYPE_CHECKING:
@@ -25,26 +26,27 @@ NoSync = Annotated[
 ]
 
 
-def running(
-    mapping: str | None,
-    workers: str | None,
-    max_memory: str | None,
-    *,
-    overwrite: bool,
-    resume: bool,
-    no_sync: bool,
-) -> Options:
-    """The options that every conversion has, settings and environment included; UsageError for a bad one."""
-    from mbx.convert import Options
+@dataclass(frozen=True)
+class Running(Resources):
+    """How a conversion runs."""
 
-    return Options(
-        mapping=mapping,
-        overwrite=overwrite,
-        resume=resume,
-        sync=not no_sync,
-        workers=settings.number("workers", workers),
-        max_memory=settings.number("max_memory", max_memory),
-    )
+    dry_run: DryRun = False
+    overwrite: Overwrite = False
+    resume: Resume = False
+    no_sync: NoSync = False
+
+    def options(self, mapping: str | None) -> Options:
+        """The options that every conversion has; UsageError for a bad number."""
+        from mbx.convert import Options
+
+        return Options(
+            mapping=mapping,
+            overwrite=self.overwrite,
+            resume=self.resume,
+            sync=not self.no_sync,
+            workers=self.num_workers,
+            max_memory=self.max_bytes,
+        )
 
 
 def carry_out(make_plan: Callable[[], Job], dry_run: bool) -> None:

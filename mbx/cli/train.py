@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from converters.errors import UsageError
-from mbx.cli.options import Json, Quiet, Verbose, epilog
+from mbx.cli.groups import grouped
+from mbx.cli.options import Output, epilog
 from mbx.output import out
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ EPILOG = epilog(
 )
 
 
+@grouped
 def train(
     words: Annotated[
         list[str] | None,
@@ -43,13 +46,12 @@ def train(
         bool, typer.Option("--dry-run", help="Check everything, print the plan; train nothing.")
     ] = False,
     merged: Annotated[bool, typer.Option("--merged", help="With export: adapters merged into the base.")] = False,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    output: Output,
 ) -> None:
     """Train a model with Megatron Core, from a Hugging Face folder to one."""
     rank = int(os.environ.get("RANK", "0"))
-    out.configure(json=json, quiet=quiet + (2 if rank else 0), verbose=verbose)
+    replace(output, quiet=output.quiet + (2 if rank else 0)).configure()  # rank 0 speaks for all
     words = words or []
     if list_:
         _list()
@@ -118,8 +120,6 @@ def _fetched(recipe: Recipe) -> Recipe:
     """The recipe with a hub model's id replaced by its folder in the cache."""
     if not recipe.model.path or Path(recipe.model.path).is_dir():
         return recipe
-    from dataclasses import replace
-
     from mbx.cli.source import fetch
 
     return replace(recipe, model=replace(recipe.model, path=str(fetch(recipe.model.path).path)))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbx import settings
+from mbx.cli.groups import grouped
 from mbx.cli.lean import import_numpy
-from mbx.cli.options import Dtype, Json, Mapping, MaxMemory, Quiet, Verbose, Workers, epilog
+from mbx.cli.options import Dtype, Mapping, Output, Resources, Workers, epilog
 from mbx.output import human_bytes, out, paint
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ app = typer.Typer(
         "torchrun --nproc-per-node 2 -m mbx verify parity ./llama ckpt --forward",
     ),
 )
+@grouped
 def parity(
     first: Annotated[str, typer.Argument(metavar="A", help="A folder, hub model org/name[@revision] or checkpoint.")],
     second: Annotated[str, typer.Argument(metavar="B", help="What should be the same model, whatever its layout.")],
@@ -66,11 +68,9 @@ def parity(
     dtype: Annotated[Dtype | None, typer.Option(help="The --dtype that A was converted with.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a report in one HTML file.")] = None,
     mapping: Mapping = None,
-    workers: Workers = None,
-    max_memory: MaxMemory = None,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    resources: Resources,
+    output: Output,
 ) -> None:
     """Compare two checkpoints that should hold the same model.
 
@@ -79,7 +79,7 @@ def parity(
     not), forward (the logits agree; the first layer that diverges where they do not) and loss. Exit code 1 unless
     every leg that was asked for ran and passed.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     import_numpy()
     from mbx import verify
     from mbx.cli.parity_view import document, lines
@@ -89,7 +89,7 @@ def parity(
     from mbx.mcore.prompts import Prompts
 
     sides = [fetch(side).path for side in (first, second)]
-    if (forward or loss) and not verbose:
+    if (forward or loss) and not output.verbose:
         _hush()
     with Meter("comparing", None) as meter:
         report = verify.parity(
@@ -100,8 +100,8 @@ def parity(
             spread=_spread(device, tp, pp, ep),
             prompts=Prompts(text_file=text),
             mapping=mapping,
-            workers=settings.number("workers", workers),
-            max_memory=settings.number("max_memory", max_memory),
+            workers=resources.num_workers,
+            max_memory=resources.max_bytes,
             progress=meter.advance,
         )
     if world_of()[0]:  # rank 0 has the report
@@ -116,27 +116,27 @@ def parity(
 
 
 @app.command("ci", epilog=epilog("mbx verify ci", "mbx verify ci checks.toml --junit parity.xml --markdown parity.md"))
+@grouped
 def ci(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The checks.")] = Path("mbx-ci.toml"),
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write JUnit XML.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a summary in Markdown.")] = None,
     workers: Workers = None,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    output: Output,
 ) -> None:
     """Run the conversion checks that a TOML file lists, as a matrix of models, layouts and legs.
 
     Each model is converted at every layout, verified, converted back and verified again. Exit code 1 unless every leg
     that was asked for ran and passed.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     import_numpy()
     from mbx import ci_report
     from mbx.ci import read_checks, run_checks
     from mbx.cli.source import fetch
 
-    if not verbose:
+    if not output.verbose:
         _hush()
     results = run_checks(
         read_checks(file),
@@ -156,18 +156,18 @@ def ci(
 @app.command(
     "integrity", epilog=epilog("mbx verify integrity ckpt", "mbx verify integrity ./llama --json | jq .changes")
 )
+@grouped
 def integrity(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that mbx wrote, of either kind.")],
     workers: Workers = None,
-    json: Json = False,
-    quiet: Quiet = 0,
-    verbose: Verbose = 0,
+    *,
+    output: Output,
 ) -> None:
     """Re-read a checkpoint and compare every byte with its manifest's checksums.
 
     Names each tensor, file and byte range that changed since mbx wrote it; then the exit code is 1.
     """
-    out.configure(json=json, quiet=quiet, verbose=verbose)
+    output.configure()
     import_numpy()
     from mbx.cli.progress import Meter
     from mbx.integrity import check
