@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,26 +11,17 @@ from converters.errors import DifferenceError, StorageError, UnsupportedError
 from converters.expr import Value
 from converters.isos import inexpressible_rope
 from converters.spelling import canonical
-from mbx.legs import Leg
-from mbx.loss import LOSS_TOLERANCE, compare_loss
-from mbx.mcore.device import Spread, world_of
+from mbx.legs import Leg, Status
+from mbx.mcore.device import Spread
 from mbx.mcore.prompts import Passes, Prompts, passes
 from mbx.pairs import Pair
 from mbx.sides import Side, stated
 
 if TYPE_CHECKING:
     from mbx.mcore.divergence import BorderDiff
-    from mbx.mcore.parity import Model
+    from mbx.mcore.models import Model
 
 _EMBEDDING = "embedding.word_embeddings.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Modelled:
-    """A leg that ran models, and the differences behind each layer, if it compared them."""
-
-    leg: Leg
-    borders: tuple[BorderDiff, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +33,54 @@ class _Sides:
     vocab: int
 
 
-def modelled(
-    pair: Pair, name: str, spread: Spread, prompts: Prompts, tolerance: float | None, mapping: str | None
-) -> Modelled:
-    """The `forward` or the `loss` leg of a pair; a model that cannot be run is a leg that did not run.
+def model_legs(
+    pair: Pair, names: Sequence[str], spread: Spread, prompts: Prompts, tolerance: float | None, mapping: str | None
+) -> tuple[tuple[Leg, ...], tuple[BorderDiff, ...]]:
+    """The legs of `names`, of `forward` and `loss`, and the differences behind each layer if they were compared.
 
-    Raises what `mbx.mcore.prompts.passes` raises, and DeviceError.
+    Both come from the same passes. A model that cannot be run makes legs that did not run. Raises what
+    `mbx.mcore.prompts.passes` raises, and DeviceError.
     """
+
+    def all_legs(status: Status, summary: str, details: tuple[str, ...] = ()) -> tuple[Leg, ...]:
+        return tuple(Leg(name, status, summary, details) for name in names)
+
+    if not names:
+        return (), ()
     sides = _sides(pair, prompts, mapping)
     if isinstance(sides, Leg):
-        return Modelled(Leg(name, sides.status, sides.summary, sides.details))
+        return all_legs(sides.status, sides.summary, sides.details), ()
+    from mbx.mcore.loss import LOSS_TOLERANCE
+    from mbx.mcore.parity import FORWARD_TOLERANCE, compare_models
+
+    limits = {"forward": FORWARD_TOLERANCE, "loss": LOSS_TOLERANCE}
+    asked = {name: limits[name] if tolerance is None else tolerance for name in names}
     try:
-        if name == "loss":
-            return Modelled(_loss(sides, spread, tolerance))
-        from mbx.mcore.parity import FORWARD_TOLERANCE, compare_forward
-
-        limit = FORWARD_TOLERANCE if tolerance is None else tolerance
-        found = compare_forward(*sides.models, sides.read, sides.vocab, spread=spread, tolerance=limit)
+        found = compare_models(
+            *sides.models,
+            sides.read,
+            sides.vocab,
+            spread=spread,
+            tolerance=asked.get("forward"),
+            loss_tolerance=asked.get("loss"),
+        )
     except UnsupportedError as error:
-        return Modelled(Leg(name, "not run", error.fact, error.details))
+        return all_legs("not run", error.fact, error.details), ()
     except (StorageError, DifferenceError) as error:
-        return Modelled(Leg(name, "failed", error.fact, error.details))
+        return all_legs("failed", error.fact, error.details), ()
     if found is None:
-        return Modelled(Leg(name, "not run", "rank 0 has the result"))
-    leg = Leg(name, "passed" if found.diff.ok else "failed", found.summary, found.details, found.figures)
-    return Modelled(leg, found.borders)
-
-
-def _loss(sides: _Sides, spread: Spread, tolerance: float | None) -> Leg:
-    if world_of()[1] > 1:
-        return Leg("loss", "not run", "the loss is computed by one process")
-    limit = LOSS_TOLERANCE if tolerance is None else tolerance
-    found = compare_loss(*sides.models, sides.read, sides.vocab, device=spread.device, tolerance=limit)
-    return Leg("loss", "passed" if found.ok else "failed", found.summary, found.details)
+        return all_legs("not run", "rank 0 has the result"), ()
+    forward, losses = found.forward, found.losses
+    legs = []
+    if forward is not None:
+        status: Status = "passed" if forward.diff.ok else "failed"
+        legs.append(Leg("forward", status, forward.summary, forward.details, forward.figures))
+    if losses is not None:
+        legs.append(Leg("loss", "passed" if losses.ok else "failed", losses.summary, losses.details))
+    elif "loss" in asked:
+        shape = list(sides.read.batches[0].ids.shape)
+        legs.append(Leg("loss", "failed", f"a batch of {shape} tokens predicts nothing: no loss to compare"))
+    return tuple(legs), forward.borders if forward is not None else ()
 
 
 def _sides(pair: Pair, prompts: Prompts, mapping: str | None) -> _Sides | Leg:
@@ -120,7 +126,7 @@ def _sides(pair: Pair, prompts: Prompts, mapping: str | None) -> _Sides | Leg:
 def _model(
     pair: Pair, side: Side, fields: Mapping[str, Value], reference: Path | None, hf_config: Mapping[str, Value]
 ) -> Model:
-    from mbx.mcore.parity import MegatronModel, TransformersModel
+    from mbx.mcore.models import MegatronModel, TransformersModel
 
     if side.checkpoint is None:
         return TransformersModel(side.path)

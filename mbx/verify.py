@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from mbx import config_leg, legs
 from mbx.convert import DEFAULT_MAX_MEMORY
-from mbx.forward_leg import modelled
+from mbx.forward_leg import model_legs
 from mbx.io.files import FileSource
 from mbx.legs import Difference, Dtypes, Leg, Status
-from mbx.mcore.device import ONE_PROCESS, Spread, world_of
+from mbx.mcore.device import ONE_PROCESS, Spread, is_main
 from mbx.mcore.prompts import DRAWN, Prompts
 from mbx.pairs import pair_sides
 from mbx.sides import open_side
@@ -97,7 +97,7 @@ def parity(
     try:
         pair = pair_sides(*sides, by_side, mapping, dtype)
         cover, comparable, odd = legs.cover(pair)
-        if world_of()[0]:  # rank 0 compares the weights
+        if not is_main():  # rank 0 compares the weights
             comparable, odd = frozenset(), ()
         left, right = by_side[id(pair.left)], by_side[id(pair.right)]
         found = legs.weights(
@@ -106,23 +106,18 @@ def parity(
     finally:
         for source in sources:
             source.close()
-    run = [cover, config_leg.config(pair), found.leg]
-    ran = [
-        modelled(pair, name, spread, prompts, tolerance, mapping)
-        for name, asked in (("forward", forward), ("loss", loss))
-        if asked
-    ]
-    run += [one.leg for one in ran]
+    asked = [name for name, wanted in (("forward", forward), ("loss", loss)) if wanted]
+    ran, borders = model_legs(pair, asked, spread, prompts, tolerance, mapping)
     table = pair.plan.table
     return ParityReport(
         str(first),
         str(second),
         "" if table is None else table.name,
-        tuple(run),
+        (cover, config_leg.config(pair), found.leg, *ran),
         found.differences,
         legs.dtype_table(pair),
         found.padding,
         pair.repeated,
         sum(tally.compared for tally in found.tallies.values()),
-        next((one.borders for one in ran if one.borders), ()),
+        borders,
     )

@@ -85,7 +85,7 @@ def parity(
     from mbx.cli.parity_view import document, lines
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
-    from mbx.mcore.device import world_of
+    from mbx.mcore.device import is_main
     from mbx.mcore.prompts import Prompts
 
     sides = [fetch(side).path for side in (first, second)]
@@ -104,7 +104,7 @@ def parity(
             max_memory=resources.max_bytes,
             progress=meter.advance,
         )
-    if world_of()[0]:  # rank 0 has the report
+    if not is_main():  # rank 0 has the report
         raise typer.Exit(0)
     if html is not None:
         from mbx.report_html import write

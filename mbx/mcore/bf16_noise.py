@@ -6,17 +6,18 @@ by more than twice what the model's own precision changes (each of the two may m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from converters.errors import UnsupportedError
-from mbx.mcore.divergence import part_size
-from mbx.mcore.forward import Bf16Noise, LogitDiff
+from mbx.mcore.divergence import vocab_parts
+from mbx.mcore.logits import Bf16Noise, LogitDiff
 from mbx.mcore.prompts import Passes
 from mbx.mcore.trace import Head
 
 if TYPE_CHECKING:
-    from mbx.mcore.parity import TransformersModel
+    from mbx.mcore.models import TransformersModel
     from mbx.mcore.trace import Trace
 
 
@@ -46,25 +47,23 @@ def with_bf16_noise(
             lambda first, last: trace.head(first, last)[rows],
             rounded.head,
             [number for number, row in enumerate(rows.nonzero().flatten().tolist()) if row in set(diff.other_top1)],
-            vocab,
-            step=part_size(trace.hidden),
+            vocab_parts(trace.hidden, 0, vocab),
         )
     finally:
         rounded.close()
     return replace(diff, noise=found)
 
 
-def outside_noise(exact: Head, rounded: Head, other_top1: list[int], vocab: int, *, step: int) -> Bf16Noise:
+def outside_noise(exact: Head, rounded: Head, other_top1: list[int], parts: Iterable[tuple[int, int]]) -> Bf16Noise:
     """Positions whose best two logits of `exact` are apart by more than twice the largest |exact - rounded| there.
 
     Both heads give [positions, tokens]; `other_top1` numbers the positions at which the other side has another most
-    likely token. Logits are compared `step` tokens at a time.
+    likely token. `parts` are the ranges of the vocabulary to compare at a time, in order.
     """
     import torch
 
     best, noise = torch.empty(0), torch.empty(0)
-    for first in range(0, vocab, step):
-        last = min(vocab, first + step)
+    for first, last in parts:
         left, right = exact(first, last).double(), rounded(first, last).double()
         here = (left - right).abs().amax(-1)
         noise = torch.maximum(noise, here) if first else here

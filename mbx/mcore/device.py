@@ -43,6 +43,11 @@ def world_of() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main() -> bool:
+    """Whether this is rank 0, which has results and speaks for all."""
+    return world_of()[0] == 0
+
+
 @contextlib.contextmanager
 def megatron_on(device: str, *, tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[None]:
     """A process group in which Megatron Core builds and runs models on `device`: torchrun's, or one of one rank.

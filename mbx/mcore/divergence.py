@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converters.errors import DifferenceError
-from mbx.mcore.forward import LogitDiff, LogitTally
+from mbx.mcore.device import is_main
+from mbx.mcore.logits import LogitDiff, LogitTally
 from mbx.mcore.trace import Trace
 
 if TYPE_CHECKING:
@@ -75,10 +76,19 @@ def first_divergence(borders: Sequence[BorderDiff]) -> BorderDiff | None:
     return None
 
 
-def part_size(hidden: Mapping[str, torch.Tensor]) -> int:
-    """Tokens in one part of the output layer, by the width of the states `hidden`."""
+def vocab_parts(hidden: Mapping[str, torch.Tensor], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Tokens `[first, last)` in parts that the output layer is multiplied in, by the width of the states `hidden`.
+
+    Collective in a process group: the ranks have to agree, and only rank 0 is sure to have states.
+    """
+    import torch
+
     width = next((states.shape[-1] for states in hidden.values()), 1)
-    return max(1024, _PART_BYTES // (4 * width))
+    sizes = [max(1024, _PART_BYTES // (4 * width))]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(sizes, src=0)
+    for start in range(first, last, sizes[0]):
+        yield start, min(last, start + sizes[0])
 
 
 def compare_traces(
@@ -88,17 +98,9 @@ def compare_traces(
 
     Collective where a head is; the result is rank 0's, None elsewhere.
     """
-    import torch
-
-    grouped = torch.distributed.is_initialized()
-    is_main = not grouped or torch.distributed.get_rank() == 0
-    sizes: list[int] = [part_size(a.hidden or b.hidden)]
-    if grouped:  # the ranks have to agree, and only rank 0 is sure to have hidden states
-        torch.distributed.broadcast_object_list(sizes, src=0)
     tally = LogitTally(tolerance)
-    for first in range(0, vocab, sizes[0]):
-        last = min(vocab, first + sizes[0])
+    for first, last in vocab_parts(a.hidden or b.hidden, 0, vocab):
         left, right = a.head(first, last), b.head(first, last)
-        if is_main:
+        if is_main():
             tally.add(left, right)
-    return (tally.result(), border_diffs(a, b)) if is_main else None
+    return (tally.result(), border_diffs(a, b)) if is_main() else None

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 from converters.errors import StorageError
 from converters.expr import Value
 from mbx.mcore.device import Spread
-from mbx.mcore.forward import check_ids, gather_vocab, rotated_at, set_rope_frequencies
+from mbx.mcore.logits import check_ids, gather_vocab
 from mbx.mcore.mcore_weights import StoredWeights
 from mbx.mcore.prompts import Batch
+from mbx.mcore.rotary import rotated_at, set_rope_frequencies
 from mbx.mcore.stored import row_runs
 from mbx.mcore.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
 
@@ -73,7 +74,7 @@ def trace_megatron(
 def _frame(config: Mapping[str, Value], weights: StoredWeights, tokens: list[int], spread: Spread) -> nn.Module:
     """The model without its layers' weights, with the embedding rows of the ascending `tokens`."""
     from mbx.mcore.build import build_model
-    from mbx.mcore.load import sharded_weights
+    from mbx.mcore.mcore_weights import sharded_weights
 
     rows = -(-len(tokens) // spread.tp) * spread.tp
     small = {**config, "model.vocab_size": rows, "mtp_num_layers": None, "perform_initialization": False}
@@ -115,7 +116,7 @@ def _put_rows(parameter: torch.Tensor, weights: StoredWeights, name: str, tokens
 def _stream(model: nn.Module, weights: StoredWeights, recorder: Recorder) -> list[Any]:
     """Hooks that fill each layer before it runs, keep what it returns, and empty it."""
     from mbx.mcore.eviction import evict, make_room
-    from mbx.mcore.load import sharded_weights
+    from mbx.mcore.mcore_weights import sharded_weights
 
     handles = []
     for place, layer in enumerate(cast("Any", model).decoder.layers):

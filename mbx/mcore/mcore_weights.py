@@ -12,6 +12,7 @@ from mbx.mcore.stored import read_box, read_rows
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 _STACKED = "decoder.layers."
 
@@ -29,7 +30,7 @@ class StoredWeights:
         return read_rows(self.tensors[name], self.source, runs)
 
     def fill(self, sharded: dict[str, object]) -> dict[str, torch.Tensor]:
-        """A state dict for what `mbx.mcore.load.sharded_weights` asks for, without its objects (`_extra_state`).
+        """A state dict for what `sharded_weights` asks for, without its objects (`_extra_state`).
 
         Raises StorageError where something is absent or has another shape.
         """
@@ -78,3 +79,19 @@ class StoredWeights:
             raise StorageError(
                 f"`{wanted.key}` has shape {list(stored)}; Megatron Core expects {list(wanted.global_shape)}"
             )
+
+
+def sharded_weights(model: nn.Module) -> dict[str, object]:
+    """What `model` asks a torch_dist checkpoint for: state-dict name → sharded tensor, object or factory of them."""
+    return cast("dict[str, object]", cast("Any", model).sharded_state_dict(metadata=sharding_metadata()))
+
+
+def sharding_metadata() -> dict[str, object]:
+    """What `sharded_state_dict` must be told; `singleton_local_shards=False` keeps fc1 as one `[gate; up]` tensor."""
+    from megatron.core import parallel_state
+
+    return {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }

@@ -3,114 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from converters.errors import UsageError
 from converters.expr import Value
-from converters.isos import inexpressible_rope
-from converters.tensors import StoredTensor
-from mbx.io.files import FileSource
-from mbx.io.hf import read_config
 from mbx.mcore.bf16_noise import with_bf16_noise
-from mbx.mcore.device import Spread, megatron_on, world_of
+from mbx.mcore.device import Spread, is_main, megatron_on
 from mbx.mcore.divergence import BorderDiff, compare_traces, first_divergence
-from mbx.mcore.forward import LogitDiff
-from mbx.mcore.prompts import Batch, Passes, Prompts, passes
+from mbx.mcore.logits import LogitDiff
+from mbx.mcore.loss import Losses, compare_losses
+from mbx.mcore.models import MegatronModel, Model, TransformersModel, vocab_size
+from mbx.mcore.prompts import Passes, Prompts, passes
 from mbx.mcore.rotary_floor import with_far_limit
-from mbx.mcore.trace import Trace
 
 if TYPE_CHECKING:
-    import torch
-
-    from mbx.mcore.mcore_weights import StoredWeights
+    pass
 
 #: Largest difference of two fp32 logits that rounding explains on models of a few layers.
 FORWARD_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, slots=True)
-class TransformersModel:
-    """Transformers' model of a Hugging Face folder."""
-
-    path: Path
-    title: str = field(default="Transformers", init=False)
-
-    @property
-    def note(self) -> str:
-        """Under which class Transformers runs a model that it has none for; empty where it has."""
-        from mbx.mcore.twins import twin_of
-
-        twin = twin_of(read_config(self.path))
-        return "" if twin is None else f"; {twin.note}"
-
-    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
-        """The pass, on rank 0; an empty trace elsewhere."""
-        del vocab
-        if world_of()[0]:
-            return Trace({}, _nothing)
-        from mbx.mcore.transformers_side import trace_transformers
-
-        return trace_transformers(self.path, batches, device=spread.device)
-
-
-@dataclass(frozen=True, slots=True)
-class MegatronModel:
-    """Megatron Core's model of a flat `config`, with the weights of a Megatron checkpoint of any format.
-
-    `tensors` by torch_dist key have their chunks below `root`; with `torch_dist`, torch's reader reads that folder.
-    `reference` and `hf_config` (v4 spelling) say which rotary frequencies the config cannot express.
-    """
-
-    config: Mapping[str, Value]
-    root: Path
-    tensors: Mapping[str, StoredTensor]
-    torch_dist: bool = True
-    reference: Path | None = None
-    hf_config: Mapping[str, Value] = field(default_factory=dict)
-    title: str = field(default="Megatron Core", init=False)
-
-    @property
-    def embedded_rows(self) -> int:
-        """Rows of the embedding, padding included."""
-        embedding = self.tensors.get("embedding.word_embeddings.weight")
-        return vocab_size(self.config) if embedding is None else embedding.shape[0]
-
-    @property
-    def lent(self) -> tuple[str, ...]:
-        """Rotary constants that Megatron Core cannot express, one line each."""
-        return tuple(inexpressible_rope(self.hf_config)) if self.reference is not None else ()
-
-    @property
-    def frequencies(self) -> torch.Tensor | None:
-        """Transformers' rotary frequencies, where Megatron Core's constants differ."""
-        from mbx.mcore.reference import transformers_frequencies
-
-        return transformers_frequencies(self.reference) if self.lent and self.reference is not None else None
-
-    def weights(self, source: FileSource) -> StoredWeights:
-        """The checkpoint's weights."""
-        from mbx.mcore.mcore_weights import StoredWeights
-
-        if not self.torch_dist:
-            return StoredWeights(self.tensors, source)
-        from mbx.mcore.dcp_weights import TorchDistWeights
-
-        return TorchDistWeights(self.root, self.tensors, source)
-
-    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
-        """The pass; collective, inside `megatron_on`."""
-        from mbx.mcore.mcore_side import trace_megatron
-
-        source = FileSource(self.root)
-        weights = self.weights(source)
-        found = trace_megatron(self.config, weights, batches, vocab=vocab, spread=spread, frequencies=self.frequencies)
-        return Trace(found.hidden, found.head, source.close)
-
-
-Model: TypeAlias = TransformersModel | MegatronModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,16 +124,26 @@ def read_prompts(
     )
 
 
-def compare_forward(
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What two models' passes showed, of what was asked for."""
+
+    forward: Forward | None
+    losses: Losses | None
+
+
+def compare_models(
     first: Model,
     second: Model,
     read: Passes,
     vocab: int,
     *,
     spread: Spread | None = None,
-    tolerance: float = FORWARD_TOLERANCE,
-) -> Forward | None:
-    """Difference of logits at every position of `read`, and of hidden states behind every layer.
+    tolerance: float | None = FORWARD_TOLERANCE,
+    loss_tolerance: float | None = None,
+) -> Compared | None:
+    """Run both models over `read` and compare, within `tolerance`, logits at every position and hidden states behind
+    every layer, and, within `loss_tolerance`, losses of the first batch; None leaves out either.
 
     `vocab` is the true vocabulary size. On `cuda` both models run on a GPU, Megatron Core with Transformer Engine.
     Under torchrun Megatron Core's side is spread over all processes; the result is rank 0's, None elsewhere. Raises
@@ -230,6 +152,7 @@ def compare_forward(
     spread = spread or Spread()
     models = (first, second)
     megatron = any(isinstance(model, MegatronModel) for model in models)
+    found, losses = None, None
     with contextlib.ExitStack() as opened:
         with contextlib.ExitStack() as stack:
             if megatron:
@@ -238,9 +161,14 @@ def compare_forward(
             for model in models:
                 traces.append(model.trace(read.batches, vocab, spread))
                 opened.callback(traces[-1].close)
-            found = compare_traces(traces[0], traces[1], vocab, tolerance)
-        if found is None:
+            if tolerance is not None:
+                found = compare_traces(traces[0], traces[1], vocab, tolerance)
+            if loss_tolerance is not None:
+                losses = compare_losses(models, traces, read.batches[0], vocab, loss_tolerance)
+        if not is_main():
             return None
+        if found is None:
+            return Compared(None, losses)
         diff, borders = found
         for model, trace in zip(models, traces, strict=True):
             if isinstance(model, TransformersModel):
@@ -254,19 +182,7 @@ def compare_forward(
         where += "".join(f", {text}" for text in sizes if not text.endswith(" 1"))
     where += "".join(dict.fromkeys(model.note for model in models if isinstance(model, TransformersModel)))
     lent = tuple(line for model in models if isinstance(model, MegatronModel) for line in model.lent)
-    return Forward((first.title, second.title), diff, borders, where, tuple(dict.fromkeys(lent)))
-
-
-def vocab_size(config: Mapping[str, Value]) -> int:
-    """The true vocabulary size of a Megatron Core config; UsageError where it has none."""
-    vocab = config.get("model.vocab_size")
-    if not isinstance(vocab, int):
-        raise UsageError(f"model.vocab_size is {vocab!r}; forward parity needs a number")
-    return vocab
-
-
-def _nothing(first: int, last: int) -> torch.Tensor:
-    """Logits where rank 0 has them."""
-    import torch
-
-    return torch.empty(0, last - first)
+    return Compared(
+        Forward((first.title, second.title), diff, borders, where, tuple(dict.fromkeys(lent))),
+        losses,
+    )

@@ -11,14 +11,14 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mbx.mcore.divergence import part_size
-from mbx.mcore.forward import FarLimit, LogitDiff
+from mbx.mcore.divergence import vocab_parts
+from mbx.mcore.logits import FarLimit, LogitDiff
 from mbx.mcore.prompts import Passes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mbx.mcore.parity import TransformersModel
+    from mbx.mcore.models import TransformersModel
     from mbx.mcore.trace import Trace
 
 
@@ -64,9 +64,7 @@ def _floor(reference: TransformersModel, trace: Trace, read: Passes, vocab: int,
     run_again = torch.cat([torch.full((batch.ids.numel(),), bool(batch.far.any())) for batch in read.batches])
     rows = torch.cat([batch.far.expand_as(batch.ids).flatten() for batch in again])
     floor = 0.0
-    step = part_size(trace.hidden)
-    for first in range(0, vocab, step):
-        last = min(vocab, first + step)
+    for first, last in vocab_parts(trace.hidden, 0, vocab):
         plain, moved = trace.head(first, last)[run_again], nudged.head(first, last)
         floor = max(floor, float((plain[rows].double() - moved[rows].double()).abs().max()))
     nudged.close()

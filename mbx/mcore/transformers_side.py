@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import UnsupportedError
-from mbx.mcore.forward import check_ids
+from mbx.mcore.logits import check_ids
 from mbx.mcore.prompts import Batch
 from mbx.mcore.rotary_floor import nudge_frequencies
 from mbx.mcore.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
@@ -28,7 +28,7 @@ def trace_transformers(
     """Run the model of a Hugging Face folder in `dtype` (of torch) with eager attention, layer by layer.
 
     `nudged` raises the rotary frequencies to the next fp32 numbers (`mbx.mcore.rotary_floor`).
-    Raises what `mbx.mcore.reference.load_transformers` raises, and UsageError for token ids outside the vocabulary.
+    Raises what `PartialTransformers` raises, and UsageError for token ids outside the vocabulary.
     """
     import torch
 

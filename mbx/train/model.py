@@ -136,7 +136,7 @@ def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> n
 
     from mbx.io.hf import read_config
     from mbx.mcore.build import build_model
-    from mbx.mcore.whole import lend_frequencies
+    from mbx.mcore.rotary import lend_frequencies
 
     p = recipe.parallel
     model = build_model(

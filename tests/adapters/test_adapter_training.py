@@ -14,7 +14,6 @@ from torch import nn
 from converters.errors import UnsupportedError, UsageError
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.forward import compare_logits, mcore_logits
 from mbx.train import lora
 from mbx.train.export import export_run
 from mbx.train.loop import train
@@ -25,6 +24,7 @@ from mbx.train.prepare import prepare
 from mbx.train.recipe import parse_recipe
 from mbx.train.sections import Lora
 from mbx.train.start import load_weights
+from tests.oracles import compare_logits, mcore_logits
 
 DENSE = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 #: Linears of each tiny model, and the same for PEFT.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mbx.mcore.forward import LogitDiff
+    from mbx.mcore.logits import LogitDiff
     from mbx.mcore.prompts import Passes
     from mbx.verify import Leg
 
@@ -145,10 +145,10 @@ def _forward(name: str, device: str, source: Path, work: Path, config: dict[str,
     from mbx.io.hf import read_config
     from mbx.io.torch_dist import open_torch_dist
     from mbx.mcore.device import megatron_on
-    from mbx.mcore.forward import compare_logits
     from mbx.mcore.parity import read_prompts
     from mbx.mcore.prompts import Prompts
-    from mbx.mcore.whole import lend_frequencies, loaded_model, mcore_passes
+    from mbx.mcore.rotary import lend_frequencies
+    from tests.oracles import compare_logits, loaded_model, mcore_passes
 
     hf_config = canonical(read_config(source))
     read = read_prompts(Prompts(), config, source, hf_config)
@@ -183,9 +183,7 @@ def _forward(name: str, device: str, source: Path, work: Path, config: dict[str,
 
 def _references(source: Path, read: Passes, device: str, found: Found) -> dict[str, torch.Tensor]:
     """Transformers' fp32 logits on the CPU, and on the GPU where there is one; its torch code, not fla's kernels."""
-    from mbx.mcore.forward import compare_logits
-    from mbx.mcore.reference import load_transformers
-    from mbx.mcore.whole import transformers_passes
+    from tests.oracles import compare_logits, load_transformers, transformers_passes
 
     hidden = sys.modules.pop("fla", None)
     sys.modules["fla"] = None  # type: ignore[assignment]  # reads as "not installed"
@@ -209,7 +207,7 @@ def _keys(
 ) -> Found:
     """What the model asks for against what mbx wrote, by name."""
     from mbx.mcore.build import build_model
-    from mbx.mcore.load import asked_keys
+    from tests.judge import asked_keys
 
     model = build_model(config, padded_vocab_size=padded, device=device, use_te=device == "cuda")
     asked_tensors, asked_objects = asked_keys(model)
@@ -225,7 +223,7 @@ def _keys(
 def _low_precision(
     config: Mapping[str, Value], iteration: Path, padded: int, compared: Callable[[nn.Module], dict[str, LogitDiff]]
 ) -> Found:
-    from mbx.mcore.whole import loaded_model
+    from tests.oracles import loaded_model
 
     try:
         model = loaded_model(config, iteration, padded_vocab=padded, device="cuda", dtype="bf16")

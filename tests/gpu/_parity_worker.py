@@ -40,7 +40,8 @@ def main() -> None:
     from mbx.io.torch_dist import open_torch_dist
     from mbx.mcore.device import Spread, megatron_on
     from mbx.mcore.divergence import compare_traces
-    from mbx.mcore.parity import MegatronModel, TransformersModel, read_prompts
+    from mbx.mcore.models import MegatronModel, TransformersModel
+    from mbx.mcore.parity import read_prompts
     from mbx.mcore.prompts import Prompts
     from mbx.registry import table_for
 

@@ -13,9 +13,9 @@ import torch
 from mbx.io.hf import read_config
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.forward import hf_logits, mcore_logits
-from mbx.mcore.load import load_torch_dist, save_torch_dist
 from mbx.registry import table_for
+from tests.judge import load_torch_dist, save_torch_dist
+from tests.oracles import hf_logits, mcore_logits
 
 TINY = Path(__file__).resolve().parents[2] / "fixtures" / "tiny"
 

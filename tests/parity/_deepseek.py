@@ -8,7 +8,7 @@ import torch
 
 from mbx.mcore.build import build_model
 from mbx.mcore.config import FlatConfig
-from mbx.mcore.forward import mcore_logits
+from tests.oracles import mcore_logits
 
 if TYPE_CHECKING:
     from transformers import DeepseekV3ForCausalLM

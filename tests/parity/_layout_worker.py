@@ -19,7 +19,7 @@ from torch import nn
 from mbx.mcore.build import build_model
 from mbx.mcore.config import FlatConfig
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.load import load_torch_dist, save_torch_dist
+from tests.judge import load_torch_dist, save_torch_dist
 
 MODELS: dict[str, tuple[FlatConfig, dict[str, int]]] = {
     "dense": ({**SMALL, "num_layers": 4}, {"tp": 2, "pp": 2, "ep": 1, "etp": 2}),

@@ -18,8 +18,9 @@ from converters.errors import MbxError
 from mbx.mcore.build import build_model
 from mbx.mcore.config import FlatConfig
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.forward import hf_logits, mcore_logits, set_rope_frequencies
-from mbx.mcore.load import load_torch_dist, save_torch_dist
+from mbx.mcore.rotary import set_rope_frequencies
+from tests.judge import load_torch_dist, save_torch_dist
+from tests.oracles import hf_logits, mcore_logits
 
 VARIANTS: dict[str, FlatConfig] = {
     "dense": SMALL,

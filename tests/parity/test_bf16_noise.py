@@ -16,8 +16,9 @@ from mbx.cli import main
 from mbx.io.hf import read_config
 from mbx.mcore.bf16_noise import outside_noise
 from mbx.mcore.device import Spread
-from mbx.mcore.forward import LogitTally
-from mbx.mcore.parity import Forward, TransformersModel, compare_forward
+from mbx.mcore.logits import LogitTally
+from mbx.mcore.models import TransformersModel
+from mbx.mcore.parity import Forward, compare_models
 from mbx.mcore.prompts import Batch, Passes, Prompts, passes
 from mbx.mcore.trace import Trace
 from mbx.mcore.transformers_side import trace_transformers
@@ -37,8 +38,7 @@ def planted(other: torch.Tensor, *, step: int = 2) -> tuple[bool, tuple[int, ...
         lambda first, last: exact[:, first:last],
         lambda first, last: rounded[:, first:last],
         list(diff.other_top1),
-        3,
-        step=step,
+        [(first, min(3, first + step)) for first in range(0, 3, step)],
     )
     assert noise.largest == pytest.approx(0.2) and noise.num_positions == 2
     return replace(diff, noise=noise).ok, noise.disagreements, noise.outside
@@ -75,9 +75,9 @@ def compared(folder: Path, second: object, tolerance: float = 1e-4) -> Forward:
     config = canonical(read_config(folder))
     vocab = int(str(config["vocab_size"]))
     read: Passes = passes(Prompts(num_prompts=1, num_tokens=32), folder, config, vocab_size=vocab)
-    found = compare_forward(TransformersModel(folder), second, read, vocab, tolerance=tolerance)  # type: ignore[arg-type]
-    assert found is not None
-    return found
+    found = compare_models(TransformersModel(folder), second, read, vocab, tolerance=tolerance)  # type: ignore[arg-type]
+    assert found is not None and found.forward is not None
+    return found.forward
 
 
 @pytest.mark.parametrize("name", FAMILIES)

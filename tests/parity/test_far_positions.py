@@ -13,8 +13,9 @@ from _planted import copy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mbx.mcore.device import Spread
-from mbx.mcore.forward import LogitDiff
-from mbx.mcore.parity import FORWARD_TOLERANCE, Forward, TransformersModel, compare_forward
+from mbx.mcore.logits import LogitDiff
+from mbx.mcore.models import TransformersModel
+from mbx.mcore.parity import FORWARD_TOLERANCE, Forward, compare_models
 from mbx.mcore.partial import PartialTransformers
 from mbx.mcore.prompts import Batch, Passes, Prompts, passes
 from mbx.mcore.rotary_floor import nudge_frequencies
@@ -80,9 +81,9 @@ def floor(llama: Path) -> float:
 
 
 def compared(folder: Path, second: object) -> Forward:
-    found = compare_forward(TransformersModel(folder), second, read(folder), VOCAB)  # type: ignore[arg-type]
-    assert found is not None
-    return found
+    found = compare_models(TransformersModel(folder), second, read(folder), VOCAB)  # type: ignore[arg-type]
+    assert found is not None and found.forward is not None
+    return found.forward
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from converters.errors import DifferenceError, MbxError, UsageError
 from mbx.mcore.config import transformer_config
-from mbx.mcore.forward import compare_logits
+from tests.oracles import compare_logits
 
 Found: TypeAlias = dict[str, torch.Tensor]
 needs_peers = pytest.mark.skipif(peer_root() is None, reason=f"{PEERS_ENV} names no folder of peer checkpoints")

@@ -26,16 +26,15 @@ from mbx.io.torch_dist import open_torch_dist
 from mbx.mcore.dcp_weights import TorchDistWeights
 from mbx.mcore.device import ONE_PROCESS, megatron_on
 from mbx.mcore.divergence import BorderDiff, first_divergence
-from mbx.mcore.forward import LogitTally, compare_logits
+from mbx.mcore.logits import LogitTally
 from mbx.mcore.mcore_side import trace_megatron
 from mbx.mcore.mcore_weights import StoredWeights
 from mbx.mcore.parity import read_prompts
 from mbx.mcore.prompts import Prompts
-from mbx.mcore.reference import load_transformers
 from mbx.mcore.stored import read_box, read_rows, row_runs
 from mbx.mcore.transformers_side import trace_transformers
-from mbx.mcore.whole import loaded_model, mcore_passes, transformers_passes
 from mbx.verify import Leg, ParityReport, parity
+from tests.oracles import compare_logits, load_transformers, loaded_model, mcore_passes, transformers_passes
 
 NAME = "qwen3"
 SHORT = Prompts(num_prompts=1, num_tokens=16)
@@ -156,12 +155,13 @@ def test_torchrun_spreads_megatron_core_over_processes(arguments: tuple[str, ...
     source = make(name, tmp_path / "hf")
     target = convert(source, tmp_path / "mcore")
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "mbx", "verify", "parity", str(source), str(target), "--forward", "--json", *options]
+    command += ["-m", "mbx", "verify", "parity", str(source), str(target), "--forward", "--loss", "--json", *options]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout[done.stdout.index("{") :])
+    assert report["legs"]["loss"]["status"] == "passed"
     leg = report["legs"]["forward"]
     assert report["passed"] and leg["status"] == "passed"
     assert f"{options[0][2:]} 2" in leg["details"][0]

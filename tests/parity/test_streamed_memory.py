@@ -24,16 +24,23 @@ limit = int(sys.argv[1]) << 20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 import torch
 torch.set_num_threads(1)
+"""
+MBX = """
 sys.argv = ["mbx", *sys.argv[2:]]
 from mbx.cli import main
 sys.exit(main())
 """
+WHOLE = """
+from pathlib import Path
+from tests.oracles import load_transformers
+load_transformers(Path(sys.argv[2]))
+"""
 
 
-def limited(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(LIMIT_MIB), *map(str, arguments)]
+def limited(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-c", LIMITED + program, str(LIMIT_MIB), *map(str, arguments)]
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )
 
 
@@ -62,13 +69,13 @@ def wide(folder: Path, layers: int) -> int:
 
 @pytest.mark.slow
 def test_memory_does_not_follow_the_number_of_layers(tmp_path: Path) -> None:
-    """The control is the loss leg, which needs whole models: under the same limit it cannot have them."""
+    """The control is Transformers' whole model, which the same limit has no room for."""
     nbytes = wide(tmp_path / "hf", 40)
     assert nbytes > 1.5 * (LIMIT_MIB << 20)
     run(plan_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore", Options(sync=False)))
     sides = tmp_path / "hf", tmp_path / "mcore"
-    done = limited("verify", "parity", *sides, "--forward", "--max-memory", "64MiB", "--json")
+    done = limited(MBX, "verify", "parity", *sides, "--forward", "--loss", "--max-memory", "64MiB", "--json")
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert len(json.loads(done.stdout)["borders"]) == 42
-    done = limited("verify", "parity", *sides, "--loss", "--max-memory", "64MiB", "--json")
-    assert done.returncode != 0
+    done = limited(WHOLE, sides[0])
+    assert done.returncode != 0 and "memory" in done.stderr.lower(), done.stderr[-3000:]

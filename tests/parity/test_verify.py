@@ -21,7 +21,8 @@ from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.io.hf import read_config
 from mbx.io.torch_dist import open_torch_dist
 from mbx.mcore.device import Spread
-from mbx.mcore.parity import MegatronModel, TransformersModel, compare_forward, read_prompts, vocab_size
+from mbx.mcore.models import MegatronModel, TransformersModel, vocab_size
+from mbx.mcore.parity import compare_models, read_prompts
 from mbx.mcore.prompts import Prompts
 from mbx.registry import shipped
 from mbx.verify import Leg, ParityReport, parity
@@ -244,9 +245,9 @@ def test_a_wrong_rope_factor_shows_past_the_original_context(tiny: Path, tmp_pat
     def difference(mcore: dict[str, Value], *, far: bool) -> float:
         read = read_prompts(Prompts(far=far), mcore, tiny / "llama", canonical(config))
         models = TransformersModel(tiny / "llama"), MegatronModel(mcore, opened.iteration, opened.dcp.tensors)
-        found = compare_forward(*models, read, vocab_size(mcore))
-        assert found is not None
-        return found.diff.max_abs
+        found = compare_models(*models, read, vocab_size(mcore))
+        assert found is not None and found.forward is not None
+        return found.forward.diff.max_abs
 
     assert difference(right, far=True) < 1e-4
     assert difference(wrong, far=True) > 3 * difference(wrong, far=False) > 3e-4

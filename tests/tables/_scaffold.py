@@ -24,8 +24,8 @@ from mbx.convert import Job, Options, plan_hf_to_mcore, run
 from mbx.io.hf import MANIFEST
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.forward import compare_logits, hf_logits, mcore_logits
-from mbx.mcore.load import load_torch_dist
+from tests.judge import load_torch_dist
+from tests.oracles import compare_logits, hf_logits, mcore_logits
 
 GOLDEN = Path(__file__).resolve().parents[2] / "fixtures" / "golden" / "mcore"
 #: Largest difference of two fp32 logits that rounding explains, and the least that a wrong mapping must make.

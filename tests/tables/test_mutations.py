@@ -32,9 +32,9 @@ from mbx.convert import Options, plan_hf_to_mcore, run  # noqa: E402
 from mbx.io.safetensors import read_folder  # noqa: E402
 from mbx.mcore.build import build_model  # noqa: E402
 from mbx.mcore.cpu import megatron_on_cpu, process_group  # noqa: E402
-from mbx.mcore.forward import compare_logits, hf_logits, mcore_logits  # noqa: E402
-from mbx.mcore.load import load_torch_dist  # noqa: E402
 from mbx.registry import table_for  # noqa: E402
+from tests.judge import load_torch_dist  # noqa: E402
+from tests.oracles import compare_logits, hf_logits, mcore_logits  # noqa: E402
 
 #: Families that Transformers and Megatron Core both run on a CPU; neither's logits depend on prediction layers.
 RUN = (

@@ -23,9 +23,8 @@ from mappings import table_text
 from mbx.convert import Options, plan_hf_to_mcore, run
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.forward import compare_logits
-from mbx.mcore.load import load_torch_dist
-from mbx.mcore.reference import load_transformers
+from tests.judge import load_torch_dist
+from tests.oracles import compare_logits, load_transformers
 
 #: Families whose prediction layer is of the kind of their decoder layers, and that a CPU runs.
 FAMILIES = ("deepseek_v3", "glm4_moe")

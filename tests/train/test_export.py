@@ -18,13 +18,13 @@ from mbx.convert import Options, plan_hf_to_mcore, run
 from mbx.io import hf
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.forward import compare_logits, hf_logits, mcore_logits
-from mbx.mcore.load import load_torch_dist
 from mbx.train.checkpoint import RECIPE
 from mbx.train.export import export_run
 from mbx.train.model import blueprint
 from mbx.train.peft import WEIGHTS
 from mbx.train.recipe import parse_recipe
+from tests.judge import load_torch_dist
+from tests.oracles import compare_logits, hf_logits, mcore_logits
 
 STEPS = 4
 

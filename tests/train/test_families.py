@@ -12,7 +12,7 @@ from converters.errors import DeviceError, UnsupportedError
 from fixtures.make_tiny import make
 from mappings import table_names
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.reference import transformers_frequencies
+from mbx.mcore.rotary import transformers_frequencies
 from mbx.registry import shipped
 from mbx.train.flat import gpu_config
 from mbx.train.model import blueprint, build

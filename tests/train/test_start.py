@@ -16,10 +16,10 @@ from converters.layout import Layout
 from mbx.convert import Options, plan_hf_to_mcore, run
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.load import load_torch_dist
 from mbx.train.model import blueprint
 from mbx.train.recipe import parse_recipe
 from mbx.train.start import load_weights, model_shards
+from tests.judge import load_torch_dist
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 

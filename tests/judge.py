@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from converters.errors import StorageError, UsageError
+from mbx.mcore.mcore_weights import sharded_weights, sharding_metadata
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-class _Sharded(Protocol):
-    """The one method of MegatronModule that a checkpoint needs."""
-
-    def sharded_state_dict(self, *, metadata: dict[str, object]) -> dict[str, object]: ...
 
 
 # mcore's own default (dist_checkpointing.load): a key the model asks for and the checkpoint lacks is an error,
@@ -37,11 +32,6 @@ def load_torch_dist(model: nn.Module, iter_dir: Path, *, strict: str = DEFAULT_S
         model.load_state_dict(loaded, strict=True)
     except RuntimeError as error:
         raise refused(iter_dir, error) from error
-
-
-def sharded_weights(model: nn.Module) -> dict[str, object]:
-    """What `model` asks a torch_dist checkpoint for: state-dict name → sharded tensor, object or factory of them."""
-    return cast(_Sharded, model).sharded_state_dict(metadata=_metadata())
 
 
 def load_sharded(
@@ -88,24 +78,13 @@ def save_torch_dist(model: nn.Module, iter_dir: Path) -> None:
         if any(iter_dir.iterdir()):
             raise UsageError(f"`{iter_dir}` is not empty", hint="name a new folder")
     torch.distributed.barrier()
-    metadata = _metadata()
+    metadata = sharding_metadata()
     state = {
         **_COMMON,
         "content_metadata": {k: v for k, v in metadata.items() if k != "dp_cp_group"},
-        "model": cast(_Sharded, model).sharded_state_dict(metadata=metadata),
+        "model": cast("Any", model).sharded_state_dict(metadata=metadata),
     }
     dist_checkpointing.save(state, str(iter_dir), ("torch_dist", 1))
-
-
-def _metadata() -> dict[str, object]:
-    """What `sharded_state_dict` must be told; `singleton_local_shards=False` keeps fc1 as one `[gate; up]` tensor."""
-    from megatron.core import parallel_state
-
-    return {
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
 
 
 def _need_group() -> None:
