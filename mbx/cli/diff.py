@@ -12,7 +12,7 @@ from mbx.cli.options import Mapping, Output, Resources, epilog
 from mbx.output import aligned, out, plural
 
 if TYPE_CHECKING:
-    from mbx.diff import Change, Diff
+    from mbx.verify.diff import Change, Diff
 
 EPILOG = epilog(
     "mbx diff ./base ./tuned",
@@ -40,7 +40,7 @@ def diff(
     import_numpy()
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
-    from mbx.diff import diff as compare
+    from mbx.verify.diff import diff as compare
 
     sides = [fetch(side).path for side in (left, right)]
     with Meter("comparing", None) as meter:

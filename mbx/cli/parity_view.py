@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mbx.output import SCREEN_WIDTH, paint
 
 if TYPE_CHECKING:
-    from mbx.verify import Difference, ParityReport
+    from mbx.verify.parity import Difference, ParityReport
 
 _SHOWN_FINDINGS = 10
 _INDENT = 20

@@ -81,18 +81,18 @@ def parity(
     """
     output.configure()
     import_numpy()
-    from mbx import verify
     from mbx.cli.parity_view import document, lines
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
     from mbx.mcore.device import is_main
     from mbx.mcore.prompts import Prompts
+    from mbx.verify.parity import parity as compare
 
     sides = [fetch(side).path for side in (first, second)]
     if (forward or loss) and not output.verbose:
         _hush()
     with Meter("comparing", None) as meter:
-        report = verify.parity(
+        report = compare(
             *sides,
             forward=forward,
             loss=loss,
@@ -107,7 +107,7 @@ def parity(
     if not is_main():  # rank 0 has the report
         raise typer.Exit(0)
     if html is not None:
-        from mbx.report_html import write
+        from mbx.verify.report_html import write
 
         write(report, html)
     doc = document(report, forward=forward)
@@ -132,9 +132,9 @@ def ci(
     """
     output.configure()
     import_numpy()
-    from mbx import ci_report
-    from mbx.ci import read_checks, run_checks
     from mbx.cli.source import fetch
+    from mbx.verify import ci_report
+    from mbx.verify.ci import read_checks, run_checks
 
     if not output.verbose:
         _hush()
@@ -170,7 +170,7 @@ def integrity(
     output.configure()
     import_numpy()
     from mbx.cli.progress import Meter
-    from mbx.integrity import check
+    from mbx.verify.integrity import check
 
     with Meter("checking", None) as meter:
         report = check(folder, workers=settings.number("workers", workers), progress=meter.advance)

@@ -16,7 +16,7 @@ from converters.layout import Layout
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.io import hf
 from mbx.io.bin_weights import read_bin_folder
-from mbx.verify import parity
+from mbx.verify.parity import parity
 
 PLAIN = Options(sync=False)
 

@@ -11,8 +11,8 @@ import pytest
 
 from converters.errors import StorageError
 from converters.layout import Layout
-from mbx.integrity import Report, check
 from mbx.manifest import read
+from mbx.verify.integrity import Report, check
 from tests.formats._runs import convert
 
 

@@ -28,7 +28,7 @@ from mbx.io.torch_values import TensorStub, row_major
 from mbx.io.zip_format import ArchiveEntry, read_directory
 from mbx.registry import table_for
 from mbx.reshard import plan_mcore_to_mcore
-from mbx.verify import parity
+from mbx.verify.parity import parity
 
 State = dict[str, torch.Tensor | None]
 DENSE = Options(sync=False)

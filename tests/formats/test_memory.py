@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from converters.tensors import StoredTensor
-from mbx.integrity import check
 from mbx.io.safetensors import build_header
+from mbx.verify.integrity import check
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20

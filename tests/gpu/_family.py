@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from mbx.mcore.logits import LogitDiff
     from mbx.mcore.prompts import Passes
-    from mbx.verify import Leg
+    from mbx.verify.parity import Leg
 
 Found: TypeAlias = dict[str, object]
 #: Families measured in bf16 and FP8 as well, on a GPU.
@@ -77,7 +77,7 @@ def measure(name: str, device: str, tiny: Path | None, work: Path) -> Found:
 
 def _measure(name: str, device: str, tiny: Path | None, work: Path, found: Found) -> None:
     from mbx.convert import Options, plan_hf_to_mcore, run
-    from mbx.verify import parity
+    from mbx.verify.parity import parity
 
     source = _checkpoint(name, tiny, work)
     job = plan_hf_to_mcore(source, work / "mcore", Options(sync=False))

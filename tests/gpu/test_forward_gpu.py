@@ -10,7 +10,7 @@ import torch
 
 from mbx.convert import Options, plan_hf_to_mcore, run
 from mbx.mcore.device import Spread
-from mbx.verify import parity
+from mbx.verify.parity import parity
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 pytestmark = [

@@ -16,7 +16,7 @@ from converters.layout import Layout
 from fixtures.make_tiny import NAMES, make
 from mbx.convert import Options, plan_hf_to_mcore, run
 from mbx.reshard import plan_mcore_to_mcore
-from mbx.verify import Leg, ParityReport, parity
+from mbx.verify.parity import Leg, ParityReport, parity
 
 NAME = "qwen3"
 FC1 = "decoder.layers.mlp.linear_fc1.weight"

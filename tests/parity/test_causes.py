@@ -19,7 +19,7 @@ from converters.arrangements import Heads, Structure, arrangements
 from converters.causes import Suspect, find_cause
 from converters.pack import Pack
 from fixtures.make_tiny import make
-from mbx.verify import ParityReport, parity
+from mbx.verify.parity import ParityReport, parity
 
 NAME = "qwen3"
 LAYERS, HEADS, GROUPS, DIM, HIDDEN = 4, 8, 4, 16, 32
@@ -221,10 +221,10 @@ def test_first_and_worst_are_named(tiny: Path, good: Path, tmp_path: Path) -> No
 
 def test_a_tensor_larger_than_the_budget_is_read_in_blocks(tmp_path: Path) -> None:
     """Rows beyond the budget are made again when asked for: the same sentence, in a fraction of the memory."""
-    from mbx.blame import Detective
     from mbx.io.files import FileSource
-    from mbx.pairs import pair_sides
-    from mbx.sides import open_side
+    from mbx.verify.blame import Detective
+    from mbx.verify.pairs import pair_sides
+    from mbx.verify.sides import open_side
 
     torch.manual_seed(0)
     big = torch.randn(3000, 1024).bfloat16()

@@ -13,9 +13,9 @@ from _stores import changed_mcore
 from converters.errors import MbxError, UsageError
 from converters.layout import Layout
 from fixtures.make_tiny import NAMES, make
-from mbx.ci import Check, Result, described, read_checks, run_checks
-from mbx.ci_report import junit, markdown
 from mbx.cli import main
+from mbx.verify.ci import Check, Result, described, read_checks, run_checks
+from mbx.verify.ci_report import junit, markdown
 
 NAME = "qwen3"
 FC1 = "decoder.layers.mlp.linear_fc1.weight"

@@ -18,7 +18,7 @@ from mappings import table_text
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.mcore.prompts import Prompts
 from mbx.reshard import plan_mcore_to_mcore
-from mbx.verify import ParityReport, parity
+from mbx.verify.parity import ParityReport, parity
 
 LEGS = ("cover", "config", "weights", "forward")
 SHORT = Prompts(num_prompts=1, num_tokens=24)

@@ -16,7 +16,7 @@ from mbx.mcore.device import megatron_on
 from mbx.mcore.loss import CrossEntropy
 from mbx.mcore.prompts import Prompts
 from mbx.registry import shipped
-from mbx.verify import Leg, parity
+from mbx.verify.parity import Leg, parity
 from tests.oracles import load_transformers, loaded_model
 
 IDS = (3, 1, 4, 1, 5, 9, 2, 6)

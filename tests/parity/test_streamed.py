@@ -33,7 +33,7 @@ from mbx.mcore.parity import read_prompts
 from mbx.mcore.prompts import Prompts
 from mbx.mcore.stored import read_box, read_rows, row_runs
 from mbx.mcore.transformers_side import trace_transformers
-from mbx.verify import Leg, ParityReport, parity
+from mbx.verify.parity import Leg, ParityReport, parity
 from tests.oracles import compare_logits, load_transformers, loaded_model, mcore_passes, transformers_passes
 
 NAME = "qwen3"

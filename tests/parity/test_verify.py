@@ -25,7 +25,7 @@ from mbx.mcore.models import MegatronModel, TransformersModel, vocab_size
 from mbx.mcore.parity import compare_models, read_prompts
 from mbx.mcore.prompts import Prompts
 from mbx.registry import shipped
-from mbx.verify import Leg, ParityReport, parity
+from mbx.verify.parity import Leg, ParityReport, parity
 
 NAME = "qwen3"
 QKV, FC1 = "decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.mlp.linear_fc1.weight"

@@ -24,7 +24,7 @@ from fixtures.make_tiny import make
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.io.architecture import architecture_of
 from mbx.io.checkpoint import open_any
-from mbx.verify import parity
+from mbx.verify.parity import parity
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES: dict[str, dict[str, Any]] = json.loads((ROOT / "fixtures/bridge/run_configs.json").read_text(encoding="utf-8"))

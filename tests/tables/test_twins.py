@@ -12,11 +12,11 @@ from fixtures.make_tiny import make
 from fixtures.wrapped import WRAPPED, make_wrapped
 from mappings import table_text
 from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.legs import Leg
 from mbx.mcore.prompts import Batch
 from mbx.mcore.transformers_side import trace_transformers
 from mbx.mcore.twins import TWINS
-from mbx.verify import parity
+from mbx.verify.legs import Leg
+from mbx.verify.parity import parity
 from tests.oracles import compare_logits
 
 #: Checkpoint, its table, and what the leg says of the comparison.

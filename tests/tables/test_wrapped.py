@@ -20,7 +20,7 @@ from fixtures.wrapped import WRAPPED, make_wrapped
 from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.io.hf import MANIFEST, read_config
 from mbx.registry import table_for
-from mbx.verify import parity
+from mbx.verify.parity import parity
 
 CASES = [("gemma3", "v4"), ("gemma3", "v5"), ("llama4", "v4"), ("qwen3_5", "v4"), ("qwen3_5_moe", "v4")]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from mbx.verify import Difference
+from mbx.verify.parity import Difference
 
 if TYPE_CHECKING:
     from mbx.mcore.divergence import BorderDiff

@@ -20,7 +20,7 @@ from converters.table import Table
 from converters.tensors import StoredTensor
 from mbx.io.architecture import known_config
 from mbx.registry import table_for
-from mbx.sides import Side, respelt
+from mbx.verify.sides import Side, respelt
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from converters.plan import Plan
 from converters.spelling import GENERIC_KEYS, canonical
 from mbx.io import hf
 from mbx.io.architecture import stated_config
-from mbx.legs import Leg
-from mbx.pairs import Pair
 from mbx.registry import table_for
-from mbx.sides import Side
+from mbx.verify.legs import Leg
+from mbx.verify.pairs import Pair
+from mbx.verify.sides import Side
 
 #: What a field means to the forward pass, for a reader who does not know Megatron Core's names.
 MEANINGS = {

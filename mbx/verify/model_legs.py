@@ -11,11 +11,11 @@ from converters.errors import DifferenceError, StorageError, UnsupportedError
 from converters.expr import Value
 from converters.isos import inexpressible_rope
 from converters.spelling import canonical
-from mbx.legs import Leg, Status
 from mbx.mcore.device import Spread
 from mbx.mcore.prompts import Passes, Prompts, passes
-from mbx.pairs import Pair
-from mbx.sides import Side, stated
+from mbx.verify.legs import Leg, Status
+from mbx.verify.pairs import Pair
+from mbx.verify.sides import Side, stated
 
 if TYPE_CHECKING:
     from mbx.mcore.divergence import BorderDiff

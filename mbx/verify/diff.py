@@ -11,13 +11,13 @@ from pathlib import Path
 from converters.expr import Value
 from converters.spelling import canonical
 from converters.tensors import Shape, StoredTensor
-from mbx.compare import Tally, compare
 from mbx.convert import DEFAULT_MAX_MEMORY
 from mbx.io import hf
 from mbx.io.architecture import stated_config
 from mbx.io.files import FileSource
-from mbx.pairs import Pair, pair_sides
-from mbx.sides import Side, open_side
+from mbx.verify.compare import Tally, compare
+from mbx.verify.pairs import Pair, pair_sides
+from mbx.verify.sides import Side, open_side
 
 Progress = Callable[[int], None]
 

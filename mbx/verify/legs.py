@@ -17,10 +17,10 @@ from converters.pairing import same_units
 from converters.plan import Draft, Plan
 from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor, nbytes_of
-from mbx.blame import Detective
-from mbx.compare import ComparingSink, Tally, compare, narrow
-from mbx.pairs import Pair
-from mbx.sides import Side
+from mbx.verify.blame import Detective
+from mbx.verify.compare import ComparingSink, Tally, compare, narrow
+from mbx.verify.pairs import Pair
+from mbx.verify.sides import Side
 
 Status = Literal["passed", "failed", "not run"]
 Progress = Callable[[int], None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape, quoteattr
 
-from mbx.ci import Result
 from mbx.output import plural
+from mbx.verify.ci import Result
 
 _MARKS = {"passed": "✓", "failed": "✗ failed", "not run": "– not run"}
 _SHOWN_DETAILS = 20

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mbx import config_leg, legs
 from mbx.convert import DEFAULT_MAX_MEMORY
-from mbx.forward_leg import model_legs
 from mbx.io.files import FileSource
-from mbx.legs import Difference, Dtypes, Leg, Status
 from mbx.mcore.device import ONE_PROCESS, Spread, is_main
 from mbx.mcore.prompts import DRAWN, Prompts
-from mbx.pairs import pair_sides
-from mbx.sides import open_side
+from mbx.verify import config_leg, legs
+from mbx.verify.legs import Difference, Dtypes, Leg, Status
+from mbx.verify.model_legs import model_legs
+from mbx.verify.pairs import pair_sides
+from mbx.verify.sides import open_side
 
 if TYPE_CHECKING:
     from mbx.mcore.divergence import BorderDiff

@@ -34,8 +34,8 @@ from mbx.mcore.device import Spread
 from mbx.mcore.prompts import DRAWN
 from mbx.registry import shipped
 from mbx.settings import parse_memory
-from mbx.sides import is_hf
-from mbx.verify import Leg, ParityReport, parity
+from mbx.verify.parity import Leg, ParityReport, parity
+from mbx.verify.sides import is_hf
 
 LEGS = ("cover", "config", "weights", "round-trip", "forward", "loss")
 _CHECK_KEYS = frozenset(
@@ -239,7 +239,7 @@ def _legs(check: Check, layout: Layout, fetch: Fetch, workers: int) -> list[Leg]
 def _source(name: str, fetch: Fetch, work: Path) -> Path:
     """The checkpoint that `source` names: a small model where it is a table and no folder, else what `fetch` finds."""
     if name in table_names() and not Path(name).exists():
-        from mbx.small import make_small
+        from mbx.verify.small import make_small
 
         return make_small(shipped(name), work / "small")
     return fetch(name)

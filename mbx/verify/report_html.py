@@ -9,8 +9,8 @@ from pathlib import Path
 from converters.errors import StorageError
 from mbx import __version__
 from mbx.output import plural
-from mbx.report_plots import divergence_plot, figure, tensor_plots
-from mbx.verify import Difference, Leg, ParityReport
+from mbx.verify.parity import Difference, Leg, ParityReport
+from mbx.verify.report_plots import divergence_plot, figure, tensor_plots
 
 _SHOWN = 500
 _STYLE = """
