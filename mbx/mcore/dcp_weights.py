@@ -96,7 +96,7 @@ class TorchDistWeights(StoredWeights):
             sizes = (1,) * one.prepend_axis_num + tuple(one.local_shape)
             mine = chunks.setdefault(one.key, [])
             places.append((one.key, len(mine)))
-            boxes[places[-1]] = torch.empty(sizes, dtype=one.dtype)
+            boxes[places[-1]] = torch.empty(sizes, dtype=found.properties.dtype)
             mine.append(ChunkStorageMetadata(torch.Size(one.global_offset), torch.Size(sizes)))
         for key, mine in chunks.items():
             items = create_read_items_for_chunk_list(key, cast("TensorStorageMetadata", stored[key]), mine)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: A border diverges where its relative difference passes this and is this many times that of the border before.
 DIVERGES, JUMPS = 5e-6, 10.0
 #: Bytes of an fp32 part of the output layer.
-_PART_BYTES = 1 << 28
+_PART_BYTES = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ vocabulary the embedding holds only the tokens of the prompts, and the output la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _EMBEDDING, _OUTPUT, _BIAS = "embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"
 
+#: Bytes of parameters that are filled at a time.
+_BATCH_BYTES = 1 << 28
 _TIED = "model.share_embeddings_and_output_weights"
 
 
@@ -110,7 +112,7 @@ def _put_rows(parameter: torch.Tensor, weights: StoredWeights, name: str, tokens
     mine = tokens[first : first + share]
     parameter.data.zero_()
     if mine:
-        parameter.data[: len(mine)] = weights.rows(name, row_runs(mine)).to(parameter)
+        parameter.data[: len(mine)] = weights.rows(name, row_runs(mine))
 
 
 def _stream(model: nn.Module, weights: StoredWeights, recorder: Recorder) -> list[Any]:
@@ -127,13 +129,17 @@ def _stream(model: nn.Module, weights: StoredWeights, recorder: Recorder) -> lis
                 recorder.add(EMBEDDING, (given[0] if given else named["hidden_states"]).transpose(0, 1))
             make_room(module)
             asked = {name: part for name, part in sharded_weights(model).items() if name.startswith(prefix)}
-            found = {name.removeprefix(prefix): value for name, value in weights.fill(asked).items()}
-            try:
-                missing, extra = module.load_state_dict(found, strict=False)
-            except RuntimeError as error:
-                raise StorageError(f"Megatron Core cannot fill {prefix}: {error}") from error
-            if wrong := [name for name in missing if not name.endswith("_extra_state")] + list(extra):
-                raise StorageError(f"Megatron Core cannot fill `{prefix}`: {', '.join(wrong)}")
+            # What the layer lacks, and what it has no place for.
+            wrong = {name for name in module.state_dict() if not name.endswith("_extra_state")}
+            for some in _batches(asked, dict(module.named_parameters(prefix.rstrip(".")))):
+                found = {name.removeprefix(prefix): value for name, value in weights.fill(some).items()}
+                try:
+                    _, extra = module.load_state_dict(found, strict=False)
+                except RuntimeError as error:
+                    raise StorageError(f"Megatron Core cannot fill {prefix}: {error}") from error
+                wrong = (wrong - found.keys()) | set(extra)
+            if wrong:
+                raise StorageError(f"Megatron Core cannot fill `{prefix}`: {', '.join(sorted(wrong))}")
 
         def keep(module: nn.Module, given: Any, output: Any) -> None:
             del given
@@ -144,6 +150,18 @@ def _stream(model: nn.Module, weights: StoredWeights, recorder: Recorder) -> lis
         handles.append(layer.register_forward_pre_hook(fill, with_kwargs=True))
         handles.append(layer.register_forward_hook(keep))
     return handles
+
+
+def _batches(asked: dict[str, object], parameters: Mapping[str, torch.Tensor]) -> Iterator[dict[str, object]]:
+    """What is asked for, in parts of `_BATCH_BYTES`: beside the layer itself no more of it is in memory."""
+    batch, nbytes = dict[str, object](), 0
+    for name, part in asked.items():
+        batch[name] = part
+        nbytes += parameters[name].nbytes if name in parameters else 0
+        if nbytes >= _BATCH_BYTES:
+            yield batch
+            batch, nbytes = {}, 0
+    yield batch
 
 
 def _through_stages(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, spread: Spread) -> None:

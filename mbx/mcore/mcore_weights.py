@@ -55,7 +55,7 @@ class StoredWeights:
         """Formats without objects lack none."""
 
     def read(self, wanted: list[Any]) -> list[torch.Tensor]:
-        """The box of each sharded tensor, in its dtype."""
+        """The box of each sharded tensor, in the stored dtype, which the model's own copying widens."""
         return [self._box(one) for one in wanted]
 
     def _box(self, wanted: Any) -> torch.Tensor:
@@ -70,7 +70,7 @@ class StoredWeights:
         if tensor is None:
             raise StorageError(f"the checkpoint lacks `{wanted.key}`")
         self.check_shape(wanted, stack + tensor.shape)
-        return read_box(tensor, self.source, index, inner, tuple(wanted.local_shape)).to(wanted.dtype)
+        return read_box(tensor, self.source, index, inner, tuple(wanted.local_shape))
 
     @staticmethod
     def check_shape(wanted: Any, stored: Shape) -> None:

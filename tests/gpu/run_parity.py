@@ -29,8 +29,8 @@ MEASURED = ROOT / "fixtures" / "measured" / "parity.json"
 TINY = ("llama", "qwen3", "qwen3_moe")
 #: Models in real width, cut to a few layers: (name in fixtures/index, layers).
 WIDE = (("Llama-3.2-1B", 4), ("Qwen3-0.6B", 4), ("Qwen3-30B-A3B", 2))
-#: Whole models, compared layer by layer: (name in fixtures/index, limit of private memory in MiB on a CPU).
-STREAMED = (("Llama-3.1-8B", 6144), ("Llama-3.2-1B", 6144))
+#: Compared layer by layer: (name in fixtures/index, layers where not all, limit of private memory in MiB on a CPU).
+STREAMED = (("Llama-3.2-1B", None, 3072), ("Llama-3.3-70B-Instruct", 4, 8192), ("Llama-3.1-8B", None, 3072))
 
 
 class Runs:
@@ -105,8 +105,8 @@ def precision(runs: Runs, label: str, hf: Path, work: Path, sizes: list[int]) ->
             runs.add("precision", {"model": label, "tp": tp, "precision": name, **figures})
 
 
-def streamed(runs: Runs, model: str, limit_mib: int, hf: Path, work: Path, device: str) -> None:
-    """A whole model through `mbx verify parity --forward`, with its memory."""
+def streamed(runs: Runs, label: str, limit_mib: int, hf: Path, work: Path, device: str) -> None:
+    """A model through `mbx verify parity --forward`, with its memory."""
     mcore = work / "mcore"
     convert(hf, mcore)
     command = [
@@ -120,7 +120,7 @@ def streamed(runs: Runs, model: str, limit_mib: int, hf: Path, work: Path, devic
     printed = found.pop("output", "")
     lines = [line.strip() for line in printed.splitlines()]
     start = next((n for n, line in enumerate(lines) if line.startswith("forward")), len(lines))
-    runs.add("streamed", {"model": model, "device": device, **found, "printed": lines[start : start + 5]})
+    runs.add("streamed", {"model": label, "device": device, **found, "printed": lines[start : start + 5]})
 
 
 def convert(hf: Path, mcore: Path) -> None:
@@ -160,12 +160,13 @@ def main() -> int:
             if chosen(model):
                 _shapes.make(Path(work) / "hf", model, layers)
                 precision(runs, f"{model}, {layers} layers", Path(work) / "hf", Path(work), arguments.tp)
-    for model, limit in STREAMED if "streamed" in arguments.only else ():
+    for model, depth, limit in STREAMED if "streamed" in arguments.only else ():
         with tempfile.TemporaryDirectory(dir=arguments.work) as work:
             if chosen(model) and time.monotonic() < runs.deadline:
-                _shapes.make(Path(work) / "hf", model)
+                _shapes.make(Path(work) / "hf", model, depth)
+                label = model if depth is None else f"{model}, {depth} layers"
                 for device in dict.fromkeys((arguments.device, "cpu")):
-                    streamed(runs, model, limit, Path(work) / "hf", Path(work), device)
+                    streamed(runs, label, limit, Path(work) / "hf", Path(work), device)
     for model in TINY if "tiny" in arguments.only else ():
         with tempfile.TemporaryDirectory(dir=arguments.work) as work:
             precision(runs, f"{model}, tiny", arguments.tiny / model, Path(work), arguments.tp)
