@@ -191,7 +191,16 @@ def test_rounding_of_a_tensor_in_fp32(tiny: Path, tmp_path: Path) -> None:
         lossy = changed_hf(
             wide, tmp_path / name, lambda t, dtype=dtype: t.update({n: x.to(dtype).float() for n, x in t.items()})
         )
-        assert said in (cause(parity(wide, lossy), "lm_head.weight") or "")
+        assert f"it was {said}" in (cause(parity(wide, lossy), "lm_head.weight") or "")
+        assert f"the other side was {said}" in (cause(parity(lossy, wide), "lm_head.weight") or "")
+
+
+@pytest.mark.parametrize(("shift", "said"), [(1, "the expected minus 1"), (-1, "the expected plus 1")])
+def test_norm_offsets_of_the_first_side(good: Path, tmp_path: Path, shift: int, said: str) -> None:
+    """The sum was rounded on the side that is expected: the difference alone does not give the other back."""
+    wrong = changed_mcore(good, tmp_path / "wrong", lambda t: t[NORM][2].mul_(1.37).add_(shift))
+    right = changed_mcore(good, tmp_path / "right", lambda t: t[NORM][2].mul_(1.37))
+    assert said in (cause(parity(wrong, right), NORM) or "")
 
 
 def test_rotary_rows_of_latent_attention(tmp_path: Path) -> None:
