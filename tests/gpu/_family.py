@@ -1,6 +1,6 @@
 """Measures one family: converts its tiny checkpoint, loads it with Megatron Core, compares logits with Transformers.
 
-`python tests/gpu/_family.py NAME DEVICE TINY RESULT`: a process of its own, so that no failure reaches another family.
+A process of its own, started by `run_forward.py` through `_alone.py`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ import json
 import os
 import shutil
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 # Before torch: cuBLAS reads the first when it starts, Transformer Engine the second at each call.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from _alone import Found, report  # noqa: E402
 from _verdict import judge  # noqa: E402
 
 from converters.errors import MbxError  # noqa: E402
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     from mbx.mcore.prompts import Passes
     from mbx.verify.parity import Leg
 
-Found: TypeAlias = dict[str, object]
 #: Families measured in bf16 and FP8 as well, on a GPU.
 LOW_PRECISION = ("llama", "qwen3")
 #: Settings of the tiny checkpoint that Transformers versions read differently, changed here.
@@ -55,31 +52,12 @@ _FUSED = (
 )
 
 
-def measure(name: str, device: str, tiny: Path | None, work: Path) -> Found:
-    """Everything about one family; what fails is a `reason` beside what was found before it."""
-    found: Found = {"status": "not run"}
-    started = time.monotonic()
-    try:
-        if device == "cuda":
-            import transformer_engine.pytorch  # noqa: F401  # before any CUDA op
-        _measure(name, device, tiny, work, found)
-    except MbxError as error:
-        found["reason"] = " ".join([error.fact, *error.details[:3]]).replace(str(work), "…")[:400]
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # torch's CheckpointException is one
-        found["status"] = "failed"
-        found["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".replace(str(work), "…")
-        found["traceback"] = traceback.format_exc()[-4000:]
-    found["seconds"] = round(time.monotonic() - started, 1)
-    return found
-
-
-def _measure(name: str, device: str, tiny: Path | None, work: Path, found: Found) -> None:
+def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found) -> None:
+    """Everything about one family."""
     from mbx.convert import Options, plan_hf_to_mcore, run
     from mbx.verify.parity import parity
 
-    source = _checkpoint(name, tiny, work)
+    source = checkpoint(name, tiny, work)
     job = plan_hf_to_mcore(source, work / "mcore", Options(sync=False))
     table = job.plan.table
     found.update(table=table.name, sha256=table.digest)
@@ -100,10 +78,10 @@ def _measure(name: str, device: str, tiny: Path | None, work: Path, found: Found
         # It takes its l2norm from fla when imported, and fla is hidden from Transformers later.
         importlib.import_module("megatron.core.ssm.gated_delta_net")
         found["notes"] = ["Gated delta rule by Megatron Core's deterministic torch code"]
-    _forward(name, device, source, work, config, found)
+    forward(name, device, source, work, config, found)
 
 
-def _checkpoint(name: str, tiny: Path | None, work: Path) -> Path:
+def checkpoint(name: str, tiny: Path | None, work: Path) -> Path:
     """The tiny checkpoint `name`, in the work folder."""
     from fixtures.make_tiny import make
 
@@ -140,7 +118,7 @@ def _leg(leg: Leg) -> Found:
     return {"status": leg.status, "summary": leg.summary, "details": list(leg.details[:5])}
 
 
-def _forward(name: str, device: str, source: Path, work: Path, config: dict[str, Value], found: Found) -> None:
+def forward(name: str, device: str, source: Path, work: Path, config: dict[str, Value], found: Found) -> None:
     from converters.spelling import canonical
     from mbx.io.hf import read_config
     from mbx.io.torch_dist import open_torch_dist
@@ -253,15 +231,5 @@ def _figures(diff: LogitDiff) -> Found:
     }
 
 
-def main() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    name, device, tiny, result = sys.argv[1:5]
-    with tempfile.TemporaryDirectory() as work:
-        found = measure(name, device, Path(tiny) if tiny else None, Path(work))
-    Path(result).write_text(json.dumps(found), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    report(measure)

@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
@@ -25,28 +24,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+from _alone import run_alone  # noqa: E402
 from _verdict import judge  # noqa: E402
 
 MEASURED = ROOT / "mappings" / "measured.json"
 _PACKAGES = ("torch", "transformers", "megatron-core", "transformer-engine")
-
-
-def run_family(name: str, device: str, tiny: Path | None, deadline: float) -> dict[str, Any]:
-    """One family in a child process; a crash or the deadline is its result."""
-    left = deadline - time.monotonic()
-    if left < 5:
-        return {"status": "not run", "reason": "no time was left"}
-    with tempfile.TemporaryDirectory() as work:
-        result = Path(work) / "result.json"
-        command = [sys.executable, str(HERE / "_family.py"), name, device, str(tiny or ""), str(result)]
-        try:
-            child = subprocess.run(command, capture_output=True, text=True, timeout=left, cwd=ROOT)
-        except subprocess.TimeoutExpired:
-            return {"status": "failed", "reason": f"did not end within {left:.0f} s"}
-        if result.is_file():
-            found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-            return found
-        return {"status": "failed", "reason": f"ended with code {child.returncode}", "traceback": child.stderr[-4000:]}
 
 
 def versions(device: str) -> dict[str, str]:
@@ -148,7 +130,10 @@ def main() -> int:
     say("family, table, cover, weights, forward; max|d| and KL against Transformers on cpu, max|d| to it on cuda;")
     say("max|d| of the control; keys: objects not written/not asked/tensors not written/not asked")
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = {name: pool.submit(run_family, name, arguments.device, arguments.tiny, deadline) for name in names}
+        runs = {
+            name: pool.submit(run_alone, "_family.py", name, arguments.device, arguments.tiny, deadline)
+            for name in names
+        }
         for name, future in runs.items():
             families[name] = future.result()
             say(line(name, families[name]))

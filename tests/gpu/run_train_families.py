@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,25 +19,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-
-def run_family(name: str, number: int, arguments: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """One family in a child process on one of the GPUs; a crash or the deadline is its result."""
-    left = deadline - time.monotonic()
-    if left < 5:
-        return {"status": "not run", "reason": "no time was left"}
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": str(number % max(1, arguments.gpus)), "PYTHONWARNINGS": "ignore"}
-    with tempfile.TemporaryDirectory() as work:
-        result = Path(work) / "result.json"
-        tiny = str(arguments.tiny.resolve()) if arguments.tiny else ""
-        command = [sys.executable, str(HERE / "_train_family.py"), name, arguments.device, tiny, str(result)]
-        try:
-            child = subprocess.run(command, capture_output=True, text=True, timeout=left, cwd=ROOT, env=env)
-        except subprocess.TimeoutExpired:
-            return {"status": "failed", "reason": f"did not end within {left:.0f} s"}
-        if result.is_file():
-            found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-            return found
-        return {"status": "failed", "reason": f"ended with code {child.returncode}", "traceback": child.stderr[-3000:]}
+from _alone import run_alone  # noqa: E402
 
 
 def line(name: str, found: dict[str, Any]) -> str:
@@ -71,7 +51,12 @@ def main() -> int:
     sys.stdout.write("family, status, loss; max|d| to Transformers on cpu, on cuda, of the control\n")
     with ThreadPoolExecutor(arguments.jobs) as pool:
         names = arguments.names or list(NAMES)
-        runs = {n: pool.submit(run_family, n, i, arguments, deadline) for i, n in enumerate(names)}
+        runs = {}
+        for number, name in enumerate(names):
+            gpu = {"CUDA_VISIBLE_DEVICES": str(number % max(1, arguments.gpus)), "PYTHONWARNINGS": "ignore"}
+            runs[name] = pool.submit(
+                run_alone, "_train_family.py", name, arguments.device, arguments.tiny, deadline, os.environ | gpu
+            )
         for name, future in runs.items():
             families[name] = future.result()
             sys.stdout.write(line(name, families[name]) + "\n")
