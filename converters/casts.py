@@ -54,6 +54,18 @@ def convert(data: Bytes, source: str, target: str, shift: int = 0, out: Bytes | 
     return out.reshape(-1)
 
 
+def overflown(cast: Bytes, values: Bytes, source: str) -> int:
+    """How many finite `values` (of dtype `source`) became infinite in `cast`, of F16: all beyond 65504."""
+    words, count = cast.reshape(-1).view(np.uint16), 0
+    item = DTYPE_BITS[source] // 8
+    for at in range(0, words.size, _BLOCK):
+        block = words[at : at + _BLOCK]
+        if (found := block & np.uint16(0x7FFF) == np.uint16(0x7C00)).any():
+            there = values.reshape(-1)[at * item : (at + block.size) * item]
+            count += int((found & np.isfinite(convert(there, source, "F64").view(np.float64))).sum())
+    return count
+
+
 def restore(original: Bytes, dtype: str, stored: Bytes, stored_dtype: str, changed: Bytes, shift: int) -> Bytes:
     """`changed`, with elements of `original` (both of `dtype`) wherever `original + shift` is exactly `stored`."""
     item, stored_item = DTYPE_BITS[dtype] // 8, DTYPE_BITS[stored_dtype] // 8

@@ -6,6 +6,7 @@ behind `model.` (`model.vocab_size`, `model.rotary_base`, …).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,8 +22,20 @@ WHOLE_NUMBERS = frozenset(
     moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size mtp_num_layers q_lora_rank kv_lora_rank
     qk_head_dim qk_pos_emb_head_dim v_head_dim mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim
     linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
-    model.vocab_size model.max_sequence_length""".split()
+    moe_router_num_groups moe_router_group_topk model.vocab_size model.max_sequence_length""".split()
 )
+#: Those without which no model can be built, where a table has them: Megatron Core would take its own default.
+NEEDED = WHOLE_NUMBERS - set(
+    """num_moe_experts moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk q_lora_rank
+    moe_shared_expert_intermediate_size mtp_num_layers model.max_sequence_length""".split()
+)
+#: Those that a model with experts needs.
+NEEDED_BY_EXPERTS = ("moe_ffn_hidden_size", "moe_router_topk")
+#: Those that say how often a part repeats; more is a slip of the pen, and would be laid out one by one.
+REPEATS = frozenset({"num_layers", "mtp_num_layers", "num_moe_experts"})
+_MAX_REPEATS = 100_000
+#: Those that say which layers do what: every so many, or one flag a layer.
+_PATTERNS = frozenset({"moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq", "no_rope_freq"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +95,13 @@ class ConfigTable:
                 value = evaluate(row.otherwise, hf) if isinstance(row.otherwise, str) else row.otherwise
             elif row.via is not None:
                 value = VALUE[row.via].to_mcore(value, hf)
-            elif isinstance(value, str) and isinstance(row.otherwise, (bool, int, float)):
+            elif not _is_like(value, row.otherwise):
                 raise UsageError(f"config.json: `{row.hf}` is {value!r}; a value like {row.otherwise!r} was expected")
-            if row.mcore in WHOLE_NUMBERS and value is not None and (type(value) is not int or value < 0):
-                raise UsageError(f"config.json: `{row.hf}` is {hf.get(row.hf)!r}; a whole number was expected")
+            _check_whole(row, value, hf)
             out[row.mcore] = value
+        for row in self.rows if out.get("num_moe_experts") else ():
+            if row.mcore in NEEDED_BY_EXPERTS and out[row.mcore] is None:
+                raise UsageError(f"config.json: `{row.hf}` is not there; a model with experts needs it")
         for group in self.groups:
             out |= FIELDS[group].to_mcore(hf)
         return out
@@ -107,6 +122,41 @@ class ConfigTable:
         for group in self.groups:
             out |= FIELDS[group].to_hf(mcore)
         return out
+
+
+def _is_like(value: Value, otherwise: Value) -> bool:
+    """Whether a value is of the kind of what stands for it when it is absent: a switch, or a finite number."""
+    if isinstance(otherwise, bool):
+        return isinstance(value, bool)
+    if isinstance(otherwise, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return True
+
+
+def _check_whole(row: ConfigRow, value: Value, hf: Mapping[str, Value]) -> None:
+    """UsageError unless a field that counts something is a whole number, in reason, and there where it must be."""
+    if row.mcore not in WHOLE_NUMBERS or value is None and row.mcore not in NEEDED:
+        return
+    if type(value) is not int or value < 0:
+        raise UsageError(f"config.json: `{row.hf}` is {_get(hf, row.hf)!r}; a whole number was expected")
+    if row.mcore in REPEATS and value > _MAX_REPEATS:
+        raise UsageError(f"config.json: `{row.hf}` is {value}; at most {_MAX_REPEATS} are laid out")
+
+
+def check_fields(config: Mapping[str, Value], origin: str) -> None:
+    """UsageError where a Megatron Core config, as `origin` says it, holds what no such config can."""
+    for name, value in config.items():
+        if value is None:
+            continue
+        if name in WHOLE_NUMBERS and (type(value) is not int or value < 0):
+            raise UsageError(f"{origin}: `{name}` is {value!r}; a whole number was expected")
+        if name in REPEATS and isinstance(value, int) and value > _MAX_REPEATS:
+            raise UsageError(f"{origin}: `{name}` is {value}; at most {_MAX_REPEATS} are laid out")
+        flags = value if isinstance(value, list) else [value]
+        if name in _PATTERNS and not (flags and all(isinstance(flag, int) for flag in flags) and value != 0):
+            raise UsageError(f"{origin}: `{name}` is {value!r}; a period, or a number for each layer, was expected")
+        if name == "window_size" and not flags:
+            raise UsageError(f"{origin}: `{name}` is {value!r}; how far back and ahead was expected")
 
 
 def environment(mcore: Mapping[str, Value]) -> dict[str, Value]:

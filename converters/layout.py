@@ -139,6 +139,8 @@ def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
         wanted += [("ep", layout.ep, "num_moe_experts"), ("etp", layout.expert_tp, width)]
     elif layout.ep > 1 and config.get("num_layers"):
         reasons.append(f"--ep {layout.ep}: this model has no experts")
+    elif layout.expert_tp not in (1, layout.tp) and config.get("num_layers"):
+        reasons.append(f"--etp {layout.expert_tp}: this model has no experts")
     for name, asked, field in wanted:
         size = config.get(field)
         if field == "num_query_groups" and isinstance(size, int) and size > 0 and not asked % size:

@@ -97,7 +97,7 @@ OPS: dict[str, Callable[[Dims, int], Form]] = {
     "qkv": lambda d, rows: Form(_qkv_atoms(d), _each(3), d["groups"], cut=0),
     "qkv_fused": lambda d, rows: Form(_qkv_atoms(d), ((1, (0, 1, 2)),), d["groups"], cut=0),
     # the same where each layer has its own number of groups (heterogeneous blocks): the rows tell it
-    "qkv_own": lambda d, rows: OPS["qkv"]({**d, "groups": (rows // d["head_dim"] - d["heads"]) // 2}, rows),
+    "qkv_own": lambda d, rows: OPS["qkv"]({**d, "groups": (rows // max(1, d["head_dim"]) - d["heads"]) // 2}, rows),
     # attention with an output gate: q_proj holds [query | gate] per head (Qwen3-Next, Qwen3.5)
     "qgkv": lambda d, rows: Form(
         (d["heads"] * d["head_dim"],) * 2 + _qkv_atoms(d)[1:],

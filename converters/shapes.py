@@ -1,6 +1,7 @@
 """Shapes that Megatron Core gives its parameters at a config: a config that does not fit the weights is found here.
 
-Source: the module constructors in megatron/core/transformer (attention.py, mlp.py, moe/) of megatron-core 0.16.1.
+Source: the module constructors in megatron/core/transformer (attention.py, multi_latent_attention.py, mlp.py, moe/) of
+megatron-core 0.16.1.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from converters.tensors import Shape
 _GATED = "(2 if gated_linear_unit else 1)"
 _HEADS = "num_attention_heads * (v_head_dim if multi_latent_attention else kv_channels)"
 _HIDDEN = ("hidden_size",)
+_QUERIES = "num_attention_heads * (qk_head_dim + qk_pos_emb_head_dim)"
 _WIDTH = "(moe_latent_size or hidden_size)"
 
 #: Parameter, relative to its layer → its dimensions; None where the op already fixes one.
@@ -28,7 +30,12 @@ EXPECTED: Mapping[str, tuple[str | None, ...]] = {
     "self_attention.linear_proj.weight": ("hidden_size", _HEADS),
     "self_attention.linear_proj.bias": _HIDDEN,
     "self_attention.linear_q_down_proj.weight": ("q_lora_rank", "hidden_size"),
+    "self_attention.linear_q_proj.weight": (_QUERIES, "hidden_size"),
+    "self_attention.linear_q_up_proj.weight": (_QUERIES, "q_lora_rank"),
+    "self_attention.linear_q_up_proj.layer_norm_weight": ("q_lora_rank",),
     "self_attention.linear_kv_down_proj.weight": ("kv_lora_rank + qk_pos_emb_head_dim", "hidden_size"),
+    "self_attention.linear_kv_up_proj.weight": ("num_attention_heads * (qk_head_dim + v_head_dim)", "kv_lora_rank"),
+    "self_attention.linear_kv_up_proj.layer_norm_weight": ("kv_lora_rank",),
     "input_layernorm.weight": _HIDDEN,
     "pre_mlp_layernorm.weight": _HIDDEN,
     "mlp.linear_fc1.layer_norm_weight": _HIDDEN,
@@ -42,7 +49,12 @@ EXPECTED: Mapping[str, tuple[str | None, ...]] = {
     "mlp.shared_experts.linear_fc2.weight": ("hidden_size", "moe_shared_expert_intermediate_size"),
 }
 #: Fields that not every config sets, and what stands for them.
-_DEFAULTS: Mapping[str, None | bool] = {"multi_latent_attention": False, "moe_latent_size": None, "v_head_dim": None}
+_DEFAULTS: Mapping[str, None | bool] = {
+    "multi_latent_attention": False,
+    "moe_latent_size": None,
+    "kv_channels": None,
+    "v_head_dim": None,
+}
 
 
 def expected_shape(row: Row, env: Env) -> tuple[int | None, ...] | None:
@@ -60,8 +72,10 @@ def expected_shape(row: Row, env: Env) -> tuple[int | None, ...] | None:
 def _size(expression: str | None, env: Env) -> int | None:
     if expression is None or any(name not in env for name in names(expression)):
         return None
-    needed = names(expression) - {"gated_linear_unit", "multi_latent_attention", "moe_latent_size", "v_head_dim"}
-    if any(env[name] is None for name in needed):
+    # Latent attention has a size of its own for the values of a head, other attention one for all of a head.
+    other_kind = "kv_channels" if env["multi_latent_attention"] else "v_head_dim"
+    optional = {"gated_linear_unit", "multi_latent_attention", "moe_latent_size", other_kind}
+    if any(env[name] is None for name in names(expression) - optional):
         return None
     size = evaluate(expression, env)
     return size if isinstance(size, int) else None

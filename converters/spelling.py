@@ -50,31 +50,48 @@ def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
     if isinstance(parameters, Mapping):
         nested = {k: v for k, v in parameters.items() if isinstance(v, Mapping)}
         if nested:
-            if local := nested.get("sliding_attention"):
-                _put(out, "rope_local_base_freq", local.get("rope_theta"))
+            _take_local(out, nested)
             parameters = nested.get("full_attention", {})
             assert isinstance(parameters, Mapping)
-        rope = dict(parameters)
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if key in rope:
-                _put(out, key, rope.pop(key))
-        if rope.get("rope_type", "default") != "default":
+        if (rope := _scaling(out, parameters, "rope_parameters")) is not None:
             _put(out, "rope_scaling", rope)
-    scaling = out.get("rope_scaling")
-    if isinstance(scaling, Mapping):
-        rope = dict(scaling)
-        if "type" in rope:
-            kind = rope.pop("type")
-            rope.setdefault("rope_type", kind)
-        if rope.get("max_position_embeddings") == out.get("max_position_embeddings"):
-            rope.pop(
-                "max_position_embeddings", None
-            )  # Transformers' Ministral 3 repeats the model's own, and reads that
-        if rope.get("rope_type", "default") == "default":
-            out["rope_scaling"] = None
-        else:
-            out["rope_scaling"] = rope
+    if isinstance(scaling := out.get("rope_scaling"), Mapping):
+        out["rope_scaling"] = _scaling(out, scaling, "rope_scaling")
     return out
+
+
+def _scaling(out: dict[str, Value], said: Mapping[str, Value], where: str) -> dict[str, Value] | None:
+    """A scaling rule under its `rope_type`, None where there is none; the base and the rotated share go into `out`."""
+    rope = dict(said)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            _put(out, key, rope.pop(key))
+    if "type" in rope:
+        kind = rope.pop("type")
+        rope.setdefault("rope_type", kind)
+    if rope.get("max_position_embeddings") == out.get("max_position_embeddings"):
+        rope.pop("max_position_embeddings", None)  # Transformers' Ministral 3 repeats the model's own, and reads that
+    kind = rope.get("rope_type")
+    if kind is None and (left := [key for key, value in rope.items() if value is not None and key != "rope_type"]):
+        raise UsageError(f"config.json: `{where}` has `{left[0]}`, and no `rope_type` that says what it is for")
+    return None if kind in (None, "default") else rope
+
+
+def _take_local(out: dict[str, Value], nested: Mapping[str, Value]) -> None:
+    """Put the windowed layers' own base into `out`; UsageError where they have more, or other kinds have any."""
+    if other := sorted(set(nested) - {"full_attention", "sliding_attention"}):
+        raise UsageError(f"config.json: `rope_parameters` speaks of `{other[0]}`; layers of that kind are not known")
+    local = nested.get("sliding_attention")
+    if not isinstance(local, Mapping):
+        return
+    _put(out, "rope_local_base_freq", local.get("rope_theta"))
+    if more := sorted(
+        set(local) - {"rope_theta"} - {key for key, value in local.items() if value in (None, "default")}
+    ):
+        raise UsageError(
+            f"config.json: `rope_parameters.sliding_attention.{more[0]}` has no Megatron Core counterpart: windowed "
+            "layers may have a base of their own and no more"
+        )
 
 
 def _text_of(config: Mapping[str, Value]) -> dict[str, Value]:

@@ -11,10 +11,10 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from converters.casts import convert
+from converters.casts import convert, overflown
 from converters.crc import combine
 from converters.encode import encode_rows
-from converters.errors import StorageError
+from converters.errors import StorageError, UsageError
 from converters.pieces import Cutting, Geometry, Part, Piece, cut
 from converters.plan import Entry, Plan, Unit
 from converters.protocols import Sink, Source
@@ -177,6 +177,11 @@ class Engine:
             width = data.shape[1] * DTYPE_BITS[tensor.dtype] // DTYPE_BITS[origin]
             out = buffers.take("changed", rows, width).reshape(-1)
             changed = convert(data, origin, tensor.dtype, unit.shift, out).reshape(rows, -1)
+            if tensor.dtype == "F16" and (lost := overflown(changed, data, origin)):
+                raise UsageError(
+                    f"`{entry.tensor}`: {lost} value(s) are beyond fp16's range, 65504, and would be infinite",
+                    hint="--dtype bf16 keeps the range, --dtype fp32 every value",
+                )
             data = self.reader.restored(unit, row, data, changed, origin) if unit.original else changed
         item = DTYPE_BITS[tensor.dtype] // 8
         crcs = []

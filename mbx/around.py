@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import CoverageError
+from converters.tensors import StoredTensor
 from mbx import manifest
 from mbx.io import hf, torch_dist
 from mbx.io.files import FileSink, FileSource, os_failure
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mbx.convert import Job
 
 _BLOCK = 4 << 20
+_EQUAL_BLOCK = 8 << 20
 
 
 def write_headers(job: Job, sink: FileSink) -> None:
@@ -30,27 +32,39 @@ def write_headers(job: Job, sink: FileSink) -> None:
 
 
 def check_equal(job: Job, source: FileSource) -> None:
-    """Tensors that the config declares tied must be: an untied head is never dropped."""
-    block = 8 << 20
+    """Tensors that the config declares tied must be: an untied head is never dropped.
+
+    Those that a codec stores are when their parts are, codes and scales.
+    """
     for name, other in job.plan.equal:
-        a, b = job.plan.sources[name], job.plan.sources[other]
-        same = (a.shape, a.dtype) == (b.shape, b.dtype)
-        left, right = bytearray(block), bytearray(block)
-        for at in range(0, a.nbytes if same else 0, block):
-            count = min(block, a.nbytes - at)
-            for tensor, buffer in ((a, left), (b, right)):
-                chunk = tensor.chunks[0]
-                source.read_into(chunk.file, source.data_start(chunk) + at, memoryview(buffer)[:count])
-            if left[:count] != right[:count]:
-                same = False
-                break
-        if not same:
+        a, b = _as_stored(job, name), _as_stored(job, other)
+        if a.keys() != b.keys() or not all(_same_bytes(source, a[role], b[role]) for role in a):
             raise CoverageError(
                 f"`{name}` should repeat `{other}`, and does not",
                 hint="config.json says they are tied: set `tie_word_embeddings` to false to keep both"
                 if not job.plan.direction.startswith("adapter")
                 else "one linear shares one lora_A: leave out --fused to keep them apart",
             )
+
+
+def _as_stored(job: Job, name: str) -> Mapping[str, StoredTensor]:
+    """A source tensor as its file holds it: in the parts of its codec, or whole."""
+    encoded = job.plan.encoded.get(name)
+    return {"": job.plan.sources[name]} if encoded is None else encoded.parts
+
+
+def _same_bytes(source: FileSource, a: StoredTensor, b: StoredTensor) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    left, right = bytearray(_EQUAL_BLOCK), bytearray(_EQUAL_BLOCK)
+    for at in range(0, a.nbytes, _EQUAL_BLOCK):
+        count = min(_EQUAL_BLOCK, a.nbytes - at)
+        for tensor, buffer in ((a, left), (b, right)):
+            chunk = tensor.chunks[0]
+            source.read_into(chunk.file, source.data_start(chunk) + at, memoryview(buffer)[:count])
+        if left[:count] != right[:count]:
+            return False
+    return True
 
 
 def write_side_files(job: Job, root: Path, source: FileSource) -> dict[str, int]:

@@ -73,14 +73,22 @@ class Job:
     source: Path
     target: Path
     source_root: Path
-    tensors: Mapping[str, StoredTensor]
-    file_sizes: Mapping[str, int]
     side_files: Mapping[str, Path]
     texts: Mapping[str, bytes]
     options: Options
     placed: torch_dist.Placement | hf.Placement | legacy_write.Placement
     origin: Mapping[str, str | None] = field(default_factory=dict)
     sidecars: Sidecars | None = None
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """The target's tensors, each chunk in its place."""
+        return self.placed.tensors
+
+    @property
+    def file_sizes(self) -> Mapping[str, int]:
+        """Bytes of each of the target's weight files."""
+        return self.placed.file_sizes
 
     @property
     def base(self) -> str:
@@ -129,20 +137,7 @@ def plan_hf_to_mcore(
     texts = {f"{at}hf/{hf.LAYOUT}": hf.record_layout(folder).encode(), **sidecars.texts}
     if (index := hf.bin_index(folder)) is not None:
         texts[f"{at}hf/{hf.INDEX}"] = index
-    return Job(
-        plan,
-        source,
-        target,
-        source,
-        placed.tensors,
-        placed.file_sizes,
-        sides,
-        texts,
-        options,
-        placed,
-        origin or {},
-        sidecars,
-    )
+    return Job(plan, source, target, source, sides, texts, options, placed, origin or {}, sidecars)
 
 
 def _idle(options: Options, plan: Plan, table: Table, config: Mapping[str, Value]) -> list[str]:
@@ -210,7 +205,11 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     )
     left_out = [f"not carried: {what}" for what in opened.left_out]
     idle = _idle(options, plan, table, config)
-    plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out, *codes.notes, *idle))
+    kept_codes = []
+    if options.dtype is not None and plan.reencoded:
+        kinds = ", ".join(sorted({whole.codec.name for whole in plan.reencoded.values()}))
+        kept_codes = [f"--dtype {options.dtype} casts the other tensors: {len(plan.reencoded):,} stay {kinds}"]
+    plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out, *codes.notes, *kept_codes, *idle))
     files = recorded_files if plan.reencoded else plain
     placed = hf.place(plan.drafts, files, options.max_shard_bytes)
     sides = {} if reference is None else {name: reference / name for name in hf.side_files(reference)}
@@ -221,9 +220,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     elif recorded_files is None:
         sides.pop(hf.INDEX, None)
     _config_file(found, plan, options, sides, texts)
-    return Job(
-        plan, source, target, opened.iteration, placed.tensors, placed.file_sizes, sides, texts, options, placed
-    )
+    return Job(plan, source, target, opened.iteration, sides, texts, options, placed)
 
 
 def _config_file(
@@ -251,8 +248,8 @@ def edited_config(config: bytes, dtype: str | None, codec: str) -> bytes:
     """`config.json` for tensors stored by `codec`, cast to `dtype` if one is asked for; nothing else changes."""
     loaded = json.loads(config)
     before = dict(loaded)
-    if codec == PLAIN:
-        loaded.pop("quantization_config", None)
+    if codec == PLAIN and loaded.get("quantization_config") is not None:
+        del loaded["quantization_config"]
     if dtype is not None:
         loaded["dtype" if "dtype" in loaded else "torch_dtype"] = _DTYPE_NAMES[dtype]
     if loaded == before:

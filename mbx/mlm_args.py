@@ -137,7 +137,10 @@ class Translation:
 
 def split_flags(text: str) -> list[tuple[str, list[str]]]:
     """Flags of a shell command or script with their values; what stands before the Python script is left out."""
-    words = shlex.split(text.replace("\\\n", " "), comments=True)
+    try:
+        words = shlex.split(text.replace("\\\n", " "), comments=True)
+    except ValueError as error:
+        raise UsageError(f"the command line cannot be read: {error}") from error
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), -1)
     words = words[script + 1 :]
     found: list[tuple[str, list[str]]] = []
@@ -154,7 +157,9 @@ def to_recipe(text: str) -> Translation:
     """The recipe that a Megatron-LM command line means; UsageError for a value of the wrong kind."""
     out: dict[str, object] = {}
     skipped, unknown, seen = [], [], set()
-    for name, values in split_flags(text):
+    if not (found := split_flags(text)):
+        raise UsageError("there is no flag in the command line", hint="a script or a line with `pretrain_gpt.py --…`")
+    for name, values in found:
         seen.add(name)
         if name in _BY_NAME:
             flag = _BY_NAME[name]

@@ -78,20 +78,7 @@ def plan_mcore_to_mcore(
         for path in sorted((opened.iteration / folder).iterdir())
         if path.is_file()
     }
-    return Job(
-        plan,
-        source,
-        target,
-        opened.iteration,
-        placed.tensors,
-        placed.file_sizes,
-        sides,
-        sidecars.texts,
-        options,
-        placed,
-        {},
-        sidecars,
-    )
+    return Job(plan, source, target, opened.iteration, sides, sidecars.texts, options, placed, {}, sidecars)
 
 
 def _tokenizer(opened: McoreCheckpoint) -> str | None:

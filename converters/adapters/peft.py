@@ -68,6 +68,13 @@ def modules_of(tensors: Mapping[str, StoredTensor], settings: LoraSettings) -> t
             parts.setdefault(key[len(PREFIX) : -len(suffix)], {})[_KINDS[suffix]] = tensor
     if odd := [key for key in other if ".lora_" in key]:
         raise UnsupportedError(f"`{odd[0]}` is no factor of a linear: such adapters are not read", details=odd)
+    if passed := [name for name in parts if not settings.is_target(name)]:
+        raise CoverageError(
+            f"adapter: {len(passed)} of {len(parts)} adapted modules are no target by adapter_config.json, first "
+            f"`{passed[0]}`",
+            hint="PEFT would leave their tensors out: correct target_modules or layers_to_transform, or remove them",
+            details=[f"`{name}`" for name in passed],
+        )
     found = {}
     for name, held in parts.items():
         wanted = ("a", "b", "m") if settings.dora else ("a", "b")

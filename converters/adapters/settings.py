@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from converters.errors import UnsupportedError, UsageError
 from converters.expr import Value
 
-#: Keys that say where an adapter came from, or which modules it was put on: the tensors' names say that too.
+#: Keys that say where an adapter came from, or how it was trained.
 _HARMLESS = frozenset(
-    """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode
-    layers_pattern layers_to_transform lora_dropout lora_ga_config megatron_core peft_type peft_version
-    qalora_group_size revision runtime_config target_modules target_parameters task_type loftq_config""".split()
+    """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config inference_mode lora_dropout
+    lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config task_type
+    loftq_config""".split()
 )
 _READ = frozenset(
-    "r lora_alpha use_rslora use_dora rank_pattern alpha_pattern modules_to_save init_lora_weights".split()
+    """r lora_alpha use_rslora use_dora rank_pattern alpha_pattern modules_to_save init_lora_weights
+    target_modules target_parameters exclude_modules layers_to_transform layers_pattern""".split()
 )
 #: Starting points that change the base weights: the adapter alone is then not what was trained.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -28,7 +29,11 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """Ranks and scales of an adapter; patterns are regular expressions on the end of a module's name."""
+    """Ranks and scales of an adapter; patterns are regular expressions on the end of a module's name.
+
+    `targets` are the ends of the names of the modules that it is put on, None where any is taken; `layers` the numbers
+    of their layers, None for all.
+    """
 
     rank: int
     alpha: float
@@ -37,6 +42,16 @@ class LoraSettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    targets: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+
+    def is_target(self, module: str) -> bool:
+        """Whether PEFT puts the adapter on `module`: the tensors of one that it passes over are never applied."""
+        if self.targets is None or module in self.targets:
+            return True
+        number = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        in_layers = self.layers is None or number is not None and int(number[1]) in self.layers
+        return in_layers and any(module.endswith(f".{target}") for target in self.targets)
 
     def rank_of(self, module: str) -> int:
         """Rank of the adapter on `module`, named as in the base model."""
@@ -86,7 +101,28 @@ def parse_settings(config: Mapping[str, Value]) -> LoraSettings:
         {key: _whole(key, value) for key, value in _pattern(config, "rank_pattern").items()},
         {key: _number(key, value) for key, value in _pattern(config, "alpha_pattern").items()},
         tuple(map(str, saved)),
+        _targets(config),
+        _layers(config),
     )
+
+
+def _targets(config: Mapping[str, Value]) -> tuple[str, ...] | None:
+    """Ends of module names; None for "all-linear", for an expression, and beside adapted parameters."""
+    modules = config.get("target_modules")
+    if not isinstance(modules, list) or config.get("target_parameters"):
+        return None
+    return tuple(map(str, modules))
+
+
+def _layers(config: Mapping[str, Value]) -> tuple[int, ...] | None:
+    """Numbers of the adapted layers; None for all, and for layers that are counted under a name of their own."""
+    said = config.get("layers_to_transform")
+    listed = said if isinstance(said, list) else [said]
+    if said is None or said == [] or config.get("layers_pattern"):
+        return None
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in listed):
+        raise UsageError(f"adapter_config.json: `layers_to_transform` = {said!r}; numbers of layers were expected")
+    return tuple(layer for layer in listed if isinstance(layer, int))
 
 
 def _neutral(key: str, value: Value) -> bool:
@@ -101,7 +137,7 @@ def _pattern(config: Mapping[str, Value], key: str) -> Mapping[str, Value]:
 
 
 def _number(key: str, value: Value) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UsageError(f"adapter_config.json: `{key}` = {value!r}; a number was expected")
     return value
 

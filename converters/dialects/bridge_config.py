@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from converters.config_map import check_fields
 from converters.dialects.bridge_providers import settled
 from converters.dialects.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS
+from converters.errors import UsageError
 from converters.expr import Value
 from converters.layout import Layout
 
@@ -33,7 +35,7 @@ _CONTAINER = "megatron.bridge.training.config.ConfigContainer"
 
 
 def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
-    """Flat Megatron Core config of the `model` node; empty where there is none."""
+    """Flat Megatron Core config of the `model` node, empty where there is none; UsageError for what no config has."""
     model = run_config.get("model")
     if not isinstance(model, Mapping):
         return {}
@@ -43,7 +45,7 @@ def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
             out[field] = value
     for field in ("num_query_groups", "num_moe_experts", "gated_linear_unit"):
         if field in model:
-            out[field] = _plain(model[field])
+            out[field] = _stated(model, field)
     if not out.get("num_moe_experts"):
         out = {field: value for field, value in out.items() if not field.startswith("moe_")}
     if not out.get("multi_latent_attention"):
@@ -57,12 +59,14 @@ def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
         out["activation_func"] = _BY_TARGET.get(target.rpartition(".")[2], target)
     for field in MODEL_ARGUMENTS:
         if field in model:
-            out[f"model.{field}"] = _plain(model[field])
+            out[f"model.{field}"] = _stated(model, field)
     if "seq_length" in model:
-        out["model.max_sequence_length"] = _plain(model["seq_length"])
+        out["model.max_sequence_length"] = _stated(model, "seq_length")
     if not out.get("model.rope_scaling"):
         out.pop("model.rope_scaling_factor", None)
-    return settled(model, out)
+    out = settled(model, out)
+    check_fields(out, "run_config.yaml")
+    return out
 
 
 class _Object:
@@ -77,6 +81,13 @@ def _plain(node: object) -> Value:
         args = node.get("_args_")
         return _plain(args[0]) if isinstance(args, list) and len(args) == 1 and _is_plain(args[0]) else _OBJECT
     return node if _is_plain(node) else _OBJECT  # type: ignore[return-value]
+
+
+def _stated(model: Mapping[str, object], field: str) -> Value:
+    """A field that is always a plain value; UsageError where it is an object."""
+    if (value := _plain(model[field])) is _OBJECT:
+        raise UsageError(f"run_config.yaml: `model.{field}` is {model[field]!r}; a plain value was expected")
+    return value
 
 
 def _is_plain(value: object) -> bool:

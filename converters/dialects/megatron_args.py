@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from converters.config_map import check_fields
 from converters.errors import UsageError
 from converters.expr import Value
 from converters.layout import Layout
@@ -72,7 +73,10 @@ def _value(value: object) -> Value:
 
 
 def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
-    """Flat Megatron Core config of Megatron-LM's `args`; fields that the args do not have are left out."""
+    """Flat Megatron Core config of Megatron-LM's `args`; fields that the args do not have are left out.
+
+    UsageError for values that no config has.
+    """
     hybrid = bool(
         args.get("is_hybrid_model") or args.get("hybrid_override_pattern") or args.get("hybrid_layer_pattern")
     )
@@ -117,7 +121,9 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
     if hybrid:
         model["mcore_model"] = "hybrid"
         model["hybrid_override_pattern"] = args.get("hybrid_override_pattern") or args.get("hybrid_layer_pattern")
-    return out | {f"model.{name}": _value(value) for name, value in model.items() if _plain(value)}
+    out |= {f"model.{name}": _value(value) for name, value in model.items() if _plain(value)}
+    check_fields(out, "the checkpoint's args")
+    return out
 
 
 def _activation(args: Mapping[str, object]) -> dict[str, Value]:

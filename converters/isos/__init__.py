@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from converters.isos import experts, layers, rope
-from converters.isos.base import FieldsIso, ValueIso, layers_of, number
+from converters.isos.base import FieldsIso, ValueIso, layers_of, positive
 from converters.isos.experts import inexpressible_groups
 from converters.isos.rope import LLAMA3_FIXED, inexpressible_rope
 
@@ -73,7 +73,8 @@ VALUE: dict[str, ValueIso] = {
     "sliding_layers": ValueIso(layers.sliding_layers_to_mcore, layers.sliding_layers_to_hf),
     "not": ValueIso(lambda v, _: not v, lambda v, _: not v),
     "rsqrt": ValueIso(
-        lambda v, _: 1.0 / math.sqrt(number(v, "scale")), lambda v, _: round(1.0 / number(v, "softmax_scale") ** 2, 6)
+        lambda v, _: 1.0 / math.sqrt(positive(v, "scale")),
+        lambda v, _: round(1.0 / positive(v, "softmax_scale") ** 2, 6),
     ),
     "zero_is_none": ValueIso(lambda v, _: v or None, lambda v, _: v or 0),
 }

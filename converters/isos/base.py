@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -29,12 +30,26 @@ class FieldsIso:
 
 
 def number(value: Value, what: str) -> float:
-    """`value` as a number; UsageError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """`value` as a finite number; UsageError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UsageError(f"config: {what} is {value!r}, a number was expected")
     return value
 
 
+def positive(value: Value, what: str) -> float:
+    """`value` as a finite number above 0; UsageError otherwise."""
+    if (found := number(value, what)) <= 0:
+        raise UsageError(f"config: {what} is {value!r}, a number above 0 was expected")
+    return found
+
+
+def whole(value: Value, what: str) -> int:
+    """`value` as a whole number, 4.0 being one; UsageError otherwise."""
+    if (found := number(value, what)) != int(found):
+        raise UsageError(f"config: {what} is {value!r}, a whole number was expected")
+    return int(found)
+
+
 def layers_of(config: Mapping[str, Value], key: str) -> int:
     """A count in a config; UsageError where it is absent."""
-    return int(number(config.get(key), key))
+    return whole(config.get(key), key)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from converters.errors import UsageError
 from converters.expr import Value
-from converters.isos.base import Fields, layers_of, number
+from converters.isos.base import Fields, layers_of, positive, whole
 
 
 def moe_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
     """Every `decoder_sparse_step`-th layer holds experts, those of `mlp_only_layers` never; 1 where all layers do."""
     step, only = hf.get("decoder_sparse_step"), hf.get("mlp_only_layers") or []
-    every = 1 if step is None else int(number(step, "decoder_sparse_step"))
+    every = 1 if step is None else whole(step, "decoder_sparse_step")
     if not isinstance(only, list) or every < 1:
         raise UsageError(f"config: decoder_sparse_step is {step!r} and mlp_only_layers is {only!r}")
     if every == 1 and not only:
@@ -43,7 +43,7 @@ def moe_step_to_mcore(hf: Mapping[str, Value]) -> Fields:
         hf.get("moe_layers"),
         hf.get("interleave_moe_layer_step"),
     )
-    every = 1 if step is None else int(number(step, "interleave_moe_layer_step"))
+    every = 1 if step is None else whole(step, "interleave_moe_layer_step")
     if every < 1 or not (listed is None or isinstance(listed, list)):
         raise UsageError(f"config: interleave_moe_layer_step is {step!r} and moe_layers is {listed!r}")
     chosen = range(every - 1, layers, every) if listed is None else listed
@@ -65,27 +65,27 @@ def moe_step_to_hf(mcore: Mapping[str, Value]) -> Fields:
 
 def first_dense_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """`first_k_dense_replace` ↔ mcore's flag per layer, always spelt out as Megatron-Bridge does."""
-    dense = int(number(value, "first_k_dense_replace"))
+    dense = whole(value, "first_k_dense_replace")
     return [int(layer >= dense) for layer in range(layers_of(hf, "num_hidden_layers"))]
 
 
 def first_dense_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
     if value == 1:
         return 0
-    if not isinstance(value, list) or value != sorted(value, key=lambda flag: int(number(flag, "moe_layer_freq"))):
+    if not isinstance(value, list) or value != sorted(value, key=lambda flag: whole(flag, "moe_layer_freq")):
         raise UsageError(f"config: moe_layer_freq is {value!r}; this architecture has its dense layers first")
     return value.count(0)
 
 
 def shared_experts_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """Number of shared experts ↔ the width of all of them together, None where there is none."""
-    count = int(number(value or 0, "shared experts"))
-    return count * int(number(hf.get("moe_intermediate_size"), "moe_intermediate_size")) or None
+    count = whole(value or 0, "shared experts")
+    return count * whole(hf.get("moe_intermediate_size"), "moe_intermediate_size") or None
 
 
 def shared_experts_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
-    width = int(number(mcore.get("moe_ffn_hidden_size"), "moe_ffn_hidden_size"))
-    return int(number(value or 0, "moe_shared_expert_intermediate_size")) // width
+    width = int(positive(mcore.get("moe_ffn_hidden_size"), "moe_ffn_hidden_size"))
+    return whole(value or 0, "moe_shared_expert_intermediate_size") // width
 
 
 def greedy_groups_to_mcore(hf: Mapping[str, Value]) -> Fields:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from converters.errors import UsageError
 from converters.expr import Value
-from converters.isos.base import Fields, layers_of, number
+from converters.isos.base import Fields, layers_of, positive, whole
 
 
 def window_to_mcore(hf: Mapping[str, Value]) -> Fields:
@@ -14,12 +14,15 @@ def window_to_mcore(hf: Mapping[str, Value]) -> Fields:
     width = hf.get("sliding_window")
     if hf.get("use_sliding_window") is False:
         width = None
-    return {"window_size": None if width is None else [int(number(width, "sliding_window")) - 1, 0]}
+    if width is None:
+        return {"window_size": None}
+    positive(width, "sliding_window")
+    return {"window_size": [whole(width, "sliding_window") - 1, 0]}
 
 
 def window_to_hf(mcore: Mapping[str, Value]) -> Fields:
     window = mcore.get("window_size")
-    return {"sliding_window": None if not isinstance(window, list) else int(number(window[0], "window_size")) + 1}
+    return {"sliding_window": None if not isinstance(window, list) else whole(window[0], "window_size") + 1}
 
 
 def sliding_layers_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
@@ -34,7 +37,7 @@ def sliding_layers_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
 
 def sliding_layers_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
     if isinstance(value, int) and not isinstance(value, bool):
-        layers = int(number(mcore.get("num_layers"), "num_layers"))
+        layers = whole(mcore.get("num_layers"), "num_layers")
         value = [int((layer + 1) % value != 0) for layer in range(layers)]
     if not isinstance(value, list):
         return None
@@ -47,8 +50,8 @@ def no_rope_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     An empty list is none at all (`Llama4TextConfig.__post_init__`).
     """
     if not value:
-        every = int(number(hf.get("no_rope_layer_interval", 4), "no_rope_layer_interval"))
-        layers = int(number(hf.get("num_hidden_layers"), "num_hidden_layers"))
+        every = whole(hf.get("no_rope_layer_interval", 4), "no_rope_layer_interval")
+        layers = whole(hf.get("num_hidden_layers"), "num_hidden_layers")
         value = [int((layer + 1) % every != 0) for layer in range(layers)]
     return flipped(value)
 
@@ -56,7 +59,7 @@ def no_rope_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
 def flipped(value: Value) -> Value:
     if not isinstance(value, list) or any(flag not in (0, 1) for flag in value):
         raise UsageError(f"config: no_rope_layers is {value!r}, a list of 0 and 1 was expected")
-    return [1 - int(number(flag, "no_rope_layers")) for flag in value]
+    return [1 - whole(flag, "no_rope_layers") for flag in value]
 
 
 def linear_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
@@ -69,7 +72,7 @@ def linear_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
         if kinds != linear_layers(period, len(kinds)) or every not in (None, period):
             raise UsageError("config: layer_types does not repeat with one full_attention layer in each period")
         every = period
-    return {"linear_attention_freq": int(number(every, "full_attention_interval"))}
+    return {"linear_attention_freq": whole(every, "full_attention_interval")}
 
 
 def linear_layers(period: int, count: int) -> list[Value]:

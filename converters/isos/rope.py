@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from converters.errors import UsageError
 from converters.expr import Value
-from converters.isos.base import Fields, number
+from converters.isos.base import Fields, number, positive
 
 #: What megatron.core.models.common.embeddings.rotary_pos_embedding hard-codes for Llama 3 scaling.
 LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -25,14 +25,26 @@ def rope_to_mcore(hf: Mapping[str, Value]) -> Fields:
     if not isinstance(scaling, Mapping):
         raise UsageError(f"config: rope_scaling is {scaling!r}, an object was expected")
     kind = scaling.get("rope_type")
-    if kind == "linear":
-        return {**off, "model.seq_len_interpolation_factor": scaling.get("factor")}
-    if kind != "llama3":
+    if kind not in ("linear", "llama3"):
         raise UsageError(
             f"config: rope_scaling of type {kind!r} has no Megatron Core counterpart in this architecture",
             hint="supported here: llama3, linear",
         )
-    return {**off, "model.rope_scaling": True, "model.rope_scaling_factor": scaling.get("factor")}
+    _check_known(scaling, {"factor", *(LLAMA3_FIXED if kind == "llama3" else ())})
+    factor = positive(scaling.get("factor"), "rope_scaling.factor")
+    if kind == "linear":
+        return {**off, "model.seq_len_interpolation_factor": factor}
+    return {**off, "model.rope_scaling": True, "model.rope_scaling_factor": factor}
+
+
+def _check_known(scaling: Mapping[str, Value], known: Collection[str]) -> None:
+    """UsageError for a key that may change the rotation and that nothing here reads."""
+    if unknown := sorted(
+        set(scaling) - {*known, "rope_type"} - {key for key, value in scaling.items() if value is None}
+    ):
+        raise UsageError(
+            f"config: rope_scaling.{unknown[0]} of type {scaling.get('rope_type')!r} has no Megatron Core counterpart"
+        )
 
 
 def rope_to_hf(mcore: Mapping[str, Value]) -> Fields:
@@ -82,18 +94,31 @@ def yarn_to_mcore(hf: Mapping[str, Value]) -> Fields:
     scaling = hf.get("rope_scaling")
     if not isinstance(scaling, Mapping) or scaling.get("rope_type") != "yarn":
         return {"model.position_embedding_type": "rope", **rope_to_mcore(hf)}
-    known = {*YARN, "rope_type", "type", _QUERY_SCALING}
-    if unknown := sorted(key for key, value in scaling.items() if key not in known and value is not None):
-        raise UsageError(f"config: rope_scaling.{unknown[0]} of type 'yarn' has no Megatron Core counterpart")
-    fields: Fields = {"model.position_embedding_type": "yarn", **rope_to_mcore({})}
-    for key, (field, default) in YARN.items():
-        value = scaling.get(key)
-        fields[field] = default if value is None else value
-    if fields["yarn_original_max_position_embeddings"] is None:
-        fields["yarn_original_max_position_embeddings"] = hf.get("max_position_embeddings")
-    number(fields["yarn_rotary_scaling_factor"], "rope_scaling.factor")
+    _check_known(scaling, {*YARN, _QUERY_SCALING})
+    fields: Fields = {
+        "model.position_embedding_type": "yarn",
+        **rope_to_mcore({}),
+        **_yarn_fields(YARN, scaling, hf),
+    }
     if scaling.get(_QUERY_SCALING) is not None:
         fields[_QUERY_SCALING] = scaling[_QUERY_SCALING]
+    return fields
+
+
+def _yarn_fields(
+    keys: Mapping[str, tuple[str, Value]], scaling: Mapping[str, Value], hf: Mapping[str, Value]
+) -> Fields:
+    """The fields that `keys` names, each as the config says it or as Transformers takes it where it does not."""
+    said = {"original_max_position_embeddings": hf.get("max_position_embeddings")}
+    said |= {key: value for key, value in scaling.items() if value is not None}
+    positive(said.get("factor"), "rope_scaling.factor")
+    fields: Fields = {}
+    for key, (field, default) in keys.items():
+        value = fields[field] = said.get(key, default)
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise UsageError(f"config: rope_scaling.{key} is {value!r}, true or false was expected")
+        if value is not None and not isinstance(default, bool):
+            number(value, f"rope_scaling.{key}")
     return fields
 
 
@@ -153,14 +178,7 @@ def mla_rope_to_mcore(hf: Mapping[str, Value]) -> Fields:
         raise UsageError(f"config: rope_scaling.{unknown[0]} has no Megatron Core counterpart in latent attention")
     if bool(scaling.get("mscale")) != bool(scaling.get("mscale_all_dim")) and scaling.get("mscale") not in (None, 1):
         raise UsageError("config: rope_scaling has one of mscale and mscale_all_dim; Megatron Core needs both")
-    fields: Fields = {"rope_type": "yarn"}
-    for key, (field, default) in MLA_YARN.items():
-        value = scaling.get(key)
-        fields[field] = default if value is None else value
-    if fields["original_max_position_embeddings"] is None:
-        fields["original_max_position_embeddings"] = hf.get("max_position_embeddings")
-    number(fields["rotary_scaling_factor"], "rope_scaling.factor")
-    return fields
+    return {"rope_type": "yarn", **_yarn_fields(MLA_YARN, scaling, hf)}
 
 
 def mla_rope_to_hf(mcore: Mapping[str, Value]) -> Fields:
@@ -171,7 +189,7 @@ def mla_rope_to_hf(mcore: Mapping[str, Value]) -> Fields:
 
 def rotary_dim_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """Rotated dimensions of a head ↔ their share of it."""
-    return 1.0 if value is None else number(value, "rotary_dim") / number(hf.get("head_dim"), "head_dim")
+    return 1.0 if value is None else number(value, "rotary_dim") / positive(hf.get("head_dim"), "head_dim")
 
 
 def rotary_dim_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:

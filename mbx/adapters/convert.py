@@ -57,20 +57,7 @@ def plan_adapter_to_mcore(source: Path, target: Path, options: Options, base: Ba
     if base.config_file is not None:
         sides[f"{at}hf/{hf.CONFIG}"] = base.config_file
     placed = torch_dist.place(plan.drafts, ())
-    return Job(
-        plan,
-        source,
-        target,
-        source,
-        placed.tensors,
-        placed.file_sizes,
-        sides,
-        texts,
-        options,
-        placed,
-        {"base": str(base.path)},
-        sidecars,
-    )
+    return Job(plan, source, target, source, sides, texts, options, placed, {"base": str(base.path)}, sidecars)
 
 
 def plan_adapter_to_hf(source: Path, target: Path, options: Options, base: Base) -> Job:
@@ -96,19 +83,7 @@ def plan_adapter_to_hf(source: Path, target: Path, options: Options, base: Base)
     if CONFIG not in sides:
         described = json.dumps(_described(adapter, base, names), indent=2, ensure_ascii=False) + "\n"
         texts[CONFIG] = described.encode()
-    return Job(
-        plan,
-        source,
-        target,
-        adapter.root,
-        placed.tensors,
-        placed.file_sizes,
-        sides,
-        texts,
-        options,
-        placed,
-        {"base": str(base.path)},
-    )
+    return Job(plan, source, target, adapter.root, sides, texts, options, placed, {"base": str(base.path)})
 
 
 def _without_vocab(config: Mapping[str, Value]) -> dict[str, Value]:

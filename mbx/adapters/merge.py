@@ -122,4 +122,4 @@ def _copied(base: Path, target: Path, options: Options, opened: Base, adapter: A
         texts[hf.CONFIG] = edited_config((base / hf.CONFIG).read_bytes(), None, PLAIN)
         del sides[hf.CONFIG]
     origin = {"adapter": str(adapter.path)}
-    return Job(plan, base, target, base, placed.tensors, placed.file_sizes, sides, texts, options, placed, origin)
+    return Job(plan, base, target, base, sides, texts, options, placed, origin)

@@ -34,7 +34,7 @@ def budget(
     from mbx.train.recipe import check_world, smallest_world
 
     chosen = load_recipe(recipe, overrides or ())
-    dp = check_world(chosen, world_size or smallest_world(chosen))
+    dp = check_world(chosen, smallest_world(chosen) if world_size is None else world_size)
     plan = blueprint(chosen)
     found = predict(chosen, plan, dp)
     tips = suggestions(chosen, plan, dp)

@@ -28,7 +28,7 @@ _NEEDED = {
     "torch": "forward parity, train",
     "megatron-core": "forward parity, train",
 }
-_OPTIONAL = {"transformers": "forward parity", "transformer-engine": "train in FP8", "peft": "adapters"}
+_OPTIONAL = {"transformers": "forward parity, train", "transformer-engine": "train in FP8", "peft": "adapters"}
 _VARIABLES = (
     *("MBX_DEBUG", "MBX_NO_PROGRESS", "MBX_NO_CONFIG", "NO_COLOR", "FORCE_COLOR"),
     *("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"),

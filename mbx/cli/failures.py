@@ -25,7 +25,9 @@ class Interrupted(MbxError):
     exit_code = 130
 
     def __init__(self) -> None:
-        super().__init__("interrupted", hint="run the same command again; a conversion goes on with --resume")
+        super().__init__(
+            "interrupted", hint="run the same command again; a conversion or a training goes on with --resume"
+        )
 
 
 def known_failure(error: BaseException) -> MbxError:

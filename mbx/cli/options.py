@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
@@ -42,6 +44,12 @@ class Output:
     def configure(self) -> None:
         """Speak so from here on."""
         out.configure(json=self.json, quiet=self.quiet, verbose=self.verbose)
+
+    def hush(self) -> None:
+        """Keep the notices and bars of Megatron Core and Transformers off the screen; -v lets them through."""
+        if not self.verbose:
+            os.environ.setdefault("TQDM_DISABLE", "1")
+            warnings.simplefilter("ignore")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EPILOG = epilog(
     "mbx train --recipe llama32_1b_lora model=./Llama-3.2-1B data=chat.jsonl",
     "torchrun --nproc-per-node 2 -m mbx train --recipe NAME parallel.tp=2",
-    "mbx train --recipe llama32_1b_lora --resume",
+    "mbx train --recipe llama32_1b_lora model=DIR data=chat.jsonl --resume",
     "mbx train export runs/llama32_1b_lora out-folder",
     "mbx train report runs/llama32_1b_lora",
 )
@@ -52,7 +52,13 @@ def train(
     """Train a model with Megatron Core, from a Hugging Face folder to one."""
     rank = int(os.environ.get("RANK", "0"))
     replace(output, quiet=output.quiet + (2 if rank else 0)).configure()  # rank 0 speaks for all
+    output.hush()
     words = words or []
+    runs = {"--recipe": recipe, "--init-from": init_from, "--resume": resume, "--show": show, "--dry-run": dry_run}
+    if words[:1] in (["report"], ["export"]) and (given := [option for option, value in runs.items() if value]):
+        raise UsageError(f"`mbx train {words[0]}` takes no {given[0]}", hint="it reads a run's folder")
+    if merged and words[:1] != ["export"]:
+        raise UsageError("--merged is for `mbx train export`", hint="mbx train export RUN DST --merged")
     if list_:
         _list()
     elif words[:1] == ["report"]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -89,8 +87,8 @@ def parity(
     from mbx.verify.parity import parity as compare
 
     sides = [fetch(side).path for side in (first, second)]
-    if (forward or loss) and not output.verbose:
-        _hush()
+    if forward or loss:
+        output.hush()
     with Meter("comparing", None) as meter:
         report = compare(
             *sides,
@@ -136,8 +134,7 @@ def ci(
     from mbx.verify import ci_report
     from mbx.verify.ci import read_checks, run_checks
 
-    if not output.verbose:
-        _hush()
+    output.hush()
     results = run_checks(
         read_checks(file),
         lambda source: fetch(source).path,
@@ -195,9 +192,3 @@ def _spread(device: Device, tp: int | None, pp: int, ep: int) -> Spread:
     from mbx.mcore.device import Spread, world_of
 
     return Spread(tp or max(1, world_of()[1] // pp if ep == 1 else 1), pp, ep, device.value)
-
-
-def _hush() -> None:
-    """Keep the notices and bars of Megatron Core and Transformers off the screen; -v lets them through."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.simplefilter("ignore")

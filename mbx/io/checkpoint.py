@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,6 +131,6 @@ def canonical_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTe
     """Tensors under the names that Transformer Engine's layers give them; StorageError when two meet in one name."""
     names = canonical_names(tensors)
     if len(set(names.values())) < len(names):
-        twice = [name for name in names.values() if list(names.values()).count(name) > 1]
-        raise StorageError(f"`{twice[0]}` is stored under two names")
+        (twice, _), *_ = Counter(names.values()).most_common(1)
+        raise StorageError(f"`{twice}` is stored under two names")
     return {names[name]: replace(tensor, name=names[name]) for name, tensor in tensors.items()}

@@ -2,6 +2,10 @@
 
 Work happens in `DST.partial/` beside the target; `commit` flushes it to the disk and renames it. A run that fails
 or is killed leaves `DST.partial/` behind when there is work in it to go on from (see `mbx.io.journal`).
+
+Nothing is removed that mbx did not make, but for a target's old contents where `--overwrite` asks for that, and then
+only a checkpoint's. What a run needs beside `DST.partial/` is hidden under names that nobody gives by hand,
+`.DST.mbx-*`: a `DST.old` is a user's backup.
 """
 
 from __future__ import annotations
@@ -18,6 +22,21 @@ from mbx.io import journal
 from mbx.io.files import os_failure, sync_folder
 from mbx.output import human_bytes
 
+#: Files and folders by which a folder is known to hold a checkpoint, of one kind or another.
+_MARKS = (
+    "mbx_manifest.json",
+    "config.json",
+    "adapter_config.json",
+    "latest_checkpointed_iteration.txt",
+    ".metadata",
+    "metadata.json",
+    "*.safetensors",
+    "*.distcp",
+    "pytorch_model*.bin",
+    "iter_*",
+    "mp_rank_*",
+)
+
 
 def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
     """Refuse a target that is not empty (without `overwrite`), or that overlaps the source."""
@@ -26,8 +45,21 @@ def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         raise UsageError(f"the destination `{target}` and the source `{source}` lie inside one another")
     if target.exists() and not target.is_dir():
         raise UsageError(f"the destination `{target}` is a file")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    _check_replaceable(target, overwrite=overwrite)
+
+
+def _check_replaceable(target: Path, *, overwrite: bool) -> None:
+    """UsageError for a folder with something in it that was not given up, or that is no checkpoint."""
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
         raise UsageError(f"the destination `{target}` is not empty", hint="add --overwrite to replace it")
+    if not any(any(target.glob(mark)) for mark in _MARKS):
+        raise UsageError(
+            f"the destination `{target}` holds no checkpoint: --overwrite would remove "
+            f"`{min(path.name for path in target.iterdir())}`",
+            hint="choose another destination, or remove it yourself",
+        )
 
 
 def partial_path(target: Path) -> Path:
@@ -50,9 +82,9 @@ class PartialFolder:
         self.keep = self.resumed = False
         self._resume, self._overwrite = resume, overwrite
         self._final = self.path.with_name(self.path.name.removesuffix(".partial"))
-        self._old = self._final.with_name(self._final.name + ".old")
-        self._dead = self._final.with_name(self._final.name + ".dead")
-        self._lock_path = self._final.with_name(self._final.name + ".lock")
+        self._old, self._dead, self._lock_path = (
+            self._final.with_name(f".{self._final.name}.mbx-{what}") for what in ("old", "dead", "lock")
+        )
         self._lock: int | None = None
         self._committed = False
 
@@ -62,6 +94,7 @@ class PartialFolder:
             self._lock = self._take_lock()
             try:
                 self._finish_exchange()
+                _check_replaceable(self._final, overwrite=self._overwrite)
                 self._open()
             except BaseException:
                 self._unlock()
@@ -112,14 +145,29 @@ class PartialFolder:
                     f"`{self.path}` holds what an interrupted run wrote",
                     hint="--resume goes on from there, --overwrite starts again",
                 )
+            if not self._is_ours():
+                raise UsageError(
+                    f"`{self.path}` is where the result is made, and holds what no run of mbx left there",
+                    hint="move it, or choose another destination",
+                )
             # Renamed first: a process of this run that waits for the folder never sees half of the old one.
             self.path.rename(self._dead)
             shutil.rmtree(self._dead)
         self.path.mkdir()
 
+    def _is_ours(self) -> bool:
+        """Whether a run left the folder of work: begun, ended but not renamed, or killed before it wrote anything."""
+        made = (self.path / journal.FOLDER).is_dir() or (self.path / "mbx_manifest.json").is_file()
+        return made or not any(path.is_file() for path in self.path.rglob("*"))
+
     def commit(self, *, sync: bool = True) -> None:
-        """Flush folders, then give the finished folder its name; what stood there before is removed last."""
+        """Flush folders, then give the finished folder its name; what stood there before is removed last.
+
+        UsageError where something appeared under the name that nobody said to replace; the finished work stays.
+        """
         try:
+            self.keep = True
+            _check_replaceable(self._final, overwrite=self._overwrite)
             if sync:
                 for folder, _, _ in os.walk(self.path):
                     sync_folder(Path(folder))

@@ -25,6 +25,7 @@ from converters.errors import StorageError, UsageError
 from converters.pieces import Cutting
 from converters.plan import Plan
 from converters.tensors import StoredTensor
+from mbx import __version__
 from mbx.io.files import os_failure
 
 FOLDER = ".mbx"
@@ -71,13 +72,20 @@ def check_unchanged(root: Path, before: Stamps, now: Stamps, *, when: str) -> No
 
 
 def plan_digest(plan: Plan, targets: Mapping[str, StoredTensor]) -> str:
-    """SHA-256 of everything that decides which bytes go where; the source's headers are part of it."""
+    """SHA-256 of everything that decides which bytes go where, the source's headers and mbx's release included."""
     digest = hashlib.sha256()
 
     def add(*values: object) -> None:
         digest.update(repr(values).encode())
 
-    add(_FORMAT, plan.direction, plan.table and plan.table.digest, sorted(plan.config.items()), plan.layout)
+    add(
+        _FORMAT,
+        __version__,
+        plan.direction,
+        plan.table and plan.table.digest,
+        sorted(plan.config.items()),
+        plan.layout,
+    )
     for unit in plan.units:
         add(unit.row, unit.shift, len(unit.moves), [(e.tensor, e.index, e.fold) for e in unit.entries])
     for tensor in (*plan.sources.values(), *plan.stored_sources, *targets.values()):
@@ -127,7 +135,7 @@ def check_resumable(found: Header, ours: Header, root: Path, partial: Path) -> N
     check_unchanged(root, found.stamps, ours.stamps, when="since the interrupted run")
     if found.digest != ours.digest:
         raise UsageError(
-            f"`{partial}` was left by a run with another source or other options",
+            f"`{partial}` was left by a run with another source or other options, or by another release of mbx",
             hint="repeat that command with --resume, or start again with --overwrite",
         )
 

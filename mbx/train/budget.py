@@ -69,7 +69,7 @@ def _stage(recipe: Recipe, plan: Blueprint, dp: int, stage: int) -> Budget:
 
 
 def suggestions(recipe: Recipe, plan: Blueprint, dp: int) -> list[tuple[str, int]]:
-    """Single changes that would lower the peak, with the bytes each saves, most first."""
+    """Single changes that would lower the peak by 0.01 GiB or more, with the bytes each saves, most first."""
     import dataclasses
 
     here = predict(recipe, plan, dp).total
@@ -91,15 +91,14 @@ def suggestions(recipe: Recipe, plan: Blueprint, dp: int) -> list[tuple[str, int
             saved = here - predict(changed, plan, dp).total
         except UnsupportedError:
             continue
-        if saved > 0:
-            found.append((name, saved))
+        found.append((name, saved))
     groups = plan.config.get("num_query_groups") or plan.config.get("num_attention_heads")
     if isinstance(groups, int) and groups % (2 * r.parallel.tp) == 0:
         doubled = dataclasses.replace(r, parallel=dataclasses.replace(r.parallel, tp=2 * r.parallel.tp))
         layout = dataclasses.replace(plan.layout, tp=2 * r.parallel.tp)
         saved = here - predict(doubled, dataclasses.replace(plan, layout=layout), dp).total
         found.append((f"parallel.tp={2 * r.parallel.tp}", saved))
-    return sorted(found, key=lambda item: -item[1])
+    return sorted((tip for tip in found if tip[1] >= GIB / 100), key=lambda item: -item[1])
 
 
 def lines(budget: Budget, tips: list[tuple[str, int]]) -> list[str]:

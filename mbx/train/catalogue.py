@@ -100,11 +100,13 @@ def _apply(raw: dict[str, object], override: str) -> None:
     if section not in SECTIONS:
         raise unknown_key(key, all_keys())
     table = raw.setdefault(section, {})
-    assert isinstance(table, dict)
+    if not isinstance(table, dict):
+        raise UsageError(f"`{section}` is a section, got {table!r}", hint=f"write {section}.FIELD=value")
     for open_field in ("shape", "config"):
         if section == "model" and rest.startswith(open_field + "."):
             inner = table.setdefault(open_field, {})
-            assert isinstance(inner, dict)
+            if not isinstance(inner, dict):
+                raise UsageError(f"`model.{open_field}` must be a table, got {inner!r}")
             inner[rest[len(open_field) + 1 :]] = _value(text)
             return
     hints = typing.get_type_hints(SECTIONS[section])

@@ -13,65 +13,24 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import StorageError, UsageError
+from converters.errors import StorageError
 from mbx.io import hf, torch_dist
+from mbx.io.sidecars import common_of
 from mbx.train.model import Blueprint, unwrap
 from mbx.train.parallel import Ranks
 from mbx.train.recipe import Recipe
+from mbx.train.record import RECIPE, STATE, LoopState, finished, latest
 from mbx.train.restore import allocate, count_steps, random_streams, restore_random
+from mbx.train.start import has_weights
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
-
-STATE = "mbx_train.json"
-RECIPE = "recipe.json"
-#: Recipe keys that must not change under --resume: with them, step N would not be the step N of the run.
-_FIXED = (
-    *("data", "train.global_batch", "train.seed", "train.per_token_loss", "lora", "model.path", "model.shape"),
-    *(
-        "parallel.tp",
-        "parallel.pp",
-        "parallel.vpp",
-        "parallel.cp",
-        "parallel.ep",
-        "parallel.etp",
-        "parallel.distributed_optimizer",
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class LoopState:
-    """What the loop knows besides tensors. Rows are counted by `step`, so nothing else places the data.
-
-    `base` is where the run's first weights came from: an adapter run reads them there again. Empty if random.
-    """
-
-    step: int
-    mean_loss: float
-    base: str
-
-
-def latest(run: Path) -> Path | None:
-    """The checkpoint that a run's tracker names; None without a tracker. A damaged tracker is a StorageError."""
-    if not (run / torch_dist.TRACKER).is_file():
-        return None
-    return torch_dist.find_iteration(run)
-
-
-def read_state(path: Path) -> LoopState:
-    """The loop's state in the checkpoint at `path`; StorageError where it is not one of `mbx train`."""
-    try:
-        loop = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return LoopState(int(loop["step"]), float(loop["mean_loss"]), str(loop["base"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {error}") from error
 
 
 class Store:
@@ -81,6 +40,7 @@ class Store:
         self.recipe, self.plan, self.ranks = recipe, plan, ranks
         self.root = recipe.run_dir
         self._writers: AsyncCallsQueue | None = None
+        self._target = self.root  # what the writers write
 
     def save(self, state: LoopState, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> Path:
         """Write `iter_{step}`; the tracker moves only when all of it is on the disk. Older ones beyond `keep` go.
@@ -89,9 +49,10 @@ class Store:
         """
         import torch
         from megatron.core import dist_checkpointing
+        from torch.distributed.checkpoint.api import CheckpointException
 
         self.settle(wait=True)  # one at a time: the tracker must not go back
-        target = self.root / f"iter_{state.step:07d}"
+        self._target = target = self.root / f"iter_{state.step:07d}"
         if self.ranks.is_main:
             shutil.rmtree(target, ignore_errors=True)  # an unfinished one: the tracker does not name it
             target.mkdir(parents=True)
@@ -103,12 +64,15 @@ class Store:
             "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
         }
         beside = self.recipe.run.save_async
-        request = dist_checkpointing.save(content, str(target), ("torch_dist", 1), async_sharded_save=beside)
-        if request is None:
-            torch.distributed.barrier()
-            self._finish(target, state)
-            torch.distributed.barrier()
-            return target
+        try:  # torch's CheckpointException derives from BaseException, so it is named
+            request = dist_checkpointing.save(content, str(target), ("torch_dist", 1), async_sharded_save=beside)
+            if request is None:
+                torch.distributed.barrier()
+                self._finish(target, state)
+                torch.distributed.barrier()
+                return target
+        except (CheckpointException, OSError) as error:
+            raise self._unwritten(error) from error
         request.add_finalize_fn(lambda: self._finish(target, state))
         if self._writers is None:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -123,24 +87,32 @@ class Store:
 
         if self._writers is None:
             return
-        try:  # torch's CheckpointException derives from BaseException, so it is named
+        try:
             self._writers.maybe_finalize_async_calls(blocking=wait)
         except (CheckpointException, OSError) as error:
-            raise StorageError(f"a checkpoint of `{self.root}` could not be written: {error}") from error
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: BaseException) -> StorageError:
+        """What to say of a checkpoint that could not be written; the part of it that was goes."""
+        if self.ranks.is_main:
+            shutil.rmtree(self._target, ignore_errors=True)
+        last = latest(self.root)
+        hint = f"--resume continues from {last.name}" if last else "the run has no earlier checkpoint"
+        return StorageError(f"`{self._target}` could not be written: {_said(error)}", hint=hint)
 
     def _finish(self, target: Path, state: LoopState) -> None:
         """Complete a written checkpoint and point the tracker at it; the main rank's work."""
         if not self.ranks.is_main:
             return
-        loop = {**asdict(state), "world_size": self.ranks.world_size}
-        (target / STATE).write_text(json.dumps(loop), encoding="utf-8")
+        (target / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         (target / RECIPE).write_text(json.dumps(self.recipe.to_dict(), indent=1), encoding="utf-8")
         if self.plan.hf is not None:
             (target / "hf").mkdir()
-            folder = hf.open_hf(self.plan.hf)
-            for name in folder.side_files:
+            for name in hf.side_files(self.plan.hf):
                 shutil.copyfile(self.plan.hf / name, target / "hf" / name)
-            (target / "hf" / hf.LAYOUT).write_text(hf.record_layout(folder), encoding="utf-8")
+            if has_weights(self.plan.hf):  # a random start needs none
+                layout = hf.record_layout(hf.open_hf(self.plan.hf))
+                (target / "hf" / hf.LAYOUT).write_text(layout, encoding="utf-8")
         for path in [*target.rglob("*"), target]:
             _sync(path)
         tracker = self.root / torch_dist.TRACKER
@@ -149,25 +121,27 @@ class Store:
         _sync(draft)
         draft.replace(tracker)
         _sync(self.root)
-        keep = self.recipe.run.keep
-        done = sorted(path for path in self.root.glob("iter_*") if path.is_dir() and path != target)
-        for old in done[: max(0, len(done) - keep + 1)] if keep else []:
-            shutil.rmtree(old)
+        keep, whole = self.recipe.run.keep, finished(self.root)
+        stays = {target, *(whole[-keep:] if keep else whole)}
+        for old in self.root.glob("iter_*"):
+            if old.is_dir() and old not in stays:  # beyond `keep`, or left unfinished by a run that was killed
+                shutil.rmtree(old)
 
-    def load(self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> LoopState:
-        """Fill the model, the optimizer and the random streams from `path`; returns the loop's state."""
+    def load(self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+        """Fill the model, the optimizer and the random streams from `path`; StorageError where it is damaged."""
         import torch
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.core import CheckpointingException
         from torch.distributed.checkpoint.api import CheckpointException
 
-        state = self._check_recipe(path)
+        if not common_of(path, torch_dist.open_torch_dist(path).dcp.objects):
+            raise StorageError(f"`{path}` cannot be resumed: it has no `common.pt`")
         allocate(optimizer)
         content = self._content(chunks, optimizer, loading=True)
-        try:  # torch's CheckpointException derives from BaseException, so it is named
+        try:
             loaded = dist_checkpointing.load(content, str(path))
         except (CheckpointException, CheckpointingException, OSError, KeyError) as error:
-            raise StorageError(f"`{path}` cannot be resumed: {error}") from error
+            raise StorageError(f"`{path}` cannot be resumed: {_said(error)}") from error
         # an adapter run's checkpoint holds adapters only; the base was read from its own storage
         for name, chunk in _named(chunks):
             unwrap(chunk).load_state_dict(loaded[name], strict=not self.recipe.lora.rank)
@@ -179,7 +153,6 @@ class Store:
         else:
             optimizer.reload_model_params()
         torch.distributed.barrier()
-        return state
 
     def _content(
         self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, loading: bool
@@ -206,39 +179,18 @@ class Store:
             content |= {name: only_adapters(part) for name, part in weights.items()}
         return content
 
-    def _check_recipe(self, path: Path) -> LoopState:
-        """The loop's state at `path`, once the recipe is known to continue that run and no other."""
-        try:
-            before = json.loads((path / RECIPE).read_text(encoding="utf-8"))
-            loop = json.loads((path / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {error}") from error
-        now = json.loads(json.dumps(self.recipe.to_dict()))
-        changed = [key for key in _FIXED if _get(before, key) != _get(now, key)]
-        if changed:
-            raise UsageError(
-                f"--resume: the recipe changed in {', '.join(changed)}; the run would not be the same run",
-                hint="start another with --init-from and run.dir=NAME",
-                details=[f"{key}: {_get(before, key)!r} became {_get(now, key)!r}" for key in changed],
-            )
-        if loop["world_size"] != self.ranks.world_size:
-            raise UsageError(
-                f"--resume: the run had {loop['world_size']} process(es), now there are {self.ranks.world_size}",
-                hint=f"torchrun --nproc-per-node {loop['world_size']} -m mbx train … --resume",
-            )
-        return read_state(path)
-
 
 def _named(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, DistributedDataParallel]]:
     """Chunks under Megatron-LM's names: `model`, or `model0`, `model1`, … where the pipeline is interleaved."""
     return [("model" if len(chunks) == 1 else f"model{number}", chunk) for number, chunk in enumerate(chunks)]
 
 
-def _get(recipe: Mapping[str, object], key: str) -> object:
-    value: object = recipe
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+def _said(error: BaseException) -> str:
+    """What went wrong on the ranks, in a line: torch's CheckpointException and Megatron Core print tracebacks."""
+    failures = getattr(error, "failures", None)
+    causes = [cause for cause, _ in failures.values()] if isinstance(failures, Mapping) else [error]
+    texts = [f"{type(cause).__name__}: {cause}".strip().partition("\n")[0][:300] for cause in causes]
+    return "; ".join(dict.fromkeys(texts))
 
 
 def _sync(path: Path) -> None:

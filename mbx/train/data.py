@@ -172,6 +172,15 @@ def example_rows(data: Data, examples: Sequence[Example], pad: int) -> Rows:
     return Examples(kept, packs, data.length, pad, data.shuffle, data.seed, data.pack)
 
 
+def check_indexed(data: Data) -> None:
+    """StorageError where one of the two files that `data.path` is short for is not there."""
+    for suffix in (".idx", ".bin"):
+        if not Path(data.path + suffix).is_file():
+            raise StorageError(
+                f"`{data.path}{suffix}` does not exist", hint="data.path is the files' path without .bin and .idx"
+            )
+
+
 def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tuple[Rows, Rows | None]:
     """Train and validation rows of Megatron Core's GPTDataset over `.bin`/`.idx` files, or of its mock documents.
 
@@ -181,9 +190,21 @@ def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tupl
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
     from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 
+    class Indexed(GPTDataset):  # type: ignore[misc]
+        """Refuses documents without tokens, of which Megatron Core would count epochs without end."""
+
+        def _get_num_tokens_per_epoch(self) -> int:
+            found: int = super()._get_num_tokens_per_epoch()
+            if not found:
+                raise StorageError(
+                    f"`{data.path}` has no tokens for {self.index_split.name}, of data.split={data.split}",
+                    hint="data.split=1,0,0 trains on everything",
+                )
+            return found
+
     mock = data.kind == "mock"
-    if not mock and not Path(f"{data.path}.idx").is_file():
-        raise StorageError(f"`{data.path}.idx` does not exist", hint="data.path is the files' path without .bin/.idx")
+    if not mock:
+        check_indexed(data)
     config = GPTDatasetConfig(
         random_seed=data.seed,
         sequence_length=data.length,
@@ -198,7 +219,7 @@ def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tupl
     )
     # every rank builds its own: the index of a mock or a memory-mapped file is cheap
     train, valid, _ = BlendedMegatronDatasetBuilder(
-        MockGPTDataset if mock else GPTDataset, [num_train, num_eval, 0], lambda: True, config
+        MockGPTDataset if mock else Indexed, [num_train, num_eval, 0], lambda: True, config
     ).build()
     return Megatron(train), None if valid is None else Megatron(valid)
 

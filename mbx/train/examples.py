@@ -38,7 +38,7 @@ def read_examples(data: Data, path: Path, tokenizer: PreTrainedTokenizerBase) ->
         "text": lambda record: _text(_string(record, "text"), tokenizer),
     }
     examples, long = [], []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):  # splitlines() also cuts at U+2028, which JSON allows
         if not line.strip():
             continue
         try:
@@ -46,10 +46,10 @@ def read_examples(data: Data, path: Path, tokenizer: PreTrainedTokenizerBase) ->
             if not isinstance(record, dict):
                 raise UsageError(f"a JSON object was expected, got {type(record).__name__}")
             example = make[data.kind](record)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}:{number}: not valid JSON: {error}") from error
         except UsageError as error:
             raise UsageError(f"{path}:{number}: {error.fact}", hint=error.hint) from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}:{number}: not valid JSON: {error}") from error
         if len(example.tokens) > data.length + 1 and data.kind != "text":
             long.append(f"{path}:{number}: {len(example.tokens)} tokens")
             if data.too_long == "truncate":
@@ -69,9 +69,21 @@ def read_examples(data: Data, path: Path, tokenizer: PreTrainedTokenizerBase) ->
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StorageError(f"cannot read the data file `{path}`: {error}") from error
+        return path.read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
+    except OSError as error:
+        raise StorageError(f"cannot read the data file `{path}`: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise StorageError(f"{path}:{number}: not UTF-8: {error.reason}") from error
+
+
+def _encodable(text: str) -> str:
+    """`text`, which JSON may have filled with halves of surrogate pairs; UsageError if so."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the text has half a surrogate pair, {text[error.start]!r}") from error
+    return text
 
 
 def _string(record: Mapping[str, object], key: str) -> str:
@@ -79,7 +91,7 @@ def _string(record: Mapping[str, object], key: str) -> str:
     if not isinstance(value, str):
         have = ", ".join(map(repr, sorted(record))) or "nothing"
         raise UsageError(f"`{key}` must be a string; the line has {have}")
-    return value
+    return _encodable(value)
 
 
 def _text(text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -110,7 +122,9 @@ def _chat(record: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> E
 
     def render(turns: list[dict[str, str]]) -> str:
         try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False))
+            return _encodable(str(tokenizer.apply_chat_template(turns, tokenize=False)))
+        except UsageError:
+            raise
         except Exception as error:  # a template is a program: jinja2 raises what the template says
             raise UsageError(f"the chat template refuses this conversation: {error}") from error
 

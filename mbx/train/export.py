@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.errors import UsageError
-from mbx.train.checkpoint import latest
+from mbx.train.record import latest, read_recipe, read_state
 
 
 def export_hf(run_dir: Path, target: Path, *, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -29,9 +29,6 @@ def export_hf(run_dir: Path, target: Path, *, dtype: str | None = None, overwrit
 
 def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Path, str]:
     """Write what a run trained, and say what it is: a model, a PEFT adapter, or (`merged`) the base with it."""
-    import json
-
-    from mbx.train.checkpoint import RECIPE, read_state
     from mbx.train.peft import export_peft, merge_run
 
     found = latest(run_dir)
@@ -39,8 +36,7 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Pa
         raise UsageError(f"`{run_dir}` holds no checkpoint to export")
     if target.is_dir() and any(target.iterdir()):
         raise UsageError(f"`{target}` is not empty", hint="name a new folder")
-    recipe = json.loads((found / RECIPE).read_text(encoding="utf-8"))
-    if not recipe["lora"]["rank"]:
+    if not read_recipe(found).lora.rank:
         return export_hf(run_dir, target), "Hugging Face model"
     if not merged:
         return export_peft(run_dir, target), "PEFT adapter"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -56,8 +58,9 @@ class Log:
         self._live: Live | None = None
         if not main:
             return
+        self._made = not recipe.run_dir.exists()
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        _cut_half_line(self.path)
         if recipe.run.tensorboard:
             self._writers.append(_tensorboard(recipe.run_dir))
         if recipe.run.wandb:
@@ -100,18 +103,23 @@ class Log:
             self._record(record)
 
     def _record(self, record: dict[str, object]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a write to a full disk names no file
+            error.filename = str(self.path)
+            raise
 
     def close(self) -> None:
-        """Close files and the live view."""
+        """Close writers and the live view; the folder of a run that ended before its first step goes."""
         if not self.main:
             return
         if self._live is not None:
             self._live.stop()
         for writer in self._writers:
             writer.close()
-        self._file.close()
+        if self._made and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
 
     def _start_live(self) -> None:
         from rich.console import Console
@@ -141,6 +149,12 @@ def check_writers(recipe: Recipe) -> None:
             raise UsageError(f"{key} is set, but {package} is not installed", hint=f"pip install {package}")
 
 
+def _cut_half_line(path: Path) -> None:
+    """Remove a record that was being written when its process ended, so that the next one has a line of its own."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
 def line(s: Step, total: int) -> str:
     """The log line of one step."""
     mfu = f" ({s.mfu:.1%} MFU)" if s.mfu else ""
@@ -152,12 +166,14 @@ def line(s: Step, total: int) -> str:
 
 def chart(losses: list[float], height: int = 6) -> str:
     """The last losses as columns of `height` lines between their extremes, which stand at the left."""
-    finite = [x for x in losses if x == x]
+    finite = [x for x in losses if math.isfinite(x)]
     if not finite:
         return ""
     low, high = min(finite), max(finite)
     top = height * len(_BARS) - 1
-    levels = [1 + int((x - low) / (high - low or 1.0) * top) if x == x else 0 for x in losses]  # in eighths of a line
+    levels = [
+        1 + int((x - low) / (high - low or 1.0) * top) if math.isfinite(x) else 0 for x in losses
+    ]  # in eighths of a line
     rows = []
     for row in reversed(range(height)):
         label = f"{high:9.3f} " if row == height - 1 else f"{low:9.3f} " if row == 0 else " " * 10

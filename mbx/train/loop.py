@@ -67,30 +67,31 @@ class _Trainer:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.utils import get_model_config
 
-        from mbx.train import checkpoint, start
+        from mbx.train import checkpoint, record, start
 
         self.prepared, self.recipe, self.ranks, self.plan = prepared, prepared.recipe, prepared.ranks, prepared.plan
         self.log, self.on_step = log, on_step
         log.message(prepared.start.why)
         how = prepared.start.how
 
-        resumed = checkpoint.read_state(prepared.start.path) if how == "resume" and prepared.start.path else None
-        self.base = resumed.base if resumed else str(prepared.start.path or "")
+        source = prepared.start.path
+        resumed = record.read_state(source) if source and how == "resume" else None
+        # absolute: an adapter run reads its base there again, from wherever it is resumed or merged
+        self.base = resumed.base if resumed else str(source.absolute() if source else "")
 
         # 1. the model's chunks, with this rank's weights read straight from their storage
         warm_up(self.recipe, self.plan, self.ranks)
         networks = models.build(self.recipe, self.plan, self.ranks)
         for bare in map(models.unwrap, networks):
-            if how == "init":
-                assert prepared.start.path is not None
-                log.message(start.load_weights(bare, self.plan, prepared.start.path))
+            if source and how == "init":
+                log.message(start.load_weights(bare, self.plan, source))
             if self.recipe.lora.rank:
                 from mbx.train import lora
 
                 lora.attach(bare, self.recipe.lora, self.plan, self.recipe.train.seed)
-                if how == "resume":  # the frozen base is in no checkpoint of an adapter run
+                if resumed:  # the frozen base is in no checkpoint of an adapter run
                     log.message(start.load_weights(bare, self.plan, lora.base_of(self.base)))
-                if self.recipe.lora.adapter and how != "resume":
+                elif self.recipe.lora.adapter:
                     from mbx.train.peft import load_peft
 
                     load_peft(bare, self.plan, Path(self.recipe.lora.adapter))
@@ -115,10 +116,9 @@ class _Trainer:
         self.train_rows, self.eval_rows = self._rows()
         self.store = checkpoint.Store(self.recipe, self.plan, self.ranks)
         self.step, self.saved, self.mean_loss = 0, -1, math.nan
-        if how == "resume":
-            assert prepared.start.path is not None
-            state = self.store.load(prepared.start.path, self.chunks, self.optimizer)
-            self.step, self.saved, self.mean_loss = state.step, state.step, state.mean_loss
+        if source and resumed:
+            self.store.load(source, self.chunks, self.optimizer)
+            self.step, self.saved, self.mean_loss = resumed.step, resumed.step, resumed.mean_loss
         self.flops = models.flops_per_token(
             self.plan.config, self.recipe.data.length, self.plan.padded_vocab, self.recipe.lora.rank > 0
         )
@@ -268,22 +268,22 @@ class _Trainer:
         """Stop on a loss that is not finite, or that leaves the running mean behind."""
         loss, factor = figures.loss, self.recipe.train.spike_factor
         if not math.isfinite(loss):
-            raise DifferenceError(
-                f"step {figures.step}: the loss is {loss}; weights were not updated by it",
-                hint="--resume continues from the last checkpoint; a lower optim.lr may help",
-            )
-        if factor and loss > factor * self.mean_loss:
-            raise DifferenceError(
-                f"step {figures.step}: the loss {loss:.4f} is more than train.spike_factor {factor:g} times its "
-                f"running mean {self.mean_loss:.4f}",
-                hint="--resume continues from the last checkpoint",
-            )
-        self.mean_loss = loss if math.isnan(self.mean_loss) else 0.95 * self.mean_loss + 0.05 * loss
+            fact, tip = f"the loss is {loss}; weights were not updated by it", "; a lower optim.lr may help"
+        elif factor and loss > factor * self.mean_loss:
+            mean = f"{factor:g} times its running mean {self.mean_loss:.4f}"
+            fact, tip = f"the loss {loss:.4f} is more than train.spike_factor {mean}", ""
+        else:
+            self.mean_loss = loss if math.isnan(self.mean_loss) else 0.95 * self.mean_loss + 0.05 * loss
+            return
+        self.store.settle(wait=True)  # what is being written is what --resume continues from
+        again = f"--resume continues from step {self.saved}" if self.saved > 0 else "no checkpoint was saved before"
+        raise DifferenceError(f"step {figures.step}: {fact}", hint=again + tip)
 
     def _save(self) -> None:
-        from mbx.train.checkpoint import LoopState
+        from mbx.train.record import LoopState
 
-        self.store.save(LoopState(self.step, self.mean_loss, self.base), self.chunks, self.optimizer)
+        state = LoopState(self.step, self.mean_loss, self.base, self.ranks.world_size)
+        self.store.save(state, self.chunks, self.optimizer)
         self.saved = self.step
 
     def _any(self, flag: bool) -> bool:

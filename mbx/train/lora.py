@@ -13,7 +13,7 @@ from torch import nn
 
 from converters.adapters.sites import ADAPTABLE, is_weight, spellings
 from converters.config_map import environment
-from converters.errors import LayoutError, UnsupportedError, UsageError
+from converters.errors import LayoutError, StorageError, UnsupportedError, UsageError
 from converters.pack import Pack
 from mbx.train.lora_grouped import GROUPED_COLUMN, GROUPED_ROW, LoraGrouped
 from mbx.train.lora_layer import COLUMN, ROW, WHOLE, LoraLinear, Slots
@@ -33,8 +33,19 @@ _LOCAL = re.compile(r"\.local_experts\.(\d+)\.")
 
 def check_lora(recipe: Recipe, plan: Blueprint) -> None:
     """Refuse targets that have no adapter here, before anything is built."""
+    if not recipe.lora.targets:
+        raise UsageError(
+            "lora.targets is empty: nothing would be trained",
+            hint="lora.targets=linear_qkv,linear_proj adapts attention",
+        )
     if unknown := [name for name in recipe.lora.targets if name not in TARGETS]:
-        raise UsageError(f"lora.targets: {', '.join(unknown)}; adapters exist for {', '.join(TARGETS)}")
+        raise UsageError(
+            f"lora.targets: {', '.join(unknown)}; adapters exist for {', '.join(TARGETS)}",
+            hint="q_proj, k_proj, v_proj are linear_qkv; o_proj linear_proj; gate_proj, up_proj linear_fc1; "
+            "down_proj linear_fc2",
+        )
+    if recipe.lora.adapter and not Path(recipe.lora.adapter).is_dir():
+        raise StorageError(f"lora.adapter: `{recipe.lora.adapter}` is no folder")
     if plan.config.get("experimental_attention_variant"):
         raise UnsupportedError("adapters are supported on standard and latent attention; this model has another")
     has = _attention(plan)
@@ -42,6 +53,12 @@ def check_lora(recipe: Recipe, plan: Blueprint) -> None:
         raise UsageError(
             f"lora.targets: this model has no {', '.join(absent)}",
             hint=f"lora.targets={','.join((*has, 'linear_proj', 'linear_fc1', 'linear_fc2'))}",
+        )
+    behind = [name for name in recipe.lora.targets if name in ("linear_proj", "linear_fc2")]
+    if behind and plan.config.get("model.post_layernorms"):
+        raise UnsupportedError(
+            f"lora.targets: this model has a norm behind {', '.join(behind)}, which take no adapter here",
+            hint=f"lora.targets={','.join((*has, 'linear_fc1'))}",
         )
     experts = plan.config.get("num_moe_experts") and {"linear_fc1", "linear_fc2"} & set(recipe.lora.targets)
     if experts and recipe.parallel.etp > 1:

@@ -57,7 +57,7 @@ class Blueprint:
 def as_int(config: Mapping[str, Value], key: str) -> int:
     """An integer of a flat config; UsageError where it is absent or not one."""
     value = config.get(key)
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise UsageError(f"the model's config lacks the integer `{key}`, got {value!r}")
     return value
 
@@ -84,6 +84,9 @@ def blueprint(recipe: Recipe) -> Blueprint:
     else:
         raise UsageError(f"recipe `{recipe.name}` has no model", hint="model=DIR names a Hugging Face folder")
     config.update(recipe.model.config)
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "model.vocab_size"):
+        if as_int(config, key) < 1:
+            raise UsageError(f"the model's config says {key} = {config[key]}", hint="it must be at least 1")
     layout = _layout(recipe, config)
     positions = as_int(config, "model.max_sequence_length")
     if recipe.data.length > positions:
@@ -105,7 +108,8 @@ def _layout(recipe: Recipe, config: Mapping[str, Value]) -> Layout:
         check_layout(layout, config)
     except LayoutError as error:
         fact, *details = (_AXIS.sub(r"parallel.\1 ", text) for text in (error.fact, *error.details))
-        raise LayoutError(fact, hint=error.hint and _AXIS.sub(r"parallel.\1=", error.hint), details=details) from error
+        hint = error.hint if error.hint and "--pipeline-layout" not in error.hint else None  # a recipe has no such key
+        raise LayoutError(fact, hint=hint and _AXIS.sub(r"parallel.\1=", hint), details=details) from error
     return layout
 
 

@@ -16,9 +16,9 @@ from mbx.adapters.merge import plan_merge
 from mbx.convert import Options, run
 from mbx.io import hf
 from mbx.io.files import FileSource
-from mbx.train.checkpoint import latest
 from mbx.train.lora import LoraLinear, Placed, adapters
 from mbx.train.model import Blueprint
+from mbx.train.record import latest
 
 __all__ = ["CONFIG", "WEIGHTS", "export_peft", "load_peft", "merge_run"]
 

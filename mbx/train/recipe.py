@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -66,10 +67,34 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "run.device": ("auto", "cpu", "cuda"),
     "run.kernels": ("auto", "te", "local"),
 }
-_POSITIVE = (
-    "data.length train.steps train.micro_batch train.global_batch model.vocab_divisor "
-    "parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep parallel.etp"
-).split()
+#: Lowest and highest value of a number; every number is finite besides.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        (
+            *("data.length", "train.steps", "train.micro_batch", "train.global_batch", "train.eval_steps"),
+            *("model.vocab_divisor", "parallel.tp", "parallel.pp", "parallel.vpp"),
+            *("parallel.cp", "parallel.ep", "parallel.etp"),
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        (
+            *("optim.lr", "optim.min_lr", "optim.weight_decay", "optim.eps", "optim.clip", "optim.decay_steps"),
+            *("train.eval_every", "train.spike_factor", "data.null_vocab_size"),
+            *("lora.rank", "run.keep", "run.save_every"),
+        ),
+        (0, math.inf),
+    ),
+    **dict.fromkeys(("optim.warmup_fraction", "optim.beta1", "optim.beta2", "lora.dropout"), (0, 1)),
+    **dict.fromkeys(("train.seed", "data.seed"), (0, 2**31 - 1)),  # NumPy's, with what is added for each stage
+    "optim.warmup_steps": (-1, math.inf),
+}
+#: Numbers that must be smaller than the upper end of their range.
+_BELOW = ("optim.beta1", "optim.beta2", "lora.dropout")
+#: Up to three shares of Megatron-LM's `--split`, the first above 0.
+_SPLIT = re.compile(r"(?=[^,]*[1-9])\d*\.?\d+(,\d*\.?\d+){0,2}")
+#: Kinds of data that are files of examples.
+FILES = ("chat", "completion", "text")
 
 
 def parse_recipe(raw: Mapping[str, object]) -> Recipe:
@@ -160,25 +185,65 @@ def _check(recipe: Recipe) -> None:
                 f"`{key}` is {values[key]!r}; choices: {', '.join(choices)}",
                 hint=f"did you mean {key}={close[0]}?" if close else None,
             )
-    for key in _POSITIVE:
-        if values[key] < 1:
-            raise UsageError(f"`{key}` must be at least 1, got {values[key]}")
-    for key in ("optim.lr", "optim.min_lr", "optim.weight_decay", "lora.rank", "run.keep", "run.save_every"):
-        if values[key] < 0:
-            raise UsageError(f"`{key}` must not be negative, got {values[key]}")
-    if recipe.optim.warmup_steps > recipe.train.steps:
-        raise UsageError(
-            f"optim.warmup_steps {recipe.optim.warmup_steps} exceed train.steps {recipe.train.steps}",
-            hint="optim.warmup_steps=0 trains without a warm-up, optim.warmup_fraction=0.05 warms up by share",
-        )
-    if not 0.0 <= recipe.optim.warmup_fraction <= 1.0:
-        raise UsageError(
-            f"`optim.warmup_fraction` is a share of the steps, 0 to 1, got {values['optim.warmup_fraction']}"
-        )
+    for key, value in values.items():
+        if isinstance(value, int | float):
+            _check_range(key, value, *_RANGES.get(key, (-math.inf, math.inf)))
+    _check_optim(recipe)
+    _check_data(recipe)
+    if not recipe.lora.rank and (recipe.lora.adapter or recipe.lora.dora):
+        asked = f"lora.adapter={recipe.lora.adapter}" if recipe.lora.adapter else "lora.dora=true"
+        raise UsageError(f"{asked}, and lora.rank 0 trains every weight", hint="lora.rank=16 trains adapters")
+    if recipe.lora.rank and not recipe.lora.alpha:
+        raise UsageError("lora.alpha 0 multiplies every adapter by 0", hint=f"lora.alpha={2 * recipe.lora.rank}")
+    if not recipe.run.dir:
+        raise UsageError("`run.dir` is empty", hint="run.dir=runs/NAME")
     if recipe.parallel.vpp > 1 and recipe.parallel.pp == 1:
         raise UsageError(
             f"parallel.vpp {recipe.parallel.vpp} interleaves pipeline stages, and parallel.pp is 1",
             hint="parallel.vpp=1, or parallel.pp=2 on two GPUs",
+        )
+
+
+def _check_range(key: str, value: float, low: float, high: float) -> None:
+    if not math.isfinite(value):
+        raise UsageError(f"`{key}` must be a finite number, got {value}")
+    if key in _BELOW and not low <= value < high:
+        raise UsageError(f"`{key}` must be at least {low} and below {high}, got {value}")
+    if high < math.inf and not low <= value <= high:
+        raise UsageError(f"`{key}` must be {low} to {high}, got {value}")
+    if value < low:
+        raise UsageError(f"`{key}` must {'not be negative' if low == 0 else f'be at least {low}'}, got {value}")
+
+
+def _check_optim(recipe: Recipe) -> None:
+    o = recipe.optim
+    if o.warmup_steps > recipe.train.steps:
+        raise UsageError(
+            f"optim.warmup_steps {o.warmup_steps} exceed train.steps {recipe.train.steps}",
+            hint="optim.warmup_steps=0 trains without a warm-up, optim.warmup_fraction=0.05 warms up by share",
+        )
+    if o.min_lr > o.lr and o.schedule != "constant":
+        raise UsageError(f"optim.min_lr {o.min_lr:g} is above optim.lr {o.lr:g}", hint=f"optim.min_lr={o.lr / 10:g}")
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Refuse what this kind of data would leave unread."""
+    d, every = recipe.data, recipe.train.eval_every
+    if d.path and d.kind in ("mock", "pattern"):
+        raise UsageError(
+            f"data.kind `{d.kind}` reads no file, got data.path={d.path}",
+            hint="data.kind=chat, completion, text or indexed reads one",
+        )
+    if d.eval_path and d.kind not in FILES:
+        hint = "data.split sets its share for validation" if d.kind == "indexed" else None
+        raise UsageError(f"data.kind `{d.kind}` takes no data.eval_path, got {d.eval_path}", hint=hint)
+    if d.eval_path and not every:
+        raise UsageError(
+            f"data.eval_path={d.eval_path} is never read: train.eval_every is 0", hint="train.eval_every=100"
+        )
+    if d.kind == "indexed" and not _SPLIT.fullmatch(d.split):
+        raise UsageError(
+            f"`data.split` is shares of training, validation and test, got {d.split!r}", hint="data.split=969,30,1"
         )
 
 
@@ -192,6 +257,8 @@ def check_world(recipe: Recipe, world_size: int) -> int:
     """Data-parallel size of the recipe in a world of `world_size` ranks; UsageError where it does not divide."""
     p = recipe.parallel
     model = p.tp * p.pp * p.cp
+    if world_size < 1:
+        raise UsageError(f"a world has at least one process, got {world_size}")
     if world_size % model:
         raise UsageError(
             f"tp {p.tp} x pp {p.pp} x cp {p.cp} = {model} does not divide the world of {world_size} process(es)",

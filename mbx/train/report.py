@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from converters.errors import StorageError, UsageError
 from mbx.train.log import METRICS
 
 _PANELS = (("loss", "loss"), ("tokens_per_s", "tokens/s"), ("memory_gib", "peak memory, GiB"), ("lr", "learning rate"))
+_KEYS = tuple(key for key, _ in _PANELS)
 _WIDTH, _HEIGHT, _MARGIN = 640, 220, 48
 
 Points = Sequence[tuple[float, float]]
@@ -23,12 +25,20 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, float]], list[dict[str, 
     steps: dict[int, dict[str, float]] = {}
     evals: dict[int, dict[str, float]] = {}
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise StorageError(f"`{path}` cannot be read: {error}") from error
-    for record in records:
-        if record.get("kind") in ("step", "eval"):
-            (steps if record["kind"] == "step" else evals)[record["step"]] = record
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise StorageError(f"cannot read `{path}`: {error.strerror}", hint="name a run's folder") from error
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break  # being written, or cut when the run was killed
+        try:
+            record = json.loads(line)
+            if record.get("kind") in ("step", "eval"):
+                keys = ("step", *_KEYS) if record["kind"] == "step" else ("step", "loss")
+                found = {key: float(record[key]) for key in keys}
+                (steps if record["kind"] == "step" else evals)[int(found["step"])] = found
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StorageError(f"{path}:{number}: no record of a run: {type(error).__name__}: {error}") from error
     if not steps:
         raise UsageError(f"`{path}` holds no step yet")
     return [steps[n] for n in sorted(steps)], [evals[n] for n in sorted(evals)]
@@ -62,7 +72,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
 def _svg(title: str, points: Points, second: Points) -> str:
     """One line chart; `second` is drawn as dots."""
     xs = [x for x, _ in points]
-    ys = [y for _, y in [*points, *second] if y == y]
+    ys = [y for _, y in [*points, *second] if math.isfinite(y)]
     low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys, default=0.0), max(ys, default=1.0)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -73,8 +83,12 @@ def _svg(title: str, points: Points, second: Points) -> str:
     legend = (
         f'<text x="{_WIDTH - _MARGIN}" y="20" text-anchor="end" fill="#d95f02">● validation</text>' if second else ""
     )
-    line = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points if y == y)
-    dots = "".join('<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="#d95f02"/>'.format(*place(x, y)) for x, y in second)
+    line = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points if math.isfinite(y))
+    dots = "".join(
+        '<circle cx="{:.1f}" cy="{:.1f}" r="3" fill="#d95f02"/>'.format(*place(x, y))
+        for x, y in second
+        if math.isfinite(y)
+    )
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img"><title>{title}</title>'
         f'<text x="{_MARGIN}" y="20" font-weight="bold">{title}</text>{legend}'

@@ -25,6 +25,7 @@ from converters.stream import Engine
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.convert import DEFAULT_MAX_MEMORY, model_tensors
 from mbx.io import hf, torch_dist
+from mbx.io.bin_weights import has_bin_weights
 from mbx.io.files import FileSource
 from mbx.registry import table_for
 from mbx.train.model import Blueprint
@@ -54,11 +55,8 @@ def load_weights(model: nn.Module, plan: Blueprint, path: Path) -> str:
     """
     began = time.perf_counter()
     shards = list(model_shards(model))
-    if (path / hf.CONFIG).is_file() and not (path / torch_dist.TRACKER).is_file():
-        folder = hf.open_hf(path)
-        table = plan.table or table_for(folder.config)
-        full = plan_import(table, folder.config, folder.tensors, plan.layout)
-        source = FileSource(path)
+    if _is_hf(path):
+        full, source = _import(plan, path), FileSource(path)
     else:
         opened = torch_dist.open_torch_dist(path)
         full = _same_keys(plan, model_tensors(opened.dcp.tensors), shards)
@@ -72,6 +70,28 @@ def load_weights(model: nn.Module, plan: Blueprint, path: Path) -> str:
     _check_filled(model, shards)
     took = time.perf_counter() - began
     return f"read {counted.bytes_read / 1e6:.1f} MB of {full.source_bytes / 1e6:.1f} MB from {path} in {took:.1f} s"
+
+
+def check_source(plan: Blueprint, path: Path) -> None:
+    """What `load_weights` can say of a storage before there is a model: that it opens and, by its table, is whole."""
+    if _is_hf(path):
+        _import(plan, path)
+    else:
+        torch_dist.open_torch_dist(path)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a Hugging Face folder holds weights, in either format."""
+    return any(folder.glob("*.safetensors")) or has_bin_weights(folder)
+
+
+def _is_hf(path: Path) -> bool:
+    return (path / hf.CONFIG).is_file() and not (path / torch_dist.TRACKER).is_file()
+
+
+def _import(plan: Blueprint, path: Path) -> Plan:
+    folder = hf.open_hf(path)
+    return plan_import(plan.table or table_for(folder.config), folder.config, folder.tensors, plan.layout)
 
 
 def model_shards(model: nn.Module) -> Iterator[_Shard]:
@@ -131,6 +151,13 @@ def _fill(full: Plan, shards: list[_Shard], source: CountingSource) -> None:
             hint="the mapping table and the built model disagree; `mbx models check` tests the table",
             details=missing,
         )
+    shapes = {draft.name: draft.shape for draft in full.drafts}
+    for shard in shards:
+        if (stored := shapes.get(shard.key)) is not None and tuple(stored) != tuple(shard.global_shape):
+            raise CoverageError(
+                f"`{shard.key}` has shape {list(stored)} in the storage; the model has {list(shard.global_shape)}",
+                hint="model.config cannot change the sizes of weights that are read",
+            )
     by_key: dict[str, list[_Shard]] = {}
     for shard in shards:
         by_key.setdefault(shard.key, []).append(shard)

@@ -191,3 +191,51 @@ def test_columns_of_a_slot(groups: int, sizes: list[int], width: int, data: st.D
         found = [k * p.stride + p.start + j for p in parts for k in range(p.groups) for j in range(p.size)]
         assert matrix.reshape(-1)[found].tolist() == matrix[rows, column].tolist()
     assert columns(Slot.whole(3), 1, 0)[0].rows == 3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["proj"]},
+        {"target_modules": ["self_attn.q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1, 12]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {"target_modules": ["w1"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj", "model.layers.2.self_attn.q_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["lm_head", "q_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+        {"target_modules": []},
+    ],
+)
+def test_targets_are_those_of_peft(config: dict[str, object]) -> None:
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    settings = parse_settings({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config})  # type: ignore[dict-item]
+    oracle = LoraConfig(**config)  # type: ignore[arg-type]
+    oracle.target_modules = config["target_modules"]
+    layers = ("self_attn.q_proj", "self_attn.k_proj", "mlp.experts.1.w1")
+    for module in ("lm_head", *(f"model.layers.{layer}.{name}" for layer in (0, 1, 2, 12) for name in layers)):
+        assert settings.is_target(module) == bool(check_target_module_exists(oracle, module)), module
+
+
+@pytest.mark.parametrize(
+    "changes", [{"target_modules": ["q_proj"]}, {"layers_to_transform": [1]}, {"target_modules": ["proj"]}]
+)
+def test_tensors_that_peft_would_leave_out_are_an_error(tmp_path: Path, changes: dict[str, object]) -> None:
+    """The merged weights would not be PEFT's."""
+    made = adapt("llama", tmp_path, target_modules=["q_proj", "v_proj"])
+    to_mcore(made, tmp_path / "fits")
+    path = made.adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CoverageError, match="no target by adapter_config"):
+        to_mcore(made, tmp_path / "mcore")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": math.nan}, {"alpha_pattern": {"q_proj": math.inf}}, {"layers_to_transform": ["1"]}]
+)
+def test_numbers_that_are_none_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=next(iter(changes)).replace("alpha_pattern", "q_proj")):
+        parse_settings({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **changes})  # type: ignore[dict-item]

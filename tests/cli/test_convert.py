@@ -97,6 +97,8 @@ def test_quiet_runs_say_nothing(mbx: Run, here: Path) -> None:
 def test_overwrite_replaces_a_full_target(mbx: Run, here: Path) -> None:
     (here / "ckpt").mkdir()
     (here / "ckpt" / "mine").write_text("x")
+    assert mbx("convert", "hf-to-mcore", TINY / "llama", "ckpt", "--overwrite").code == 2  # no checkpoint
+    (here / "ckpt" / "config.json").write_text("{}")
     refused = mbx("convert", "hf-to-mcore", TINY / "llama", "ckpt")
     assert refused.code == 2 and "--overwrite" in refused.stderr and (here / "ckpt" / "mine").exists()
     assert mbx("convert", "hf-to-mcore", TINY / "llama", "ckpt", "--overwrite").code == 0

@@ -72,7 +72,9 @@ def test_numbers_arrive(flag: object, value: int) -> None:
     assert result == value
 
 
-@pytest.mark.parametrize("text", ["--lr fast", "--lr", "--num-layers 1 2", "--sequence-parallel yes"])
+@pytest.mark.parametrize(
+    "text", ["--lr fast", "--lr", "--num-layers 1 2", "--sequence-parallel yes", "", "x.py", "--a 'b"]
+)
 def test_wrong_values_are_refused(text: str) -> None:
     with pytest.raises(UsageError):
         to_recipe(text)

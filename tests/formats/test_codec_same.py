@@ -92,6 +92,24 @@ def test_without_the_option_nothing_is_encoded_and_the_plan_says_so(tmp_path: Pa
     assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
 
 
+def test_another_dtype_leaves_the_codes_and_the_plan_says_so(tmp_path: Path) -> None:
+    _, mcore = imported("fp8_tensor", tmp_path)
+    for dtype, said in (("fp16", 1), (None, 0)):
+        job = exported(mcore, tmp_path / f"{dtype}", options=replace(SAME, dtype=dtype))
+        notes = [note for note in job.plan.notes if note.startswith("--dtype fp16 casts the other tensors: ")]
+        assert len(notes) == said and all(f"{len(job.plan.reencoded)} stay fp8" in note for note in notes)
+    assert torch.float8_e4m3fn in {t.dtype for t in tensors(tmp_path / "fp16").values()}
+
+
+def test_a_config_that_says_null_comes_back_as_it_was(tmp_path: Path, tiny: Path) -> None:
+    source = Path(shutil.copytree(tiny / "llama", tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": None}))
+    run(plan_hf_to_mcore(source, tmp_path / "mcore", Options()))
+    exported(tmp_path / "mcore", tmp_path / "hf", options=Options())
+    assert differing(source, tmp_path / "hf") == []
+
+
 @pytest.mark.parametrize("name", KEEPERS)
 def test_scales_are_taken_from_the_named_source_where_the_checkpoint_has_none(tmp_path: Path, name: str) -> None:
     source, mcore = imported(name, tmp_path)

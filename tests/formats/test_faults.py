@@ -57,7 +57,7 @@ def _refused(kind: type[MbxError], match: str, source: Path, target: Path, **opt
         convert("hf-to-mcore", source, target, **{"layout": Layout(tp=2), "sync": False, **options})
     assert caught.value.exit_code not in (0, 70)
     assert not target.exists() or not any(target.iterdir())
-    assert not target.with_name(target.name + ".lock").exists()
+    assert not target.with_name(f".{target.name}.mbx-lock").exists()
     return caught.value
 
 
@@ -287,6 +287,20 @@ def test_an_archive_that_is_not_where_the_index_says(mcore: Path, tmp_path: Path
     data = np.frombuffer(path.read_bytes(), np.uint8).copy()
     path.write_bytes(np.roll(data, 64).tobytes())
     _export_refused("__1_0.distcp", mcore, tmp_path / "target")
+
+
+def test_values_beyond_fp16_are_refused_not_made_infinite(source: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    convert("hf-to-mcore", source, tmp_path / "fits", dtype="fp16")
+    tensors = load_file(source / SHARD)
+    name = next(name for name in tensors if name.endswith("down_proj.weight"))
+    tensors[name][3, 4] = 1e6
+    save_file(tensors, source / SHARD, {"format": "pt"})
+    _refused(
+        UsageError, r"linear_fc2\.weight`: 1 value\(s\) are beyond fp16", source, tmp_path / "target", dtype="fp16"
+    )
+    convert("hf-to-mcore", source, tmp_path / "bf16", dtype="bf16")
 
 
 # --- paths --------------------------------------------------------------------------------------------------------

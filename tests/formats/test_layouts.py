@@ -155,9 +155,14 @@ def test_impossible_layouts_are_refused_with_a_reason(layout: Layout, words: tup
     assert all(word in said for word in words), said
 
 
-def test_a_layout_that_fits_is_not_refused() -> None:
+def test_a_layout_that_fits_is_not_refused_and_experts_are_asked_of_a_moe_alone() -> None:
     check(Layout(tp=4, pp=2, ep=4, etp=2, last_stage=13), MOE)
     check(Layout(tp=64), {})
+    dense = {key: value for key, value in MOE.items() if "moe" not in key}
+    check(Layout(tp=4, etp=1), dense)
+    for layout, word in ((Layout(tp=4, etp=2), "--etp 2"), (Layout(ep=2), "--ep 2")):
+        with pytest.raises(LayoutError, match=f"{word}: this model has no experts"):
+            check(layout, dense)
     check(Layout(tp=8, etp=1), MOE)  # two ranks to a key and value head
 
 

@@ -90,3 +90,25 @@ def test_a_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
     save_file(whole, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CoverageError):
         plan_hf_to_mcore(source, tmp_path / "mcore", Options())
+
+
+def test_a_repeated_tensor_may_be_stored_by_a_codec(tmp_path: Path) -> None:
+    """The multi-token prediction head's embedding repeats the model's: codes and scales must be the same."""
+    source = make("deepseek_v3_fp8", tmp_path / "source")
+    held = tensors(source)
+    repeats = [name for name in held if name.endswith("embed_tokens.weight")]
+    assert len(repeats) == 2
+    for name in repeats:
+        held[name] = (held[name].float() / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn)
+        held[name + "_scale_inv"] = torch.full((16, 2), 0.01)
+    save_file(held, source / "model.safetensors", {"format": "pt"})
+    run(plan_hf_to_mcore(source, tmp_path / "mcore", Options()))
+    run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "same", Options(codec="same")))
+    same = tensors(tmp_path / "same")
+    assert same.keys() == held.keys()
+    assert all(torch.equal(same[n].view(torch.uint8), t.view(torch.uint8)) for n, t in held.items() if t.dim())
+    held[repeats[1] + "_scale_inv"][3, 1] = 0.02
+    save_file(held, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CoverageError, match="should repeat `model.embed_tokens.weight`, and does not"):
+        run(plan_hf_to_mcore(source, tmp_path / "other", Options()))
+    assert not (tmp_path / "other").exists()

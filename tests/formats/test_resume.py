@@ -239,7 +239,7 @@ def test_a_lock_file_that_its_holder_removed_does_not_count(tmp_path: Path) -> N
     """Two runs that start as a third ends never both hold the target."""
     first = PartialFolder(tmp_path / "t")
     with first:
-        stale = os.open(tmp_path / "t.lock", os.O_RDWR)  # a second run has opened the file and not locked it yet
+        stale = os.open(tmp_path / ".t.mbx-lock", os.O_RDWR)  # a second run has opened the file and not locked it yet
     os.close(stale)
     with PartialFolder(tmp_path / "t"), pytest.raises(UsageError, match="another run"), PartialFolder(tmp_path / "t"):
         raise AssertionError("two runs hold one target")
@@ -250,6 +250,16 @@ def test_more_memory_than_now_allowed_is_said(interrupted: tuple[Path, Path]) ->
     path = partial_path(target) / ".mbx" / "run.json"
     path.write_text(path.read_text().replace('"piece_bytes": ', '"piece_bytes": 9999'))
     with pytest.raises(MbxError, match="--max-memory gives 16 MiB"):
+        _again(source, target, resume=True)
+
+
+def test_work_of_another_version_is_not_gone_on_with(
+    interrupted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which bytes go where is the program's to say, not the table's alone."""
+    source, target = interrupted
+    monkeypatch.setattr(journal, "__version__", "0.0.0")
+    with pytest.raises(UsageError, match="another source or other options"):
         _again(source, target, resume=True)
 
 
@@ -316,11 +326,11 @@ def test_overwrite_keeps_the_old_target_until_the_new_one_is_whole(tiny: Path, t
     for at in range(total - 12, total + 12):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        (target / "old").write_text("old")
+        (target / "config.json").write_text("old")
         status = _killed("hf-to-mcore", source, target, at, overwrite=True)
         with PartialFolder(target, overwrite=True):  # the next run puts things right
             pass
-        assert tree(target) in (new, {"old": tree(target).get("old")}), at
+        assert tree(target) in (new, {"config.json": tree(target).get("config.json")}), at
         if status == 0:
             break
     else:

@@ -116,8 +116,9 @@ def test_yaml_builds_nothing(ours: Path, tmp_path: Path) -> None:
 
 def test_targets_are_plain_data() -> None:
     node = {"_target_": "os.system", "_call_": True, "_args_": ["true"]}
-    config = config_of_run_config({"model": {"activation_func": node, "num_layers": 2, "kv_channels": node}})
+    config = config_of_run_config({"model": {"activation_func": node, "num_layers": 2, "normalization": node}})
     assert config["activation_func"] == "os.system" and config["num_layers"] == 2
+    assert config["normalization"] == "true"
 
 
 def test_sidecars_travel_through_a_change_of_layout(ours: Path, tmp_path: Path) -> None:

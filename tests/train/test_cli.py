@@ -91,6 +91,9 @@ def test_dry_run_writes_nothing(tmp_path: Path, chats: str, capsys: pytest.Captu
         (["train", "export", "/nowhere"], 2, "export RUN DST"),
         (["train", "export", "/nowhere", "/nowhere2"], 2, "no checkpoint"),
         (["train", "report", "/nowhere"], 4, "metrics.jsonl"),
+        (["train", "export", "/nowhere", "/nowhere2", "--dry-run"], 2, "takes no --dry-run"),
+        (["train", "report", "/nowhere", "--resume"], 2, "takes no --resume"),
+        (["train", *RECIPE, "--merged"], 2, "--merged is for"),
     ],
 )
 def test_failures(
@@ -119,6 +122,21 @@ def test_budget(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["adapters"] == 167_772_160
     assert sum(found["bytes"].values()) == found["total_bytes"]  # type: ignore[attr-defined]
     assert main(["budget", "--recipe", "llama3_8b_sft", "--world-size", "3", "parallel.tp=2"]) == 2
+    for none in ("0", "-1"):
+        assert main(["budget", "--recipe", "llama3_8b_sft", "--world-size", none]) == 2
+        assert "at least one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_notices_of_libraries_are_for_those_who_ask(tmp_path: Path, chats: str, verbose: bool) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "mbx", "train", *small(tmp_path, chats), *(["-v"] if verbose else [])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ("Warning" in said.stderr) is verbose and "step 3/3" in said.stderr
 
 
 def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:

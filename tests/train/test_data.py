@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +78,28 @@ def test_completions(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-unty
         ({"messages": []}, "non-empty"),
         ({"messages": [{"role": "user"}]}, "message 0"),
         ({"messages": [{"role": "user", "content": 3}]}, "message 0"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"messages": ' + "9" * 5000 + "}", "not valid JSON"),
     ],
 )
 def test_a_bad_line_is_named(tokenizer, tmp_path: Path, line: object, words: str) -> None:  # type: ignore[no-untyped-def]
     path = write(tmp_path / "d.jsonl", chat("q", "a"), "", line)
     with pytest.raises(UsageError, match=rf"d\.jsonl:3: .*{words}"):
+        read_examples(Data(), path, tokenizer)
+
+
+def test_only_line_feeds_end_a_line(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """JSON allows U+2028, U+2029 and U+0085 in strings as they are; a mark in front and CRLF are those of editors."""
+    path = tmp_path / "d.jsonl"
+    lines = [json.dumps(chat("a\u2028b\u0085c", "y\u2029z"), ensure_ascii=False), json.dumps(chat("q", "a"))]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert len(read_examples(Data(), path, tokenizer)) == 2
+    path.write_text("\n".join([*lines, "{"]), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"d\.jsonl:3: not valid JSON"):
+        read_examples(Data(), path, tokenizer)
+    path.write_bytes(lines[1].encode() + b'\n{"messages": "caf\xe9"}')
+    with pytest.raises(StorageError, match=r"d\.jsonl:2: not UTF-8"):
         read_examples(Data(), path, tokenizer)
 
 
@@ -189,3 +207,12 @@ def test_megatron_datasets(tmp_path: Path) -> None:
         assert len(seen) > 200 and max(seen) < 400
         with pytest.raises(StorageError, match="idx"):
             megatron_rows(Data(kind="indexed", path=str(tmp_path / "no")), 64, 8, 0)
+        builder = IndexedDatasetBuilder(str(tmp_path / "one.bin"), dtype=np.int32)
+        builder.add_document(torch.tensor([1, 2, 3]), [3])
+        builder.finalize(str(tmp_path / "one.idx"))
+        one = Data(kind="indexed", path=str(tmp_path / "one"), length=16)
+        with pytest.raises(StorageError, match="one` has no tokens for valid"):  # 969 of 1,000 documents, rounded
+            megatron_rows(one, 64, 8, 0)
+        with pytest.raises(StorageError, match="no tokens for train"):
+            megatron_rows(replace(one, split="0,1,0"), 64, 8, 4)
+        assert megatron_rows(replace(one, split="1,0,0"), 64, 8, 0)[0].row(0).tokens[:4].tolist() == [1, 2, 3, 1]

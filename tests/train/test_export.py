@@ -18,11 +18,11 @@ from mbx.convert import Options, plan_hf_to_mcore, run
 from mbx.io import hf
 from mbx.mcore.build import build_model
 from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.train.checkpoint import RECIPE
 from mbx.train.export import export_run
 from mbx.train.model import blueprint
-from mbx.train.peft import WEIGHTS
+from mbx.train.peft import CONFIG, WEIGHTS
 from mbx.train.recipe import parse_recipe
+from mbx.train.record import RECIPE
 from tests.judge import load_torch_dist
 from tests.oracles import compare_logits, hf_logits, mcore_logits
 
@@ -114,6 +114,9 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, fp32_base: Path
     tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] = torch.zeros(4, 32)
     tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"] = torch.zeros(96, 4)
     save_file(tensors, adapter / WEIGHTS)
+    config = json.loads((adapter / CONFIG).read_text())
+    config["target_modules"] = [*config["target_modules"], "up_proj"]
+    (adapter / CONFIG).write_text(json.dumps(config))
     with pytest.raises(UsageError, match="up_proj"):
         lora = {"rank": 4, "targets": ["linear_qkv"], "adapter": str(adapter)}
         run_here(short(tmp_path / "run9", model=model, lora=lora))

@@ -97,6 +97,26 @@ def test_overrides() -> None:
         ("optim.warmup_steps=100000", "exceed", "warmup_fraction"),
         ("optim.warmup_fraction=1.5", "0 to 1", None),
         ("parallel.vpp=2", "parallel.pp is 1", "parallel.pp=2"),
+        ("optim.lr=nan", "finite", None),
+        ("optim.lr=inf", "finite", None),
+        ("optim.beta1=1", "below 1", None),
+        ("optim.beta2=-1", "at least 0", None),
+        ("optim.eps=-1", "negative", None),
+        ("optim.clip=-1", "negative", None),
+        ("optim.decay_steps=-1", "negative", None),
+        ("optim.warmup_steps=-2", "at least -1", None),
+        ("optim.min_lr=1", "above optim.lr", "optim.min_lr="),
+        ("data.seed=-1", "0 to 2147483647", None),
+        ("train.seed=99999999999999999999", "0 to 2147483647", None),
+        ("train.eval_every=-1", "negative", None),
+        ("train.eval_steps=0", "at least 1", None),
+        ("train.spike_factor=-1", "negative", None),
+        ("lora.alpha=nan", "finite", None),
+        ("lora.dropout=1", "below 1", None),
+        ("lora.adapter=dir", "trains every weight", "lora.rank="),
+        ("lora.dora=true", "trains every weight", "lora.rank="),
+        ("run.dir=", "empty", "run.dir="),
+        ("data.eval_path=x.jsonl", "never read", "train.eval_every="),
     ],
 )
 def test_bad_overrides(override: str, fact: str, hint: str | None) -> None:
@@ -104,6 +124,29 @@ def test_bad_overrides(override: str, fact: str, hint: str | None) -> None:
         load_recipe("llama3_8b_sft", [override])
     assert fact in caught.value.fact
     assert hint is None or hint in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fact"),
+    [
+        (["data.kind=mock", "data=x.jsonl"], "reads no file, got data.path=x.jsonl"),
+        (["data.kind=pattern", "data=x.jsonl"], "reads no file"),
+        (["data.kind=indexed", "data=x", "data.eval_path=y", "train.eval_every=1"], "takes no data.eval_path"),
+        (["data.kind=indexed", "data=x", "data.split=abc"], "data.split"),
+        (["data.kind=indexed", "data=x", "data.split=0,1,1"], "data.split"),
+        (["lora.rank=4", "lora.alpha=0"], "by 0"),
+    ],
+)
+def test_what_would_be_left_unread_is_refused(overrides: list[str], fact: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe("llama3_8b_sft", overrides)
+    assert fact in caught.value.fact
+
+
+def test_values_at_the_ends_of_their_ranges_are_taken() -> None:
+    edges = ["optim.beta1=0", "optim.clip=0", "optim.warmup_steps=-1", "train.seed=0", "data.kind=indexed", "data=x"]
+    for split in ("969,30,1", "1", "9,1", "0.9,.1,0"):
+        assert load_recipe("llama3_8b_sft", [*edges, f"data.split={split}"]).data.split == split
 
 
 def test_unknown_names() -> None:
@@ -122,6 +165,9 @@ def test_own_file(tmp_path: Path) -> None:
     path.write_text("[model\n")
     with pytest.raises(UsageError, match="mine"):
         load_recipe(str(path))
+    path.write_text("model = 3\n")
+    with pytest.raises(UsageError, match="`model` is a section"):
+        load_recipe(str(path), ["model=x"])
     path.write_text("[model]\npaht = 1\n")
     with pytest.raises(UsageError, match="paht"):
         load_recipe(str(path))

@@ -99,6 +99,8 @@ def test_a_changed_recipe_is_refused(tmp_path: Path) -> None:
     run_here(first)
     with pytest.raises(UsageError, match=r"train\.global_batch"):
         run_here({**first, "train": {**first["train"], "global_batch": 8}}, resume=True)
+    same = {**first, "model": {**first["model"], "path": f"{QWEN3.parent}/./{QWEN3.name}/"}}
+    assert run_here(same, resume=True) == []  # another spelling of a path is no change
 
 
 def test_where_a_run_starts(tmp_path: Path) -> None:

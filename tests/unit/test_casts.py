@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from converters.casts import convert
+from converters.casts import convert, overflown
+from converters.values import TORCH_DTYPES
 from converters.values import convert as by_torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,3 +60,16 @@ def test_no_torch_is_needed() -> None:
     code += "convert(np.zeros(8, np.uint8), 'F8_E4M3', 'BF16', 0); assert 'torch' in sys.modules"  # negative control
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("source", ["BF16", "F32", "F64"])
+def test_values_that_a_cast_to_half_makes_infinite_are_counted(source: str) -> None:
+    values = torch.tensor([65504.0, 65536.0, -1e9, float("inf"), float("-inf"), float("nan"), 0.0, 65504.0])
+    stored = values.to(TORCH_DTYPES[source]).view(torch.uint8).numpy()
+    finite = values.to(TORCH_DTYPES[source]).isfinite() & values.to(TORCH_DTYPES[source]).to(torch.float16).isinf()
+    wanted = int(finite.sum())
+    assert wanted == (4 if source == "BF16" else 2)  # 65504 itself is 65536 in bf16
+    many = np.tile(stored, 20_000)
+    assert overflown(convert(stored, source, "F16"), stored, source) == wanted
+    assert overflown(convert(many, source, "F16"), many, source) == 20_000 * wanted
+    assert overflown(convert(stored[:0], source, "F16"), stored[:0], source) == 0
