@@ -221,6 +221,8 @@ def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tupl
     train, valid, _ = BlendedMegatronDatasetBuilder(
         MockGPTDataset if mock else Indexed, [num_train, num_eval, 0], lambda: True, config
     ).build()
+    if train is None:
+        raise UsageError(f"data.split={data.split} leaves no documents to train on", hint="data.split=1,0,0")
     return Megatron(train), None if valid is None else Megatron(valid)
 
 

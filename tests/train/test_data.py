@@ -213,6 +213,6 @@ def test_megatron_datasets(tmp_path: Path) -> None:
         one = Data(kind="indexed", path=str(tmp_path / "one"), length=16)
         with pytest.raises(StorageError, match="one` has no tokens for valid"):  # 969 of 1,000 documents, rounded
             megatron_rows(one, 64, 8, 0)
-        with pytest.raises(StorageError, match="no tokens for train"):
+        with pytest.raises(UsageError, match="leaves no documents to train on"):
             megatron_rows(replace(one, split="0,1,0"), 64, 8, 4)
         assert megatron_rows(replace(one, split="1,0,0"), 64, 8, 0)[0].row(0).tokens[:4].tolist() == [1, 2, 3, 1]
