@@ -107,7 +107,7 @@ def lines(budget: Budget, tips: list[tuple[str, int]]) -> list[str]:
     rows = [f"{name:<{width}}  {value / GIB:8.2f} GiB" for name, value in budget.parts.items()]
     rows.append(
         f"{'total':<{width}}  {budget.total / GIB:8.2f} GiB  in the backward pass of {budget.phase}"
-        f" (and about {CONTEXT / GIB:.1f} GiB of CUDA context)"
+        f" (on a GPU about {CONTEXT / GIB:.1f} GiB of CUDA context more)"
     )
     rows += [f"{name} would save {saved / GIB:.2f} GiB" for name, saved in tips]
     return rows

@@ -114,6 +114,8 @@ class _Trainer:
 
         # 3. rows, and the place in them
         self.train_rows, self.eval_rows = self._rows()
+        if self.recipe.train.eval_every and self.eval_rows is None:
+            self.log.message("there are no validation rows: train.eval_every evaluates nothing")
         self.store = checkpoint.Store(self.recipe, self.plan, self.ranks)
         self.step, self.saved, self.mean_loss = 0, -1, math.nan
         if source and resumed:
