@@ -189,7 +189,9 @@ class _Cutter:
     def _add_rows(self, pieces: list[Piece], entry: Entry) -> None:
         rows, cols = self.geometry.entry_matrix(entry)
         source, target = self._items(entry)
-        step = max(1, self.cutting.piece_bytes // max(1, cols * max(source, target)))
+        # A cast has two buffers at a time in the processor's caches.
+        touched = source + target if self._is_cast(entry) else max(source, target)
+        step = max(1, self.cutting.piece_bytes // max(1, cols * touched))
         align = max((e.codec.row_alignment(e.tensor.shape) for e in self.encoded), default=1) * entry.fold
         if (whole := self.reencoded.get(entry.tensor)) is not None:
             own = whole.codec.encode_alignment(whole.tensor.shape) * entry.fold
