@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mbx.convert import Job, Options
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a destination that is not empty.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that stands there.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run of the same command, or start where none was.")
 ]
