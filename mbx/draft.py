@@ -242,7 +242,9 @@ def _section(name: str, values: object) -> list[str]:
 
 
 def _comment(title: str, entries: list[str]) -> str:
-    return "".join([f"\n# {title}:\n", *(f"#   {entry}\n" for entry in entries)]) if entries else ""
+    """Entries a line each: names of a checkpoint may hold line breaks, and what follows one is no comment."""
+    shown = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in entry) for entry in entries)
+    return "".join([f"\n# {title}:\n", *(f"#   {entry}\n" for entry in shown)]) if entries else ""
 
 
 def _toml(value: object) -> str:

@@ -72,7 +72,11 @@ def _hugging_face(path: Path) -> Checkpoint:
     except StorageError as error:
         fault = error.fact
     fault = fault or _partial(path)
-    architecture, table = _model(config)
+    architecture, table = None, None
+    try:
+        architecture, table = _model(config)
+    except MbxError as error:
+        fault = fault or error.fact
     return Checkpoint(
         path,
         "huggingface",
@@ -118,8 +122,13 @@ def _torch_dist(path: Path, iteration: Path) -> Checkpoint:
         fault = fault or error.fact
     model = model_tensors(tensors)
     rest = [tensor for name, tensor in tensors.items() if name not in model]
-    architecture, table = _model_of(iteration)
-    common, writer = _common(iteration)
+    architecture, table = None, None
+    common, writer = dict[object, object](), None
+    try:
+        architecture, table = _model_of(iteration)
+        common, writer = _common(iteration)
+    except MbxError as error:
+        fault = fault or error.fact
     number = common.get("iteration")
     if isinstance(number, bool) or not isinstance(number, int):
         number = int(iteration.name[5:]) if re.fullmatch(r"iter_\d+", iteration.name) else None

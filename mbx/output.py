@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,8 @@ SCREEN_WIDTH = 80
 _SHOWN_DETAILS = 10
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2"}
 _PLAIN = {"→": "->", "↔": "<->", "…": "...", "≤": "<=", "×": "x", "Δ": "d", "–": "-", "✓": "+", "✗": "x"}
+#: Control characters that are no tab, line break or colour of `paint`.
+_CONTROLS = re.compile(r"\x1b(?!\[\d*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]")
 
 #: What `--json` prints: values that json.dumps takes.
 Document = Mapping[str, object]
@@ -158,7 +161,11 @@ def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:
 
 
 def _write(stream: TextIO, line: str) -> None:
-    """One line; where the stream's encoding lacks a character, its plain spelling."""
+    """One line; where the stream's encoding lacks a character, its plain spelling.
+
+    Names of a stranger's checkpoint may hold what a terminal obeys: shown as escapes, all but colours.
+    """
+    line = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], line)
     encoding = stream.encoding or "utf-8"
     try:
         line.encode(encoding)

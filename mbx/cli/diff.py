@@ -76,6 +76,7 @@ def _document(found: Diff) -> dict[str, Any]:
             }
             for change in found.changes
         ],
+        "config_compared": found.has_settings,
         "config": [{"key": key, "left": old, "right": new} for key, old, new in found.config],
     }
 
@@ -87,8 +88,10 @@ def _lines(found: Diff, top: int) -> list[str]:
     if shown := found.changes[:top]:
         rows = [("relative", "max |Δ|", "values", "tensor"), *map(_row, shown)]
         lines += aligned(rows, right=(0, 1, 2)) + _more(len(found.changes) - top, "changed")
+    if not found.has_settings:
+        lines.append("settings were not compared: the two state none under the same names")
     if found.same:
-        return [f"no difference in {plural(found.unchanged, 'tensor')}"]
+        return [*lines, f"no difference in {plural(found.unchanged, 'tensor')}"]
     total = "not finite" if found.relative is None else f"{found.relative:.3g}"
     return [
         *lines,

@@ -103,6 +103,8 @@ def parity(
             progress=meter.advance,
         )
     if not is_main():  # rank 0 has the report
+        if not (forward or loss):
+            out.warning("this process compared nothing: rank 0 has the report, and ranks are for --forward and --loss")
         raise typer.Exit(0)
     if html is not None:
         from mbx.verify.report_html import write

@@ -39,8 +39,16 @@ ONE_PROCESS = Spread()
 
 
 def world_of() -> tuple[int, int]:
-    """This process's rank, and how many there are, from torchrun's environment; (0, 1) without."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """This process's rank, and how many there are, from torchrun's environment; (0, 1) without.
+
+    UsageError where the two do not go together: a rank that nobody started would wait for a report that nobody makes.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UsageError(
+            f"the environment says RANK={rank} of WORLD_SIZE={world}", hint="unset both, or start with torchrun"
+        )
+    return int(rank), int(world)
 
 
 def is_main() -> bool:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from converters.expr import Value
 from mbx.mcore.bf16_noise import with_bf16_noise
@@ -17,9 +16,6 @@ from mbx.mcore.loss import Losses, compare_losses
 from mbx.mcore.models import MegatronModel, Model, TransformersModel, vocab_size
 from mbx.mcore.prompts import Passes, Prompts, passes
 from mbx.mcore.rotary_floor import with_far_limit
-
-if TYPE_CHECKING:
-    pass
 
 #: Largest difference of two fp32 logits that rounding explains on models of a few layers.
 FORWARD_TOLERANCE = 1e-4

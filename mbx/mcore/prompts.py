@@ -129,7 +129,7 @@ def _tokenized(text_file: Path, hf_path: Path) -> list[int]:
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"cannot read the prompt `{text_file}`: {error}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise StorageError(
             f"Transformers reads no tokenizer in `{hf_path}`: {error}", hint="give token ids instead of a text"

@@ -19,6 +19,7 @@ right = "ckpt"
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
@@ -117,13 +118,15 @@ def _check(where: str, defaults: Mapping[str, object], entry: object) -> Check:
     first = str(values[named[0]])
     returns = named == ["source"] and "dtype" not in values  # a cast does not come back
     usual = LEGS[:5] if named == ["source"] else LEGS[:3]
+    if named != ["source"] and (idle := sorted({"layouts", "format"} & set(entry))):
+        raise UsageError(f"{where}: {', '.join(idle)} with `left` and `right`, which are compared as they are")
     legs = values.get("legs", [leg for leg in usual if returns or leg != "round-trip"])
-    if not isinstance(legs, list) or not legs or not set(legs) <= set(LEGS):
+    if not isinstance(legs, list) or not legs or not all(leg in LEGS for leg in legs):
         raise UsageError(f"{where}: legs = {legs!r}", hint=f"a list of: {', '.join(LEGS)}")
     if "round-trip" in legs and not returns:
         raise UsageError(f"{where}: a round trip needs `source`, and no `dtype`")
     check = Check(
-        str(values.get("name", Path(first).name)),
+        _text(where, values, "name") or Path(first).name,
         tuple(legs),
         _text(where, values, "source"),
         _text(where, values, "left"),
@@ -135,8 +138,10 @@ def _check(where: str, defaults: Mapping[str, object], entry: object) -> Check:
         device=_text(where, values, "device") or "cpu",
     )
     tolerance = values.get("tolerance")
-    if tolerance is not None and (isinstance(tolerance, bool) or not isinstance(tolerance, int | float)):
-        raise UsageError(f"{where}: tolerance = {tolerance!r}; a number was expected")
+    if tolerance is not None and (
+        isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance < math.inf
+    ):
+        raise UsageError(f"{where}: tolerance = {tolerance!r}; a finite number from 0 on was expected")
     memory = _text(where, values, "max_memory")
     return replace(
         check,
@@ -167,6 +172,10 @@ def _layouts(where: str, value: object) -> tuple[Layout, ...]:
     for entry in value:
         if unknown := sorted(set(entry) - _LAYOUT_KEYS):
             raise UsageError(f"{where}: a layout has no {unknown[0]!r}", hint=f"it has {', '.join(_LAYOUT_KEYS)}")
+        for key, size in entry.items():
+            if type(size) is not (str if key == "pipeline" else int):
+                wanted = "a string" if key == "pipeline" else "a whole number"
+                raise UsageError(f"{where}: layout {key} = {size!r}; {wanted} was expected")
     return tuple(Layout(**entry) for entry in value)
 
 

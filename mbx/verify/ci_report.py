@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from xml.sax.saxutils import escape, quoteattr
 
 from mbx.output import plural
 from mbx.verify.ci import Result
 
+#: Characters that XML 1.0 (section 2.2) cannot hold, escaped or not.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MARKS = {"passed": "✓", "failed": "✗ failed", "not run": "– not run"}
 _SHOWN_DETAILS = 20
 _SHOWN_LINES = 5
@@ -55,7 +58,8 @@ def junit(results: Sequence[Result]) -> str:
         )
         suites += [_case(result) for result in cases]
         suites.append("  </testsuite>")
-    return "\n".join(['<?xml version="1.0" encoding="utf-8"?>', "<testsuites>", *suites, "</testsuites>", ""])
+    text = "\n".join(['<?xml version="1.0" encoding="utf-8"?>', "<testsuites>", *suites, "</testsuites>", ""])
+    return _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _case(result: Result) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from converters.codecs import quantization_of
+from converters.decode import decoded_view
 from converters.dialects.megatron_args import NEUTRAL, TRAINING
 from converters.errors import MbxError
 from converters.expr import Value
+from converters.isos.rope import LLAMA3_FIXED
 from converters.plan import Plan
 from converters.spelling import GENERIC_KEYS, canonical
 from mbx.io import hf
 from mbx.io.architecture import stated_config
+from mbx.io.hf import HfFolder
 from mbx.registry import table_for
 from mbx.verify.legs import Leg
 from mbx.verify.pairs import Pair
@@ -46,6 +50,10 @@ MEANINGS = {
 }
 
 
+#: Llama 4 scales queries behind `floor_scale` positions unless this says otherwise; no Megatron Core field does.
+_TEMPERATURE = "attn_temperature_tuning"
+
+
 def config(pair: Pair) -> Leg:
     """Settings of both sides, field by field, in Megatron Core's names."""
     left, right = pair.nouns
@@ -53,7 +61,7 @@ def config(pair: Pair) -> Leg:
         return _hf_config(pair)
     sides = []
     for side, noun in ((pair.left, left), (pair.right, right)):
-        fields, origin = _fields(side, pair.plan)
+        fields, origin = _fields(side, pair)
         if fields is None:
             article = noun if pair.left.kind != pair.right.kind else f"{noun} checkpoint"
             return Leg("config", "not run", f"{article} {origin}")
@@ -65,7 +73,8 @@ def config(pair: Pair) -> Leg:
         names = sorted((set(mine) & set(other)) - TRAINING - _of_absent_layers(pair.plan))
         summary = f"{len(names)} fields, all that {origin} says"
         count = _layers(mine)
-        unequal = [n for n in names if not _alike(n, _listed(n, mine[n], count), _listed(n, other[n], count))]
+        mine, other = ({n: _listed(n, side[n], count) for n in names} for side in (mine, other))
+        unequal = [name for name in names if not _alike(name, mine, other)]
     else:
         unequal = [name for name in unequal_fields(mine, other) if name not in _of_absent_layers(pair.plan)]
     if not names:
@@ -74,23 +83,58 @@ def config(pair: Pair) -> Leg:
         f"`{name}`{_meaning(pair.plan, name)}: {mine.get(name)!r} in {left}, {other.get(name)!r} in {right}"
         for name in unequal
     ]
+    if (mine_file := _file(pair.left)) is not None and (other_file := _file(pair.right)) is not None:
+        findings += _unmapped(canonical(mine_file), canonical(other_file), pair.nouns)
     return Leg("config", "failed" if findings else "passed", summary, tuple(findings))
 
 
-def _fields(side: Side, plan: Plan) -> tuple[Mapping[str, Value] | None, str]:
-    """Fields that a side states, and what states them where that is not a whole config.json; or why there are none."""
+def _file(side: Side) -> Mapping[str, Value] | None:
+    """The config.json of a side, None where it has none."""
     if side.folder is not None:
-        return plan.config, ""
+        return side.folder.config
     assert side.checkpoint is not None
-    checkpoint, table = side.checkpoint, plan.table
-    if checkpoint.hf is not None and (checkpoint.hf / hf.CONFIG).is_file():
-        stored = hf.read_config(checkpoint.hf)
+    folder = side.checkpoint.hf
+    return hf.read_config(folder) if folder is not None and (folder / hf.CONFIG).is_file() else None
+
+
+def _fields(side: Side, pair: Pair) -> tuple[Mapping[str, Value] | None, str]:
+    """Fields that a side states, and what states them where that is not a whole config.json; or why there are none.
+
+    A checkpoint's config.json is read by the pair's table only where it names the folder's model type: another type
+    may mean something else by the same keys.
+    """
+    if side.folder is not None:
+        return pair.plan.config, ""
+    assert side.checkpoint is not None
+    if (stored := _file(side)) is not None:
+        folder, table = pair.left.folder, pair.plan.table
         try:
+            if folder is None or canonical(folder.config).get("model_type") != canonical(stored).get("model_type"):
+                table = None
             return (table or table_for(stored)).config.to_mcore(stored), ""
         except MbxError as error:
             return None, f"has a config.json that cannot be read: {error.fact}"
-    fields, origin = stated_config(checkpoint)
+    fields, origin = stated_config(side.checkpoint)
     return (fields, origin) if fields else (None, "carries no config.json (hf/)")
+
+
+def _unmapped(mine: Mapping[str, Value], other: Mapping[str, Value], nouns: tuple[str, str]) -> list[str]:
+    """Differences, in the v4 spelling, of what changes the forward pass and has no Megatron Core field."""
+    left, right = _without_field(mine), _without_field(other)
+    return [
+        f"`{key}`: {left.get(key)!r} in {nouns[0]}, {right.get(key)!r} in {nouns[1]}"
+        for key in sorted(set(left) | set(right))
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _without_field(config: Mapping[str, Value]) -> dict[str, Value]:
+    """The constants of Llama 3's rotary scaling, which Megatron Core fixes, and Llama 4's attention temperature."""
+    out: dict[str, Value] = {} if config.get(_TEMPERATURE) in (None, True) else {_TEMPERATURE: config[_TEMPERATURE]}
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type") == "llama3":
+        out |= {f"rope_scaling.{key}": scaling.get(key) for key in LLAMA3_FIXED}
+    return out
 
 
 #: Fields that say "every n-th layer" by one number, and whether such a layer is marked 1: the others are then 0.
@@ -139,7 +183,11 @@ def _listed(name: str, value: Value, layers: int) -> Value:
     return [int((layer + 1) % value != 0) for layer in range(layers)]
 
 
-def _alike(name: str, left: Value, right: Value) -> bool:
+def _alike(name: str, mine: Mapping[str, Value], other: Mapping[str, Value]) -> bool:
+    """Whether two sides of which one states only some fields say the same by `name`, or that it is not used."""
+    left, right = mine[name], other[name]
+    if name == "rope_type" and any(side.get("rotary_scaling_factor") != 1 for side in (mine, other)):
+        return left == right  # YaRN is plain rotation at factor 1 alone
     neutral = (*NEUTRAL.get(name, ()), None)
     return left == right or (not left and not right) or (left in neutral and right in neutral)
 
@@ -173,8 +221,10 @@ def _hf_config(pair: Pair) -> Leg:
             f"{fields[1].get(name)!r} in {right}"
             for name in unequal_fields(*fields)
         ]
+        findings += _unmapped(mine, other, (left, right))
         known |= table.config.known_keys()
     known.discard("model_type")
+    findings += _quantization(pair)
     keys = sorted(key for key in set(mine) | set(other) if key not in known and not key.startswith("_"))
     findings += [
         f"`{key}`: {mine.get(key)!r} in {left}, {other.get(key)!r} in {right}"
@@ -183,3 +233,30 @@ def _hf_config(pair: Pair) -> Leg:
     ]
     summary = f"{len(names)} fields, {len(keys)} other keys" if table is not None else f"{len(keys)} keys"
     return Leg("config", "failed" if findings else "passed", summary, tuple(findings))
+
+
+def _quantization(pair: Pair) -> list[str]:
+    """Differences of `quantization_config` where both folders have the same tensors, and it says how some are decoded.
+
+    Switches that are off say what their absence says.
+    """
+    sides = pair.left.folder, pair.right.folder
+    assert sides[0] is not None and sides[1] is not None
+    if sides[0].tensors.keys() != sides[1].tensors.keys():
+        return []
+    if not any(_decodes(folder) for folder in sides if folder is not None):
+        return []
+    mine, other = ({k: v for k, v in (quantization_of(f.config) or {}).items() if v} for f in sides if f is not None)
+    return [
+        f"`quantization_config.{key}`: {mine.get(key)!r} in {pair.nouns[0]}, {other.get(key)!r} in {pair.nouns[1]}"
+        for key in sorted(set(mine) | set(other))
+        if mine.get(key) != other.get(key)
+    ]
+
+
+def _decodes(folder: HfFolder) -> bool:
+    """Whether some tensor is read through a codec, or would be if its settings were readable."""
+    try:
+        return bool(decoded_view(folder.tensors, quantization_of(folder.config))[1])
+    except MbxError:
+        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.expr import Value
@@ -45,7 +45,7 @@ class Diff:
     """What changed; `changes` are sorted by `relative`, largest first, those without a figure before them.
 
     `removed` are tensors of the left side alone, `added` of the right. `relative` is that of all values together.
-    `config` are (key, left, right).
+    `config` are (key, left, right); `has_settings` says whether both state settings under the same names.
     """
 
     left: str
@@ -56,6 +56,7 @@ class Diff:
     unchanged: int
     relative: float | None
     config: tuple[tuple[str, Value, Value], ...]
+    has_settings: bool = True
 
     @property
     def same(self) -> bool:
@@ -145,14 +146,15 @@ def _report(pair: Pair, left: Path, right: Path, totals: Mapping[str, Tally]) ->
         origin = pair.plan.sources.get(draft.name)
         before = (draft.dtype, draft.shape) if origin is None else (origin.dtype, origin.shape)
         dtypes, shapes = (before[0], actual.dtype), (before[1], actual.shape)
-        alike = dtypes[0] == dtypes[1] and (shapes[0] == shapes[1] or draft.name in pair.limits)
-        if alike and tally is not None and not tally.differing:
+        alike = dtypes[0] == dtypes[1] and (shapes[0] == shapes[1] or _is_padded(pair, draft.name, shapes))
+        if alike and (0 in actual.shape or (tally is not None and not tally.differing)):
             unchanged += 1
         elif tally is None:
             changes.append(Change(draft.name, dtypes, shapes))
         else:
             figures = tally.differing, tally.compared, _relative(tally.change, tally.norm), tally.max_abs
             changes.append(Change(draft.name, dtypes, shapes, *figures))
+    settings = _config(pair.left, pair.right)
     changes.sort(key=lambda change: (change.relative is not None, -(change.relative or 0.0)))
     change, norm = sum(t.change for t in totals.values()), sum(t.norm for t in totals.values())
     found = Diff(
@@ -163,9 +165,17 @@ def _report(pair: Pair, left: Path, right: Path, totals: Mapping[str, Tally]) ->
         tuple(changes),
         unchanged,
         _relative(change, norm),
-        tuple(_config(pair.left, pair.right)),
+        tuple(settings or ()),
+        settings is not None,
     )
     return _turned(found) if pair.swapped else found
+
+
+def _is_padded(pair: Pair, name: str, shapes: tuple[Shape, Shape]) -> bool:
+    """Whether two shapes of a tensor differ in rows behind a vocabulary of stated size."""
+    size = pair.fields.get("model.vocab_size")
+    whole = isinstance(size, int) and all(shape[:1] >= (size,) for shape in shapes)
+    return whole and name in pair.limits and shapes[0][1:] == shapes[1][1:]
 
 
 def _turned(found: Diff) -> Diff:
@@ -175,7 +185,7 @@ def _turned(found: Diff) -> Diff:
         for c in found.changes
     )
     config = tuple((key, new, old) for key, old, new in found.config)
-    return Diff(found.left, found.right, found.added, found.removed, changes, found.unchanged, found.relative, config)
+    return replace(found, removed=found.added, added=found.removed, changes=changes, config=config)
 
 
 def _relative(change: float, norm: float) -> float | None:
@@ -185,11 +195,14 @@ def _relative(change: float, norm: float) -> float | None:
     return ratio if math.isfinite(ratio) else None
 
 
-def _config(left: Side, right: Side) -> list[tuple[str, Value, Value]]:
-    """Settings that differ, in Hugging Face's names where both have a config.json, in Megatron's where neither has."""
+def _config(left: Side, right: Side) -> list[tuple[str, Value, Value]] | None:
+    """Settings that differ, in Hugging Face's names where both have a config.json, in Megatron's where neither has.
+
+    None where one side states none, or each states its own kind.
+    """
     mine, other = _settings(left), _settings(right)
     if mine is None or other is None or mine[1] != other[1]:
-        return []
+        return None
     names = sorted(set(mine[0]) | set(other[0]))
     return [(key, mine[0].get(key), other[0].get(key)) for key in names if mine[0].get(key) != other[0].get(key)]
 

@@ -57,6 +57,8 @@ def check(folder: Path, *, workers: int = 2, progress: Callable[[int], None] = l
     Raises StorageError when there is no manifest, or it cannot be read; what differs is a change of the report.
     """
     listed = manifest.read(folder)
+    if not listed.tensors:
+        raise StorageError(f"`{folder / MANIFEST}` is damaged: it lists no tensor, so nothing would be checked")
     source = FileSource(folder)
     try:
         checker = _Checker(folder, listed, source, progress)
@@ -77,7 +79,7 @@ class _Checker:
         self.changes: list[Change] = []
         self.nbytes = 0
         self._spans: dict[str, list[Span]] = {file: [] for file in listed.containers}
-        self._crcs: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
+        self._crcs: dict[Span, dict[int, tuple[int, int]]] = {}
         self._lock = threading.Lock()
 
     def run(self, workers: int) -> None:
@@ -146,7 +148,7 @@ class _Checker:
                         continue
                     crc = zlib.crc32(buffer[:count])
                     with self._lock:
-                        self._crcs.setdefault((span.file, span.start), {})[at] = (crc, count)
+                        self._crcs.setdefault(span, {})[at] = (crc, count)
                         self.nbytes += count
                     self.progress(count)
             except BaseException as error:  # handed to the caller below
@@ -164,7 +166,7 @@ class _Checker:
 
     def _compare(self, name: str, span: Span) -> None:
         whole = read = 0
-        for _, (crc, count) in sorted(self._crcs.get((span.file, span.start), {}).items()):
+        for _, (crc, count) in sorted(self._crcs.get(span, {}).items()):
             whole, read = combine(whole, crc, count), read + count
         if read != span.nbytes or whole != span.crc32:
             what = "the bytes differ" if read == span.nbytes else "not all bytes could be read"

@@ -12,7 +12,7 @@ from converters.expr import Value
 from converters.isos import inexpressible_rope
 from converters.spelling import canonical
 from mbx.mcore.device import Spread
-from mbx.mcore.prompts import Passes, Prompts, passes
+from mbx.mcore.prompts import Passes, Prompts
 from mbx.verify.legs import Leg, Status
 from mbx.verify.pairs import Pair
 from mbx.verify.sides import Side, stated
@@ -106,14 +106,10 @@ def _sides(pair: Pair, prompts: Prompts, mapping: str | None) -> _Sides | Leg:
         if rows is not None and rows < vocab:
             return Leg("", "failed", f"the checkpoint embeds {rows} tokens, the vocabulary has {vocab}")
     reference = _reference(pair)
-    longest = fields.get("model.max_sequence_length")
-    read = passes(
-        prompts,
-        reference or pair.left.path,
-        hf_config,
-        vocab_size=vocab,
-        max_length=longest if isinstance(longest, int) else None,
-    )
+    from mbx.mcore.parity import read_prompts
+
+    stated_vocab = {**fields, "model.vocab_size": vocab}
+    read = read_prompts(prompts, stated_vocab, reference or pair.left.path, hf_config)
     models = (
         _model(pair, pair.left, fields, reference, hf_config),
         _model(pair, pair.right, fields, reference, hf_config),

@@ -9,16 +9,17 @@ from converters.codecs import quantization_of
 from converters.decode import Encoded, decoded_view
 from converters.dialects.cuts import VOCAB
 from converters.dialects.keys import parse_key
-from converters.errors import UnsupportedError
+from converters.errors import UnsupportedError, UsageError
 from converters.expr import Value
 from converters.importer import plan_import
 from converters.layout import Layout
-from converters.pairing import Pairing, pair_by_name, pair_by_table
-from converters.plan import Plan, requested_dtype
+from converters.pairing import Pairing, pair_by_name, pair_by_table, same_units
+from converters.plan import Draft, Plan, requested_dtype
 from converters.protocols import Source
 from converters.table import Table
 from converters.tensors import StoredTensor
 from mbx.io.architecture import known_config
+from mbx.io.hf import kept_tensors
 from mbx.registry import table_for
 from mbx.verify.sides import Side, respelt
 
@@ -28,8 +29,9 @@ class Pair:
     """`plan` makes the tensors `actual` of `right` from those of `left`, the two sides in the order of the plan.
 
     `swapped` says that the user named them the other way round. `equal` are tensors that have to repeat another one of
-    their side, as (whether on the right side, name, the other's name). `fields` is the Megatron Core config as far as
-    it is known. `limits` are the rows that are the vocabulary; what follows is padding.
+    their side, as (whether on the right side, name, the other's name). `repeated` are those that one side may lack:
+    they repeat another, are recomputed, or belong to a model around this one. `fields` is the Megatron Core config as
+    far as it is known. `limits` are the rows that are the vocabulary; what follows is padding.
     """
 
     left: Side
@@ -57,8 +59,13 @@ def pair_sides(
 ) -> Pair:
     """Pair two checkpoints; `source` reads each by its `id`, `dtype` is a cast that the first was declared to undergo.
 
-    Raises MbxError where no table covers them, as a conversion would.
+    Raises MbxError where no table covers them, as a conversion would, and for a cast between two of one kind.
     """
+    if first.kind == second.kind and dtype is not None:
+        raise UsageError(
+            f"--dtype {dtype} declares a cast between a folder and a Megatron checkpoint; both sides are of one kind",
+            hint="leave it out: the report says whether values of two dtypes agree",
+        )
     if first.kind == second.kind == "mcore":
         return _mcore_pair(first, second, source, mapping)
     if first.kind == second.kind == "hf":
@@ -70,14 +77,15 @@ def pair_sides(
     wanted = [draft.name for draft in plan.drafts]
     actual = respelt(checkpoint.tensors, wanted, source[id(checkpoint)])
     known = set(wanted)
+    carried = _carried(checkpoint, plan.ledger.beside)
     return Pair(
         folder,
         checkpoint,
-        plan,
-        actual,
+        _with_carried(plan, carried),
+        {**actual, **carried},
         tuple(name for name in wanted if name not in actual),
         tuple(name for name in actual if name not in known),
-        (),
+        tuple(name for name in plan.ledger.beside if name not in carried),
         plan.config,
         _limits(plan.config, actual),
         tuple((False, name, other) for name, other in plan.equal),
@@ -85,8 +93,26 @@ def pair_sides(
     )
 
 
+def _carried(checkpoint: Side, beside: tuple[str, ...]) -> dict[str, StoredTensor]:
+    """Of the tensors `beside` the folder's text model (a vision tower), those that travel with the checkpoint."""
+    assert checkpoint.checkpoint is not None
+    opened = checkpoint.checkpoint
+    kept = {} if opened.hf is None or not beside else kept_tensors(opened.iteration, opened.hf)
+    return {name: kept[name] for name in beside if name in kept}
+
+
+def _with_carried(plan: Plan, carried: Mapping[str, StoredTensor]) -> Plan:
+    """`plan` that also makes what travels with a checkpoint, as it is."""
+    own = [plan.sources[name] for name in carried]
+    units = [unit for tensor in own for unit in same_units(tensor, carried[tensor.name], 0)]
+    drafts = tuple(Draft(tensor.name, tensor.dtype, tensor.shape, ()) for tensor in own)
+    return replace(plan, drafts=(*plan.drafts, *drafts), units=(*plan.units, *units))
+
+
 def _mcore_pair(first: Side, second: Side, source: Mapping[int, Source], mapping: str | None) -> Pair:
     assert first.checkpoint is not None and second.checkpoint is not None
+    if mapping is not None:
+        table_for({}, mapping)  # known_config would go on without a table that is not there
     fields = known_config(first.checkpoint, mapping)[0] or known_config(second.checkpoint, mapping)[0]
     actual = respelt(second.tensors, first.tensors, source[id(second)])
     found = pair_by_name(first.tensors, actual, lambda name: parse_key(name).depth, fields)

@@ -86,21 +86,22 @@ _MTP = ("transformer_layer.", "mtp_model_layer.")
 def respelt(tensors: Mapping[str, StoredTensor], wanted: Collection[str], source: Source) -> dict[str, StoredTensor]:
     """`tensors` (torch_dist keys) with layers stacked or apart, and heads named, as the keys `wanted` have them.
 
-    Chunks are cut at layers where they must be, and then name their data's first byte themselves.
+    What is there under a wanted key stays, and another spelling of it keeps its own key. Chunks are cut at layers
+    where they must be, and then name their data's first byte themselves.
     """
-    want = set(wanted)
+    asked = set(wanted)
+    want = asked - tensors.keys()
     out: dict[str, StoredTensor] = {}
     apart: dict[str, dict[int, StoredTensor]] = {}
     for name, tensor in tensors.items():
         key = parse_key(name)
         joined = f"decoder.layers.{key.param}"
-        if name in want:
+        if name in asked:
             out[name] = tensor
         elif key.site == "decoder" and key.layer is not None and joined in want:
             apart.setdefault(joined, {})[key.layer] = tensor
-        elif key.stacked and f"decoder.layers.0.{key.param}" in want:
-            for layer in range(tensor.shape[0]):
-                one = f"decoder.layers.{layer}.{key.param}"
+        elif key.stacked and want.intersection(ones := _apart(key.param, tensor)) and not tensors.keys() & ones:
+            for layer, one in enumerate(ones):
                 out[one] = _layer(tensor, layer, one, source)
         elif (other := _mtp_name(name)) is not None and other in want:
             out[other] = StoredTensor(other, tensor.dtype, tensor.shape, tensor.chunks)
@@ -114,6 +115,11 @@ def respelt(tensors: Mapping[str, StoredTensor], wanted: Collection[str], source
         else:
             out |= {tensor.name: tensor for tensor in layers.values()}
     return out
+
+
+def _apart(param: str, tensor: StoredTensor) -> list[str]:
+    """Keys of the layers that a stack holds, each under its own."""
+    return [f"decoder.layers.{layer}.{param}" for layer in range(tensor.shape[0])]
 
 
 def _mtp_name(name: str) -> str | None:

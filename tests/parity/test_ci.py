@@ -84,6 +84,11 @@ def test_a_pair_that_differs_is_named_with_its_cause(tiny: Path, tmp_path: Path)
     assert "gate and up are swapped" in markdown(results) and "gate and up are swapped" in junit(results)
 
 
+def test_no_name_breaks_the_xml(tiny: Path, tmp_path: Path) -> None:
+    text = source(tiny, 'name = "a\\u0001\\ufffe<b>&\\"c"', 'legs = ["cover"]')
+    assert ElementTree.fromstring(junit(checked(text, tmp_path)))[0].get("name") == 'a\ufffd\ufffd<b>&"c'
+
+
 def test_a_leg_that_was_asked_for_and_cannot_run_is_no_pass(tiny: Path, tmp_path: Path) -> None:
     own = table_with(NAME, tmp_path, "model_types", 'unsupported = "no such forward pass"\nmodel_types')
     results = checked(source(tiny, f'mapping = "{own}"', 'legs = ["cover", "forward"]'), tmp_path)
@@ -137,10 +142,21 @@ def test_the_command_writes_both_reports_and_ends_with_the_code(
         ('[[check]]\nsource = "a"\nlegs = []', "legs ="),
         ('[[check]]\nsource = "a"\nlegs = ["colour"]', "legs ="),
         ('[[check]]\nsource = "a"\nlayouts = [{ pt = 2 }]', "'pt'"),
+        ('[[check]]\nsource = "a"\nlegs = [["cover"]]', "legs ="),
+        ('[[check]]\nsource = "a"\nname = ["b"]', "name ="),
         ('[[check]]\nsource = "a"\nlayouts = []', "layouts ="),
+        ('[[check]]\nsource = "a"\nlayouts = [{ tp = "2" }]', "layout tp ="),
+        ('[[check]]\nsource = "a"\nlayouts = [{ tp = true }]', "layout tp ="),
+        ('[[check]]\nsource = "a"\nlayouts = [{ pp = 2.0 }]', "layout pp ="),
+        ('[[check]]\nsource = "a"\nlayouts = [{ pipeline = 2 }]', "layout pipeline ="),
+        ('[[check]]\nleft = "a"\nright = "b"\nlayouts = [{ tp = 2 }]', "layouts with"),
+        ('[[check]]\nleft = "a"\nright = "b"\nformat = "torch"', "format with"),
         ('[[check]]\nleft = "a"\nright = "b"\nlegs = ["round-trip"]', "round trip"),
         ('[[check]]\nsource = "a"\ndtype = "fp32"\nlegs = ["round-trip"]', "round trip"),
         ('[[check]]\nsource = "a"\ntolerance = "small"', "tolerance"),
+        ('[[check]]\nsource = "a"\ntolerance = nan', "tolerance"),
+        ('[[check]]\nsource = "a"\ntolerance = inf', "tolerance"),
+        ('[[check]]\nsource = "a"\ntolerance = -1', "tolerance"),
         ('[[check]]\nsource = "a"\ntokens = 0', "tokens"),
         ('[[check]]\nsource = "a"\nmax_memory = "1KB"', "too small"),
         ('[[check]]\nsource = "a"\n[[check]]\nsource = "b/a"', "two checks"),

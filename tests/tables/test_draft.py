@@ -52,6 +52,14 @@ def test_what_no_row_places_is_listed_and_refused(tiny: Path) -> None:
         parse_table("novel", drafted.text).config.to_mcore({**folder.config, "novel_scale": 3.0})
 
 
+def test_a_name_with_line_breaks_stays_a_comment(tiny: Path) -> None:
+    folder = open_hf(tiny / "llama")
+    names = [*folder.tensors, 'model.layers.0.x\n[rows.stolen]\n"mlp.weight" = "y"\0']
+    drafted = draft({**folder.config, "k\r[sites]\n": 1}, names)
+    assert parse_table("novel", drafted.text)
+    assert "stolen" in drafted.text and not any(line.startswith("[rows.stolen") for line in drafted.text.split("\n"))
+
+
 def test_nothing_in_common_is_said(tiny: Path) -> None:
     with pytest.raises(UnsupportedError, match="no shipped table has a tensor name in common"):
         draft({"model_type": "x"}, ["conv.0.kernel", "conv.1.kernel"])
