@@ -122,7 +122,7 @@ def load_tokenizer(plan: Blueprint) -> PreTrainedTokenizerBase:
     if not any((plan.hf / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise UsageError(f"`{plan.hf}` has no tokenizer", hint="copy tokenizer.json and tokenizer_config.json there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(plan.hf, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(plan.hf, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise StorageError(f"the tokenizer of `{plan.hf}` cannot be read: {error}") from error
     if len(tokenizer) > plan.vocab:

@@ -1,0 +1,41 @@
+"""What a table puts for an absent config key is what Transformers' class of that model puts."""
+
+from __future__ import annotations
+
+import pytest
+
+from converters.isos import VALUE
+from converters.spelling import canonical
+from mappings import table_names
+from mbx.registry import shipped
+
+MODELS = [(name, model_type) for name in table_names() for model_type in shipped(name).model_types]
+#: Model types that Transformers has no class for.
+FOREIGN = {"kimi_k2", "nemotron-nas", "mimo", "sarvam_moe"}
+
+
+@pytest.mark.parametrize(("name", "model_type"), [model for model in MODELS if model[1] not in FOREIGN])
+def test_absent_keys_mean_what_the_class_says(name: str, model_type: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type]().get_text_config()
+    defaults = canonical({**config.to_dict(), "architectures": None})
+    wrong, compared = [], 0
+    for row in shipped(name).config.rows:
+        value = defaults.get(row.hf)
+        if value is None or row.otherwise is None or isinstance(row.otherwise, str):
+            continue
+        meant = VALUE[row.via].to_mcore(value, defaults) if row.via else value
+        otherwise = row.otherwise
+        if isinstance(meant, list) and isinstance(otherwise, int):  # every how many layers, written out
+            otherwise = [int((layer + 1) % otherwise != 0) for layer in range(len(meant))]
+        compared += 1
+        if meant != otherwise:
+            wrong.append(f"{row.hf}: {row.otherwise!r} for {meant!r}")
+    assert not wrong and compared
+
+
+def test_classes_that_are_not_compared_are_not_there() -> None:
+    from transformers import CONFIG_MAPPING
+
+    assert not FOREIGN & set(CONFIG_MAPPING.keys()) and {kind for _, kind in MODELS} >= FOREIGN
