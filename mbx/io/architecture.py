@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.agreement import alike
 from converters.dialects.bridge_config import config_of_run_config
 from converters.dialects.megatron_args import NEUTRAL, TRAINING, config_of_args
 from converters.errors import CoverageError, LayoutError, MbxError, StorageError, UnsupportedError, UsageError
@@ -110,33 +111,7 @@ def conflicts(stated: Mapping[str, Value], opened: McoreCheckpoint) -> list[str]
 
 def _unequal(left: Mapping[str, Value], right: Mapping[str, Value]) -> list[str]:
     shared = (set(left) & set(right)) - TRAINING
-    return sorted(key for key in shared if not _same(key, left[key], right[key], left))
-
-
-def _same(key: str, left: Value, right: Value, config: Mapping[str, Value]) -> bool:
-    if left == right or (not left and not right):
-        return True
-    neutral = (*NEUTRAL.get(key, ()), None)
-    if left in neutral and right in neutral:
-        return True
-    if key in ("moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq"):
-        layers = config.get("num_layers")
-        if isinstance(layers, int):
-            return _pattern(key, left, layers) == _pattern(key, right, layers)
-    return False
-
-
-def _pattern(field: str, value: Value, layers: int) -> Value:
-    """Layers that are MoE, linear attention or windowed as 1: every `value`-th is MoE, or is not one of the others.
-
-    Source: `get_moe_layer_pattern` and `get_linear_attention_pattern` in Megatron Core's layer specs, and its
-    `is_layer_window_attention`. Sizes below 1 describe no pattern and stay as they are.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        return value
-    if field != "moe_layer_freq":
-        return [int((layer + 1) % value != 0) for layer in range(layers)]
-    return [int(layer % value == 0) for layer in range(layers)]
+    return sorted(key for key in shared if not alike(key, left, right))
 
 
 def _fitting(

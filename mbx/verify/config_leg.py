@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from converters.agreement import alike, listed
 from converters.codecs import quantization_of
 from converters.decode import decoded_view
-from converters.dialects.megatron_args import NEUTRAL, TRAINING
+from converters.dialects.megatron_args import TRAINING
 from converters.errors import MbxError
 from converters.expr import Value
 from converters.isos.rope import LLAMA3_FIXED
@@ -72,9 +73,7 @@ def config(pair: Pair) -> Leg:
     if origin := other_origin or mine_origin:
         names = sorted((set(mine) & set(other)) - TRAINING - _of_absent_layers(pair.plan))
         summary = f"{len(names)} fields, all that {origin} says"
-        count = _layers(mine)
-        mine, other = ({n: _listed(n, side[n], count) for n in names} for side in (mine, other))
-        unequal = [name for name in names if not _alike(name, mine, other)]
+        unequal = [name for name in names if not alike(name, mine, other)]
     else:
         unequal = [name for name in unequal_fields(mine, other) if name not in _of_absent_layers(pair.plan)]
     if not names:
@@ -137,10 +136,6 @@ def _without_field(config: Mapping[str, Value]) -> dict[str, Value]:
     return out
 
 
-#: Fields that say "every n-th layer" by one number, and whether such a layer is marked 1: the others are then 0.
-_PATTERNS = {"moe_layer_freq": True, "window_attn_skip_freq": False, "linear_attention_freq": False}
-
-
 def unequal_fields(left: Mapping[str, Value], right: Mapping[str, Value]) -> list[str]:
     """Names of the fields in which two whole configs say different things.
 
@@ -152,7 +147,7 @@ def unequal_fields(left: Mapping[str, Value], right: Mapping[str, Value]) -> lis
     return [
         name
         for name in names
-        if _listed(name, left.get(name), count) != _listed(name, right.get(name), count)
+        if listed(name, left.get(name), count) != listed(name, right.get(name), count)
         and not (dense and name.startswith(("moe_", "num_moe_")))
     ]
 
@@ -172,24 +167,6 @@ def _has_experts(config: Mapping[str, Value]) -> bool:
     """Whether some layer has experts; hybrid models say it in their pattern, whatever number of experts they state."""
     pattern = config.get("hybrid_override_pattern", config.get("model.hybrid_override_pattern"))
     return "E" in pattern if isinstance(pattern, str) else bool(config.get("num_moe_experts"))
-
-
-def _listed(name: str, value: Value, layers: int) -> Value:
-    """The pattern of a field as a list of `layers` numbers (Megatron Core: moe_layer_freq, window_attn_skip_freq)."""
-    if name not in _PATTERNS or isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        return value
-    if _PATTERNS[name]:
-        return [int(layer % value == 0) for layer in range(layers)]
-    return [int((layer + 1) % value != 0) for layer in range(layers)]
-
-
-def _alike(name: str, mine: Mapping[str, Value], other: Mapping[str, Value]) -> bool:
-    """Whether two sides of which one states only some fields say the same by `name`, or that it is not used."""
-    left, right = mine[name], other[name]
-    if name == "rope_type" and any(side.get("rotary_scaling_factor") != 1 for side in (mine, other)):
-        return left == right  # YaRN is plain rotation at factor 1 alone
-    neutral = (*NEUTRAL.get(name, ()), None)
-    return left == right or (not left and not right) or (left in neutral and right in neutral)
 
 
 def _meaning(plan: Plan, name: str) -> str:
