@@ -137,10 +137,15 @@ def _check_whole(row: ConfigRow, value: Value, hf: Mapping[str, Value]) -> None:
     """UsageError unless a field that counts something is a whole number, in reason, and there where it must be."""
     if row.mcore not in WHOLE_NUMBERS or value is None and row.mcore not in NEEDED:
         return
+    _check_count(row.mcore, value, f"config.json: `{row.hf}` is {_get(hf, row.hf)!r}")
+
+
+def _check_count(field: str, value: Value, said: str) -> None:
+    """UsageError, which begins with `said`, unless a field of `WHOLE_NUMBERS` is a whole number, in reason."""
     if type(value) is not int or value < 0:
-        raise UsageError(f"config.json: `{row.hf}` is {_get(hf, row.hf)!r}; a whole number was expected")
-    if row.mcore in REPEATS and value > _MAX_REPEATS:
-        raise UsageError(f"config.json: `{row.hf}` is {value}; at most {_MAX_REPEATS} are laid out")
+        raise UsageError(f"{said}; a whole number was expected")
+    if field in REPEATS and value > _MAX_REPEATS:
+        raise UsageError(f"{said}; at most {_MAX_REPEATS} are laid out")
 
 
 def check_fields(config: Mapping[str, Value], origin: str) -> None:
@@ -148,10 +153,8 @@ def check_fields(config: Mapping[str, Value], origin: str) -> None:
     for name, value in config.items():
         if value is None:
             continue
-        if name in WHOLE_NUMBERS and (type(value) is not int or value < 0):
-            raise UsageError(f"{origin}: `{name}` is {value!r}; a whole number was expected")
-        if name in REPEATS and isinstance(value, int) and value > _MAX_REPEATS:
-            raise UsageError(f"{origin}: `{name}` is {value}; at most {_MAX_REPEATS} are laid out")
+        if name in WHOLE_NUMBERS:
+            _check_count(name, value, f"{origin}: `{name}` is {value!r}")
         flags = value if isinstance(value, list) else [value]
         if name in _PATTERNS and not (flags and all(isinstance(flag, int) for flag in flags) and value != 0):
             raise UsageError(f"{origin}: `{name}` is {value!r}; a period, or a number for each layer, was expected")

@@ -171,9 +171,8 @@ def chart(losses: list[float], height: int = 6) -> str:
         return ""
     low, high = min(finite), max(finite)
     top = height * len(_BARS) - 1
-    levels = [
-        1 + int((x - low) / (high - low or 1.0) * top) if math.isfinite(x) else 0 for x in losses
-    ]  # in eighths of a line
+    # in eighths of a line
+    levels = [1 + int((x - low) / (high - low or 1.0) * top) if math.isfinite(x) else 0 for x in losses]
     rows = []
     for row in reversed(range(height)):
         label = f"{high:9.3f} " if row == height - 1 else f"{low:9.3f} " if row == 0 else " " * 10

@@ -26,11 +26,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from converters.errors import MbxError, StorageError, UsageError
 from converters.layout import Layout
 from mappings import table_names
-from mbx.convert import DEFAULT_MAX_MEMORY, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.convert import DEFAULT_MAX_MEMORY, Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.mcore.device import Spread
 from mbx.mcore.prompts import DRAWN
 from mbx.registry import shipped
@@ -45,6 +46,8 @@ _CHECK_KEYS = frozenset(
 _LAYOUT_KEYS = frozenset(field.name for field in fields(Layout))
 #: Says what a model's weights are: a folder as it is, a hub model downloaded.
 Fetch = Callable[[str], Path]
+#: One direction: what plans it, into which folder, with which options.
+_Step: TypeAlias = tuple[Callable[[Path, Path, Options], Job], Path, Options]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,22 +230,24 @@ def _legs(check: Check, layout: Layout, fetch: Fetch, workers: int) -> list[Leg]
         sync=False,
     )
     with tempfile.TemporaryDirectory(prefix="mbx-ci-") as work:
-        target, back = Path(work) / "mcore", Path(work) / "hf"
         source = _source(check.source, fetch, Path(work))
-        to_hf = replace(options, layout=Layout(), dtype=None)
+        there: _Step = (plan_hf_to_mcore, Path(work) / "mcore", options)
+        back: _Step = (plan_mcore_to_hf, Path(work) / "hf", replace(options, layout=Layout(), dtype=None))
         if not is_hf(source):  # a Megatron checkpoint goes the other way round
-            run(plan_mcore_to_hf(source, back, to_hf))
-            legs = _asked(check, _parity(check, source, back, workers))
-            if "round-trip" in check.legs:
-                run(plan_hf_to_mcore(back, target, options))
-                legs.append(_round_trip(_parity(replace(check, legs=("weights",)), source, target, workers)))
-            return legs
-        run(plan_hf_to_mcore(source, target, options))
-        legs = _asked(check, _parity(check, source, target, workers))
+            there, back = back, there
+        made = _converted(source, there)
+        legs = _asked(check, _parity(check, source, made, workers))
         if "round-trip" in check.legs:
-            run(plan_mcore_to_hf(target, back, to_hf))
-            legs.append(_round_trip(_parity(replace(check, legs=("weights",)), source, back, workers)))
+            again = _converted(made, back)
+            legs.append(_round_trip(_parity(replace(check, legs=("weights",)), source, again, workers)))
     return legs
+
+
+def _converted(source: Path, step: _Step) -> Path:
+    """Carry out one direction; returns its target."""
+    plan, target, options = step
+    run(plan(source, target, options))
+    return target
 
 
 def _source(name: str, fetch: Fetch, work: Path) -> Path:

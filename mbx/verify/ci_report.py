@@ -64,27 +64,14 @@ def junit(results: Sequence[Result]) -> str:
 
 def _case(result: Result) -> str:
     head = (
-        f"    <testcase classname={_attribute(result.check)} name={_attribute(f'{result.layout} {result.leg.name}')} "
+        f"    <testcase classname={quoteattr(result.check)} name={quoteattr(f'{result.layout} {result.leg.name}')} "
         f'time="{result.seconds:.3f}"'
     )
     if result.passed:
-        return f"{head}><system-out>{_printable(result.leg.summary)}</system-out></testcase>"
+        return f"{head}><system-out>{escape(result.leg.summary)}</system-out></testcase>"
     kind = "failure" if result.leg.status == "failed" else "error"
     text = "\n".join((result.leg.summary, *result.leg.details))
-    return f"{head}><{kind} message={_attribute(result.leg.summary)}>{_printable(text)}</{kind}></testcase>"
-
-
-def _attribute(text: str) -> str:
-    return quoteattr(_clean(text))
-
-
-def _printable(text: str) -> str:
-    return escape(_clean(text))
-
-
-def _clean(text: str) -> str:
-    """XML 1.0 has no control characters but these three."""
-    return "".join(char for char in text if char >= " " or char in "\t\n\r")
+    return f"{head}><{kind} message={quoteattr(result.leg.summary)}>{escape(text)}</{kind}></testcase>"
 
 
 def markdown(results: Sequence[Result]) -> str:

@@ -217,13 +217,11 @@ def _quantization(pair: Pair) -> list[str]:
 
     Switches that are off say what their absence says.
     """
-    sides = pair.left.folder, pair.right.folder
-    assert sides[0] is not None and sides[1] is not None
-    if sides[0].tensors.keys() != sides[1].tensors.keys():
+    left, right = pair.left.folder, pair.right.folder
+    assert left is not None and right is not None
+    if left.tensors.keys() != right.tensors.keys() or not (_decodes(left) or _decodes(right)):
         return []
-    if not any(_decodes(folder) for folder in sides if folder is not None):
-        return []
-    mine, other = ({k: v for k, v in (quantization_of(f.config) or {}).items() if v} for f in sides if f is not None)
+    mine, other = ({k: v for k, v in (quantization_of(f.config) or {}).items() if v} for f in (left, right))
     return [
         f"`quantization_config.{key}`: {mine.get(key)!r} in {pair.nouns[0]}, {other.get(key)!r} in {pair.nouns[1]}"
         for key in sorted(set(mine) | set(other))
