@@ -18,7 +18,7 @@ from converters.expr import Value
 from converters.tensors import StoredTensor, nbytes_of
 from mbx import __version__
 from mbx.io.hf import MANIFEST
-from mbx.io.safetensors import is_inside
+from mbx.io.inside import is_inside
 
 if TYPE_CHECKING:
     from mbx.convert import Job

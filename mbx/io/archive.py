@@ -12,12 +12,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from converters.errors import StorageError
 from converters.tensors import Shape, nbytes_of
 from mbx.io.pickle_machine import MAX_PICKLE_BYTES
-from mbx.io.pickles import dump_plain, load_plain
+from mbx.io.pickles import Unknown, dump_plain, load_plain
 from mbx.io.torch_values import Namespace, Opaque, TensorStub, row_major
 from mbx.io.zip_format import (
     ZIP64_FROM,
@@ -98,7 +97,7 @@ def file_reader(fd: int, start: int = 0) -> Read:
 
 
 def read_object(
-    read: Read, length: int, *, unknown: Literal["refuse", "opaque"] = "refuse", source: str = "archive"
+    read: Read, length: int, *, unknown: Unknown = "refuse", source: str = "archive"
 ) -> tuple[object, dict[str, tuple[int, int]]]:
     """The object of an archive of `length` bytes, with TensorStubs, and (offset, bytes) of each storage.
 
@@ -127,9 +126,7 @@ def read_object(
     return loaded, storages
 
 
-def load_archive(
-    path: Path, *, unknown: Literal["refuse", "opaque"] = "refuse"
-) -> tuple[object, dict[str, tuple[int, int]]]:
+def load_archive(path: Path, *, unknown: Unknown = "refuse") -> tuple[object, dict[str, tuple[int, int]]]:
     """The object in a `.pt` file, with TensorStubs, and (byte offset in the file, bytes) of each storage.
 
     Raises StorageError when the file cannot be read or is not a sound torch.save archive.

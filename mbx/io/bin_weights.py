@@ -12,7 +12,7 @@ from pathlib import Path
 from converters.errors import StorageError
 from converters.tensors import Chunk, StoredTensor
 from mbx.io.archive import load_archive
-from mbx.io.safetensors import is_inside
+from mbx.io.inside import is_inside
 from mbx.io.torch_values import TensorStub
 
 SINGLE = "pytorch_model.bin"

@@ -136,8 +136,11 @@ class PartialFolder:
                 self._old.rename(self._final)
 
     def _open(self) -> None:
+        if self.path.is_symlink():
+            raise UsageError(f"`{self.path}` is where the result is made, and is a link", hint="remove it")
         if self.path.exists():
             if self._resume and (self.path / journal.FOLDER).is_dir():
+                self._refuse_links()
                 self.resumed = self.keep = True
                 return
             if not self._overwrite and not self._resume and journal.has_progress(self.path):
@@ -154,6 +157,14 @@ class PartialFolder:
             self.path.rename(self._dead)
             shutil.rmtree(self._dead)
         self.path.mkdir()
+
+    def _refuse_links(self) -> None:
+        """UsageError for a folder of work that holds links, which no run makes: writing on would follow them."""
+        if link := next((path for path in self.path.rglob("*") if path.is_symlink()), None):
+            raise UsageError(
+                f"`{link}` is a link, which no run of mbx left there: it is not followed",
+                hint="--overwrite starts again",
+            )
 
     def _is_ours(self) -> bool:
         """Whether a run left the folder of work: begun, ended but not renamed, or killed before it wrote anything."""

@@ -18,8 +18,8 @@ from mbx.io.dcp_metadata import (
     dump_dcp_metadata,
     load_dcp_metadata,
 )
+from mbx.io.inside import is_inside
 from mbx.io.pickle_machine import MAX_PICKLE_BYTES
-from mbx.io.safetensors import is_inside
 from mbx.io.tiling import Box, tiling_fault
 
 METADATA_NAME = ".metadata"
@@ -44,19 +44,8 @@ def read_dcp(folder: Path) -> DcpCheckpoint:
     Raises StorageError, naming file and tensor, when chunks leave a hole or overlap, when one has no data,
     when data lie outside their file or in another's place, and for paths that leave the folder.
     """
+    metadata = read_index(folder)
     path = folder / METADATA_NAME
-    try:
-        size = path.stat().st_size
-        if size > MAX_PICKLE_BYTES:
-            raise StorageError(f"{path}: {size} bytes; at most {MAX_PICKLE_BYTES} are read")
-        raw = path.read_bytes()
-    except FileNotFoundError as exc:
-        raise StorageError(
-            f"{folder}: no {METADATA_NAME}", hint="name the checkpoint's iteration folder, such as iter_0000000"
-        ) from exc
-    except OSError as exc:
-        raise StorageError(f"{path}: cannot be read: {exc.strerror}") from exc
-    metadata = load_dcp_metadata(raw, source=str(path))
     files = _check_blobs(folder, metadata.storage_data, str(path))
     unclaimed = dict(metadata.storage_data)
     tensors: dict[str, StoredTensor] = {}
@@ -73,6 +62,23 @@ def read_dcp(folder: Path) -> DcpCheckpoint:
         names = [f"{name} at {offset}" for name, offset in unclaimed]
         raise StorageError(f"{path}: {len(names)} stored chunks belong to no tensor: {names[0]}", details=names)
     return DcpCheckpoint(folder, tensors, objects, files)
+
+
+def read_index(folder: Path) -> DcpMetadata:
+    """A DCP folder's `.metadata` as it stands; nothing that it names is run. StorageError where it cannot be read."""
+    path = folder / METADATA_NAME
+    try:
+        size = path.stat().st_size
+        if size > MAX_PICKLE_BYTES:
+            raise StorageError(f"{path}: {size} bytes; at most {MAX_PICKLE_BYTES} are read")
+        raw = path.read_bytes()
+    except FileNotFoundError as exc:
+        raise StorageError(
+            f"{folder}: no {METADATA_NAME}", hint="name the checkpoint's iteration folder, such as iter_0000000"
+        ) from exc
+    except OSError as exc:
+        raise StorageError(f"{path}: cannot be read: {exc.strerror}") from exc
+    return load_dcp_metadata(raw, source=str(path))
 
 
 def build_dcp_metadata(tensors: Iterable[StoredTensor], objects: Mapping[str, StoredObject]) -> bytes:

@@ -65,7 +65,7 @@ def load_dcp_metadata(data: bytes, *, source: str = ".metadata") -> DcpMetadata:
     Raises StorageError for a pickle that is not sound, or does not describe a checkpoint.
     """
     with paused_collection():
-        root = run_pickle(data, global_finder(opaque=True, source=source), load_storage, source=source)
+        root = run_pickle(data, global_finder(unknown="opaque", source=source), load_storage, source=source)
         return _metadata(root, len(data), source)
 
 

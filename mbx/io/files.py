@@ -13,6 +13,7 @@ from pathlib import Path
 from converters.errors import DeviceError, StorageError
 from converters.tensors import Chunk
 from mbx.io.archive import ArchiveFrame, file_reader, locate_tensor, tensor_archive
+from mbx.io.inside import create
 
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 
@@ -134,10 +135,7 @@ class FileSink:
     def _create(self, file: str, size: int) -> None:
         path = self.root / file
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Not for reading: NFS would then read a page before part of it is written, and later write all of it back,
-            # with what another host's process has put beside that part in the meantime undone.
-            fd = self._descriptors[file] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = self._descriptors[file] = create(self.root, file)
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, size)
         except OSError as error:

@@ -21,6 +21,7 @@ from converters.protocols import Source
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.io.bin_weights import INDEX as BIN_INDEX
 from mbx.io.bin_weights import has_bin_weights, read_bin_folder, safetensors_name
+from mbx.io.inside import inside
 from mbx.io.kinds import HF_CONFIG, found_instead
 from mbx.io.safetensors import build_header, parse_header, read_folder, read_header
 
@@ -130,19 +131,28 @@ def bin_index(folder: HfFolder) -> bytes | None:
 
 
 def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:
-    """Weight files that `record_layout` noted in `folder`, or that lie there; None where there are neither."""
+    """Weight files that `record_layout` noted in `folder`, or that lie there; None where there are neither.
+
+    StorageError for a damaged layout, and for one that names files outside the folder that an export makes.
+    """
     path = folder / LAYOUT
     if not path.is_file():
         return tuple(_weight_file(p) for p in sorted(folder.glob("*.safetensors"))) or None
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        out = []
+        out, named = [], set[str]()
         for entry in files:
             header = str(entry["header"]).encode()
-            parsed, _ = parse_header(header, f"{path}: {entry['file']}")
+            name = inside(entry["file"], f"`{path}`")
+            if not name.endswith(".safetensors") or name in named:
+                raise StorageError(
+                    f"`{path}` names the weight file {name!r}"[:300] + ", twice or under another suffix"
+                )
+            named.add(name)
+            parsed, _ = parse_header(header, f"{path}: {name}")
             ordered = sorted(parsed.items(), key=lambda item: item[1][2:])
             tensors = {name: HfTensor(dtype, shape) for name, (dtype, shape, _, _) in ordered}
-            out.append(WeightFile(str(entry["file"]), header, tensors))
+            out.append(WeightFile(name, header, tensors))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"`{path}` is damaged: {error}") from error
     return tuple(out)

@@ -7,6 +7,7 @@ path only (`pickle_writer`).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import Literal
 
 from converters.errors import StorageError
@@ -25,14 +26,18 @@ from mbx.io.torch_values import (
 _MAX_DEPTH = 100
 
 
-def load_plain(data: bytes, *, unknown: Literal["refuse", "opaque"] = "refuse", source: str = "pickle") -> object:
+#: What becomes of classes that mbx does not know: refused, or Opaque stands in, for all of them or the named ones.
+Unknown = Literal["refuse", "opaque"] | Collection[str]
+
+
+def load_plain(data: bytes, *, unknown: Unknown = "refuse", source: str = "pickle") -> object:
     """The value of a `data.pkl`, with stand-ins for what is not plain Python.
 
     Tensors become TensorStub, `argparse.Namespace` becomes Namespace, torch dtypes TorchDtype, an
-    OrderedDict a dict. A class that is not known raises StorageError, or with `unknown="opaque"` becomes
+    OrderedDict a dict. A class that is not known raises StorageError, or as `unknown` allows becomes
     Opaque; it is never imported. Raises StorageError for a pickle that is not sound.
     """
-    return run_pickle(data, global_finder(opaque=unknown == "opaque", source=source), load_storage, source=source)
+    return run_pickle(data, global_finder(unknown=unknown, source=source), load_storage, source=source)
 
 
 def dump_plain(value: object) -> bytes:
@@ -46,8 +51,8 @@ def dump_plain(value: object) -> bytes:
     return out.finish()
 
 
-def global_finder(*, opaque: bool, source: str) -> FindGlobal:
-    """Looks up what a pickle names; an unknown class is refused, or with `opaque` stands in as Opaque."""
+def global_finder(*, unknown: Unknown, source: str) -> FindGlobal:
+    """Looks up what a pickle names; a class that is not known is refused, or as `unknown` allows becomes Opaque."""
 
     def find_global(module: str, name: str) -> object:
         known = torch_constant(module, name)
@@ -57,7 +62,7 @@ def global_finder(*, opaque: bool, source: str) -> FindGlobal:
         make = PLAIN_GLOBALS.get(full)
         if make is not None or full in PLAIN_TYPES:
             return Factory(full, make)
-        if not opaque:
+        if unknown != "opaque" and (unknown == "refuse" or full not in unknown):
             raise StorageError(
                 f"{source}: the pickle names {full!r}, which is not a class that mbx reads",
                 hint="nothing of it was run; check where the file comes from",

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from converters.errors import StorageError
 from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
+from mbx.io.inside import is_inside
 
 #: The library's own limit; checked before anything of that size is read.
 MAX_HEADER_BYTES = 100_000_000
@@ -257,12 +258,6 @@ def _read_index(path: Path) -> dict[str, str]:
             hint="remove the one that is out of date",
         )
     return weight_map
-
-
-def is_inside(relative: str) -> bool:
-    """Whether a stored relative path stays in its folder and names a file."""
-    parts = relative.split("/")
-    return all(part not in ("", ".", "..") for part in parts) and "\\" not in relative and "\0" not in relative
 
 
 def _unindexed_shards(folder: Path) -> list[str]:

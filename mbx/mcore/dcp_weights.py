@@ -8,7 +8,6 @@ This file defines a torch class and imports torch when imported.
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
-    Metadata,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
@@ -27,6 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from converters.errors import StorageError
 from converters.tensors import StoredTensor
 from mbx.io.files import FileSource
+from mbx.mcore.inert_load import torch_index
 from mbx.mcore.mcore_weights import StoredWeights
 
 
@@ -65,64 +64,6 @@ class _Boxes(LoadPlanner):
         """Read straight into place."""
 
 
-#: Globals of a `.metadata` that say where tensors lie (torch's `Metadata`, protocols 2 to 5).
-_NAMED = {
-    "torch": ("Size",),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.metadata": (
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    ),
-    "collections": ("OrderedDict",),
-}
-
-
-class _Inert(dict[Any, Any]):
-    """Stands for whatever else a pickle names (a saver's own data): takes anything, and does nothing."""
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        """Not kept."""
-
-    def append(self, item: Any) -> None:
-        """Not kept."""
-
-    def extend(self, items: Any) -> None:
-        """Not kept."""
-
-    def add(self, item: Any) -> None:
-        """Not kept."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Calls nothing but the classes of torch's metadata: the checkpoint may be a stranger's."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The class or dtype of that name; a stand-in for any that is not listed."""
-        if name in _NAMED.get(module, ()):
-            return super().find_class(module, name)
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        return dtype if isinstance(dtype, torch.dtype) else _Inert
-
-
-def read_index(iteration: Path) -> Metadata:
-    """`.metadata` of a torch_dist iteration, in torch's own classes; StorageError where it cannot be read.
-
-    torch's `FileSystemReader.read_metadata` would run whatever the pickle names.
-    """
-    try:
-        with (iteration / ".metadata").open("rb") as file:
-            found = _Unpickler(file).load()
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise StorageError(f"torch cannot read `{iteration}`: {error}") from error
-    if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
-        raise StorageError(f"torch cannot read `{iteration}`: its `.metadata` is no index of tensors")
-    return found
-
-
 class TorchDistWeights(StoredWeights):
     """The weights of a torch_dist iteration; what is asked for has to be there, objects (`_extra_state`) included.
 
@@ -133,7 +74,7 @@ class TorchDistWeights(StoredWeights):
         super().__init__(tensors, source)
         self.iteration = iteration
         self.reader = FileSystemReader(str(iteration))
-        self.metadata = read_index(iteration)
+        self.metadata = torch_index(iteration)
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     def check_objects(self, names: list[str]) -> None:

@@ -128,23 +128,31 @@ class Store:
                 shutil.rmtree(old)
 
     def load(self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-        """Fill the model, the optimizer and the random streams from `path`; StorageError where it is damaged."""
+        """Fill the model, the optimizer and the random streams from `path`; nothing that it names is run.
+
+        StorageError where it is damaged, or holds what no run of mbx writes.
+        """
+        from pickle import UnpicklingError
+
         import torch
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.core import CheckpointingException
         from torch.distributed.checkpoint.api import CheckpointException
 
+        from mbx.mcore.inert_load import inert_loading
+
         if not common_of(path, torch_dist.open_torch_dist(path).dcp.objects):
             raise StorageError(f"`{path}` cannot be resumed: it has no `common.pt`")
         allocate(optimizer)
         content = self._content(chunks, optimizer, loading=True)
-        try:
-            loaded = dist_checkpointing.load(content, str(path))
-        except (CheckpointException, CheckpointingException, OSError, KeyError) as error:
-            raise StorageError(f"`{path}` cannot be resumed: {_said(error)}") from error
-        # an adapter run's checkpoint holds adapters only; the base was read from its own storage
-        for name, chunk in _named(chunks):
-            unwrap(chunk).load_state_dict(loaded[name], strict=not self.recipe.lora.rank)
+        with inert_loading(path):
+            try:
+                loaded = dist_checkpointing.load(content, str(path))
+            except (CheckpointException, CheckpointingException, UnpicklingError, OSError, KeyError) as error:
+                raise StorageError(f"`{path}` cannot be resumed: {_said(error)}") from error
+            # an adapter run's checkpoint holds adapters only; the base was read from its own storage
+            for name, chunk in _named(chunks):
+                unwrap(chunk).load_state_dict(loaded[name], strict=not self.recipe.lora.rank)
         if self.recipe.run.save_optimizer:
             with torch.no_grad():  # main parameters of an fp32 model are views of its own
                 optimizer.load_state_dict(loaded["optimizer"])

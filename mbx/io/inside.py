@@ -1,0 +1,50 @@
+"""The gate for names: a file that another file names is opened or made within its folder, or not at all.
+
+Layouts, indices, manifests and DCP metadata come from strangers as often as weights do. Every name that one of them
+gives passes here before it is used, and what is written follows no link out of the folder that it is written to.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from converters.errors import StorageError
+
+
+def is_inside(relative: str) -> bool:
+    """Whether a stored relative path stays in its folder and names a file."""
+    parts = relative.split("/")
+    return all(part not in ("", ".", "..") for part in parts) and "\\" not in relative and "\0" not in relative
+
+
+def inside(relative: object, source: str) -> str:
+    """`relative` as a path within the folder that `source` (words for an error) speaks of; else a StorageError."""
+    if not isinstance(relative, str) or not is_inside(relative):
+        raise StorageError(
+            f"{source} names the file {relative!r}"[:300] + ", which does not lie in its folder",
+            hint="nothing was read or written there; check where the checkpoint comes from",
+        )
+    return relative
+
+
+def create(root: Path, relative: str) -> int:
+    """A descriptor to write `relative` below `root`, folders made as needed; what the file holds is kept.
+
+    StorageError for a path that leaves `root`, by its name or through a link; OSError as the system gives it.
+    """
+    path = root / inside(relative, f"the plan of `{root}`")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    home, parent = os.path.realpath(root), os.path.realpath(path.parent)
+    if os.path.commonpath((home, parent)) != home:
+        raise StorageError(f"`{path}` leads out of `{root}` through a link; nothing was written")
+    # Not for reading: NFS would then read a page before part of it is written, and later write all of it back, with
+    # what another host's process has put beside that part in the meantime undone.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise StorageError(f"`{path}` is a link; nothing was written through it") from error
+        raise
