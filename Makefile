@@ -43,13 +43,13 @@ layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and ba
 	$(BIN)/python -m pytest -n 2 tests/tables/test_family_layouts.py
 
 docs: $(READY)  ## write docs/models.md again, from the tables and the measured figures
-	$(BIN)/python -m mbx.models_page docs/models.md
+	$(BIN)/python -m mbx.catalogue.models_page docs/models.md
 	$(BIN)/python -m benchmarks.figures docs/performance.md docs/training.md
 	$(BIN)/python -m benchmarks.parity_figures docs/parity.md
 	$(BIN)/python -m benchmarks.layout_figures docs/training.md
 
 bench: $(READY)  ## time and memory of conversions against cp -r
-	$(BIN)/python -m benchmarks.convert --size 1b --plan
+	$(BIN)/python -m benchmarks.conversion --size 1b --plan
 
 bench-engine: $(READY)  ## two cores, casts, 1 to 40 GB, hard memory limits, checks: 60 GB of disk, half an hour
 	$(BIN)/python -m benchmarks.engine two-cores casts curve limits verify stages --json engine.json

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoints import make
-from benchmarks.convert import Sample, measure
+from benchmarks.conversion import Sample, measure
 
 Result = dict[str, Any]
 

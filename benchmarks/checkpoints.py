@@ -13,7 +13,7 @@ from typing import Any
 
 from converters.tensors import StoredTensor, nbytes_of
 from fixtures.index import Header, load_index
-from mbx.io.safetensors import build_header
+from mbx.formats.safetensors import build_header
 
 
 @dataclass(frozen=True, slots=True)

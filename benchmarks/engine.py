@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.bench import Bench, Result, bytes_in, drop, once, remove
-from benchmarks.convert import ROOT, Sample, compiled, mbx, measure
+from benchmarks.conversion import ROOT, Sample, compiled, mbx, measure
 from benchmarks.hard_limits import cgroup, limits
 
 TWO_CORES = ("taskset", "-c", "0,1")

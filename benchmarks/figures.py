@@ -2,7 +2,7 @@
 
     python -m benchmarks.figures docs/performance.md docs/training.md
 
-Sources: fixtures/measured/convert.json (samples of `python -m benchmarks.convert --json`, by host) and
+Sources: fixtures/measured/convert.json (samples of `python -m benchmarks.conversion --json`, by host) and
 fixtures/measured/train.jsonl (the lines of `python benchmarks/train_gpu.py --out` and of
 `python -m benchmarks.megatron_lm --out`).
 """

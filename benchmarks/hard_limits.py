@@ -15,8 +15,8 @@ from pathlib import Path
 
 from benchmarks.bench import Bench, bytes_in, remove
 from benchmarks.checkpoints import make
-from benchmarks.convert import mbx, measure
-from mbx.io.commit import partial_path
+from benchmarks.conversion import mbx, measure
+from mbx.run.commit import partial_path
 
 MIB = 1 << 20
 MAX_MEMORY_MIB = 256

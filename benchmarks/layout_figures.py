@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.figures import MEASURED, table
 from mappings import table_names
-from mbx.registry import shipped
+from mbx.tables import shipped
 
 _BLOCK = re.compile(r"(?P<begin><!-- begin: layouts [^\n]*-->)\n.*?(?P<end><!-- end: layouts -->)", re.S)
 _VERDICT = {True: "holds", False: "**does not hold**", None: "not run"}

@@ -16,14 +16,14 @@ def run(limit_mib: int, skip_zeros: bool, arguments: list[str]) -> int:
     """The exit code of mbx under the limit."""
     resource.setrlimit(resource.RLIMIT_DATA, (limit_mib << 20, limit_mib << 20))
     from mbx.cli import main
-    from mbx.cli.lean import import_numpy
+    from mbx.cli.imports import import_numpy
 
     import_numpy()
     if skip_zeros:
         import numpy as np
 
-        from mbx import execution
-        from mbx.io.files import FileSink
+        from mbx.formats.files import FileSink
+        from mbx.run import execution
 
         write = FileSink.write
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.tensors import Chunk, StoredTensor
-from mbx.io.dcp import build_dcp_metadata, read_dcp
-from mbx.io.files import frame
+from mbx.formats.files import frame
+from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
 
 _ROWS = 256
 

@@ -17,11 +17,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import converters.casts
-import converters.decode
-import converters.reading
-import converters.stream
+import converters.codecs.decode
+import converters.engine.reading
+import converters.engine.stream
 from mbx.cli import main
-from mbx.io.files import FileSink, FileSource
+from mbx.formats.files import FileSink, FileSource
 
 
 class Clock:
@@ -55,7 +55,7 @@ class Clock:
 
 def run(arguments: list[str]) -> dict[str, object]:
     """Convert, and tell where the time went."""
-    clock, stream = Clock(), converters.stream
+    clock, stream = Clock(), converters.engine.stream
     patches: list[tuple[Any, str, Any]] = [
         (FileSource, "read_into", clock.around("read", FileSource.read_into, lambda s, f, at, data: len(data))),
         (FileSink, "write", clock.around("write", FileSink.write, lambda s, f, at, data: len(data))),
@@ -63,9 +63,9 @@ def run(arguments: list[str]) -> dict[str, object]:
         (stream, "zlib", SimpleNamespace(crc32=clock.around("checksum", zlib.crc32, lambda data: len(data)))),
         (stream, "convert", clock.around("cast", converters.casts.convert, lambda data, *_: data.nbytes)),
         (
-            converters.reading,
+            converters.engine.reading,
             "read_decoded",
-            clock.around("decode", converters.decode.read_decoded, lambda *_: 0),
+            clock.around("decode", converters.codecs.decode.read_decoded, lambda *_: 0),
         ),
     ]
     work = stream.Engine.work

@@ -28,7 +28,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.train_peers import ACCUMULATE, GIB, LORA_SHAPES, MEASURED, WARM, Record, bare_run, peft_runs  # noqa: E402
+from benchmarks.train_peers import (  # noqa: E402
+    ACCUMULATE,
+    GIB,
+    LORA_SHAPES,
+    MEASURED,
+    WARM,
+    Record,
+    bare_run,
+    peft_runs,
+)
 
 MARK = "RECORD "
 SHAPES: dict[str, dict[str, int | bool]] = {

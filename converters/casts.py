@@ -37,7 +37,7 @@ def convert(data: Bytes, source: str, target: str, shift: int = 0, out: Bytes | 
     if source == target and not shift:
         return data.reshape(-1)
     if source not in _NUMPY or target not in _NUMPY:
-        from converters.values import convert as by_torch
+        from converters.torch_casts import convert as by_torch
 
         return by_torch(data, source, target, shift)
     values = data.reshape(-1).view(_NUMPY[source])

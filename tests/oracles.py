@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from converters.errors import DifferenceError, StorageError, UnsupportedError, UsageError
-from converters.expr import Value
-from mbx.mcore.logits import LogitDiff, LogitTally, check_ids, gather_vocab
-from mbx.mcore.prompts import Batch
-from mbx.mcore.reference import decoding, silent_transformers
-from mbx.mcore.rotary import rotated_at
+from converters.rows.expr import Value
+from mbx.models.logits import LogitDiff, LogitTally, check_ids, gather_vocab
+from mbx.models.prompts import Batch
+from mbx.models.reference import decoding, silent_transformers
+from mbx.models.rotary import rotated_at
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,7 +48,7 @@ def loaded_model(
     dtype: str = "fp32",
 ) -> nn.Module:
     """Build the model of `config` on `device` and load `iteration` into it; call inside `megatron_on(device)`."""
-    from mbx.mcore.build import build_model
+    from mbx.models.build import build_model
     from tests.judge import load_torch_dist
 
     model = build_model(

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from converters.adapters.sites import ADAPTABLE, MEMBERS, Adapted, Site, form_of, is_weight
-from converters.dialects.torch_dist import Home, homes, stacks_layers
+from converters.adapters.sites import ADAPTABLE, MEMBERS, Adapted, form_of, is_weight
+from converters.engine.lowrank import Site
+from converters.engine.plan import row_form
 from converters.errors import CoverageError, UnsupportedError
-from converters.expr import Env, Value
-from converters.ops import Form
-from converters.pack import Pack
-from converters.plan import row_form
-from converters.table import Row, Table
+from converters.mcore.torch_dist import Home, homes, stacks_layers
+from converters.rows.expr import Env, Value
+from converters.rows.ops import Form
+from converters.rows.pack import Pack
+from converters.rows.table import Row, Table
 from converters.tensors import StoredTensor
 
 _A, _B, _M = "linear_in.weight", "linear_out.weight", "weight_magnitude"

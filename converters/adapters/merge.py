@@ -6,18 +6,18 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 
-from converters.adapters.lowrank import LowRank, Part
 from converters.adapters.sites import Adapted, is_weight
-from converters.config_map import environment
-from converters.coverage import Ledger
-from converters.dialects.torch_dist import Home, homes
+from converters.engine.lowrank import LowRank, Part
+from converters.engine.plan import Draft, Entry, Plan, Unit, row_form
+from converters.engine.regions import Move, Region, matrix
 from converters.errors import CoverageError, UnsupportedError
-from converters.expr import Value
-from converters.layout import Layout
-from converters.pack import Slot
-from converters.plan import Draft, Entry, Plan, Unit, row_form
-from converters.regions import Move, Region, matrix
-from converters.table import Row, Table
+from converters.mcore.layout import Layout
+from converters.mcore.torch_dist import Home, homes
+from converters.rows.config_map import environment
+from converters.rows.coverage import Ledger
+from converters.rows.expr import Value
+from converters.rows.pack import Slot
+from converters.rows.table import Row, Table
 from converters.tensors import Shape, StoredTensor
 
 #: Tensor and entry of its leading dimensions.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from converters.errors import UnsupportedError, UsageError
-from converters.expr import Value
+from converters.rows.expr import Value
 
 #: Keys that say where an adapter came from, or how it was trained.
 _HARMLESS = frozenset(

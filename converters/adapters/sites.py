@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from converters.engine.lowrank import Site
+from converters.engine.plan import row_form
 from converters.errors import CoverageError, UnsupportedError
-from converters.ops import Dims, Form
-from converters.pack import Pack, Slot
-from converters.plan import row_form
-from converters.table import Row, Table
-from converters.tensors import Shape
+from converters.rows.ops import Dims, Form
+from converters.rows.pack import Slot
+from converters.rows.table import Row, Table
 
 #: Names of the parts of a fused weight that Megatron-Bridge's CanonicalLoRA adapts apart (peft/canonical_lora.py).
 MEMBERS: Mapping[str, tuple[str, ...]] = {
@@ -26,65 +26,6 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
 }
 #: Ops whose weight is one Megatron Core linear with an adapter of its own; one of a vocabulary, say, has none.
 ADAPTABLE = frozenset((*MEMBERS, "copy", "col", "row", "glu_fused", "glu_zip", "qkv_fused"))
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One A, one B and, for DoRA, one m: names of their tensors, and the part of each that belongs here.
-
-    `atoms` are the atoms of the weight that B's rows hold, in the order of `pack`. `index` picks an entry of leading
-    dimensions `stack`. With `experts`, A's rows and B's columns hold all experts, this one being number `expert`:
-    A `[experts · r, in]`, B `[out, r · experts]` with the expert fastest (`ParamWrapper` of PEFT). With `parts`,
-    A's rows hold that many factors, this one being number `part`.
-    """
-
-    a: str
-    b: str
-    m: str | None
-    atoms: tuple[int, ...]
-    pack: Pack
-    rank: int
-    inputs: int
-    index: Shape = ()
-    stack: Shape = ()
-    expert: int = 0
-    experts: int = 0
-    part: int = 0
-    parts: int = 1
-
-    @property
-    def a_shape(self) -> Shape:
-        """Shape of the whole tensor A."""
-        return (*self.stack, self.rank * (self.experts or self.parts), self.inputs)
-
-    @property
-    def b_shape(self) -> Shape:
-        """Shape of the whole tensor B."""
-        return (*self.stack, self.pack.rows, self.rank * max(1, self.experts))
-
-    @property
-    def m_shape(self) -> Shape:
-        """Shape of the whole tensor m."""
-        return (*self.stack, self.pack.rows)
-
-    @property
-    def a_slot(self) -> Slot:
-        """Rows of A that are this site's."""
-        return Slot((self.expert if self.experts else self.part) * self.rank, self.rank, self.rank, 1)
-
-    @property
-    def a_key(self) -> tuple[str, Shape, int]:
-        """What two sites share that have one factor A."""
-        return self.a, self.index, self.a_slot.start
-
-    @property
-    def owns_a(self) -> bool:
-        """Whether the tensor A holds this factor alone."""
-        return not self.stack and not self.experts and self.parts == 1
-
-    def rows(self) -> dict[int, Slot]:
-        """Rows of B and m by atom."""
-        return dict(zip(self.atoms, self.pack.slots(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

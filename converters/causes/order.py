@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from converters.arrangements import arrangements
+from converters.causes.row_orders import arrangements
 from converters.causes.rows import BLOCK_VALUES, Index, Rows, Suspect, blocks, sample, words
 
 

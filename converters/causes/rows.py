@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from converters.arrangements import Structure
+from converters.causes.row_orders import Structure
 from converters.tensors import DTYPE_BITS
 
 Words = npt.NDArray[np.generic]
@@ -66,7 +66,7 @@ def floats(data: Bytes, dtype: str) -> npt.NDArray[np.float64]:
     """Bytes of any dtype as float64 values, flat; imports torch."""
     import torch
 
-    from converters.values import TORCH_DTYPES
+    from converters.torch_casts import TORCH_DTYPES
 
     tensor = torch.from_numpy(np.ascontiguousarray(data).reshape(-1)).view(TORCH_DTYPES[dtype])
     if dtype.startswith("F8"):

@@ -11,7 +11,7 @@ from converters.codecs.fp8 import Fp8Block, Fp8Scaled
 from converters.codecs.int4 import Int4Packed
 from converters.codecs.mxfp4 import Mxfp4
 from converters.errors import UnsupportedError, UsageError
-from converters.expr import Value
+from converters.rows.expr import Value
 
 #: Each codec with the settings most checkpoints use.
 CODECS: Mapping[str, Codec] = MappingProxyType(

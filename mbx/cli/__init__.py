@@ -20,7 +20,7 @@ from converters.errors import MbxError
 from mbx.cli import adapter, budget, diff, doctor, inspect, merge, mlm_args, models, reshard, train, verify
 from mbx.cli.failures import Interrupted, help_text, known_failure, usage_failure
 from mbx.cli.options import Quiet, Verbose, epilog
-from mbx.output import out
+from mbx.cli.output import out
 
 BROKEN_PIPE = 141
 

@@ -15,7 +15,7 @@ from mbx.cli.options import Mapping, Output, epilog
 from mbx.cli.running import Running, carry_out
 
 if TYPE_CHECKING:
-    from mbx.adapters.folder import Base
+    from mbx.formats.adapter_folder import Base
 
 __all__ = ["BaseModel", "adapter_to_hf", "adapter_to_mcore", "app", "find_base"]
 
@@ -51,7 +51,7 @@ def adapter_to_mcore(
     Of the base only the config is read. Query, key and value keep factors of their own (CanonicalLoRA) unless --fused.
     """
     output.configure()
-    from mbx.adapters.convert import plan_adapter_to_mcore
+    from mbx.run.adapters import plan_adapter_to_mcore
 
     options = replace(running.options(mapping), layout=layout.layout())
     model = find_base(src, base, mapping)
@@ -81,7 +81,7 @@ def adapter_to_hf(
     Reads what mbx, Megatron-Bridge and `mbx train` write. What came from PEFT through mbx comes back byte for byte.
     """
     output.configure()
-    from mbx.adapters.convert import plan_adapter_to_hf
+    from mbx.run.adapters import plan_adapter_to_hf
 
     options = running.options(mapping)
     model = find_base(src, base, mapping)
@@ -91,8 +91,8 @@ def adapter_to_hf(
 def find_base(src: Path, base: str | None, mapping: str | None) -> Base:
     """The base model that is named, or that the adapter names; its config only. UsageError where neither does."""
     from converters.errors import UsageError
-    from mbx.adapters.folder import open_base, stated_base
     from mbx.cli.source import fetch
+    from mbx.formats.adapter_folder import open_base, stated_base
 
     named = base or stated_base(src)
     if named is None:

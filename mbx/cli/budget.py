@@ -8,7 +8,7 @@ import typer
 
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
-from mbx.output import out
+from mbx.cli.output import out
 
 EPILOG = epilog(
     "mbx budget --recipe llama3_8b_lora",

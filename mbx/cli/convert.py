@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mbx import settings
+from mbx.cli import settings
 from mbx.cli.groups import grouped
+from mbx.cli.imports import import_numpy
 from mbx.cli.layout_options import Format, LayoutOptions, ToFormat
-from mbx.cli.lean import import_numpy
 from mbx.cli.options import Dtype, Mapping, Output, epilog
 from mbx.cli.running import Running, carry_out
 
 if TYPE_CHECKING:
-    from mbx.convert import Options
+    from mbx.run.job import Options
 
 app = typer.Typer(
     help="Convert checkpoints, as a stream and all or nothing.",
@@ -83,9 +83,9 @@ def hf_to_mcore(
     """
     output.configure()
     import_numpy()
-    from converters.coverage import Waivers
+    from converters.rows.coverage import Waivers
     from mbx.cli.source import fetch, stop_before_download
-    from mbx.convert import plan_hf_to_mcore
+    from mbx.run.job import plan_hf_to_mcore
 
     options = replace(
         running.options(mapping),
@@ -141,9 +141,9 @@ def mcore_to_hf(
     """
     output.configure()
     import_numpy()
-    from converters.coverage import Waivers
+    from converters.rows.coverage import Waivers
     from mbx.cli.source import fetch
-    from mbx.convert import plan_mcore_to_hf
+    from mbx.run.job import plan_mcore_to_hf
 
     options = replace(
         running.options(mapping),
@@ -159,6 +159,6 @@ def mcore_to_hf(
 
 def _check_layout(options: Options) -> None:
     """Refuse impossible sizes before a hub model is downloaded; what the model cannot take is the plan's matter."""
-    from converters.layout import check
+    from converters.mcore.layout import check
 
     check(options.layout, {})

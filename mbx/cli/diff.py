@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbx.cli.groups import grouped
-from mbx.cli.lean import import_numpy
+from mbx.cli.imports import import_numpy
 from mbx.cli.options import Mapping, Output, Resources, epilog
-from mbx.output import aligned, out, plural
+from mbx.cli.output import out
+from mbx.text import aligned, plural
 
 if TYPE_CHECKING:
     from mbx.verify.diff import Change, Diff

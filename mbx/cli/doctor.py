@@ -15,7 +15,8 @@ import typer
 from converters.errors import UsageError
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
-from mbx.output import aligned, human_bytes, human_memory, out, paint
+from mbx.cli.output import out, paint
+from mbx.text import aligned, human_bytes, human_memory
 
 EPILOG = epilog("mbx doctor", "mbx doctor --json")
 
@@ -48,7 +49,8 @@ def doctor(output: Output) -> None:
 
 
 def _examine() -> dict[str, Any]:
-    from mbx import __version__, settings
+    from mbx import __version__
+    from mbx.cli import settings
 
     found = [{"name": s.name, "value": s.value, "origin": s.origin, "fault": _fault(s.name)} for s in settings.every()]
     packages = {}
@@ -72,7 +74,7 @@ def _examine() -> dict[str, Any]:
 
 def _fault(setting: str) -> str | None:
     """Why a command that uses the setting would refuse it; None where it would not."""
-    from mbx import settings
+    from mbx.cli import settings
 
     try:
         settings.number(setting, None)

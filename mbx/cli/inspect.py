@@ -10,10 +10,11 @@ import typer
 
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
-from mbx.output import SCREEN_WIDTH, aligned, human_bytes, out, paint, plural, wrapped
+from mbx.cli.output import out, paint
+from mbx.text import SCREEN_WIDTH, aligned, human_bytes, plural, wrapped
 
 if TYPE_CHECKING:
-    from mbx.found import Checkpoint
+    from mbx.formats.facts import Checkpoint
 
 EPILOG = epilog("mbx inspect ckpt", "mbx inspect ./llama --tensors", "mbx inspect ckpt --json | jq .writer")
 
@@ -31,7 +32,7 @@ def inspect(
     Exit code 4 for a checkpoint that is unfinished or damaged, with what is known of it.
     """
     output.configure()
-    from mbx.inspect import examine
+    from mbx.formats.examine import examine
 
     found = examine(path)
     doc = _document(found, tensors)

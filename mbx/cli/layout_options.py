@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from converters.layout import Layout
+    from converters.mcore.layout import Layout
 
 
 class Format(str, Enum):
@@ -59,7 +59,7 @@ class LayoutOptions:
 
     def layout(self, vocab_divisor: int = 1) -> Layout:
         """The same as a `Layout`, the vocabulary padded to a multiple of `vocab_divisor` x TP rows."""
-        from converters.layout import Layout
+        from converters.mcore.layout import Layout
 
         first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
         return Layout(self.tp, self.pp, vocab_divisor, self.vpp, self.ep, self.etp, self.pipeline_layout, first, last)

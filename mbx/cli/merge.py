@@ -51,8 +51,8 @@ def merge(
     all others move as bytes. An adapter tensor that matches nothing in the base is an error.
     """
     output.configure()
-    from mbx.adapters.merge import plan_merge
     from mbx.cli.source import fetch
+    from mbx.run.merge import plan_merge
 
     options = replace(running.options(mapping), layout=layout.layout())
     source = fetch(base).path

@@ -10,7 +10,7 @@ import typer
 
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
-from mbx.output import out
+from mbx.cli.output import out
 
 app = typer.Typer(
     help="Translate Megatron-LM flags to recipe keys and back.",
@@ -34,7 +34,7 @@ def to_recipe(
     """
     output.configure()
     from converters.errors import StorageError
-    from mbx import mlm_args
+    from mbx.train import mlm_args
 
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def from_recipe(
     Keys that no flag expresses are listed on stderr.
     """
     output.configure()
-    from mbx import mlm_args
+    from mbx.train import mlm_args
     from mbx.train.catalogue import load_recipe
 
     found = mlm_args.from_recipe(load_recipe(recipe).to_dict())

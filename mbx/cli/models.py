@@ -9,13 +9,14 @@ import typer
 
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
-from mbx.output import aligned, out, paint
+from mbx.cli.output import out, paint
+from mbx.text import aligned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from converters.table import Table
-    from mbx.models_page import ModelRow
+    from converters.rows.table import Table
+    from mbx.catalogue.models_page import ModelRow
 
 app = typer.Typer(
     help="Show and check the mapping tables, one an architecture.",
@@ -34,8 +35,8 @@ def list_models(output: Output) -> None:
     between Transformers and Megatron Core, measured on a tiny checkpoint of the family; `*` marks a reason below.
     """
     output.configure()
-    from mbx.models_page import read_runs, rows
-    from mbx.registry import shipped
+    from mbx.catalogue.models_page import read_runs, rows
+    from mbx.tables import shipped
 
     found = rows()
     docs = [{**_document(shipped(row.table)), **_proof(row)} for row in found]
@@ -52,7 +53,7 @@ def show(
     """Print a table as it is: TOML that --mapping takes back."""
     output.configure()
     from mappings import table_text
-    from mbx.registry import shipped
+    from mbx.tables import shipped
 
     table = shipped(name)
     text = table_text(name)
@@ -70,9 +71,9 @@ def new(
     What no row places stands in comments at the end, and as a warning on stderr.
     """
     output.configure()
+    from mbx.catalogue.draft import draft
     from mbx.cli.source import fetch
-    from mbx.draft import draft
-    from mbx.io.hf import open_hf
+    from mbx.formats.hf import open_hf
 
     folder = open_hf(fetch(source).path)
     drafted = draft(folder.config, folder.tensors)
@@ -149,7 +150,7 @@ def _check_tables(names: list[str] | None) -> dict[str, Any]:
     """Parse tables; a malformed one is a finding, an unknown name an error."""
     from converters.errors import TableError
     from mappings import table_names
-    from mbx.registry import from_file, shipped
+    from mbx.tables import from_file, shipped
 
     checked: list[dict[str, Any]] = []
     for name in names or table_names():
@@ -164,10 +165,10 @@ def _check_tables(names: list[str] | None) -> dict[str, Any]:
 def _check_cover(folder: Path, table: str | None) -> dict[str, Any]:
     """Plan an import of `folder`; config and tensors are checked apart, so that one does not hide the other."""
     from converters.errors import MbxError
-    from converters.importer import plan_import
-    from converters.layout import Layout
-    from mbx.io.hf import open_hf
-    from mbx.registry import table_for
+    from converters.mcore.layout import Layout
+    from converters.planning.importer import plan_import
+    from mbx.formats.hf import open_hf
+    from mbx.tables import table_for
 
     model = open_hf(folder)
     found = table_for(model.config, table)

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from mbx import settings
-from mbx.output import out
+from mbx.cli import settings
+from mbx.cli.output import out
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, errors included.")]
 Quiet = Annotated[

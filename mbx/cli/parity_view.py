@@ -6,7 +6,8 @@ import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from mbx.output import SCREEN_WIDTH, paint
+from mbx.cli.output import paint
+from mbx.text import SCREEN_WIDTH
 
 if TYPE_CHECKING:
     from mbx.verify.parity import Difference, ParityReport

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbx.output import SCREEN_WIDTH, human_bytes, human_memory, paint, plural, wrapped
+from mbx.cli.output import paint
+from mbx.text import SCREEN_WIDTH, human_bytes, human_memory, plural, wrapped
 
 if TYPE_CHECKING:
-    from converters.plan import Plan
+    from converters.engine.plan import Plan
     from converters.tensors import StoredTensor
-    from mbx.convert import Job
+    from mbx.run.job import Job
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _SHOWN_FILES = 4
@@ -151,7 +152,7 @@ def _by_dtype(tensors: Iterable[tuple[str, int]]) -> Document:
 
 def _files(job: Job, importing: bool) -> list[Document]:
     """Every file of the target; the size of an index that is made last is not known before."""
-    from mbx.io import hf, torch_dist
+    from mbx.formats import hf, torch_dist
 
     base = job.base
     index: tuple[str, ...] = (torch_dist.TRACKER,) if importing else ()

@@ -9,7 +9,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mbx.output import human_bytes, human_memory, out
+from mbx.cli.output import out
+from mbx.text import human_bytes, human_memory
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

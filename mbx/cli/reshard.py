@@ -11,13 +11,13 @@ import typer
 
 from mbx.cli.convert import app
 from mbx.cli.groups import grouped
+from mbx.cli.imports import import_numpy
 from mbx.cli.layout_options import Format, LayoutOptions, ToFormat
-from mbx.cli.lean import import_numpy
 from mbx.cli.options import Mapping, Output, epilog
 from mbx.cli.running import Running, carry_out
 
 if TYPE_CHECKING:
-    from converters.dialects.local import Spec
+    from converters.mcore.local import Spec
 
 __all__ = ["app", "reshard"]
 
@@ -63,7 +63,7 @@ def reshard(
     """
     output.configure()
     import_numpy()
-    from mbx.reshard import plan_mcore_to_mcore
+    from mbx.run.reshard import plan_mcore_to_mcore
 
     divisor = make_vocab_size_divisible_by
     options = replace(running.options(mapping), layout=layout.layout(divisor or 1), format=format.value)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbx.cli.options import Resources
-from mbx.output import out
+from mbx.cli.output import out
 
 if TYPE_CHECKING:
-    from mbx.convert import Job, Options
+    from mbx.run.job import Job, Options
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that stands there.")]
@@ -37,7 +37,7 @@ class Running(Resources):
 
     def options(self, mapping: str | None) -> Options:
         """The options that every conversion has; UsageError for a bad number."""
-        from mbx.convert import Options
+        from mbx.run.job import Options
 
         return Options(
             mapping=mapping,
@@ -54,8 +54,8 @@ def carry_out(make_plan: Callable[[], Job], dry_run: bool) -> None:
     from converters.errors import DeviceError
     from mbx.cli import plan_view
     from mbx.cli.progress import Meter, peak_memory_bytes
-    from mbx.convert import run
-    from mbx.io.ranks import world
+    from mbx.run.job import run
+    from mbx.run.ranks import world
 
     # A large model's plan is millions of objects that live to the end: collecting among them costs a quarter of it.
     gc.disable()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import typer
 
+from mbx.cli.output import out
 from mbx.cli.progress import Meter
-from mbx.output import aligned, human_bytes, out, plural
+from mbx.text import aligned, human_bytes, plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Source:
 
 def fetch(source: str, *, weights: bool = True) -> Source:
     """The folder of `source`; a hub model is downloaded, or found in the cache. Raises as `hub.resolve` does."""
-    from mbx.io.hub import resolve
+    from mbx.formats.hub import resolve
 
     if Path(source).expanduser().exists():  # no bar for what is here already
         return Source(resolve(source, weights=weights).path, {})
@@ -36,7 +37,7 @@ def fetch(source: str, *, weights: bool = True) -> Source:
 
 def stop_before_download(source: str) -> None:
     """For a dry run: where a hub model is not in the cache, say what would be downloaded, and end the command."""
-    from mbx.io.hub import plan_download
+    from mbx.formats.hub import plan_download
 
     plan = plan_download(source)
     if not plan.download_bytes:

@@ -12,7 +12,7 @@ import typer
 from converters.errors import UsageError
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
-from mbx.output import out
+from mbx.cli.output import out
 
 if TYPE_CHECKING:
     from mbx.train.prepare import Prepared
@@ -70,7 +70,7 @@ def train(
 
 
 def _list() -> None:
-    from mbx.output import aligned
+    from mbx.text import aligned
     from mbx.train.catalogue import load_recipe, recipe_names
 
     rows = [(name, load_recipe(name).description) for name in recipe_names()]

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mbx import settings
+from mbx.cli import settings
 from mbx.cli.groups import grouped
-from mbx.cli.lean import import_numpy
+from mbx.cli.imports import import_numpy
 from mbx.cli.options import Dtype, Mapping, Output, Resources, Workers, epilog
-from mbx.output import human_bytes, out, paint
+from mbx.cli.output import out, paint
+from mbx.text import human_bytes
 
 if TYPE_CHECKING:
-    from mbx.mcore.device import Spread
+    from mbx.models.device import Spread
 
 
 class Device(str, Enum):
@@ -82,8 +83,8 @@ def parity(
     from mbx.cli.parity_view import document, lines
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
-    from mbx.mcore.device import is_main
-    from mbx.mcore.prompts import Prompts
+    from mbx.models.device import is_main
+    from mbx.models.prompts import Prompts
     from mbx.verify.parity import parity as compare
 
     sides = [fetch(side).path for side in (first, second)]
@@ -191,6 +192,6 @@ def integrity(
 
 def _spread(device: Device, tp: int | None, pp: int, ep: int) -> Spread:
     """Where the forward leg runs; under torchrun all processes are one tensor-parallel group unless told otherwise."""
-    from mbx.mcore.device import Spread, world_of
+    from mbx.models.device import Spread, world_of
 
     return Spread(tp or max(1, world_of()[1] // pp if ep == 1 else 1), pp, ep, device.value)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mbx.train.build_config import gpu_config
 from mbx.train.counts import Shape
-from mbx.train.flat import gpu_config
+from mbx.train.lora.sizes import pairs_of
 from mbx.train.model import Blueprint
-from mbx.train.pairs import pairs_of
 from mbx.train.recipe import Recipe
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -89,7 +89,7 @@ def layer(load: Load) -> int:
 
 def _adapter(load: Load) -> int:
     """What adapters keep in a layer: the ranks between A and B; DoRA's bare outputs; and, where the adapter's products
-    stand beside the base's (`mbx.train.lora_product` does not fit), the joined B's of fused weights."""
+    stand beside the base's (`mbx.train.lora.product` does not fit), the joined B's of fused weights."""
     lora, b = load.recipe.lora, load.b
     beside = load.recipe.parallel.tp > 1 or load.fp8 or lora.dora or lora.dropout > 0
     total = 0.0

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import StorageError
-from mbx.io import hf, torch_dist
-from mbx.io.sidecars import common_of
+from mbx.formats import hf, torch_dist
+from mbx.formats.sidecars import common_of
 from mbx.train.model import Blueprint, unwrap
 from mbx.train.parallel import Ranks
 from mbx.train.recipe import Recipe
-from mbx.train.record import RECIPE, STATE, LoopState, finished, latest
 from mbx.train.restore import allocate, count_steps, random_streams, restore_random
-from mbx.train.start import has_weights
+from mbx.train.run_state import RECIPE, STATE, LoopState, finished, latest
+from mbx.train.weights import has_weights
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -139,7 +139,7 @@ class Store:
         from megatron.core.dist_checkpointing.core import CheckpointingException
         from torch.distributed.checkpoint.api import CheckpointException
 
-        from mbx.mcore.inert_load import inert_loading
+        from mbx.models.inert_load import inert_loading
 
         if not common_of(path, torch_dist.open_torch_dist(path).dcp.objects):
             raise StorageError(f"`{path}` cannot be resumed: it has no `common.pt`")
@@ -182,7 +182,7 @@ class Store:
             rank, world = self.ranks.rank, self.ranks.world_size
             content["rng"] = ShardedObject("rng_state", random_streams(), (world,), (rank,), replica_id=0)
         if self.recipe.lora.rank:
-            from mbx.train.lora import only_adapters
+            from mbx.train.lora.attach import only_adapters
 
             content |= {name: only_adapters(part) for name, part in weights.items()}
         return content

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converters.errors import UnsupportedError
-from converters.expr import Value
+from converters.rows.expr import Value
+from mbx.train.lora.sizes import pairs_of
 from mbx.train.model import Blueprint, as_int
-from mbx.train.pairs import pairs_of
 from mbx.train.recipe import Recipe
 
 

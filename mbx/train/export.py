@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.errors import UsageError
-from mbx.train.record import latest, read_recipe, read_state
+from mbx.train.run_state import latest, read_recipe, read_state
 
 
 def export_hf(run_dir: Path, target: Path, *, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -13,9 +13,9 @@ def export_hf(run_dir: Path, target: Path, *, dtype: str | None = None, overwrit
 
     Norms that Megatron Core stores as gamma and the folder as 1 + gamma (gated delta nets) are then written in fp32
     where they were trained in 16 bits, which have no room for the sum: rounding it moves logits by tenths.
-    For a run of adapters, use `mbx.train.peft.export_peft` or merge first: its checkpoint holds no base weights.
+    For a run of adapters, use `peft_folder.export_peft` or merge first: its checkpoint holds no base weights.
     """
-    from mbx.convert import Options, plan_mcore_to_hf, run
+    from mbx.run.job import Options, plan_mcore_to_hf, run
 
     found = latest(run_dir)
     if found is None:
@@ -29,7 +29,7 @@ def export_hf(run_dir: Path, target: Path, *, dtype: str | None = None, overwrit
 
 def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Path, str]:
     """Write what a run trained, and say what it is: a model, a PEFT adapter, or (`merged`) the base with it."""
-    from mbx.train.peft import export_peft, merge_run
+    from mbx.train.lora.peft_folder import export_peft, merge_run
 
     found = latest(run_dir)
     if found is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from converters.errors import DeviceError, UsageError
-from converters.expr import Value
+from converters.rows.expr import Value
 from mbx.train.parallel import Ranks
 from mbx.train.recipe import Recipe
 from mbx.train.sections import Fp8

@@ -67,7 +67,9 @@ class _Trainer:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.utils import get_model_config
 
-        from mbx.train import checkpoint, record, start
+        from mbx.train import checkpoint
+        from mbx.train import run_state as record
+        from mbx.train import weights as start
 
         self.prepared, self.recipe, self.ranks, self.plan = prepared, prepared.recipe, prepared.ranks, prepared.plan
         self.log, self.on_step = log, on_step
@@ -86,13 +88,13 @@ class _Trainer:
             if source and how == "init":
                 log.message(start.load_weights(bare, self.plan, source))
             if self.recipe.lora.rank:
-                from mbx.train import lora
+                from mbx.train.lora import attach as lora
 
                 lora.attach(bare, self.recipe.lora, self.plan, self.recipe.train.seed)
                 if resumed:  # the frozen base is in no checkpoint of an adapter run
                     log.message(start.load_weights(bare, self.plan, lora.base_of(self.base)))
                 elif self.recipe.lora.adapter:
-                    from mbx.train.peft import load_peft
+                    from mbx.train.lora.peft_folder import load_peft
 
                     load_peft(bare, self.plan, Path(self.recipe.lora.adapter))
 
@@ -282,7 +284,7 @@ class _Trainer:
         raise DifferenceError(f"step {figures.step}: {fact}", hint=again + tip)
 
     def _save(self) -> None:
-        from mbx.train.record import LoopState
+        from mbx.train.run_state import LoopState
 
         state = LoopState(self.step, self.mean_loss, self.base, self.ranks.world_size)
         self.store.save(state, self.chunks, self.optimizer)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import LayoutError, StorageError, UsageError
-from converters.expr import Value
-from converters.layout import Layout
-from converters.layout import check as check_layout
-from converters.spelling import canonical
-from converters.table import Table
-from mbx.train.flat import train_config
+from converters.mcore.layout import Layout
+from converters.mcore.layout import check as check_layout
+from converters.rows.config_spelling import canonical
+from converters.rows.expr import Value
+from converters.rows.table import Table
+from mbx.train.build_config import train_config
 from mbx.train.parallel import Ranks
 from mbx.train.recipe import Recipe
 
@@ -64,8 +64,8 @@ def as_int(config: Mapping[str, Value], key: str) -> int:
 
 def blueprint(recipe: Recipe) -> Blueprint:
     """Read the model's config from its folder, or take the recipe's shape; UsageError where they do not fit."""
-    from mbx.io import hf
-    from mbx.registry import table_for
+    from mbx.formats import hf
+    from mbx.tables import table_for
 
     m = recipe.model
     folder = Path(m.path) if m.path else None
@@ -138,9 +138,9 @@ def build(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> list[nn.Module]:
 def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> nn.Module:
     from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
 
-    from mbx.io.hf import read_config
-    from mbx.mcore.build import build_model
-    from mbx.mcore.rotary import lend_frequencies
+    from mbx.formats.hf import read_config
+    from mbx.models.build import build_model
+    from mbx.models.rotary import lend_frequencies
 
     p = recipe.parallel
     model = build_model(

@@ -70,7 +70,7 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
         if ranks.device == "cuda":
             torch.cuda.set_device(ranks.local_rank)
         else:
-            from mbx.mcore.cpu import megatron_on_cpu
+            from mbx.models.cpu import megatron_on_cpu
 
             stack.enter_context(megatron_on_cpu())
             stack.enter_context(_cpu_tensors())

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import DeviceError, MbxError, StorageError, UnsupportedError, UsageError
-from converters.expr import Value
-from mbx.io.torch_dist import TRACKER
+from converters.rows.expr import Value
+from mbx.formats.torch_dist import TRACKER
 from mbx.train import data as datasets
 from mbx.train import model as models
+from mbx.train.build_config import sequence_parallel
 from mbx.train.examples import read_examples
-from mbx.train.flat import sequence_parallel
 from mbx.train.fp8 import check_fp8
 from mbx.train.log import check_writers
 from mbx.train.parallel import Ranks, planned_ranks
 from mbx.train.recipe import Recipe
-from mbx.train.record import check_continues, check_world, finished, latest
-from mbx.train.start import check_source, has_weights
+from mbx.train.run_state import check_continues, check_world, finished, latest
+from mbx.train.weights import check_source, has_weights
 
 if TYPE_CHECKING:
     from mbx.train.data import Rows
@@ -126,7 +126,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> 
     if plan.config.get("gradient_accumulation_fusion"):
         _check_apex()
     if recipe.lora.rank:
-        from mbx.train.lora import check_lora
+        from mbx.train.lora.attach import check_lora
 
         check_lora(recipe, plan)
     if (source := start.path) and start.how == "init":

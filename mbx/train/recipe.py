@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from converters.errors import UsageError
-from converters.expr import Value
+from converters.rows.expr import Value
 from mbx.train.sections import Data, Fp8, Lora, Model, Optim, Parallel, Run, Train
 
 

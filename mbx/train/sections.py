@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from converters.expr import Value
+from converters.rows.expr import Value
 
 
 @dataclass(frozen=True, slots=True)

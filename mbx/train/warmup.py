@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from converters.expr import Value
+from converters.rows.expr import Value
 from mbx.train.model import Blueprint, as_int
 from mbx.train.parallel import Ranks
 from mbx.train.recipe import Recipe

@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from converters.errors import MbxError, StorageError, UsageError
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from mappings import table_names
-from mbx.convert import DEFAULT_MAX_MEMORY, Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.mcore.device import Spread
-from mbx.mcore.prompts import DRAWN
-from mbx.registry import shipped
-from mbx.settings import parse_memory
+from mbx.models.device import Spread
+from mbx.models.prompts import DRAWN
+from mbx.run.job import DEFAULT_MAX_MEMORY, Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.tables import shipped
+from mbx.text import parse_memory
 from mbx.verify.parity import Leg, ParityReport, parity
 from mbx.verify.sides import is_hf
 
@@ -253,7 +253,7 @@ def _converted(source: Path, step: _Step) -> Path:
 def _source(name: str, fetch: Fetch, work: Path) -> Path:
     """The checkpoint that `source` names: a small model where it is a table and no folder, else what `fetch` finds."""
     if name in table_names() and not Path(name).exists():
-        from mbx.verify.small import make_small
+        from mbx.verify.tiny_model import make_small
 
         return make_small(shipped(name), work / "small")
     return fetch(name)

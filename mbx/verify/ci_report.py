@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from xml.sax.saxutils import escape, quoteattr
 
-from mbx.output import plural
+from mbx.text import plural
 from mbx.verify.ci import Result
 
 #: Characters that XML 1.0 (section 2.2) cannot hold, escaped or not.

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from converters.plan import Draft, Plan
+from converters.engine.plan import Draft, Plan
+from converters.engine.stream import Engine
 from converters.protocols import Source
-from converters.stream import Engine
 from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
 
 Progress = Callable[[int], None]

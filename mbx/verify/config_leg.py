@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from converters.agreement import alike, listed
 from converters.codecs import quantization_of
-from converters.decode import decoded_view
-from converters.dialects.megatron_args import TRAINING
+from converters.codecs.decode import decoded_view
+from converters.engine.plan import Plan
 from converters.errors import MbxError
-from converters.expr import Value
-from converters.isos.rope import LLAMA3_FIXED
-from converters.plan import Plan
-from converters.spelling import GENERIC_KEYS, canonical
-from mbx.io import hf
-from mbx.io.architecture import stated_config
-from mbx.io.hf import HfFolder
-from mbx.registry import table_for
+from converters.mcore.field_equality import alike, listed
+from converters.mcore.megatron_args import TRAINING
+from converters.rows.config_spelling import GENERIC_KEYS, canonical
+from converters.rows.expr import Value
+from converters.rows.isos.rope import LLAMA3_FIXED
+from mbx.formats import hf
+from mbx.formats.architecture import stated_config
+from mbx.formats.hf import HfFolder
+from mbx.tables import table_for
+from mbx.verify.comparison import Pair
 from mbx.verify.legs import Leg
-from mbx.verify.pairs import Pair
 from mbx.verify.sides import Side
 
 #: What a field means to the forward pass, for a reader who does not know Megatron Core's names.

@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converters.expr import Value
-from converters.spelling import canonical
+from converters.rows.config_spelling import canonical
+from converters.rows.expr import Value
 from converters.tensors import Shape, StoredTensor
-from mbx.convert import DEFAULT_MAX_MEMORY
-from mbx.io import hf
-from mbx.io.architecture import stated_config
-from mbx.io.files import FileSource
+from mbx.formats import hf
+from mbx.formats.architecture import stated_config
+from mbx.formats.files import FileSource
+from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.verify.compare import Tally, compare
-from mbx.verify.pairs import Pair, pair_sides
+from mbx.verify.comparison import Pair, pair_sides
 from mbx.verify.sides import Side, open_side
 
 Progress = Callable[[int], None]

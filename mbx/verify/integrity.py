@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.crc import combine
+from converters.engine.crc import combine
+from converters.engine.workers import lean_threads, start
 from converters.errors import StorageError
-from converters.workers import lean_threads, start
-from mbx import manifest
-from mbx.io.files import FileSource
-from mbx.io.hf import MANIFEST
-from mbx.manifest import Manifest, Span
+from mbx.formats.files import FileSource
+from mbx.formats.hf import MANIFEST
+from mbx.run import manifest
+from mbx.run.manifest import Manifest, Span
 
 _BLOCK = 4 << 20
 

@@ -11,15 +11,15 @@ from typing import Literal
 
 import numpy as np
 
-from converters.dialects.cuts import VOCAB
-from converters.dialects.keys import parse_key
-from converters.pairing import same_units
-from converters.plan import Draft, Plan
+from converters.engine.plan import Draft, Plan
+from converters.mcore.cuts import VOCAB
+from converters.mcore.keys import parse_key
+from converters.planning.pairing import same_units
 from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor, nbytes_of
-from mbx.verify.blame import Detective
+from mbx.verify.cause_search import Detective
 from mbx.verify.compare import ComparingSink, Tally, compare, narrow
-from mbx.verify.pairs import Pair
+from mbx.verify.comparison import Pair
 from mbx.verify.sides import Side
 
 Status = Literal["passed", "failed", "not run"]

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mbx.convert import DEFAULT_MAX_MEMORY
-from mbx.io.files import FileSource
-from mbx.mcore.device import ONE_PROCESS, Spread, is_main
-from mbx.mcore.prompts import DRAWN, Prompts
+from mbx.formats.files import FileSource
+from mbx.models.device import ONE_PROCESS, Spread, is_main
+from mbx.models.prompts import DRAWN, Prompts
+from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.verify import config_leg, legs
+from mbx.verify.comparison import pair_sides
 from mbx.verify.legs import Difference, Dtypes, Leg, Status
 from mbx.verify.model_legs import model_legs
-from mbx.verify.pairs import pair_sides
 from mbx.verify.sides import open_side
 
 if TYPE_CHECKING:
-    from mbx.mcore.divergence import BorderDiff
+    from mbx.models.divergence import BorderDiff
 
 Progress = Callable[[int], None]
 

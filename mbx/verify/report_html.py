@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters.errors import StorageError
 from mbx import __version__
-from mbx.output import plural
+from mbx.text import plural
 from mbx.verify.parity import Difference, Leg, ParityReport
 from mbx.verify.report_plots import divergence_plot, figure, tensor_plots
 

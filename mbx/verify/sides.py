@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from converters.dialects.keys import parse_key
 from converters.errors import MbxError
-from converters.expr import Value
+from converters.mcore.keys import parse_key
 from converters.protocols import Source
-from converters.table import Table
+from converters.rows.expr import Value
+from converters.rows.table import Table
 from converters.tensors import Chunk, StoredTensor, nbytes_of
-from mbx.io import hf
-from mbx.io.architecture import architecture_of
-from mbx.io.checkpoint import McoreCheckpoint, open_any
-from mbx.io.hf import HfFolder
-from mbx.registry import table_for
+from mbx.formats import hf
+from mbx.formats.architecture import architecture_of
+from mbx.formats.checkpoint import McoreCheckpoint, open_any
+from mbx.formats.hf import HfFolder
+from mbx.tables import table_for
 
 Kind = Literal["hf", "mcore"]
 

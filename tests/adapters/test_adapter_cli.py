@@ -63,9 +63,9 @@ def test_what_is_what_is_said(made: Made, tmp_path: Path, capsys: pytest.Capture
 
 def test_an_interrupted_merge_goes_on(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another alpha is another merge: what lies there half done is not gone on with."""
-    from mbx.adapters.merge import plan_merge
-    from mbx.convert import Options
-    from mbx.io import journal
+    from mbx.run import journal
+    from mbx.run.job import Options
+    from mbx.run.merge import plan_merge
 
     job = plan_merge(made.base, made.adapter, tmp_path / "merged", Options())
     config = made.adapter / "adapter_config.json"

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from converters.adapters.settings import parse_settings
 from converters.adapters.sites import columns
 from converters.errors import CoverageError, StorageError, UnsupportedError, UsageError
-from converters.layout import Layout
-from converters.pack import Pack, Slot
-from mbx.adapters.convert import plan_adapter_to_hf, plan_adapter_to_mcore
-from mbx.adapters.folder import BESIDE, CONFIG, WEIGHTS, open_base
-from mbx.convert import Options, run
-from mbx.io.torch_dist import open_torch_dist
+from converters.mcore.layout import Layout
+from converters.rows.pack import Pack, Slot
+from mbx.formats.adapter_folder import BESIDE, CONFIG, WEIGHTS, open_base
+from mbx.formats.torch_dist import open_torch_dist
+from mbx.run.adapters import plan_adapter_to_hf, plan_adapter_to_mcore
+from mbx.run.job import Options, run
 
 
 def to_mcore(made: Made, target: Path, *, tp: int = 1, ep: int = 1, fused: bool = False) -> Path:

@@ -12,11 +12,11 @@ from _peft_made import CASES, Made, adapt, weights
 from safetensors.torch import load_file, save_file
 
 from converters.errors import CoverageError, UnsupportedError
-from converters.layout import Layout
-from mbx.adapters.convert import plan_adapter_to_mcore
-from mbx.adapters.folder import WEIGHTS, open_base
-from mbx.adapters.merge import plan_merge
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from converters.mcore.layout import Layout
+from mbx.formats.adapter_folder import WEIGHTS, open_base
+from mbx.run.adapters import plan_adapter_to_mcore
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.merge import plan_merge
 
 
 def merged_by_peft(made: Made, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -12,18 +12,18 @@ from _peft_made import ATTENTION, CASES, EXPERTS, Made, adapt
 from torch import nn
 
 from converters.errors import UnsupportedError, UsageError
-from mbx.mcore.build import build_model
-from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.train import lora
+from mbx.models.build import build_model
+from mbx.models.cpu import megatron_on_cpu, process_group
 from mbx.train.export import export_run
 from mbx.train.loop import train
-from mbx.train.lora_layer import Slots
+from mbx.train.lora import attach as lora
+from mbx.train.lora.layer import Slots
+from mbx.train.lora.peft_folder import load_peft
 from mbx.train.model import blueprint
-from mbx.train.peft import load_peft
 from mbx.train.prepare import prepare
 from mbx.train.recipe import parse_recipe
 from mbx.train.sections import Lora
-from mbx.train.start import load_weights
+from mbx.train.weights import load_weights
 from tests.oracles import compare_logits, mcore_logits
 
 DENSE = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -111,8 +111,8 @@ class TEColumnParallelGroupedLinear(nn.Module):
 
 
 def test_grouped_experts_are_their_merged_weights() -> None:
-    from converters.pack import Pack
-    from mbx.train.lora import LoraGrouped
+    from converters.rows.pack import Pack
+    from mbx.train.lora.attach import LoraGrouped
 
     with megatron_on_cpu(), process_group():
         base = TEColumnParallelGroupedLinear(3, 8, 5)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from converters.table_parse import parse_table
+from converters.rows.parse import parse_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "add-a-model.md").read_text(encoding="utf-8")

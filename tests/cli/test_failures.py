@@ -190,7 +190,7 @@ def test_a_full_disk_is_seen_before_a_byte_is_written(mbx: Run, here: Path, monk
 def test_what_ends_a_run_midway_leaves_nothing(
     mbx: Run, here: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int
 ) -> None:
-    from mbx.io.files import FileSource
+    from mbx.formats.files import FileSource
 
     def fail(*_: object) -> None:
         raise raised
@@ -207,7 +207,7 @@ def test_what_ends_a_run_midway_leaves_nothing(
 def test_a_signal_ends_a_run_cleanly(mbx: Run, here: Path, number: signal.Signals) -> None:
     code = f"""
 import os, signal, sys, time
-from mbx.io.files import FileSource
+from mbx.formats.files import FileSource
 read = FileSource.read_into
 def slow(self, *a):
     os.kill(os.getpid(), {number.value})

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from mbx.io.hub import select_files
+from mbx.formats.hub import select_files
 
 SHA_1, SHA_2 = "1" * 40, "2" * 40
 TOKEN = "hf_right"
@@ -143,7 +143,7 @@ def guarded(self, address):
     return real(self, address)
 socket.socket.connect = guarded
 
-from mbx.io import hub
+from mbx.formats import hub
 assert "huggingface_hub" not in sys.modules and "torch" not in sys.modules
 from converters.errors import MbxError
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.errors import UsageError
-from mbx.mlm_args import FLAGS, SKIPPED, dump_toml, from_recipe, split_flags, to_recipe
 from mbx.train.catalogue import load_recipe
+from mbx.train.mlm_args import FLAGS, SKIPPED, dump_toml, from_recipe, split_flags, to_recipe
 from mbx.train.recipe import parse_recipe
 
 COMMAND = """torchrun --nproc-per-node 8 pretrain_gpt.py \\

@@ -168,7 +168,7 @@ def test_doctor(mbx: Run) -> None:
 
 
 def test_colours_follow_the_conventions(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mbx.output import paint
+    from mbx.cli.output import paint
 
     assert paint("x", "red", io.StringIO()) == "x"
     monkeypatch.delenv("NO_COLOR")
@@ -187,8 +187,8 @@ def test_a_stream_without_unicode_gets_plain_spellings(here: Path) -> None:
 
 
 def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    from mbx.cli.output import out
     from mbx.cli.progress import Meter
-    from mbx.output import out
 
     out.reset()
     with Meter("writing", 4_000_000, every_s=0.05) as meter:

@@ -13,8 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from converters.layout import Layout
-from mbx.convert import Options, Outcome, plan_hf_to_mcore, plan_mcore_to_hf, run
+from converters.mcore.layout import Layout
+from mbx.run.job import Options, Outcome, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 #: Everything that changes a file system on mbx's way to a target.
 CALLS = ("pwrite", "write", "fsync", "ftruncate", "rename", "replace", "mkdir", "unlink", "rmdir")
@@ -42,7 +42,7 @@ def tree(folder: Path) -> dict[str, str]:
 #: Forks of a process that has no threads. A fork of the tests' own hangs for ever in its first parallel sum where
 #: torch has started threads before it.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mbx.convert", "tests.formats._runs"])
+FORKS.set_forkserver_preload(["mbx.run.job", "tests.formats._runs"])
 
 
 def in_child(action: Callable[[], object], timeout: float = 120) -> tuple[int, str]:

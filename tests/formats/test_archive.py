@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from converters.errors import StorageError
 from converters.tensors import nbytes_of
-from mbx.io.archive import (
+from mbx.torchfile.archive import (
     extra_state_archive,
     file_reader,
     load_archive,
@@ -30,8 +30,8 @@ from mbx.io.archive import (
     read_object,
     tensor_archive,
 )
-from mbx.io.torch_values import TORCH_DTYPES, Namespace, TensorStub
-from mbx.io.zip_format import MAX_U32, ZIP64_FROM, Read, data_offset
+from mbx.torchfile.torch_values import TORCH_DTYPES, Namespace, TensorStub
+from mbx.torchfile.zip_format import MAX_U32, ZIP64_FROM, Read, data_offset
 
 PEERS = os.environ.get("MBX_PEER_CHECKPOINTS")
 needs_peers = pytest.mark.skipif(PEERS is None, reason="MBX_PEER_CHECKPOINTS names no folder")
@@ -316,7 +316,9 @@ def test_peer_legacy_checkpoints_are_read_as_torch_reads_them() -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, mbx.io.archive, mbx.io.dcp, mbx.io.safetensors; print('torch' in sys.modules)"
+    code = (
+        "import sys, mbx.torchfile.archive, mbx.torchfile.dcp, mbx.formats.safetensors; print('torch' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from converters.errors import StorageError
-from converters.layout import Layout
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io import hf
-from mbx.io.bin_weights import read_bin_folder
+from converters.mcore.layout import Layout
+from mbx.formats import hf
+from mbx.formats.bin_weights import read_bin_folder
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.verify.parity import parity
 
 PLAIN = Options(sync=False)

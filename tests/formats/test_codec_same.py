@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from converters.errors import CoverageError, DeviceError, MbxError, StorageError, UsageError
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
-from mbx.convert import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.hf import LAYOUT, SCALES, open_hf
+from mbx.formats.hf import LAYOUT, SCALES, open_hf
+from mbx.run.job import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.verify.integrity import check
 from tests.formats._quantised import FOLDERS, change, quantised, tensors
 from tests.formats._runs import convert, dying_at, in_child, tree
@@ -263,7 +263,7 @@ def test_plans_do_not_depend_on_the_order_of_sets(tmp_path: Path) -> None:
 
     _, mcore = imported("fp8_block", tmp_path)
     code = (
-        "import sys; from pathlib import Path; from mbx.convert import *; from mbx.io.journal import plan_digest\n"
+        "import sys; from pathlib import Path; from mbx.run.job import *; from mbx.run.journal import plan_digest\n"
         "a, b, c = map(Path, sys.argv[1:])\n"
         "for job in (plan_hf_to_mcore(a, c, Options()), plan_mcore_to_hf(b, c, Options(codec='same'))):\n"
         "    print(plan_digest(job.plan, job.tensors))"

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from converters.errors import StorageError
 from converters.tensors import Chunk, Shape, StoredTensor
-from mbx.io.archive import extra_state_archive, file_reader, locate_tensor, tensor_archive
-from mbx.io.dcp import DcpCheckpoint, StoredObject, build_dcp_metadata, read_dcp
-from mbx.io.dcp_metadata import BlobEntry, DcpMetadata, TensorEntry, dump_dcp_metadata, load_dcp_metadata
-from mbx.io.tiling import Box, tiling_fault
-from mbx.io.torch_values import TORCH_DTYPES, TORCH_NAMES
+from mbx.torchfile.archive import extra_state_archive, file_reader, locate_tensor, tensor_archive
+from mbx.torchfile.dcp import DcpCheckpoint, StoredObject, build_dcp_metadata, read_dcp
+from mbx.torchfile.dcp_metadata import BlobEntry, DcpMetadata, TensorEntry, dump_dcp_metadata, load_dcp_metadata
+from mbx.torchfile.tiling import Box, tiling_fault
+from mbx.torchfile.torch_values import TORCH_DTYPES, TORCH_NAMES
 
 PEERS = os.environ.get("MBX_PEER_CHECKPOINTS")
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from converters.engine.pieces import Piece
 from converters.errors import UsageError
-from converters.layout import Layout
-from converters.pieces import Piece
-from mbx.io import journal
-from mbx.io.commit import partial_path
-from mbx.io.ranks import World, shares, world
+from converters.mcore.layout import Layout
+from mbx.run import journal
+from mbx.run.commit import partial_path
+from mbx.run.ranks import World, shares, world
 from tests.formats._quantised import quantised
 from tests.formats._runs import convert, tree
 
@@ -31,11 +31,11 @@ WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 from converters.errors import MbxError
-from converters.layout import Layout
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.io import journal
-from mbx.io.journal import Log
-from mbx.io.ranks import world
+from converters.mcore.layout import Layout
+from mbx.run.job import Options, plan_hf_to_mcore, run
+from mbx.run import journal
+from mbx.run.journal import Log
+from mbx.run.ranks import world
 
 if "HOST" in os.environ:  # as if on a host of that name
     journal._boot_id = lambda: os.environ["HOST"]
@@ -246,8 +246,8 @@ def test_a_place_that_makes_no_sense_is_refused(pair: tuple[str, str]) -> None:
 EXPORTER = """
 import os, sys
 from pathlib import Path
-from mbx.convert import Options, plan_mcore_to_hf, run
-from mbx.io.ranks import world
+from mbx.run.job import Options, plan_mcore_to_hf, run
+from mbx.run.ranks import world
 
 options = Options(codec="same", workers=1, max_memory=1 << 25, sync=False)
 run(plan_mcore_to_hf(Path(sys.argv[1]), Path(sys.argv[2]), options), place=world(os.environ))

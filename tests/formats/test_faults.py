@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from converters.errors import CoverageError, DeviceError, MbxError, StorageError, UsageError
-from converters.layout import Layout
-from mbx import execution
-from mbx.io.commit import partial_path
+from converters.mcore.layout import Layout
+from mbx.run import execution
+from mbx.run.commit import partial_path
 from tests.formats._runs import convert, in_child, tree
 
 SHARD = "model-00002-of-00003.safetensors"

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 
-from converters.dialects.fsdp_dtensor import Stored, parse_stored, parts_of
 from converters.errors import StorageError, UnsupportedError
-from converters.layout import Layout
+from converters.mcore.fsdp_dtensor import Stored, parse_stored, parts_of
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.inspect import examine
-from mbx.io.checkpoint import open_any
-from mbx.reshard import plan_mcore_to_mcore
+from mbx.formats.checkpoint import open_any
+from mbx.formats.examine import examine
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.reshard import plan_mcore_to_mcore
 
 HERE = Path(__file__).resolve().parent
 FSDP = Options(sync=False, format="fsdp_dtensor", layout=Layout(tp=2, ep=4))

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converters.errors import MbxError, TableError
-from converters.layout import Layout
-from converters.table import Table
-from converters.table_parse import parse_table
+from converters.mcore.layout import Layout
+from converters.rows.parse import parse_table
+from converters.rows.table import Table
 from tests.formats._runs import convert
 
 TABLES = sorted((Path(__file__).resolve().parents[2] / "mappings").glob("*.toml"))

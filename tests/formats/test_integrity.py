@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from converters.errors import StorageError
-from converters.layout import Layout
-from mbx.manifest import read
+from converters.mcore.layout import Layout
+from mbx.run.manifest import read
 from mbx.verify.integrity import Report, check
 from tests.formats._runs import convert
 

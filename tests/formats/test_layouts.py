@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.config_map import environment
-from converters.dialects.cuts import VOCAB, cut_of, form_of, is_gated
-from converters.dialects.keys import canonical_names, parse_key
-from converters.dialects.torch_dist import homes, stacks_layers
+from converters.engine.plan import row_form
+from converters.engine.regions import matrix
 from converters.errors import LayoutError, UnsupportedError
-from converters.layout import Layout, RankMap, boxes, check
-from converters.ops import Form
-from converters.pipeline import parse_layout
-from converters.plan import row_form
-from converters.regions import matrix
-from converters.table import Row, Table
+from converters.mcore.cuts import VOCAB, cut_of, form_of, is_gated
+from converters.mcore.keys import canonical_names, parse_key
+from converters.mcore.layout import Layout, RankMap, boxes, check
+from converters.mcore.pipeline import parse_layout
+from converters.mcore.torch_dist import homes, stacks_layers
+from converters.rows.config_map import environment
+from converters.rows.ops import Form
+from converters.rows.table import Row, Table
 from converters.tensors import Shape, StoredTensor
 from fixtures.index import load_index
-from mbx.registry import table_for
+from mbx.tables import table_for
 
 #: The reference model of each index fixture that a shipped table covers.
 REFERENCES = """

@@ -15,19 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from converters.dialects.local import parse_local, spell_local
-from converters.dialects.megatron_args import TRAINING, args_of, config_of_args, layout_args, layout_of_args
 from converters.errors import LayoutError, MbxError, StorageError, UnsupportedError, UsageError
-from converters.layout import Layout
+from converters.mcore.layout import Layout
+from converters.mcore.local import parse_local, spell_local
+from converters.mcore.megatron_args import TRAINING, args_of, config_of_args, layout_args, layout_of_args
 from fixtures.make_tiny import make
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.archive_layout import lay_out, pack_wide_directory
-from mbx.io.checkpoint import open_any
-from mbx.io.files import FileSource
-from mbx.io.torch_values import TensorStub, row_major
-from mbx.io.zip_format import ArchiveEntry, read_directory
-from mbx.registry import table_for
-from mbx.reshard import plan_mcore_to_mcore
+from mbx.formats.checkpoint import open_any
+from mbx.formats.files import FileSource
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.reshard import plan_mcore_to_mcore
+from mbx.tables import table_for
+from mbx.torchfile.archive_layout import lay_out, pack_wide_directory
+from mbx.torchfile.torch_values import TensorStub, row_major
+from mbx.torchfile.zip_format import ArchiveEntry, read_directory
 from mbx.verify.parity import parity
 
 State = dict[str, torch.Tensor | None]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from converters.tensors import StoredTensor
-from mbx.io.safetensors import build_header
+from mbx.formats.safetensors import build_header
 from mbx.verify.integrity import check
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from converters.errors import UsageError
-from mbx.io.commit import PartialFolder, partial_path
+from mbx.run.commit import PartialFolder, partial_path
 from tests.formats._runs import convert, tree
 
 

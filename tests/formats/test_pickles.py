@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from converters.errors import StorageError
-from mbx.io.dcp_metadata import (
+from mbx.torchfile.dcp_metadata import (
     BlobEntry,
     BytesEntry,
     DcpMetadata,
@@ -32,8 +32,8 @@ from mbx.io.dcp_metadata import (
     dump_dcp_metadata,
     load_dcp_metadata,
 )
-from mbx.io.pickles import dump_plain, load_plain
-from mbx.io.torch_values import DTYPE_NAMES, TORCH_DTYPES, Namespace, Opaque, TensorStub, TorchDtype
+from mbx.torchfile.pickles import dump_plain, load_plain
+from mbx.torchfile.torch_values import DTYPE_NAMES, TORCH_DTYPES, Namespace, Opaque, TensorStub, TorchDtype
 
 plain = st.recursive(
     st.none()

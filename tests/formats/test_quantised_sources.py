@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.errors import CoverageError
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
 from mbx.cli.plan_view import document
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

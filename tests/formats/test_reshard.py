@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from converters.engine.plan import Draft
 from converters.errors import LayoutError, MbxError, UsageError
-from converters.layout import Layout
-from converters.plan import Draft
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.archive import extra_state_archive
-from mbx.io.checkpoint import open_any
-from mbx.io.files import FileSink
-from mbx.io.hf import MANIFEST
-from mbx.io.torch_dist import place, write_index
-from mbx.reshard import plan_mcore_to_mcore
+from mbx.formats.checkpoint import open_any
+from mbx.formats.files import FileSink
+from mbx.formats.hf import MANIFEST
+from mbx.formats.torch_dist import place, write_index
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.reshard import plan_mcore_to_mcore
+from mbx.torchfile.archive import extra_state_archive
 
 PLAIN = Options(sync=False)
 #: A family of each kind: stacked and mixed layers, experts, latent attention with multi-token prediction,
@@ -120,8 +120,8 @@ def test_a_wrong_cut_would_be_seen(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: reading gate and up as one block gives another model."""
-    import mbx.io.legacy as legacy
-    from converters.dialects.cuts import Cut
+    import mbx.formats.legacy as legacy
+    from converters.mcore.cuts import Cut
 
     run(plan_hf_to_mcore(checkpoint("qwen3"), tmp_path / "legacy", options(Layout(tp=2), "torch")))
     true = legacy.cuts_of

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from converters.errors import MbxError, StorageError, UsageError
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from mbx.cli import main
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.io import journal
-from mbx.io.commit import PartialFolder, partial_path
-from mbx.io.files import FileSource
+from mbx.formats.files import FileSource
+from mbx.run import journal
+from mbx.run.commit import PartialFolder, partial_path
+from mbx.run.job import Options, plan_hf_to_mcore, run
 from tests.formats._runs import convert, dying_at, in_child, tree
 
 TP = Layout(tp=2)
@@ -107,7 +107,7 @@ def test_killed_from_outside_at_a_random_moment(case: Case, tmp_path: Path) -> N
     """The same with a real process and a real clock."""
     direction, source, expected = case
     code = (
-        "import sys, time; from pathlib import Path; from mbx.io.files import FileSink\n"
+        "import sys, time; from pathlib import Path; from mbx.formats.files import FileSink\n"
         "from tests.formats._runs import convert, Layout\n"
         "write = FileSink.write\n"
         "def slow(self, *args):\n    time.sleep(0.01); write(self, *args)\n"

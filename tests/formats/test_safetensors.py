@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from converters.errors import StorageError
 from converters.tensors import Chunk, StoredTensor, nbytes_of
-from mbx.io.safetensors import MAX_HEADER_BYTES, build_header, read_folder, read_header
+from mbx.formats.safetensors import MAX_HEADER_BYTES, build_header, read_folder, read_header
 
 
 def whole(name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:

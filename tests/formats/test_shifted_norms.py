@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf
-from mbx.execution import run
-from mbx.io.hf import KEPT
+from mbx.formats.hf import KEPT
+from mbx.run.execution import run
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf
 
 NORM = "model.layers.0.linear_attn.norm.weight"
 

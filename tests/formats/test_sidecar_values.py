@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from converters.dialects.megatron_args import config_of_args
 from converters.errors import UsageError
+from converters.mcore.megatron_args import config_of_args
 from fixtures.make_tiny import make
-from mbx.convert import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.reshard import plan_mcore_to_mcore
+from mbx.run.job import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.reshard import plan_mcore_to_mcore
 
 
 @pytest.fixture(scope="module")

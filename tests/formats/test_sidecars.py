@@ -12,16 +12,16 @@ import pytest
 import torch
 import yaml
 
-from converters.dialects.bridge_config import config_of_run_config
 from converters.errors import StorageError, UnsupportedError
-from converters.layout import Layout
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.architecture import architecture_of, conflicts
-from mbx.io.archive import object_archive
-from mbx.io.checkpoint import McoreCheckpoint, open_any
-from mbx.io.sidecars import read_run_config
-from mbx.registry import table_for
-from mbx.reshard import plan_mcore_to_mcore
+from converters.mcore.bridge_config import config_of_run_config
+from converters.mcore.layout import Layout
+from mbx.formats.architecture import architecture_of, conflicts
+from mbx.formats.checkpoint import McoreCheckpoint, open_any
+from mbx.formats.sidecars import read_run_config
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.reshard import plan_mcore_to_mcore
+from mbx.tables import table_for
+from mbx.torchfile.archive import object_archive
 
 PLAIN = Options(sync=False)
 #: What `load_args_from_checkpoint` of Megatron-LM sets for a dense model.
@@ -134,7 +134,7 @@ def test_sidecars_travel_through_a_change_of_layout(ours: Path, tmp_path: Path) 
 
 def test_a_common_state_among_the_tensors_is_read(ours: Path, tiny: Path, tmp_path: Path) -> None:
     """Newer Megatron Core keeps what was common.pt as an object of the checkpoint."""
-    from mbx.io.dcp import build_dcp_metadata, read_dcp
+    from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
 
     iteration = ours / "iter_0000000"
     common = torch.load(iteration / "common.pt", weights_only=False)
@@ -156,7 +156,7 @@ def test_a_common_state_among_the_tensors_is_read(ours: Path, tiny: Path, tmp_pa
 
 def test_separate_norms_are_read_as_fused_ones(ours: Path, tiny: Path, tmp_path: Path) -> None:
     """A checkpoint whose writer kept the norms apart exports as any other."""
-    from mbx.io.dcp import build_dcp_metadata, read_dcp
+    from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
 
     iteration = ours / "iter_0000000"
     stored = read_dcp(iteration)
@@ -172,10 +172,10 @@ def test_separate_norms_are_read_as_fused_ones(ours: Path, tiny: Path, tmp_path:
 
 
 def test_optimizer_state_is_said_to_stay_behind(ours: Path, tmp_path: Path) -> None:
-    from converters.plan import Draft
-    from mbx.io.dcp import build_dcp_metadata, read_dcp
-    from mbx.io.files import FileSink
-    from mbx.io.torch_dist import place
+    from converters.engine.plan import Draft
+    from mbx.formats.files import FileSink
+    from mbx.formats.torch_dist import place
+    from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
 
     iteration = ours / "iter_0000000"
     placed = place([Draft("optimizer.state.exp_avg.x", "F32", (4,), ((77, (0,), (4,)),))], [])

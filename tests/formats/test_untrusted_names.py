@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from converters.errors import MbxError, StorageError, UsageError
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.inside import create, inside, is_inside
-from mbx.io.journal import FOLDER
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.journal import FOLDER
+from mbx.untrusted.names import create, inside, is_inside
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LLAMA = ROOT / "fixtures" / "tiny" / "llama"

@@ -25,14 +25,14 @@ from _alone import Found, report  # noqa: E402
 from _verdict import judge  # noqa: E402
 
 from converters.errors import MbxError  # noqa: E402
-from converters.expr import Value  # noqa: E402
+from converters.rows.expr import Value  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mbx.mcore.logits import LogitDiff
-    from mbx.mcore.prompts import Passes
+    from mbx.models.logits import LogitDiff
+    from mbx.models.prompts import Passes
     from mbx.verify.parity import Leg
 
 #: Families measured in bf16 and FP8 as well, on a GPU.
@@ -54,7 +54,7 @@ _FUSED = (
 
 def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found) -> None:
     """Everything about one family."""
-    from mbx.convert import Options, plan_hf_to_mcore, run
+    from mbx.run.job import Options, plan_hf_to_mcore, run
     from mbx.verify.parity import parity
 
     source = checkpoint(name, tiny, work)
@@ -104,8 +104,8 @@ def _reference(source: Path, work: Path, found: Found) -> Path:
     """The folder Transformers reads: `source`, or a copy for a class that has the same decoder."""
     from _twins import write_twin
 
-    from mbx.io.hf import read_config
-    from mbx.mcore.twins import twin_of
+    from mbx.formats.hf import read_config
+    from mbx.models.equivalents import twin_of
 
     twin = twin_of(read_config(source))
     if twin is None:
@@ -119,13 +119,13 @@ def _leg(leg: Leg) -> Found:
 
 
 def forward(name: str, device: str, source: Path, work: Path, config: dict[str, Value], found: Found) -> None:
-    from converters.spelling import canonical
-    from mbx.io.hf import read_config
-    from mbx.io.torch_dist import open_torch_dist
-    from mbx.mcore.device import megatron_on
-    from mbx.mcore.parity import read_prompts
-    from mbx.mcore.prompts import Prompts
-    from mbx.mcore.rotary import lend_frequencies
+    from converters.rows.config_spelling import canonical
+    from mbx.formats.hf import read_config
+    from mbx.formats.torch_dist import open_torch_dist
+    from mbx.models.device import megatron_on
+    from mbx.models.parity import read_prompts
+    from mbx.models.prompts import Prompts
+    from mbx.models.rotary import lend_frequencies
     from tests.oracles import compare_logits, loaded_model, mcore_passes
 
     hf_config = canonical(read_config(source))
@@ -184,7 +184,7 @@ def _keys(
     config: Mapping[str, Value], padded: int, device: str, objects: Mapping[str, object], tensors: Mapping[str, object]
 ) -> Found:
     """What the model asks for against what mbx wrote, by name."""
-    from mbx.mcore.build import build_model
+    from mbx.models.build import build_model
     from tests.judge import asked_keys
 
     model = build_model(config, padded_vocab_size=padded, device=device, use_te=device == "cuda")

@@ -35,15 +35,15 @@ def main() -> None:
     import torch
 
     from converters.errors import MbxError
-    from converters.spelling import canonical
-    from mbx.io.hf import read_config
-    from mbx.io.torch_dist import open_torch_dist
-    from mbx.mcore.device import Spread, megatron_on
-    from mbx.mcore.divergence import compare_traces
-    from mbx.mcore.models import MegatronModel, TransformersModel
-    from mbx.mcore.parity import read_prompts
-    from mbx.mcore.prompts import Prompts
-    from mbx.registry import table_for
+    from converters.rows.config_spelling import canonical
+    from mbx.formats.hf import read_config
+    from mbx.formats.torch_dist import open_torch_dist
+    from mbx.models.device import Spread, megatron_on
+    from mbx.models.divergence import compare_traces
+    from mbx.models.models import MegatronModel, TransformersModel
+    from mbx.models.parity import read_prompts
+    from mbx.models.prompts import Prompts
+    from mbx.tables import table_for
 
     torch.set_num_threads(1 if device == "cpu" else 4)
     raw = read_config(hf)

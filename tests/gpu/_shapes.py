@@ -10,7 +10,7 @@ import torch
 
 from converters.tensors import StoredTensor, nbytes_of
 from fixtures.index import load_index
-from mbx.io.safetensors import build_header
+from mbx.formats.safetensors import build_header
 
 _SHARD_BYTES = 5 * 10**9
 _NOISE = 1 << 24

@@ -125,7 +125,7 @@ def streamed(runs: Runs, label: str, limit_mib: int, hf: Path, work: Path, devic
 
 def convert(hf: Path, mcore: Path) -> None:
     """The folder as a torch_dist checkpoint, unless it is there."""
-    from mbx.convert import Options, plan_hf_to_mcore, run
+    from mbx.run.job import Options, plan_hf_to_mcore, run
 
     if not mcore.is_dir():
         run(plan_hf_to_mcore(hf, mcore, Options(sync=False)))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.mcore.device import Spread
+from mbx.models.device import Spread
+from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.verify.parity import parity
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from mbx.io.hf import read_config
-from mbx.mcore.build import build_model
-from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.registry import table_for
+from mbx.formats.hf import read_config
+from mbx.models.build import build_model
+from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.tables import table_for
 from tests.judge import load_torch_dist, save_torch_dist
 from tests.oracles import hf_logits, mcore_logits
 

@@ -16,9 +16,9 @@ from _mcore_configs import QWEN3_MOE, SMALL
 from megatron.core import dist_checkpointing, parallel_state
 from torch import nn
 
-from mbx.mcore.build import build_model
-from mbx.mcore.config import FlatConfig
-from mbx.mcore.cpu import megatron_on_cpu, process_group
+from mbx.models.build import build_model
+from mbx.models.config import FlatConfig
+from mbx.models.cpu import megatron_on_cpu, process_group
 from tests.judge import load_torch_dist, save_torch_dist
 
 MODELS: dict[str, tuple[FlatConfig, dict[str, int]]] = {

@@ -15,10 +15,10 @@ from _mcore_configs import GPT2, GPT_OSS, LLAMA, MLA_MOE_MTP, QWEN3_MOE, SMALL, 
 from _peers import peer_root
 
 from converters.errors import MbxError
-from mbx.mcore.build import build_model
-from mbx.mcore.config import FlatConfig
-from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.rotary import set_rope_frequencies
+from mbx.models.build import build_model
+from mbx.models.config import FlatConfig
+from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.models.rotary import set_rope_frequencies
 from tests.judge import load_torch_dist, save_torch_dist
 from tests.oracles import hf_logits, mcore_logits
 

@@ -24,8 +24,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from mbx.mcore.build import build_model
-from mbx.mcore.cpu import megatron_on_cpu, process_group
+from mbx.models.build import build_model
+from mbx.models.cpu import megatron_on_cpu, process_group
 from mbx.train.restore import allocate, count_steps
 
 CONFIG = {**QWEN3_MOE, "model.vocab_size": 250, "moe_router_dtype": None}

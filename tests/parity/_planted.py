@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mappings import table_text
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.io.files import FileSource
-from mbx.io.torch_dist import open_torch_dist
+from mbx.formats.files import FileSource
+from mbx.formats.torch_dist import open_torch_dist
+from mbx.run.job import Options, plan_hf_to_mcore, run
 
 Bits = NDArray[np.uint16]
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
-from converters.values import TORCH_DTYPES
-from mbx.io.checkpoint import open_any
-from mbx.io.files import FileSource
+from converters.torch_casts import TORCH_DTYPES
+from mbx.formats.checkpoint import open_any
+from mbx.formats.files import FileSource
 
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], object]

@@ -12,10 +12,10 @@ from _planted import convert
 from _stores import changed_hf, changed_mcore, per_layer, read_hf, read_mcore, write_mcore
 
 from converters.errors import MbxError
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import NAMES, make
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.reshard import plan_mcore_to_mcore
+from mbx.run.job import Options, plan_hf_to_mcore, run
+from mbx.run.reshard import plan_mcore_to_mcore
 from mbx.verify.parity import Leg, ParityReport, parity
 
 NAME = "qwen3"
@@ -183,7 +183,7 @@ def test_heads_for_several_tokens_may_be_called_either_way(tmp_path: Path) -> No
 def test_a_quantised_folder_is_held_against_a_plain_one(tmp_path: Path) -> None:
     quantised = make("deepseek_v3_fp8", tmp_path / "fp8")
     run(plan_hf_to_mcore(quantised, tmp_path / "mcore", Options(sync=False)))
-    from mbx.convert import plan_mcore_to_hf
+    from mbx.run.job import plan_mcore_to_hf
 
     run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "plain", Options(sync=False)))
     for report in both_ways(quantised, tmp_path / "plain"):

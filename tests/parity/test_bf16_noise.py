@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from converters.spelling import canonical
+from converters.rows.config_spelling import canonical
 from fixtures.make_tiny import make
 from mbx.cli import main
-from mbx.io.hf import read_config
-from mbx.mcore.bf16_noise import outside_noise
-from mbx.mcore.device import Spread
-from mbx.mcore.logits import LogitTally
-from mbx.mcore.models import TransformersModel
-from mbx.mcore.parity import Forward, compare_models
-from mbx.mcore.prompts import Batch, Passes, Prompts, passes
-from mbx.mcore.trace import Trace
-from mbx.mcore.transformers_side import trace_transformers
+from mbx.formats.hf import read_config
+from mbx.models.bf16_noise import outside_noise
+from mbx.models.device import Spread
+from mbx.models.logits import LogitTally
+from mbx.models.models import TransformersModel
+from mbx.models.parity import Forward, compare_models
+from mbx.models.prompts import Batch, Passes, Prompts, passes
+from mbx.models.trace import Trace
+from mbx.models.transformers_side import trace_transformers
 
 #: Every kind of layer that bf16 could break: dense, experts, experts with sinks, latent attention, two rotary bases.
 FAMILIES = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text")

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from converters.arrangements import Heads, Structure, arrangements
 from converters.causes import Suspect, find_cause
-from converters.pack import Pack
+from converters.causes.row_orders import Heads, Structure, arrangements
+from converters.rows.pack import Pack
 from fixtures.make_tiny import make
 from mbx.verify.parity import ParityReport, parity
 
@@ -230,9 +230,9 @@ def test_first_and_worst_are_named(tiny: Path, good: Path, tmp_path: Path) -> No
 
 def test_a_tensor_larger_than_the_budget_is_read_in_blocks(tmp_path: Path) -> None:
     """Rows beyond the budget are made again when asked for: the same sentence, in a fraction of the memory."""
-    from mbx.io.files import FileSource
-    from mbx.verify.blame import Detective
-    from mbx.verify.pairs import pair_sides
+    from mbx.formats.files import FileSource
+    from mbx.verify.cause_search import Detective
+    from mbx.verify.comparison import pair_sides
     from mbx.verify.sides import open_side
 
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from _planted import convert, table_with
 from _stores import changed_mcore
 
 from converters.errors import MbxError, UsageError
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import NAMES, make
 from mbx.cli import main
 from mbx.verify.ci import Check, Result, described, read_checks, run_checks

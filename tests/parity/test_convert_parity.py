@@ -9,8 +9,8 @@ import torch
 from _ranks import run_ranks
 from safetensors.torch import load_file
 
-from converters.layout import Layout
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from converters.mcore.layout import Layout
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 TINY = Path(__file__).resolve().parents[2] / "fixtures" / "tiny"
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")

@@ -12,12 +12,12 @@ from _defects import DEFECTS, Defect
 from _planted import convert
 from _stores import changed_hf, changed_mcore, per_layer, read_mcore, write_mcore
 
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
 from mappings import table_text
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.mcore.prompts import Prompts
-from mbx.reshard import plan_mcore_to_mcore
+from mbx.models.prompts import Prompts
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.reshard import plan_mcore_to_mcore
 from mbx.verify.parity import ParityReport, parity
 
 LEGS = ("cover", "config", "weights", "forward")

@@ -18,12 +18,12 @@ from converters.errors import StorageError, UsageError
 from fixtures.make_tiny import make
 from fixtures.wrapped import make_wrapped
 from mbx.cli import main
-from mbx.convert import Options
-from mbx.execution import run
-from mbx.inspect import examine
-from mbx.io.hf import KEPT
-from mbx.manifest import MANIFEST
-from mbx.reshard import plan_mcore_to_mcore
+from mbx.formats.examine import examine
+from mbx.formats.hf import KEPT
+from mbx.run.execution import run
+from mbx.run.job import Options
+from mbx.run.manifest import MANIFEST
+from mbx.run.reshard import plan_mcore_to_mcore
 from mbx.verify.diff import diff
 from mbx.verify.integrity import check
 from mbx.verify.parity import Leg, ParityReport, parity

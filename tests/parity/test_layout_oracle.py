@@ -10,12 +10,12 @@ import torch
 from _layout_worker import MODELS, depth_of
 from _ranks import run_ranks
 
-from converters.layout import Layout
-from mbx.convert import Options, run
-from mbx.io.checkpoint import McoreCheckpoint, open_any
-from mbx.io.dcp import read_dcp
-from mbx.io.files import FileSource
-from mbx.reshard import plan_mcore_to_mcore
+from converters.mcore.layout import Layout
+from mbx.formats.checkpoint import McoreCheckpoint, open_any
+from mbx.formats.files import FileSource
+from mbx.run.job import Options, run
+from mbx.run.reshard import plan_mcore_to_mcore
+from mbx.torchfile.dcp import read_dcp
 
 WORLD = 4
 

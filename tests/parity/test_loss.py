@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from converters.layout import Layout
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.io.hf import read_config
-from mbx.io.torch_dist import open_torch_dist
-from mbx.mcore.device import megatron_on
-from mbx.mcore.loss import CrossEntropy
-from mbx.mcore.prompts import Prompts
-from mbx.registry import shipped
+from converters.mcore.layout import Layout
+from mbx.formats.hf import read_config
+from mbx.formats.torch_dist import open_torch_dist
+from mbx.models.device import megatron_on
+from mbx.models.loss import CrossEntropy
+from mbx.models.prompts import Prompts
+from mbx.run.job import Options, plan_hf_to_mcore, run
+from mbx.tables import shipped
 from mbx.verify.parity import Leg, parity
 from tests.oracles import load_transformers, loaded_model
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import DifferenceError, MbxError, UsageError
-from mbx.mcore.config import transformer_config
+from mbx.models.config import transformer_config
 from tests.oracles import compare_logits
 
 Found: TypeAlias = dict[str, torch.Tensor]

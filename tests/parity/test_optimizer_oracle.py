@@ -17,11 +17,11 @@ from _ranks import run_ranks
 from test_layout_oracle import contents
 
 from converters.errors import StorageError, UnsupportedError, UsageError
-from converters.layout import Layout
-from mbx.convert import Options, plan_mcore_to_hf, run
-from mbx.inspect import examine
-from mbx.io.checkpoint import open_any
-from mbx.reshard import plan_mcore_to_mcore
+from converters.mcore.layout import Layout
+from mbx.formats.checkpoint import open_any
+from mbx.formats.examine import examine
+from mbx.run.job import Options, plan_mcore_to_hf, run
+from mbx.run.reshard import plan_mcore_to_mcore
 
 RANKS = [f"mp_rank_{tp:02d}_{ep:03d}" for tp in (0, 1) for ep in (0, 1)]
 #: As the worker's, with a divisor that keeps the 252 rows of the embedding.
@@ -65,7 +65,7 @@ def test_legacy_to_hugging_face_and_back_gives_every_rank_its_tensors(saved: Pat
     run(plan_mcore_to_mcore(saved / "legacy", tmp_path / "dist", PLAIN))
     run(plan_mcore_to_hf(tmp_path / "dist", tmp_path / "hf", PLAIN))
     assert json.loads((tmp_path / "hf/config.json").read_text())["num_experts"] == 8
-    from mbx.convert import plan_hf_to_mcore
+    from mbx.run.job import plan_hf_to_mcore
 
     for name, plan in {
         "detour": lambda to, o: plan_mcore_to_mcore(tmp_path / "dist", to, o, spec="local", vocab_divisor=2),

@@ -16,23 +16,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from converters.errors import DifferenceError, StorageError
-from converters.layout import Layout
-from converters.spelling import canonical
+from converters.mcore.layout import Layout
+from converters.rows.config_spelling import canonical
 from fixtures.make_tiny import make
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.io.files import FileSource
-from mbx.io.hf import read_config
-from mbx.io.torch_dist import open_torch_dist
-from mbx.mcore.dcp_weights import TorchDistWeights
-from mbx.mcore.device import ONE_PROCESS, megatron_on
-from mbx.mcore.divergence import BorderDiff, first_divergence
-from mbx.mcore.logits import LogitTally
-from mbx.mcore.mcore_side import trace_megatron
-from mbx.mcore.mcore_weights import StoredWeights
-from mbx.mcore.parity import read_prompts
-from mbx.mcore.prompts import Prompts
-from mbx.mcore.stored import read_box, read_rows, row_runs
-from mbx.mcore.transformers_side import trace_transformers
+from mbx.formats.files import FileSource
+from mbx.formats.hf import read_config
+from mbx.formats.torch_dist import open_torch_dist
+from mbx.models.dcp_weights import TorchDistWeights
+from mbx.models.device import ONE_PROCESS, megatron_on
+from mbx.models.divergence import BorderDiff, first_divergence
+from mbx.models.logits import LogitTally
+from mbx.models.mcore_side import trace_megatron
+from mbx.models.mcore_weights import StoredWeights
+from mbx.models.parity import read_prompts
+from mbx.models.prompts import Prompts
+from mbx.models.stored import read_box, read_rows, row_runs
+from mbx.models.transformers_side import trace_transformers
+from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.verify.parity import Leg, ParityReport, parity
 from tests.oracles import compare_logits, load_transformers, loaded_model, mcore_passes, transformers_passes
 

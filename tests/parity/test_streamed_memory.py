@@ -12,8 +12,8 @@ import pytest
 
 from converters.tensors import StoredTensor
 from fixtures.index import load_index
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.io.safetensors import build_header
+from mbx.formats.safetensors import build_header
+from mbx.run.job import Options, plan_hf_to_mcore, run
 
 ROOT = Path(__file__).resolve().parents[2]
 #: RLIMIT_DATA bounds every private writable page. Python, torch, Transformers and Megatron Core take 700 MiB of it.

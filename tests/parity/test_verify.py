@@ -13,18 +13,18 @@ from _planted import Bits, convert, copy, edit, table_with
 from safetensors.torch import load_file, save_file
 
 from converters.errors import DeviceError, MbxError, StorageError, UsageError
-from converters.expr import Value
-from converters.layout import Layout
-from converters.spelling import canonical
+from converters.mcore.layout import Layout
+from converters.rows.config_spelling import canonical
+from converters.rows.expr import Value
 from fixtures.make_tiny import make
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.hf import read_config
-from mbx.io.torch_dist import open_torch_dist
-from mbx.mcore.device import Spread
-from mbx.mcore.models import MegatronModel, TransformersModel, vocab_size
-from mbx.mcore.parity import compare_models, read_prompts
-from mbx.mcore.prompts import Prompts
-from mbx.registry import shipped
+from mbx.formats.hf import read_config
+from mbx.formats.torch_dist import open_torch_dist
+from mbx.models.device import Spread
+from mbx.models.models import MegatronModel, TransformersModel, vocab_size
+from mbx.models.parity import compare_models, read_prompts
+from mbx.models.prompts import Prompts
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.tables import shipped
 from mbx.verify.parity import Leg, ParityReport, parity
 
 NAME = "qwen3"

@@ -13,7 +13,7 @@ from fixtures.families import FAMILIES, Family
 from fixtures.headers import hub_headers
 from fixtures.index import Header
 from fixtures.make_tiny import make, tiny_config
-from mbx.io.safetensors import read_folder
+from mbx.formats.safetensors import read_folder
 
 Case = tuple[Mapping[str, Any], Mapping[str, Header]]
 

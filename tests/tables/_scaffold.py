@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch.distributed import checkpoint as dcp
 
+from converters.engine.plan import Plan
 from converters.errors import CoverageError
-from converters.expr import Value
-from converters.importer import plan_import
-from converters.layout import Layout
-from converters.plan import Plan
-from converters.table import RowSpec, Table
+from converters.mcore.layout import Layout
+from converters.planning.importer import plan_import
+from converters.rows.expr import Value
+from converters.rows.table import RowSpec, Table
 from converters.tensors import Chunk, Shape, StoredTensor
 from fixtures.index import Header
-from mbx.convert import Job, Options, plan_hf_to_mcore, run
-from mbx.io.hf import MANIFEST
-from mbx.mcore.build import build_model
-from mbx.mcore.cpu import megatron_on_cpu, process_group
+from mbx.formats.hf import MANIFEST
+from mbx.models.build import build_model
+from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.run.job import Job, Options, plan_hf_to_mcore, run
 from tests.judge import load_torch_dist
 from tests.oracles import compare_logits, hf_logits, mcore_logits
 

@@ -18,12 +18,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from converters.dialects.bridge_config import config_of_run_config
 from converters.errors import MbxError, UnsupportedError, UsageError
+from converters.mcore.bridge_config import config_of_run_config
 from fixtures.make_tiny import make
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.architecture import architecture_of
-from mbx.io.checkpoint import open_any
+from mbx.formats.architecture import architecture_of
+from mbx.formats.checkpoint import open_any
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.verify.parity import parity
 
 ROOT = Path(__file__).resolve().parents[2]

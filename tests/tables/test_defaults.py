@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from converters.isos import VALUE
-from converters.spelling import canonical
+from converters.rows.config_spelling import canonical
+from converters.rows.isos import VALUE
 from mappings import table_names
-from mbx.registry import shipped
+from mbx.tables import shipped
 
 MODELS = [(name, model_type) for name in table_names() for model_type in shipped(name).model_types]
 #: Model types that Transformers has no class for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from converters.table_parse import parse_table
+from converters.rows.parse import parse_table
 from mappings import table_names, table_text
 
 TEXT = table_text("qwen3")

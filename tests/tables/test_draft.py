@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from converters.errors import CoverageError, UnsupportedError
-from converters.table_parse import parse_table
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.draft import draft, templates
-from mbx.io.hf import open_hf
+from converters.rows.parse import parse_table
+from mbx.catalogue.draft import draft, templates
+from mbx.formats.hf import open_hf
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 
 def renamed(source: Path, target: Path) -> Path:

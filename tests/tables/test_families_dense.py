@@ -35,18 +35,18 @@ from _scaffold import (  # noqa: E402
     write_golden,
 )
 
-from converters.config_map import environment  # noqa: E402
 from converters.errors import MbxError  # noqa: E402
-from converters.exporter import plan_export  # noqa: E402
-from converters.expr import Value  # noqa: E402
-from converters.importer import plan_import  # noqa: E402
-from converters.layout import Layout  # noqa: E402
+from converters.mcore.layout import Layout  # noqa: E402
+from converters.planning.exporter import plan_export  # noqa: E402
+from converters.planning.importer import plan_import  # noqa: E402
+from converters.rows.config_map import environment  # noqa: E402
+from converters.rows.expr import Value  # noqa: E402
 from fixtures.families import FAMILIES  # noqa: E402
 from fixtures.index import load_index  # noqa: E402
 from fixtures.make_tiny import make  # noqa: E402
 from mappings import table_text  # noqa: E402
-from mbx.convert import Options, plan_mcore_to_hf, run  # noqa: E402
-from mbx.registry import table_for  # noqa: E402
+from mbx.run.job import Options, plan_mcore_to_hf, run  # noqa: E402
+from mbx.tables import table_for  # noqa: E402
 
 LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
 FULL_SIZE = sorted({FAMILIES[name].reference for name in ALL} | {"Qwen2.5-7B"})

@@ -43,16 +43,16 @@ from _scaffold import (  # noqa: E402
     write_golden,
 )
 
-from converters.decode import decoded_view  # noqa: E402
+from converters.codecs.decode import decoded_view  # noqa: E402
 from converters.errors import CoverageError, MbxError  # noqa: E402
-from converters.exporter import plan_export  # noqa: E402
-from converters.expr import Value  # noqa: E402
+from converters.planning.exporter import plan_export  # noqa: E402
+from converters.rows.expr import Value  # noqa: E402
 from fixtures.index import Header, load_index  # noqa: E402
 from mappings import table_text  # noqa: E402
-from mbx.convert import Options, plan_mcore_to_hf  # noqa: E402
-from mbx.execution import run  # noqa: E402
-from mbx.mcore.config import transformer_config  # noqa: E402
-from mbx.registry import shipped, table_for  # noqa: E402
+from mbx.models.config import transformer_config  # noqa: E402
+from mbx.run.execution import run  # noqa: E402
+from mbx.run.job import Options, plan_mcore_to_hf  # noqa: E402
+from mbx.tables import shipped, table_for  # noqa: E402
 
 #: Plans of more than 70,000 tensors take longer than a default test may.
 LARGE = ("DeepSeek-V3", "Kimi-K2-Instruct", "MiniMax-M2", "Qwen3-Next-80B-A3B-Instruct")

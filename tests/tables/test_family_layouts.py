@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import NAMES, make, tiny_config
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.hf import MANIFEST
+from mbx.formats.hf import MANIFEST
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 #: Layers that a first stage of two takes where the layers do not divide.
 FIRST_STAGE = {"qwen2": 2, "llama_nemotron": 3}

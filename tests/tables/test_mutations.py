@@ -20,19 +20,19 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from _dense_cases import MUTATED  # noqa: E402
 from _moe_cases import TABLES  # noqa: E402
 
-from converters.config_map import environment  # noqa: E402
 from converters.errors import TableError  # noqa: E402
-from converters.expr import evaluate  # noqa: E402
-from converters.table import Row, Table  # noqa: E402
+from converters.rows.config_map import environment  # noqa: E402
+from converters.rows.expr import evaluate  # noqa: E402
+from converters.rows.table import Row, Table  # noqa: E402
 from fixtures.families import FAMILIES  # noqa: E402
 from fixtures.index import load_config  # noqa: E402
 from fixtures.make_tiny import make  # noqa: E402
 from mappings import table_names, table_text  # noqa: E402
-from mbx.convert import Options, plan_hf_to_mcore, run  # noqa: E402
-from mbx.io.safetensors import read_folder  # noqa: E402
-from mbx.mcore.build import build_model  # noqa: E402
-from mbx.mcore.cpu import megatron_on_cpu, process_group  # noqa: E402
-from mbx.registry import table_for  # noqa: E402
+from mbx.formats.safetensors import read_folder  # noqa: E402
+from mbx.models.build import build_model  # noqa: E402
+from mbx.models.cpu import megatron_on_cpu, process_group  # noqa: E402
+from mbx.run.job import Options, plan_hf_to_mcore, run  # noqa: E402
+from mbx.tables import table_for  # noqa: E402
 from tests.judge import load_torch_dist  # noqa: E402
 from tests.oracles import compare_logits, hf_logits, mcore_logits  # noqa: E402
 

@@ -12,12 +12,12 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from _moe_cases import headers_of  # noqa: E402
 from _scaffold import stored  # noqa: E402
 
-from converters.exporter import plan_export  # noqa: E402
-from converters.expr import Value  # noqa: E402
-from converters.importer import plan_import  # noqa: E402
-from converters.layout import Layout  # noqa: E402
+from converters.mcore.layout import Layout  # noqa: E402
+from converters.planning.exporter import plan_export  # noqa: E402
+from converters.planning.importer import plan_import  # noqa: E402
+from converters.rows.expr import Value  # noqa: E402
 from fixtures.index import load_config  # noqa: E402
-from mbx.registry import table_for  # noqa: E402
+from mbx.tables import table_for  # noqa: E402
 
 
 def notes_of(name: str, keys: dict[str, Value]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -13,10 +13,10 @@ from _moe_cases import headers_of  # noqa: E402
 from _scaffold import stored  # noqa: E402
 
 from converters.errors import CoverageError  # noqa: E402
-from converters.exporter import plan_export  # noqa: E402
-from converters.importer import plan_import  # noqa: E402
-from converters.layout import Layout  # noqa: E402
-from mbx.registry import table_for  # noqa: E402
+from converters.mcore.layout import Layout  # noqa: E402
+from converters.planning.exporter import plan_export  # noqa: E402
+from converters.planning.importer import plan_import  # noqa: E402
+from mbx.tables import table_for  # noqa: E402
 
 
 @pytest.mark.parametrize(

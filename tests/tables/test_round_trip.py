@@ -11,10 +11,10 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from converters.layout import Layout
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.hf import MANIFEST
+from mbx.formats.hf import MANIFEST
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 TINY = ("llama", "qwen2", "qwen3", "mistral")
 

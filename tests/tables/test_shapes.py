@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from converters.errors import CoverageError, UsageError
-from mbx.convert import Options, plan_hf_to_mcore, run
+from mbx.run.job import Options, plan_hf_to_mcore, run
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mbx.models_page import rows
+from mbx.catalogue.models_page import rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,14 +12,14 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from converters.coverage import Waivers
 from converters.errors import CoverageError, UnsupportedError, UsageError
-from converters.layout import Layout
-from converters.spelling import canonical
+from converters.mcore.layout import Layout
+from converters.rows.config_spelling import canonical
+from converters.rows.coverage import Waivers
 from fixtures.wrapped import WRAPPED, make_wrapped
-from mbx.convert import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.io.hf import MANIFEST, read_config
-from mbx.registry import table_for
+from mbx.formats.hf import MANIFEST, read_config
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.tables import table_for
 from mbx.verify.parity import parity
 
 CASES = [("gemma3", "v4"), ("gemma3", "v5"), ("llama4", "v4"), ("qwen3_5", "v4"), ("qwen3_5_moe", "v4")]

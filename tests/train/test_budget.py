@@ -11,12 +11,12 @@ from _trainings import ROOT, raw
 from converters.errors import UnsupportedError
 from fixtures.index import published_parameters
 from fixtures.make_tiny import make
-from mbx.mcore.build import build_model
-from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.train import lora
+from mbx.models.build import build_model
+from mbx.models.cpu import megatron_on_cpu, process_group
 from mbx.train.budget import Budget, predict, suggestions
 from mbx.train.catalogue import load_recipe
 from mbx.train.counts import count
+from mbx.train.lora import attach as lora
 from mbx.train.model import Blueprint, blueprint
 from mbx.train.recipe import Recipe, parse_recipe
 

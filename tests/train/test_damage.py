@@ -16,8 +16,8 @@ from mbx.train.export import export_run
 from mbx.train.log import METRICS, chart
 from mbx.train.prepare import prepare
 from mbx.train.recipe import parse_recipe
-from mbx.train.record import latest
 from mbx.train.report import read_metrics, write_report
+from mbx.train.run_state import latest
 
 
 def short(folder: Path, steps: int = 2, **sections: dict[str, object]) -> Raw:

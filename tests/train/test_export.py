@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from converters.errors import UsageError
 from fixtures.make_tiny import make
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.io import hf
-from mbx.mcore.build import build_model
-from mbx.mcore.cpu import megatron_on_cpu, process_group
+from mbx.formats import hf
+from mbx.models.build import build_model
+from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.train.export import export_run
+from mbx.train.lora.peft_folder import CONFIG, WEIGHTS
 from mbx.train.model import blueprint
-from mbx.train.peft import CONFIG, WEIGHTS
 from mbx.train.recipe import parse_recipe
-from mbx.train.record import RECIPE
+from mbx.train.run_state import RECIPE
 from tests.judge import load_torch_dist
 from tests.oracles import compare_logits, hf_logits, mcore_logits
 
@@ -123,7 +123,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, fp32_base: Path
 
 
 def test_only_adapters_are_trained(tmp_path: Path) -> None:
-    from mbx.io.torch_dist import open_torch_dist
+    from mbx.formats.torch_dist import open_torch_dist
 
     run_here(short(tmp_path / "run", lora={"rank": 2, "targets": ["linear_proj"]}))
     names = open_torch_dist(tmp_path / "run").dcp.tensors

@@ -11,10 +11,10 @@ from _trainings import raw
 from converters.errors import DeviceError, UnsupportedError
 from fixtures.make_tiny import make
 from mappings import table_names
-from mbx.mcore.cpu import megatron_on_cpu, process_group
-from mbx.mcore.rotary import transformers_frequencies
-from mbx.registry import shipped
-from mbx.train.flat import gpu_config
+from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.models.rotary import transformers_frequencies
+from mbx.tables import shipped
+from mbx.train.build_config import gpu_config
 from mbx.train.model import blueprint, build
 from mbx.train.parallel import Ranks
 from mbx.train.prepare import prepare

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mbx.train.lora_product import biases, fits, joined_factors, norm_of, normed, product
+from mbx.train.lora.product import biases, fits, joined_factors, norm_of, normed, product
 
 
 def _tensors(seed: int) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ def test_shipped_shapes_are_those_of_the_hub() -> None:
     """Every shape that a stored config of a real model knows agrees with it, field by field."""
     import json
 
-    from mbx.registry import table_for
+    from mbx.tables import table_for
     from mbx.train.catalogue import load_recipe
 
     index = Path(__file__).resolve().parents[2] / "fixtures" / "index"

@@ -12,13 +12,13 @@ from _trainings import ROOT
 from converters.errors import UnsupportedError
 from fixtures.make_tiny import make
 from mbx.cli import main
-from mbx.mcore.build import build_model
-from mbx.mcore.cpu import megatron_on_cpu, process_group
+from mbx.models.build import build_model
+from mbx.models.cpu import megatron_on_cpu, process_group
 from mbx.train.catalogue import load_recipe, recipe_names
 from mbx.train.export import export_run
 from mbx.train.loop import train
 from mbx.train.prepare import prepare
-from mbx.train.record import latest
+from mbx.train.run_state import latest
 from tests.judge import load_torch_dist
 from tests.oracles import compare_logits, hf_logits, mcore_logits
 

@@ -12,13 +12,13 @@ from _trainings import QWEN3, ROOT, raw, run_here
 from safetensors.torch import load_file, save_file
 
 from converters.errors import CoverageError
-from converters.layout import Layout
-from mbx.convert import Options, plan_hf_to_mcore, run
-from mbx.mcore.build import build_model
-from mbx.mcore.cpu import megatron_on_cpu, process_group
+from converters.mcore.layout import Layout
+from mbx.models.build import build_model
+from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.train.model import blueprint
 from mbx.train.recipe import parse_recipe
-from mbx.train.start import load_weights, model_shards
+from mbx.train.weights import load_weights, model_shards
 from tests.judge import load_torch_dist
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from _trainings import raw, run_here
 
-from mbx.train.record import latest
+from mbx.train.run_state import latest
 from mbx.train.stop import Stop
 
 

@@ -60,7 +60,7 @@ def test_adapters_resume(tmp_path: Path) -> None:
     assert run_here(first, resume=True) == expected[3:]
     saved = (tmp_path / "run" / "iter_0000008").stat()
     assert saved.st_size >= 0
-    from mbx.io.torch_dist import open_torch_dist
+    from mbx.formats.torch_dist import open_torch_dist
 
     names = open_torch_dist(tmp_path / "run").dcp.tensors
     assert {name for name in names if not name.startswith("optimizer")} == {

@@ -11,12 +11,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from converters.engine.plan import Draft, Entry, Plan, Unit
+from converters.engine.regions import Move, Region
 from converters.errors import StorageError
-from converters.pack import Pack
-from converters.plan import Draft, Entry, Plan, Unit
-from converters.regions import Move, Region
+from converters.rows.pack import Pack
 from converters.tensors import Chunk, StoredTensor, nbytes_of
-from converters.values import TORCH_DTYPES
+from converters.torch_casts import TORCH_DTYPES
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

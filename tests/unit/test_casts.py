@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from converters.casts import convert, overflown
-from converters.values import TORCH_DTYPES
-from converters.values import convert as by_torch
+from converters.torch_casts import TORCH_DTYPES
+from converters.torch_casts import convert as by_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOATS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}

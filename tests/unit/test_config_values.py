@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from converters.errors import CoverageError, UsageError
-from converters.expr import Value
-from converters.importer import plan_import
-from converters.layout import Layout
-from converters.spelling import canonical
-from converters.table import Table
+from converters.mcore.layout import Layout
+from converters.planning.importer import plan_import
+from converters.rows.config_spelling import canonical
+from converters.rows.expr import Value
+from converters.rows.table import Table
 from fixtures.index import load_config, load_index
-from mbx.registry import shipped
+from mbx.tables import shipped
 from tests.tables._scaffold import stored
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

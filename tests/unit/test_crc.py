@@ -5,7 +5,7 @@ import zlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.crc import combine
+from converters.engine.crc import combine
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))

@@ -3,7 +3,7 @@
 import pytest
 
 from converters.errors import TableError
-from converters.expr import evaluate, evaluate_int
+from converters.rows.expr import evaluate, evaluate_int
 
 ENV = {"L": 5, "n": 12, "pattern": "M*-M*-", "types": ["full", "sliding"], "tied": False, "cfg": {"a": {"b": 3}}}
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.errors import UsageError
-from converters.expr import Value
-from converters.isos import FIELDS, LLAMA3_FIXED, VALUE
+from converters.rows.expr import Value
+from converters.rows.isos import FIELDS, LLAMA3_FIXED, VALUE
 
 FACTORS = st.floats(1.0, 64.0)
 LENGTHS = st.integers(16, 1 << 20)

@@ -9,8 +9,8 @@ import pytest
 
 from converters.errors import StorageError
 from mappings import table_names
-from mbx.models_page import MEASURED, NOT_MEASURED, page, rows
-from mbx.registry import shipped
+from mbx.catalogue.models_page import MEASURED, NOT_MEASURED, page, rows
+from mbx.tables import shipped
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 

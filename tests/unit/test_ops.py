@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from converters.errors import CoverageError, TableError
-from converters.layout import boxes
-from converters.ops import ATOM_NAMES, OPS, Form, form
-from converters.pack import runs
+from converters.mcore.layout import boxes
+from converters.rows.ops import ATOM_NAMES, OPS, Form, form
+from converters.rows.pack import runs
 
 H, G, C, F = 8, 4, 6, 20
 DIMS = {

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.pack import Pack, Slot, runs
+from converters.rows.pack import Pack, Slot, runs
 
 
 def naive(slot: Slot) -> list[int]:

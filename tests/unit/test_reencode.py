@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from converters.codecs import Codec, Fp8Block, Fp8Scaled, Int4Packed, Mxfp4
 from converters.codecs.arithmetic.common import scale_to_fp32
 from converters.codecs.arithmetic.reencode import reencode
-from converters.pieces import DECODE_SCRATCH, ENCODED_COPIES
+from converters.engine.pieces import DECODE_SCRATCH, ENCODED_COPIES
 from tests.unit._torch_memory import peak_bytes
 
 CODECS: dict[str, Codec] = {

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.engine.pieces import Cutting
+from converters.engine.plan import Entry, Unit
+from converters.engine.stream import Engine
+from converters.engine.workers import MemoryGate
 from converters.errors import DeviceError, StorageError
-from converters.pieces import Cutting
-from converters.plan import Entry, Unit
-from converters.stream import Engine
 from converters.tensors import StoredTensor
-from converters.values import TORCH_DTYPES
-from converters.workers import MemoryGate
+from converters.torch_casts import TORCH_DTYPES
 from tests.unit._memory import Fused, Store, check_crcs, content, layout, plan_of, raw, sizes, store, unit_of
 
 MIB = 1 << 20

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from converters.errors import TableError
-from converters.table_parse import parse_table
+from converters.rows.parse import parse_table
 from mappings import table_names, table_text
 
 LLAMA = table_text("llama")

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from converters.engine.workers import lean_threads, start
 from converters.errors import DeviceError
-from converters.workers import lean_threads, start
-from mbx import settings
+from mbx.cli import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +64,7 @@ FREEING = """
 import sys, threading
 from contextlib import nullcontext
 import numpy as np
-from converters.workers import lean_threads
+from converters.engine.workers import lean_threads
 
 freed, leave = threading.Barrier(9), threading.Event()
 def work():

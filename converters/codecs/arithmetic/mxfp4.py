@@ -6,14 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from converters.codecs.arithmetic.common import (
-    Parts,
-    pack_nibbles,
-    part,
-    require_finite,
-    row_chunks,
-    unpack_nibbles,
-)
+from converters.codecs.arithmetic.common import Parts, pack_nibbles, part, require_finite, row_chunks, unpack_nibbles
 from converters.codecs.mxfp4 import GROUP
 from converters.errors import StorageError
 

@@ -1,1 +1,0 @@
-"""How one Megatron Core flavour spells the canonical parameter names."""

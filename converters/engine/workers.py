@@ -1,0 +1,135 @@
+"""What the engine's worker threads share: a bound on memory, and the queue of pieces; and what each one keeps."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.engine.pieces import Piece
+from converters.errors import DeviceError
+
+Matrix = npt.NDArray[np.uint8]
+#: Enough for a codec's calls into torch.
+_STACK_BYTES = 2 << 20
+#: Parameters of glibc's `mallopt` (malloc.h) and what they are set to. Scratch of codecs and casts, up to 4 MiB, is
+#: kept; larger matrices go back to the kernel at once, and two arenas serve all threads.
+_MALLOPT = {"M_ARENA_MAX": (-8, 2), "M_MMAP_THRESHOLD": (-3, 4 << 20), "M_TRIM_THRESHOLD": (-1, 16 << 20)}
+
+
+@contextmanager
+def lean_threads(*, torch_too: bool) -> Iterator[None]:
+    """Threads started within get small stacks and, with `torch_too`, do torch's work alone.
+
+    A hard limit on memory counts stacks at their whole size, 8 MiB by default. And torch would start a team of one
+    thread a processor for each of ours: workers times processors in all, which stand in each other's way.
+    """
+    _bound_allocator()
+    stack = threading.stack_size(_STACK_BYTES)
+    teams = 0
+    if torch_too:
+        import torch
+
+        teams = torch.get_num_threads()
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        threading.stack_size(stack)
+        if teams:
+            torch.set_num_threads(teams)
+
+
+@lru_cache(maxsize=1)
+def _bound_allocator() -> None:
+    """Have freed memory given back: MXFP4 by 16 workers held 893 MiB where their share was 256, and now 273.
+
+    By default each thread has an arena of its own, and glibc keeps in it what was freed, up to 32 MiB a matrix. Other
+    C libraries have no such call.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        for number, value in _MALLOPT.values():
+            mallopt(number, value)
+
+
+def start(thread: threading.Thread) -> None:
+    """Start a thread; DeviceError where the limit on memory or on threads leaves no room for it."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise DeviceError(
+            f"{thread.name}: {error}", hint="lower --workers, or raise the limit (ulimit -d, -u)"
+        ) from error
+
+
+class MemoryGate:
+    """Lets pieces start while their declared bytes fit; one piece alone may always run."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._free = self._max = max_bytes
+        self._changed = threading.Condition()
+
+    def acquire(self, amount: int) -> int:
+        """Wait until `amount` (at most the whole gate) is free and take it; returns what was taken."""
+        amount = min(amount, self._max)
+        if amount:
+            with self._changed:
+                self._changed.wait_for(lambda: self._free >= amount)
+                self._free -= amount
+        return amount
+
+    def release(self, amount: int) -> None:
+        """Give back what `acquire` returned."""
+        if amount:
+            with self._changed:
+                self._free += amount
+                self._changed.notify_all()
+
+
+class Buffers:
+    """One worker's memory, kept from piece to piece: fresh pages cost as much as copying into them."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._kept: dict[str, Matrix] = {}
+
+    def take(self, use: str, rows: int, row_bytes: int) -> Matrix:
+        """A matrix [rows, row_bytes] of undefined content; the one taken before for the same use is over."""
+        nbytes = rows * row_bytes
+        if nbytes > self._nbytes:
+            return np.empty((rows, row_bytes), np.uint8)
+        if use not in self._kept:
+            self._kept[use] = np.empty(self._nbytes, np.uint8)
+        return self._kept[use][:nbytes].reshape(rows, row_bytes)
+
+
+class PieceQueue:
+    """Hands out pieces so that workers write to different files: the kernel lets one writer into a file at a time."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        self._waiting: dict[str, deque[Piece]] = {}
+        for piece in pieces:
+            self._waiting.setdefault(piece.file, deque()).append(piece)
+        self._busy = dict.fromkeys(self._waiting, 0)
+        self._lock = threading.Lock()
+
+    def take(self, finished: Piece | None) -> Piece | None:
+        """The next piece for the worker that finished `finished`, None when there is none left."""
+        with self._lock:
+            if finished is not None:
+                self._busy[finished.file] -= 1
+            if not self._waiting:
+                return None
+            file = min(self._waiting, key=self._busy.__getitem__)
+            self._busy[file] += 1
+            piece = self._waiting[file].popleft()
+            if not self._waiting[file]:
+                del self._waiting[file]
+            return piece

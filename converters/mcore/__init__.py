@@ -1,0 +1,1 @@
+"""How Megatron Core names, stacks, cuts and places its parameters, and what its sidecars say of a model."""

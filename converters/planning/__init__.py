@@ -1,0 +1,1 @@
+"""Plans of conversions: import, export, another layout, and pairs to compare."""

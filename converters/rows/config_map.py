@@ -1,0 +1,230 @@
+"""Config keys, both ways: every Hugging Face key is mapped, required at a value, or ignored by name.
+
+A Megatron Core config in mbx is flat: TransformerConfig field names, and constructor arguments of the model
+behind `model.` (`model.vocab_size`, `model.rotary_base`, …).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from converters.errors import CoverageError, TableError, UsageError
+from converters.rows.config_spelling import GENERIC_KEYS, canonical
+from converters.rows.expr import Value, evaluate
+from converters.rows.isos import FIELDS, VALUE
+
+#: Megatron Core fields that count something.
+WHOLE_NUMBERS = frozenset(
+    """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels num_moe_experts
+    moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size mtp_num_layers q_lora_rank kv_lora_rank
+    qk_head_dim qk_pos_emb_head_dim v_head_dim mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim
+    linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
+    moe_router_num_groups moe_router_group_topk model.vocab_size model.max_sequence_length""".split()
+)
+#: Those without which no model can be built, where a table has them: Megatron Core would take its own default.
+NEEDED = WHOLE_NUMBERS - set(
+    """num_moe_experts moe_ffn_hidden_size moe_router_topk moe_router_num_groups moe_router_group_topk q_lora_rank
+    moe_shared_expert_intermediate_size mtp_num_layers model.max_sequence_length""".split()
+)
+#: Those that a model with experts needs.
+NEEDED_BY_EXPERTS = ("moe_ffn_hidden_size", "moe_router_topk")
+#: Those that say how often a part repeats; more is a slip of the pen, and would be laid out one by one.
+REPEATS = frozenset({"num_layers", "mtp_num_layers", "num_moe_experts"})
+_MAX_REPEATS = 100_000
+#: Those that say which layers do what: every so many, or one flag a layer.
+_PATTERNS = frozenset({"moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq", "no_rope_freq"})
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigRow:
+    """One Megatron Core field: its Hugging Face key, what holds when the key is absent, its conversion."""
+
+    mcore: str
+    hf: str
+    otherwise: Value
+    via: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigTable:
+    """The `[config]` part of a table.
+
+    `groups`: FIELDS iso → its Hugging Face keys. `fixed`: Megatron Core fields this architecture always has.
+    `require`: Hugging Face keys that must have this value when present. `ignore`: keys without effect on the
+    weights or the forward pass.
+    """
+
+    table: str
+    rows: tuple[ConfigRow, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    fixed: Mapping[str, Value]
+    require: Mapping[str, Value]
+    ignore: frozenset[str]
+
+    def known_keys(self) -> frozenset[str]:
+        """Hugging Face keys this table accounts for."""
+        keys = {row.hf.split(".")[0] for row in self.rows} | set(self.require) | self.ignore
+        return frozenset(keys | {key for group in self.groups.values() for key in group})
+
+    def to_mcore(self, config: Mapping[str, Value], *, allow_unused: Collection[str] = ()) -> dict[str, Value]:
+        """Megatron Core config of a Hugging Face one, in either Transformers spelling.
+
+        Raises CoverageError listing every key the table does not know, UsageError on a value it cannot express.
+        """
+        hf = canonical(config)
+        known = self.known_keys() | GENERIC_KEYS | frozenset(allow_unused)
+        if unknown := sorted(key for key in hf if key not in known and not key.startswith("_")):
+            raise CoverageError(
+                f"config.json has {len(unknown)} key(s) that the table `{self.table}` does not know: "
+                + ", ".join(unknown[:10]),
+                hint="a key that cannot change the forward pass may be waived with --allow-unused-key NAME",
+                details=[f"{key} = {hf[key]!r}{_near(key, known)}" for key in unknown],
+            )
+        for key, value in self.require.items():
+            if key in hf and hf[key] != value:
+                raise UsageError(
+                    f"config.json: `{key}` is {hf[key]!r}; the table `{self.table}` covers only {value!r}"
+                )
+        out: dict[str, Value] = dict(self.fixed)
+        for row in self.rows:
+            value = _get(hf, row.hf)
+            if value is None and row.otherwise is not None:
+                value = evaluate(row.otherwise, hf) if isinstance(row.otherwise, str) else row.otherwise
+            elif row.via is not None:
+                value = VALUE[row.via].to_mcore(value, hf)
+            elif not _is_like(value, row.otherwise):
+                raise UsageError(f"config.json: `{row.hf}` is {value!r}; a value like {row.otherwise!r} was expected")
+            _check_whole(row, value, hf)
+            out[row.mcore] = value
+        for row in self.rows if out.get("num_moe_experts") else ():
+            if row.mcore in NEEDED_BY_EXPERTS and out[row.mcore] is None:
+                raise UsageError(f"config.json: `{row.hf}` is not there; a model with experts needs it")
+        for group in self.groups:
+            out |= FIELDS[group].to_mcore(hf)
+        return out
+
+    def to_hf(self, mcore: Mapping[str, Value]) -> dict[str, Value]:
+        """Hugging Face config, in the v4 spelling, of a Megatron Core one; UsageError where `fixed` disagrees."""
+        for field, value in self.fixed.items():
+            if field in mcore and mcore[field] != value:
+                raise UsageError(
+                    f"the checkpoint has `{field}` = {mcore[field]!r}; the table `{self.table}` stands for {value!r}"
+                )
+        out: dict[str, Value] = dict(self.require)
+        for row in self.rows:
+            value = mcore.get(row.mcore)
+            if row.via is not None:
+                value = VALUE[row.via].to_hf(value, mcore)
+            _set(out, row.hf, value)
+        for group in self.groups:
+            out |= FIELDS[group].to_hf(mcore)
+        return out
+
+
+def _is_like(value: Value, otherwise: Value) -> bool:
+    """Whether a value is of the kind of what stands for it when it is absent: a switch, or a finite number."""
+    if isinstance(otherwise, bool):
+        return isinstance(value, bool)
+    if isinstance(otherwise, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return True
+
+
+def _check_whole(row: ConfigRow, value: Value, hf: Mapping[str, Value]) -> None:
+    """UsageError unless a field that counts something is a whole number, in reason, and there where it must be."""
+    if row.mcore not in WHOLE_NUMBERS or value is None and row.mcore not in NEEDED:
+        return
+    _check_count(row.mcore, value, f"config.json: `{row.hf}` is {_get(hf, row.hf)!r}")
+
+
+def _check_count(field: str, value: Value, said: str) -> None:
+    """UsageError, which begins with `said`, unless a field of `WHOLE_NUMBERS` is a whole number, in reason."""
+    if type(value) is not int or value < 0:
+        raise UsageError(f"{said}; a whole number was expected")
+    if field in REPEATS and value > _MAX_REPEATS:
+        raise UsageError(f"{said}; at most {_MAX_REPEATS} are laid out")
+
+
+def check_fields(config: Mapping[str, Value], origin: str) -> None:
+    """UsageError where a Megatron Core config, as `origin` says it, holds what no such config can."""
+    for name, value in config.items():
+        if value is None:
+            continue
+        if name in WHOLE_NUMBERS:
+            _check_count(name, value, f"{origin}: `{name}` is {value!r}")
+        flags = value if isinstance(value, list) else [value]
+        if name in _PATTERNS and not (flags and all(isinstance(flag, int) for flag in flags) and value != 0):
+            raise UsageError(f"{origin}: `{name}` is {value!r}; a period, or a number for each layer, was expected")
+        if name == "window_size" and not flags:
+            raise UsageError(f"{origin}: `{name}` is {value!r}; how far back and ahead was expected")
+
+
+def environment(mcore: Mapping[str, Value]) -> dict[str, Value]:
+    """Names that table expressions see: fields without their `model.` prefix, dots as underscores."""
+    return {name.removeprefix("model.").replace(".", "_"): value for name, value in mcore.items()}
+
+
+def parse_config(table: str, raw: object) -> ConfigTable:
+    """`[config]` from parsed TOML; TableError names the key."""
+    if not isinstance(raw, dict):
+        raise TableError(f"{table}: [config] is not a table")
+    sections = {name: raw.get(name, {}) for name in ("fixed", "require", "via")}
+    for name, section in sections.items():
+        if not isinstance(section, dict):
+            raise TableError(f"{table}: [config.{name}] is not a table")
+    ignore = raw.get("ignore", [])
+    if not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
+        raise TableError(f"{table}: [config] `ignore` must be a list of keys")
+    rows = tuple(_row(table, key, spec) for key, spec in raw.items() if key not in (*sections, "ignore"))
+    groups = {}
+    for name, keys in sections["via"].items():
+        if name not in FIELDS:
+            raise TableError(f"{table}: [config.via] `{name}` is not registered; known: {', '.join(sorted(FIELDS))}")
+        listed = [keys] if isinstance(keys, str) else keys
+        if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
+            raise TableError(f"{table}: [config.via] `{name}` must be a key or a list of keys")
+        groups[name] = tuple(listed)
+    seen: dict[str, str] = {}
+    for field, where in [(r.mcore, "a row") for r in rows] + [(f, "[config.fixed]") for f in sections["fixed"]]:
+        if field in seen:
+            raise TableError(f"{table}: [config] sets `{field}` twice, in {seen[field]} and in {where}")
+        seen[field] = where
+    return ConfigTable(table, rows, groups, sections["fixed"], sections["require"], frozenset(ignore))
+
+
+def _row(table: str, field: str, spec: object) -> ConfigRow:
+    if isinstance(spec, str):
+        return ConfigRow(field, spec, None, None)
+    if not isinstance(spec, dict) or not isinstance(spec.get("hf"), str) or set(spec) - {"hf", "else", "via"}:
+        raise TableError(f"{table}: [config] `{field}` must be a key or {{ hf = …, else = …, via = … }}, got {spec!r}")
+    via = spec.get("via")
+    if via is not None and via not in VALUE:
+        raise TableError(
+            f"{table}: [config] `{field}`: via `{via}` is not registered; known: {', '.join(sorted(VALUE))}"
+        )
+    return ConfigRow(field, spec["hf"], spec.get("else"), via)
+
+
+def _get(config: Mapping[str, Value], path: str) -> Value:
+    value: Value = config
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _set(config: dict[str, Value], path: str, value: Value) -> None:
+    *parents, leaf = path.split(".")
+    for part in parents:
+        child = config.setdefault(part, {})
+        if not isinstance(child, dict):
+            return
+        config = child
+    config[leaf] = value
+
+
+def _near(key: str, known: Collection[str]) -> str:
+    close = get_close_matches(key, known, n=1)
+    return f" (near `{close[0]}`)" if close else ""

@@ -1,0 +1,80 @@
+"""Registered conversions between Hugging Face config values and Megatron Core ones, both ways.
+
+`VALUE` pairs translate one key; `FIELDS` translate a group of keys into a group of fields. Law of each:
+`to_hf(to_mcore(x)) == x` for every x that `to_mcore` accepts; what it does not accept is a UsageError.
+"""
+
+from __future__ import annotations
+
+import math
+
+from converters.rows.isos import experts, layers, rope
+from converters.rows.isos.base import FieldsIso, ValueIso, layers_of, positive
+from converters.rows.isos.experts import inexpressible_groups
+from converters.rows.isos.rope import LLAMA3_FIXED, inexpressible_rope
+
+__all__ = ["FIELDS", "LLAMA3_FIXED", "VALUE", "FieldsIso", "ValueIso", "inexpressible_groups", "inexpressible_rope"]
+
+FIELDS: dict[str, FieldsIso] = {
+    "moe_layers": FieldsIso(("moe_layer_freq",), experts.moe_layers_to_mcore, experts.moe_layers_to_hf),
+    "moe_step": FieldsIso(("moe_layer_freq",), experts.moe_step_to_mcore, experts.moe_step_to_hf),
+    "greedy_groups": FieldsIso(
+        ("moe_router_num_groups", "moe_router_group_topk"), experts.greedy_groups_to_mcore, experts.greedy_groups_to_hf
+    ),
+    "mla_rope": FieldsIso(
+        ("rope_type", *(field for field, _ in rope.MLA_YARN.values())), rope.mla_rope_to_mcore, rope.mla_rope_to_hf
+    ),
+    "linear_layers": FieldsIso(("linear_attention_freq",), layers.linear_layers_to_mcore, layers.linear_layers_to_hf),
+    "hybrid": FieldsIso(("num_layers", "model.hybrid_override_pattern"), layers.hybrid_to_mcore, layers.hybrid_to_hf),
+    "hybrid_mtp": FieldsIso(
+        ("model.mtp_num_layers", "model.mtp_hybrid_override_pattern", "model.mtp_block_layers"),
+        layers.hybrid_mtp_to_mcore,
+        layers.hybrid_mtp_to_hf,
+    ),
+    "rope": FieldsIso(
+        ("model.rope_scaling", "model.rope_scaling_factor", "model.seq_len_interpolation_factor"),
+        rope.rope_to_mcore,
+        rope.rope_to_hf,
+    ),
+    "window": FieldsIso(("window_size",), layers.window_to_mcore, layers.window_to_hf),
+    "yarn": FieldsIso(
+        (
+            "model.position_embedding_type",
+            "model.rope_scaling",
+            "model.rope_scaling_factor",
+            "model.seq_len_interpolation_factor",
+            *(field for field, _ in rope.YARN.values()),
+            rope._QUERY_SCALING,
+        ),
+        rope.yarn_to_mcore,
+        rope.yarn_to_hf,
+    ),
+    "longrope": FieldsIso(
+        (
+            "model.position_embedding_type",
+            "model.rope_scaling",
+            "model.rope_scaling_factor",
+            "model.seq_len_interpolation_factor",
+            "longrope_scaling",
+            "longrope_original_max_position_embeddings",
+        ),
+        rope.longrope_to_mcore,
+        rope.longrope_to_hf,
+    ),
+    "gelu_tanh": FieldsIso(("activation_func",), experts.gelu_tanh_to_mcore, experts.gelu_tanh_to_hf),
+}
+
+VALUE: dict[str, ValueIso] = {
+    "first_dense": ValueIso(experts.first_dense_to_mcore, experts.first_dense_to_hf),
+    "shared_experts": ValueIso(experts.shared_experts_to_mcore, experts.shared_experts_to_hf),
+    "no_linear": ValueIso(layers.no_linear_to_mcore, lambda _, mcore: [1] * layers_of(mcore, "num_layers")),
+    "rotary_dim": ValueIso(rope.rotary_dim_to_mcore, rope.rotary_dim_to_hf),
+    "no_rope": ValueIso(layers.no_rope_to_mcore, lambda v, _: layers.flipped(v)),
+    "sliding_layers": ValueIso(layers.sliding_layers_to_mcore, layers.sliding_layers_to_hf),
+    "not": ValueIso(lambda v, _: not v, lambda v, _: not v),
+    "rsqrt": ValueIso(
+        lambda v, _: 1.0 / math.sqrt(positive(v, "scale")),
+        lambda v, _: round(1.0 / positive(v, "softmax_scale") ** 2, 6),
+    ),
+    "zero_is_none": ValueIso(lambda v, _: v or None, lambda v, _: v or 0),
+}

@@ -1,0 +1,94 @@
+"""Shapes that Megatron Core gives its parameters at a config: a config that does not fit the weights is found here.
+
+Source: the module constructors in megatron/core/transformer (attention.py, multi_latent_attention.py, mlp.py, moe/) of
+megatron-core 0.16.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from converters.errors import CoverageError
+from converters.rows.expr import Env, evaluate, names
+from converters.rows.table import Row
+from converters.tensors import Shape
+
+_GATED = "(2 if gated_linear_unit else 1)"
+_HEADS = "num_attention_heads * (v_head_dim if multi_latent_attention else kv_channels)"
+_HIDDEN = ("hidden_size",)
+_QUERIES = "num_attention_heads * (qk_head_dim + qk_pos_emb_head_dim)"
+_WIDTH = "(moe_latent_size or hidden_size)"
+
+#: Parameter, relative to its layer → its dimensions; None where the op already fixes one.
+EXPECTED: Mapping[str, tuple[str | None, ...]] = {
+    "embedding.word_embeddings.weight": (None, "hidden_size"),
+    "embedding.position_embeddings.weight": ("max_sequence_length", "hidden_size"),
+    "output_layer.weight": (None, "hidden_size"),
+    "decoder.final_layernorm.weight": _HIDDEN,
+    "self_attention.linear_qkv.weight": (None, "hidden_size"),
+    "self_attention.linear_qkv.layer_norm_weight": _HIDDEN,
+    "self_attention.linear_proj.weight": ("hidden_size", _HEADS),
+    "self_attention.linear_proj.bias": _HIDDEN,
+    "self_attention.linear_q_down_proj.weight": ("q_lora_rank", "hidden_size"),
+    "self_attention.linear_q_proj.weight": (_QUERIES, "hidden_size"),
+    "self_attention.linear_q_up_proj.weight": (_QUERIES, "q_lora_rank"),
+    "self_attention.linear_q_up_proj.layer_norm_weight": ("q_lora_rank",),
+    "self_attention.linear_kv_down_proj.weight": ("kv_lora_rank + qk_pos_emb_head_dim", "hidden_size"),
+    "self_attention.linear_kv_up_proj.weight": ("num_attention_heads * (qk_head_dim + v_head_dim)", "kv_lora_rank"),
+    "self_attention.linear_kv_up_proj.layer_norm_weight": ("kv_lora_rank",),
+    "input_layernorm.weight": _HIDDEN,
+    "pre_mlp_layernorm.weight": _HIDDEN,
+    "mlp.linear_fc1.layer_norm_weight": _HIDDEN,
+    "mlp.linear_fc1.weight": (f"ffn_hidden_size * {_GATED}", "hidden_size"),
+    "mlp.linear_fc2.weight": ("hidden_size", "ffn_hidden_size"),
+    "mlp.router.weight": ("num_moe_experts", "hidden_size"),
+    "mlp.router.expert_bias": ("num_moe_experts",),
+    "mlp.experts.linear_fc1.weight{E}": (f"moe_ffn_hidden_size * {_GATED}", _WIDTH),
+    "mlp.experts.linear_fc2.weight{E}": (_WIDTH, "moe_ffn_hidden_size"),
+    "mlp.shared_experts.linear_fc1.weight": (f"moe_shared_expert_intermediate_size * {_GATED}", "hidden_size"),
+    "mlp.shared_experts.linear_fc2.weight": ("hidden_size", "moe_shared_expert_intermediate_size"),
+}
+#: Fields that not every config sets, and what stands for them.
+_DEFAULTS: Mapping[str, None | bool] = {
+    "multi_latent_attention": False,
+    "moe_latent_size": None,
+    "kv_channels": None,
+    "v_head_dim": None,
+}
+
+
+def expected_shape(row: Row, env: Env) -> tuple[int | None, ...] | None:
+    """Dimensions of a row's parameter at the config of `env`; None where nothing is known.
+
+    Heterogeneous models set sizes by layer, so none are expected of them.
+    """
+    wanted = EXPECTED.get(row.site + row.spec.param) or EXPECTED.get(row.spec.param)
+    if wanted is None or env.get("heterogeneous_block_specs"):
+        return None
+    full = {**_DEFAULTS, **env}
+    return tuple(_size(expression, full) for expression in wanted)
+
+
+def _size(expression: str | None, env: Env) -> int | None:
+    if expression is None or any(name not in env for name in names(expression)):
+        return None
+    # Latent attention has a size of its own for the values of a head, other attention one for all of a head.
+    other_kind = "kv_channels" if env["multi_latent_attention"] else "v_head_dim"
+    optional = {"gated_linear_unit", "multi_latent_attention", "moe_latent_size", other_kind}
+    if any(env[name] is None for name in names(expression) - optional):
+        return None
+    size = evaluate(expression, env)
+    return size if isinstance(size, int) else None
+
+
+def check_shape(row: Row, shape: Shape, env: Env) -> None:
+    """CoverageError when the tensors of `row` do not have the shape their config asks for."""
+    wanted = expected_shape(row, env)
+    if wanted is None or len(shape) == len(wanted) and all(w in (None, s) for w, s in zip(wanted, shape, strict=True)):
+        return
+    shown = ", ".join("…" if size is None else str(size) for size in wanted)
+    raise CoverageError(
+        f"{', '.join(f'`{name}`' for name in row.hf)}: together of shape {list(shape)} in `{row.mcore}`, "
+        f"but the config asks for [{shown}]",
+        hint="config.json does not belong to these weights, or a tensor is transposed or cut",
+    )

@@ -1,1 +1,0 @@
-"""Low-rank adapters as folders: PEFT's, Megatron's, and the base models they are merged into."""

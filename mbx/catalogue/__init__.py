@@ -1,0 +1,1 @@
+"""What is covered: the models page, and drafts of new tables."""

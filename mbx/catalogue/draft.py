@@ -1,0 +1,262 @@
+"""Drafts a mapping table for a new architecture from rows that shipped tables already know.
+
+The closest shipped table gives the frame; its rows stay where the checkpoint has their tensors, rows of other
+tables fill gaps, and what nothing places is listed in comments. The draft is a starting point: it is exact once
+`mbx models check` passes and the forward leg agrees.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from converters.errors import UnsupportedError
+from converters.rows.config_map import parse_config
+from converters.rows.config_spelling import GENERIC_KEYS, canonical
+from converters.rows.expr import Value
+from converters.rows.ops import OPS
+from mappings import table_names, table_text
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+Raw = dict[str, object]
+
+
+@dataclass(slots=True)
+class Template:
+    """Tensor names that differ in layer and expert only, and the layers that have them."""
+
+    name: str
+    layers: set[int] = field(default_factory=set)
+    example: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A drafted table: its TOML text, the donor it follows, and what no row places."""
+
+    text: str
+    donor: str
+    unplaced_tensors: tuple[str, ...]
+    unplaced_keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of a shipped table as TOML wrote it, with full Hugging Face name templates."""
+
+    table: str
+    site: str
+    block: str
+    param: str
+    spec: object
+    hf: tuple[str, ...]
+
+
+def templates(names: Iterable[str]) -> dict[str, Template]:
+    """Names grouped by what is left when the first number becomes `{L}` and the second `{E}`."""
+    found: dict[str, Template] = {}
+    for name in names:
+        numbers = [int(n) for n in _NUMBER.findall(name)]
+        text = _NUMBER.sub("{E}", _NUMBER.sub("{L}", name, count=1), count=1)
+        template = found.setdefault(text, Template(text, example=name))
+        template.layers.update(numbers[:1])
+    return found
+
+
+def draft(config: Mapping[str, Value], tensors: Iterable[str]) -> Draft:
+    """Draft a table for a checkpoint of these tensor names; UnsupportedError where no shipped table comes close."""
+    present = templates(tensors)
+    raw = {name: tomllib.loads(table_text(name)) for name in table_names()}
+    rows = [row for name, table in raw.items() for row in _rows(name, table)]
+    score = {name: len({hf for row in rows if row.table == name for hf in row.hf if hf in present}) for name in raw}
+    donor = max(score, key=lambda name: (score[name], _fit(name, raw[name], config)))
+    if not score[donor]:
+        raise UnsupportedError(
+            f"no shipped table has a tensor name in common with this checkpoint ({len(present)} name patterns)",
+            hint="write a table by hand: docs/add-a-model.md",
+        )
+    order = sorted(raw, key=lambda name: -score[name])
+    kept = [row for row in rows if row.table == donor and all(hf in present for hf in row.hf)]
+    placed = {hf for row in kept for hf in row.hf}
+    taken = {(row.site, row.param) for row in kept}
+    for row in sorted((r for r in rows if r.table != donor), key=lambda r: order.index(r.table)):
+        if all(hf in present and hf not in placed for hf in row.hf) and (row.site, row.param) not in taken:
+            kept.append(row)
+            placed.update(row.hf)
+            taken.add((row.site, row.param))
+    unplaced = [present[name] for name in present if name not in placed]
+    text, unknown_keys = _write(raw, donor, kept, present, canonical(config), config)
+    text += _comment("tensors no known row places", [f"{t.name}   e.g. {t.example}" for t in unplaced])
+    return Draft(text, donor, tuple(t.name for t in unplaced), tuple(unknown_keys))
+
+
+def _fit(name: str, table: Raw, config: Mapping[str, Value]) -> int:
+    """Config keys a table shares with the checkpoint, less what it would have to assume.
+
+    A constant weighs more than an expression: it is some other model's value.
+    """
+    parsed, present = parse_config(name, table["config"]), set(canonical(config))
+    assumed = [row.otherwise for row in parsed.rows if row.hf.split(".")[0] not in present]
+    return len(parsed.known_keys() & present) - sum(1 if isinstance(value, str) else 2 for value in assumed)
+
+
+def _rows(name: str, table: Raw) -> Iterable[_Row]:
+    sites, blocks = table["sites"], table["rows"]
+    assert isinstance(sites, dict) and isinstance(blocks, dict)
+    for site, spec in sites.items():
+        for block in spec["rows"]:
+            for param, value in blocks[block].items():
+                for option in value if isinstance(value, list) else [value]:
+                    names = _names(option)
+                    if names and "drop" not in (option if isinstance(option, dict) else {}):
+                        yield _Row(name, site, block, param, option, tuple(spec.get("hf", "") + n for n in names))
+
+
+def _names(option: object) -> list[str]:
+    if isinstance(option, str):
+        return [option]
+    assert isinstance(option, dict)
+    value: str | list[str] = next((option[key] for key in option if key in OPS or key == "hf"), [])
+    return [value] if isinstance(value, str) else [str(name) for name in value]
+
+
+def _write(
+    raw: Mapping[str, Raw],
+    donor: str,
+    kept: list[_Row],
+    present: Mapping[str, Template],
+    config: Mapping[str, Value],
+    original: Mapping[str, Value],
+) -> tuple[str, list[str]]:
+    frame = raw[donor]
+    lines = [
+        f"# Drafted from `{donor}`; check every row, then `mbx models check`",
+        f"model_types   = {_toml([original.get('model_type')])}",
+        f"architectures = {_toml(original.get('architectures') or [])}",
+        f"mcore         = {_toml(frame.get('mcore', 'gpt'))}",
+    ]
+    lines += [f"{key} = {_toml(frame[key])}" for key in ("experts", "gamma") if key in frame]
+    config_lines, unknown = _config(raw, donor, config)
+    lines += ["", *config_lines]
+    lines += _section("dims", frame.get("dims", {}))
+    blocks: dict[tuple[str, str], list[_Row]] = {}
+    for row in kept:
+        blocks.setdefault((row.site, row.block if row.table == donor else f"{row.block}_{row.table}"), []).append(row)
+    lines += _sites(frame, blocks) + _when(frame, blocks, present, donor)
+    written = set()
+    for (_, block), rows in blocks.items():
+        if block in written:
+            continue
+        written.add(block)
+        by_param: dict[str, list[object]] = {}
+        for row in rows:
+            by_param.setdefault(row.param, []).append(row.spec)
+        lines += ["", f"[rows.{block}]"]
+        lines += [f"{_toml(p)} = {_toml(specs[0] if len(specs) == 1 else specs)}" for p, specs in by_param.items()]
+    return "\n".join(lines) + "\n" + _comment("config keys no known table maps", unknown), unknown
+
+
+def _config(raw: Mapping[str, Raw], donor: str, config: Mapping[str, Value]) -> tuple[list[str], list[str]]:
+    section = raw[donor]["config"]
+    assert isinstance(section, dict)
+    parsed = parse_config(donor, section)
+    lines = ["[config]"]
+    for row in parsed.rows:
+        if row.hf.split(".")[0] in config or row.otherwise is not None:
+            lines.append(f"{_key(row.mcore)} = {_toml(section[row.mcore])}")
+    require = {k: v for k, v in parsed.require.items() if k not in config or config[k] == v}
+    left = [k for k in config if k not in parsed.known_keys() | GENERIC_KEYS]
+    left += [k for k in parsed.require if k not in require]
+    fields = {row.mcore for row in parsed.rows} | set(parsed.fixed)
+    ignore = set(parsed.ignore)
+    for name in raw:
+        other_section = raw[name]["config"]
+        assert isinstance(other_section, dict)
+        other = parse_config(name, other_section)
+        for row in other.rows:
+            if row.hf in left and row.mcore not in fields:
+                lines.append(f"{_key(row.mcore)} = {_toml(other_section[row.mcore])}")
+                fields.add(row.mcore)
+                left.remove(row.hf)
+        ignore |= {key for key in left if key in other.ignore}
+        require |= {key: config[key] for key in left if key in other.require and other.require[key] == config[key]}
+        left = [key for key in left if key not in ignore and key not in require]
+    lines.append(f"ignore = {_toml(sorted(ignore))}")
+    sections: dict[str, object] = {"via": section.get("via", {}), "require": require, "fixed": parsed.fixed}
+    for name, values in sections.items():
+        lines += _section(f"config.{name}", values)
+    return lines, [f"{key} = {json.dumps(config[key])}" for key in left]
+
+
+def _sites(frame: Raw, blocks: Mapping[tuple[str, str], list[_Row]]) -> list[str]:
+    lines = ["", "[sites]"]
+    sites = frame["sites"]
+    assert isinstance(sites, dict)
+    for site, spec in sites.items():
+        used = list(dict.fromkeys(block for name, block in blocks if name == site))
+        if used:
+            lines.append(f"{site} = {_toml({**spec, 'rows': used})}")
+    return lines
+
+
+def _when(
+    frame: Raw, blocks: Mapping[tuple[str, str], list[_Row]], present: Mapping[str, Template], donor: str
+) -> list[str]:
+    """Conditions of the donor's blocks, and for borrowed blocks the layers where their tensors are."""
+    known = frame.get("when", {})
+    assert isinstance(known, dict)
+    every = set().union(*(t.layers for t in present.values()))
+    lines = []
+    for _, block in dict.fromkeys(blocks):
+        rows = next(rows for key, rows in blocks.items() if key[1] == block)
+        if rows[0].table == donor:
+            if block in known:
+                lines.append(f"{block} = {_toml(known[block])}")
+            continue
+        layers = set().union(*(present[hf].layers for row in rows for hf in row.hf))
+        if layers and layers != every:
+            lines.append(f"{block} = {_toml(_condition(layers, every))}")
+    return ["", "[when]", *dict.fromkeys(lines)] if lines else []
+
+
+def _condition(layers: set[int], every: set[int]) -> str:
+    first, last = min(layers), max(layers)
+    if layers == set(range(first, last + 1)):
+        return (
+            f"L < {last + 1}" if first == 0 else f"L >= {first}" if last == max(every) else f"{first} <= L <= {last}"
+        )
+    return f"L in {sorted(layers)}"
+
+
+def _section(name: str, values: object) -> list[str]:
+    assert isinstance(values, Mapping)
+    return ["", f"[{name}]", *(f"{_key(k)} = {_toml(v)}" for k, v in values.items())] if values else []
+
+
+def _comment(title: str, entries: list[str]) -> str:
+    """Entries a line each: names of a checkpoint may hold line breaks, and what follows one is no comment."""
+    shown = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in entry) for entry in entries)
+    return "".join([f"\n# {title}:\n", *(f"#   {entry}\n" for entry in shown)]) if entries else ""
+
+
+def _toml(value: object) -> str:
+    """`value` in TOML on one line; JSON strings, numbers and truth values are TOML already."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, float) and value == int(value) and "e" not in repr(value):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)

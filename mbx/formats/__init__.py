@@ -1,0 +1,1 @@
+"""Checkpoint formats: what a folder is, and its tensors as named regions."""

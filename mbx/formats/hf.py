@@ -1,0 +1,294 @@
+"""A Hugging Face folder: config, side files, tensors; and the layout of a new one.
+
+What a folder held is recorded inside the Megatron Core checkpoint (`hf/mbx_layout.json`: every safetensors
+header, byte for byte), so that an export needs no reference folder and gives the same files back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.codecs.decode import decoded_view
+from converters.engine.plan import Draft
+from converters.errors import StorageError, UsageError
+from converters.planning.exporter import HfTensor
+from converters.protocols import Source
+from converters.rows.expr import Value
+from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
+from mbx.formats.bin_weights import INDEX as BIN_INDEX
+from mbx.formats.bin_weights import has_bin_weights, read_bin_folder, safetensors_name
+from mbx.formats.kinds import HF_CONFIG, found_instead
+from mbx.formats.safetensors import build_header, parse_header, read_folder, read_header
+from mbx.untrusted.names import inside
+
+CONFIG = HF_CONFIG
+LAYOUT = "mbx_layout.json"
+#: Tensors without a Megatron Core counterpart (buffers Transformers recomputes), kept for a faithful export.
+KEPT = "mbx_kept.safetensors"
+#: Scales of a quantised source that its values do not tell, kept for an export that encodes again.
+SCALES = "mbx_scales.safetensors"
+MANIFEST = "mbx_manifest.json"
+INDEX = "model.safetensors.index.json"
+_BLOCK = 4 << 20
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """One safetensors file as a folder held it: its name, its header's bytes, its tensors in data order.
+
+    `header` is None where the tensors are no longer those of the file, as after decoding.
+    """
+
+    name: str
+    header: bytes | None
+    tensors: Mapping[str, HfTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class HfFolder:
+    """An opened Hugging Face folder."""
+
+    path: Path
+    config: Mapping[str, Value]
+    tensors: Mapping[str, StoredTensor]
+    weight_files: tuple[str, ...]
+    side_files: tuple[str, ...]
+
+
+def read_config(folder: Path) -> dict[str, Value]:
+    """`config.json` of a folder; StorageError when it is absent or not a JSON object."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"`{folder}` has no `{CONFIG}`", hint=found_instead(folder)) from None
+    except NotADirectoryError:
+        raise StorageError(f"`{folder}` is a file; a Hugging Face folder was expected") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"`{path}` cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise StorageError(f"`{path}` is not a JSON object")
+    return config
+
+
+def open_hf(path: Path) -> HfFolder:
+    """Open a folder with safetensors weights, or `pytorch_model.bin` ones; nothing but headers is read."""
+    config = read_config(path)
+    if has_bin_weights(path):
+        return HfFolder(path, config, *read_bin_folder(path), tuple(side_files(path)))
+    weights = read_folder(path)
+    return HfFolder(path, config, weights.tensors, weights.files, tuple(side_files(path)))
+
+
+def side_files(path: Path) -> list[str]:
+    """Names of everything in a folder that is not weights: tokenizer, chat template, code, config."""
+    return sorted(
+        p.name
+        for p in path.iterdir()
+        if p.is_file()
+        and not p.name.startswith(".")
+        and not p.name.endswith(_WEIGHT_SUFFIXES)
+        and p.name not in (MANIFEST, LAYOUT, BIN_INDEX)
+    )
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a side file belongs to the tokenizer, which Megatron-Bridge keeps in a folder of its own."""
+    stems = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
+    return name.startswith(stems)
+
+
+def record_layout(folder: HfFolder) -> str:
+    """JSON text that `recorded_layout` reads back: the header of every weight file, byte for byte.
+
+    `pytorch_model.bin` files get the header that they would have as safetensors, under that name.
+    """
+    files = []
+    for name in folder.weight_files:
+        if name.endswith(".bin"):
+            held = [tensor for tensor in folder.tensors.values() if tensor.chunks[0].file == name]
+            header = build_header(held, {"format": "pt"})[8:].decode("utf-8")
+            files.append({"file": safetensors_name(name), "header": header})
+            continue
+        with (folder.path / name).open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            files.append({"file": name, "header": stream.read(length).decode("utf-8")})
+    return json.dumps({"files": files})
+
+
+def bin_index(folder: HfFolder) -> bytes | None:
+    """The index that a folder of several `pytorch_model-*.bin` has once its files are safetensors."""
+    if len(folder.weight_files) < 2 or not folder.weight_files[0].endswith(".bin"):
+        return None
+    total = sum(tensor.nbytes for tensor in folder.tensors.values())
+    weight_map = {name: safetensors_name(tensor.chunks[0].file) for name, tensor in sorted(folder.tensors.items())}
+    return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:
+    """Weight files that `record_layout` noted in `folder`, or that lie there; None where there are neither.
+
+    StorageError for a damaged layout, and for one that names files outside the folder that an export makes.
+    """
+    path = folder / LAYOUT
+    if not path.is_file():
+        return tuple(_weight_file(p) for p in sorted(folder.glob("*.safetensors"))) or None
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        out, named = [], set[str]()
+        for entry in files:
+            header = str(entry["header"]).encode()
+            name = inside(entry["file"], f"`{path}`")
+            if not name.endswith(".safetensors") or name in named:
+                raise StorageError(
+                    f"`{path}` names the weight file {name!r}"[:300] + ", twice or under another suffix"
+                )
+            named.add(name)
+            parsed, _ = parse_header(header, f"{path}: {name}")
+            ordered = sorted(parsed.items(), key=lambda item: item[1][2:])
+            tensors = {name: HfTensor(dtype, shape) for name, (dtype, shape, _, _) in ordered}
+            out.append(WeightFile(name, header, tensors))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"`{path}` is damaged: {error}") from error
+    return tuple(out)
+
+
+def decoded_layout(files: tuple[WeightFile, ...], quantization: Mapping[str, object]) -> tuple[WeightFile, ...]:
+    """A recorded layout with every set of quantised parts replaced by what they encode, in the first part's file."""
+    stored = {n: StoredTensor(n, t.dtype, t.shape, ()) for file in files for n, t in file.tensors.items()}
+    view, encoded = decoded_view(stored, quantization)
+    first = {next(iter(e.parts.values())).name: name for name, e in encoded.items()}
+    out = []
+    for file in files:
+        names = [first.get(name, name) for name in file.tensors]
+        tensors = {n: HfTensor(view[n].dtype, view[n].shape) for n in names if n in view}
+        out.append(WeightFile(file.name, file.header if file.tensors == tensors else None, tensors))
+    return tuple(out)
+
+
+def _weight_file(path: Path) -> WeightFile:
+    header = read_header(path)
+    ordered = sorted(header.tensors.items(), key=lambda item: item[1][2:])
+    tensors = {name: HfTensor(dtype, shape) for name, (dtype, shape, _, _) in ordered}
+    return WeightFile(path.name, header.header_bytes[8:], tensors)
+
+
+def pack_kept(tensors: Sequence[StoredTensor], source: Source) -> Iterator[bytes]:
+    """A safetensors file of tensors that travel beside the Megatron Core ones, block by block."""
+    block = bytearray(build_header(tensors))
+    for tensor in tensors:
+        (chunk,) = tensor.chunks
+        start = source.data_start(chunk)
+        for at in range(0, tensor.nbytes, _BLOCK):
+            data = bytearray(min(_BLOCK, tensor.nbytes - at))
+            source.read_into(chunk.file, start + at, memoryview(data))
+            block += data
+            if len(block) >= _BLOCK:
+                yield bytes(block)
+                block.clear()
+    yield bytes(block)
+
+
+def packed_bytes(tensors: Sequence[StoredTensor]) -> int:
+    """Size of the file that `pack_kept` makes."""
+    return len(build_header(tensors)) + sum(tensor.nbytes for tensor in tensors)
+
+
+def kept_tensors(iteration: Path, reference: Path) -> dict[str, StoredTensor]:
+    """What `pack_kept` wrote as KEPT into `reference`, files named from `iteration`; empty where there is nothing."""
+    return _tensors_of(reference / KEPT, iteration)
+
+
+def known_parts(iteration: Path, reference: Path) -> dict[str, StoredTensor]:
+    """Tensors of a quantised source as it stored them, files named from `iteration`.
+
+    `reference` holds the SCALES of an import, or is the source's own folder, weights and all.
+    """
+    if (reference / SCALES).is_file() or (reference / LAYOUT).is_file():
+        return _tensors_of(reference / SCALES, iteration)
+    return {n: t for path in sorted(reference.glob("*.safetensors")) for n, t in _tensors_of(path, iteration).items()}
+
+
+def _tensors_of(path: Path, iteration: Path) -> dict[str, StoredTensor]:
+    if not path.is_file():
+        return {}
+    name = os.path.relpath(path, iteration)
+    header = read_header(path)
+    return {
+        key: StoredTensor(key, dtype, shape, (Chunk((0,) * len(shape), shape, name, header.data_start + start),))
+        for key, (dtype, shape, start, _) in header.tensors.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Target tensors with their place, the header of every file and every file's size."""
+
+    tensors: dict[str, StoredTensor]
+    headers: dict[str, bytes]
+    file_sizes: dict[str, int]
+    index: str | None
+
+
+def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_shard_bytes: int) -> Placement:
+    """Lay out safetensors files: the recorded ones where the names still fit, else shards of a bounded size."""
+    by_name = {draft.name: draft for draft in drafts}
+    if recorded is not None and {n for f in recorded for n in f.tensors} >= set(by_name):
+        groups: list[tuple[str, list[Draft], WeightFile | None]]
+        groups = [(f.name, [by_name[n] for n in f.tensors if n in by_name], f) for f in recorded]
+        groups = [group for group in groups if group[1]]
+        whole = all(f.header is not None for f in recorded)
+        same = whole and {n for f in recorded for n in f.tensors} == set(by_name)
+    else:
+        shards = _shards(list(by_name.values()), max_shard_bytes)
+        groups = [(name, members, None) for name, members in shards]
+        same = False
+    tensors: dict[str, StoredTensor] = {}
+    headers: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    for name, members, old in groups:
+        described = [(d.name, d.dtype, d.shape) for d in members]
+        unchanged = old is not None and [(n, t.dtype, t.shape) for n, t in old.tensors.items()] == described
+        if old is not None and old.header is not None and unchanged:
+            header = len(old.header).to_bytes(8, "little") + old.header
+        else:
+            header = build_header([StoredTensor(*parts, ()) for parts in described], {"format": "pt"})
+        at = len(header)
+        for draft in members:
+            nbytes = nbytes_of(draft.dtype, draft.shape)
+            zero: Shape = tuple(0 for _ in draft.shape)
+            chunk = Chunk(zero, draft.shape, name, at, 0)
+            tensors[draft.name] = StoredTensor(draft.name, draft.dtype, draft.shape, (chunk,))
+            at += nbytes
+        headers[name], sizes[name] = header, at
+    index = None
+    if len(groups) > 1 and not same:
+        total = sum(nbytes_of(d.dtype, d.shape) for d in by_name.values())
+        weight_map = {d.name: name for name, members, _ in groups for d in members}
+        index = json.dumps(
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
+        )
+    return Placement(tensors, headers, sizes, None if index is None else index + "\n")
+
+
+def _shards(drafts: list[Draft], max_bytes: int) -> list[tuple[str, list[Draft]]]:
+    if max_bytes < 1:
+        raise UsageError(f"a shard cannot be {max_bytes} bytes")
+    shards: list[list[Draft]] = [[]]
+    room = max_bytes
+    for draft in drafts:
+        nbytes = nbytes_of(draft.dtype, draft.shape)
+        if shards[-1] and nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(draft)
+        room -= nbytes
+    if len(shards) == 1:
+        return [("model.safetensors", shards[0])]
+    count = len(shards)
+    return [(f"model-{n:05d}-of-{count:05d}.safetensors", shard) for n, shard in enumerate(shards, 1)]

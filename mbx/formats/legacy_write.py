@@ -1,0 +1,291 @@
+"""Lays out Megatron-LM's `torch` checkpoints: every rank's archive, its tensors placed before any is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from converters.engine.crc import combine
+from converters.engine.plan import Draft
+from converters.errors import LayoutError
+from converters.mcore.cuts import Cut, cuts_of
+from converters.mcore.keys import parse_key
+from converters.mcore.layout import Layout
+from converters.mcore.local import Spec, extra_states, order, spell_local
+from converters.mcore.pipeline import Stage
+from converters.planning.reshard import with_counts
+from converters.rows.expr import Value
+from converters.rows.ops import ATOM_NAMES
+from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
+from mbx.formats.files import FileSink
+from mbx.formats.legacy import WEIGHTS
+from mbx.torchfile.archive_layout import ArchiveLayout, lay_out
+from mbx.torchfile.torch_values import Namespace, TensorStub, row_major
+
+_ATOMS = {name for names in ATOM_NAMES.values() for name in names}
+_ATOM_ORDER = {(op, name): number for op, names in ATOM_NAMES.items() for number, name in enumerate(names)}
+#: A part of a tensor: its key, and the box of it.
+_Part = tuple[str, Shape, Shape]
+#: The chunks, as (tensor, number), that follow one another in one storage.
+Record = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Target tensors (a chunk in every file that repeats them), each file's archive and what fills its storages."""
+
+    tensors: dict[str, StoredTensor]
+    archives: dict[str, ArchiveLayout]
+    records: dict[str, tuple[Record, ...]]
+    file_sizes: dict[str, int]
+
+    def write_frames(self, sink: FileSink, crcs: Mapping[str, Sequence[int]]) -> None:
+        """Write everything but the data, whose checksums by tensor and chunk are `crcs`."""
+        for file, archive in self.archives.items():
+            sums = []
+            for record in self.records[file]:
+                whole = 0
+                for name, number in record:
+                    tensor = self.tensors[name]
+                    whole = combine(whole, crcs[name][number], nbytes_of(tensor.dtype, tensor.chunks[number].sizes))
+                sums.append(whole)
+            for at, data in archive.frames(sums):
+                sink.write(file, at, memoryview(data))
+
+
+@dataclass(slots=True)
+class _Local:
+    """A tensor of one rank: parts that follow one another along the first dimension."""
+
+    shape: Shape
+    dtype: str
+    parts: list[_Part] = field(default_factory=list)
+
+
+def place(
+    drafts: Iterable[Draft],
+    layout: Layout,
+    config: Mapping[str, Value],
+    args: Mapping[str, object],
+    *,
+    iteration: int = 0,
+    spec: Spec = "transformer_engine",
+) -> Placement:
+    """Lay out `mp_rank_*/model_optim_rng.pt` of every rank under `layout`.
+
+    Raises LayoutError for a layout whose shards the format has no names for, and UnsupportedError where it is
+    not known how a tensor is cut.
+    """
+    return _Writer({draft.name: draft for draft in drafts}, layout, config, spec).place(args, iteration)
+
+
+def rank_folder(layout: Layout, tp: int, pp: int, ep: int) -> str:
+    """`mp_rank_TT[_PPP][_EEE]`."""
+    name = f"mp_rank_{tp:02d}"
+    if layout.pp > 1:
+        name += f"_{pp:03d}"
+    return name + f"_{ep:03d}" if layout.ep > 1 else name
+
+
+class _Writer:
+    def __init__(self, drafts: Mapping[str, Draft], layout: Layout, config: Mapping[str, Value], spec: Spec) -> None:
+        if layout.tp % layout.expert_tp:
+            raise LayoutError(
+                f"--etp {layout.expert_tp} with --tp {layout.tp}: legacy files are named by tensor rank, "
+                "and one name would stand for several expert shards",
+                hint="choose --etp that divides --tp, or --format torch_dist",
+            )
+        self.drafts, self.layout, self.spec = drafts, layout, spec
+        shapes = {name: draft.shape for name, draft in drafts.items()}
+        self.cuts = cuts_of(shapes, cut=layout.tp > 1 or layout.expert_tp > 1)
+        counted = with_counts(config, shapes)
+        self.num_experts = int(str(counted["num_moe_experts"] or 0))
+        self.num_layers, mtp = int(str(counted["num_layers"])), int(str(counted["mtp_num_layers"] or 0))
+        self.mtp_layers = mtp
+        self.stages = layout.stages(self.num_layers, mtp)
+        self.tied = "output_layer.weight" not in drafts
+        self.by_layer: dict[int, list[str]] = {}
+        for name, draft in drafts.items():
+            parsed = parse_key(name)
+            if parsed.site == "decoder":
+                for layer in range(draft.shape[0]) if parsed.stacked else (parsed.layer or 0,):
+                    self.by_layer.setdefault(layer, []).append(name)
+
+    def place(self, args: Mapping[str, object], iteration: int) -> Placement:
+        layout = self.layout
+        chunks: dict[str, list[Chunk]] = {name: [] for name in self.drafts}
+        archives, records = {}, {}
+        pairs = {(r % layout.tp, r // layout.expert_tp % layout.ep) for r in range(layout.stage_ranks)}
+        for pp in range(layout.pp):
+            for tp, ep in sorted(pairs):
+                file = f"{rank_folder(layout, tp, pp, ep)}/{WEIGHTS}"
+                models = [self._model(stage, tp, ep) for stage in self.stages if stage.pp == pp]
+                archives[file], records[file] = self._archive(file, models, args, iteration, chunks)
+        tensors = {n: StoredTensor(n, d.dtype, d.shape, tuple(chunks[n])) for n, d in self.drafts.items()}
+        return Placement(tensors, archives, records, {file: a.total_bytes for file, a in archives.items()})
+
+    def _archive(
+        self,
+        file: str,
+        models: list[dict[str, _Local | None]],
+        args: Mapping[str, object],
+        iteration: int,
+        chunks: dict[str, list[Chunk]],
+    ) -> tuple[ArchiveLayout, tuple[Record, ...]]:
+        sizes: list[int] = []
+        held: list[_Local] = []
+
+        def stub(local: _Local | None) -> TensorStub | None:
+            if local is None:
+                return None
+            nbytes = nbytes_of(local.dtype, local.shape)
+            sizes.append(nbytes)
+            held.append(local)
+            return TensorStub(local.dtype, local.shape, str(len(sizes) - 1), 0, row_major(local.shape), nbytes)
+
+        states = [{name: stub(local) for name, local in model.items()} for model in models]
+        top: dict[str, object] = {"args": Namespace(dict(args)), "checkpoint_version": 3.0, "iteration": iteration}
+        if len(states) == 1:
+            top["model"] = states[0]
+        else:
+            top |= {f"model{number}": state for number, state in enumerate(states)}
+        archive = lay_out(top, sizes, WEIGHTS.removesuffix(".pt"))
+        records = []
+        for local, start in zip(held, archive.starts, strict=True):
+            record, at = [], start
+            for key, offsets, extent in local.parts:
+                record.append((key, len(chunks[key])))
+                chunks[key].append(Chunk(offsets, extent, file, at))
+                at += nbytes_of(local.dtype, extent)
+            records.append(tuple(record))
+        return archive, tuple(records)
+
+    def _model(self, stage: Stage, tp: int, ep: int) -> dict[str, _Local | None]:
+        """The state_dict of one model chunk on one rank: a tensor, or None, by local name."""
+        out: dict[str, _Local | None] = {}
+        has_mtp = stage.mtp > 0
+        if stage.embedding or has_mtp:
+            self._add(out, sorted(n for n in self.drafts if n.startswith("embedding.")), "", tp)
+        for layer in range(stage.first, stage.first + stage.layers):
+            self._add_layer(out, layer, f"decoder.layers.{layer - stage.first}.", tp, ep)
+        ends = stage.loss if not self.mtp_layers else stage.layers and stage.first + stage.layers == self.num_layers
+        if ends:
+            self._add(out, sorted(n for n in self.drafts if n.startswith("decoder.final_")), "", tp)
+        if has_mtp:
+            for layer in range(self.mtp_layers):
+                names = [n for n in self.drafts if (k := parse_key(n)).site == "mtp" and k.layer == layer]
+                self._add_params(out, names, f"mtp.layers.{layer}.", (), tp, ep)
+        if stage.loss:
+            self._add(out, sorted(n for n in self.drafts if n.startswith("output_layer.")), "", tp)
+            if self.tied and not (stage.embedding or has_mtp):
+                embedding: dict[str, _Local | None] = {}
+                self._add(embedding, ["embedding.word_embeddings.weight"], "", tp)
+                out["output_layer.weight"] = embedding["embedding.word_embeddings.weight"]
+            out.setdefault("output_layer._extra_state", None)
+        return out
+
+    def _add_layer(self, out: dict[str, _Local | None], layer: int, prefix: str, tp: int, ep: int) -> None:
+        names = self.by_layer.get(layer, [])
+        stacked = [n for n in names if parse_key(n).stacked]
+        single = [n for n in names if not parse_key(n).stacked]
+        self._add_params(out, stacked, prefix, (layer,), tp, ep, rest=single)
+
+    def _add_params(
+        self,
+        out: dict[str, _Local | None],
+        names: list[str],
+        prefix: str,
+        index: Shape,
+        tp: int,
+        ep: int,
+        rest: Sequence[str] = (),
+    ) -> None:
+        """A layer's parameters in the order of its modules; those of `rest` have no layer dimension."""
+        here: dict[str, _Local] = {}
+        entries = [(n, index) for n in names] + [(n, ()) for n in rest]
+        entries.sort(key=lambda entry: (order(_packed(parse_key(entry[0]).param)), _atom_number(entry[0])))
+        for name, at in entries:
+            parsed = parse_key(name)
+            param = _packed(parsed.param)
+            if not parsed.experts:
+                self._extend(
+                    here, prefix + spell_local(param, None, self.spec), name, at, self.cuts[name], tp, self.layout.tp
+                )
+                continue
+            local = self.num_experts // self.layout.ep
+            etp = self.layout.expert_tp
+            for expert in range(local):
+                spelt = prefix + spell_local(param, expert, self.spec)
+                self._extend(here, spelt, name, (*at, ep * local + expert), self.cuts[name], tp % etp, etp)
+        self._finish(out, here)
+
+    def _add(self, out: dict[str, _Local | None], names: list[str], prefix: str, tp: int) -> None:
+        """Parameters outside the layers."""
+        here: dict[str, _Local] = {}
+        for name in names:
+            self._extend(here, prefix + name, name, (), self.cuts[name], tp, self.layout.tp)
+        self._finish(out, here)
+
+    def _finish(self, out: dict[str, _Local | None], here: Mapping[str, _Local]) -> None:
+        """Add parameters and, behind the last of each module, its `_extra_state`."""
+        states = extra_states(list(here), self.spec)
+        waiting = dict(states)
+        last = {name.rpartition(".")[0]: name for name in here}
+        for name in here:
+            for state in [s for s in waiting if s.endswith("core_attention._extra_state") and _before(s, name)]:
+                out[state] = _state(waiting.pop(state))
+            out[name] = here[name]
+            module = name.rpartition(".")[0]
+            state = f"{module}._extra_state"
+            if last[module] == name and state in waiting:
+                out[state] = _state(waiting.pop(state))
+        for state, is_tensor in waiting.items():
+            out[state] = _state(is_tensor)
+
+    def _extend(
+        self, here: dict[str, _Local], spelt: str, name: str, index: Shape, cut: Cut, rank: int, size: int
+    ) -> None:
+        """Add to the local tensor `spelt` this rank's share of one entry of a tensor."""
+        draft = self.drafts[name]
+        whole = draft.shape[len(index) :]
+        lead = tuple(1 for _ in index)
+        dim = cut.dim
+        if dim is None or size == 1 or not whole:
+            boxes = [(tuple(0 for _ in whole), whole)]
+        else:
+            halves = 2 if cut.gated else 1
+            if whole[dim] % (size * halves):
+                raise LayoutError(f"--tp {size} does not divide dimension {dim} of `{name}`, {list(whole)}")
+            part = whole[dim] // (size * halves)
+            boxes = []
+            for half in range(halves):
+                offsets, extent = [0] * len(whole), list(whole)
+                offsets[dim], extent[dim] = (half * size + rank) * part, part
+                boxes.append((tuple(offsets), tuple(extent)))
+        rows = sum(extent[0] for _, extent in boxes) if whole else 0
+        local = here.setdefault(spelt, _Local((0, *boxes[0][1][1:]) if whole else (), draft.dtype))
+        if whole:
+            local.shape = (local.shape[0] + rows, *local.shape[1:])
+        local.parts += [(name, (*index, *offsets), (*lead, *extent)) for offsets, extent in boxes]
+
+
+def _state(is_tensor: bool) -> _Local | None:
+    return _Local((0,), "U8") if is_tensor else None
+
+
+def _before(state: str, name: str) -> bool:
+    """Whether `name` is in the attention module whose core_attention comes first."""
+    return name.startswith(state.removesuffix("core_attention._extra_state"))
+
+
+def _packed(param: str) -> str:
+    """A parameter without the name of the atom that torch_dist stores apart."""
+    stem, _, leaf = param.rpartition(".")
+    return stem if leaf in _ATOMS and re.search(r"(in_proj|conv1d)\.(weight|bias)$", stem) else param
+
+
+def _atom_number(name: str) -> int:
+    leaf = name.rpartition(".")[2]
+    op = ("mamba_" if ".mixer." in name else "gdn_") + ("conv" if "conv1d" in name else "in")
+    return _ATOM_ORDER.get((op, leaf), 0)

@@ -1,0 +1,163 @@
+"""What lies beside the weights of a Megatron checkpoint and says what model it is."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from converters.engine.plan import Plan
+from converters.errors import StorageError
+from converters.mcore.bridge_config import run_config_of
+from converters.mcore.local import Spec
+from converters.mcore.megatron_args import args_of, layout_args
+from mbx.torchfile.archive import file_reader, load_archive, read_object
+from mbx.torchfile.archive_layout import lay_out
+from mbx.torchfile.dcp import StoredObject
+from mbx.torchfile.torch_values import Namespace, TensorStub
+
+_MAX_YAML_BYTES = 4 << 20
+_COMMON_OBJECT = "common_state/shard_0_1"
+
+
+def common_of(iteration: Path, objects: Mapping[str, StoredObject]) -> dict[str, object]:
+    """The common state: `common.pt`, or the object that newer Megatron Core keeps among the tensors; may be empty.
+
+    A Namespace becomes a dict of its attributes. Raises StorageError when it is damaged.
+    """
+    loaded: object = {}
+    if (iteration / "common.pt").is_file():
+        loaded, _ = load_archive(iteration / "common.pt", unknown="opaque")
+    elif _COMMON_OBJECT in objects:
+        file, start, length = objects[_COMMON_OBJECT]
+        fd = os.open(iteration / file, os.O_RDONLY)
+        try:
+            loaded, _ = read_object(file_reader(fd, start), length, unknown="opaque", source=f"{iteration / file}")
+        finally:
+            os.close(fd)
+        if isinstance(loaded, list) and len(loaded) == 1:
+            loaded = loaded[0]
+    if not isinstance(loaded, dict):
+        raise StorageError(f"`{iteration}`: the common state is a {type(loaded).__name__}; a dict was expected")
+    return {str(key): value.values if isinstance(value, Namespace) else value for key, value in loaded.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecars:
+    """What a new Megatron checkpoint carries beside its weights.
+
+    `iteration` numbers it, `args` are Megatron-LM's, `common` is the content of `common.pt`, `texts` are further
+    files by path within the checkpoint. `spec` is the layer spec whose names a legacy file uses.
+    """
+
+    iteration: int
+    args: Mapping[str, object]
+    common: Mapping[str, object]
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    spec: Spec = "transformer_engine"
+
+    @property
+    def folder(self) -> str:
+        """Name of the iteration's folder."""
+        return f"iter_{self.iteration:07d}"
+
+
+def megatron_sidecars(
+    plan: Plan,
+    format: str,
+    iteration: int,
+    *,
+    origin: Mapping[str, object] | None = None,
+    spec: Spec = "transformer_engine",
+    tokenizer: str | None = None,
+    optimizer: Mapping[str, object] | None = None,
+) -> Sidecars:
+    """Sidecars of the checkpoint that `plan` makes.
+
+    `origin` are the args of the checkpoint it came from, `tokenizer` a hub name or a folder; `optimizer` is the part
+    of the common state that belongs to an optimizer whose state goes along. What Megatron-Bridge
+    reads goes beside torch_dist and fsdp_dtensor weights only, the formats it takes.
+    """
+    rows = next((d.shape[0] for d in plan.drafts if d.name == "embedding.word_embeddings.weight"), None)
+    config, layout = plan.config, plan.layout
+    known = {} if origin is None else {key: value for key, value in origin.items() if is_plain(value)}
+    written: dict[str, object] = {**known, **layout_args(layout), "padded_vocab_size": rows}
+    if origin is None:
+        written = args_of(config, layout, rows)
+    written |= {"ckpt_format": format, "transformer_impl": spec, "iteration": iteration}
+    # Megatron-LM asks a checkpoint for no state that its args say was not saved.
+    written |= {"no_save_optim": optimizer is None, "no_save_rng": True}
+    common: dict[str, object] = {
+        "args": Namespace(written),
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+        **(optimizer or {}),
+    }
+    texts: dict[str, bytes] = {}
+    folder = f"iter_{iteration:07d}"
+    if format in ("torch_dist", "fsdp_dtensor"):
+        dtype = Counter(draft.dtype for draft in plan.drafts).most_common(1)[0][0] if plan.drafts else ""
+        run_config = run_config_of(config, layout, rows, dtype, tokenizer, format)
+        if run_config is not None and config.get("num_layers"):
+            texts[f"{folder}/run_config.yaml"] = dump_yaml(run_config)
+            texts[f"{folder}/train_state.pt"] = texts["latest_train_state.pt"] = train_state_archive(iteration)
+    return Sidecars(iteration, written, common, texts, spec)
+
+
+def dump_yaml(value: object) -> bytes:
+    """YAML text of plain data."""
+    import yaml
+
+    return str(yaml.safe_dump(value, default_flow_style=False)).encode()
+
+
+def read_run_config(iteration: Path) -> dict[str, object] | None:
+    """`run_config.yaml` as plain data, None where there is none; StorageError when it is not a YAML mapping."""
+    path = iteration / "run_config.yaml"
+    if not path.is_file():
+        return None
+    import yaml
+
+    try:
+        if (size := path.stat().st_size) > _MAX_YAML_BYTES:
+            raise StorageError(f"`{path}` has {size} bytes; at most {_MAX_YAML_BYTES} are read")
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise StorageError(f"`{path}` cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise StorageError(f"`{path}` is not a mapping")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def train_state_archive(iteration: int) -> bytes:
+    """`train_state.pt` as Megatron-Bridge 0.3 writes it: a dict of eight scalar tensors; only `step` is not zero."""
+    values: dict[str, tuple[str, bytes]] = {"step": ("I32", iteration.to_bytes(4, "little"))}
+    for name in ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples"):
+        values[name] = ("I32", bytes(4))
+    values["floating_point_operations_so_far"] = ("F32", bytes(4))
+    values |= {name: ("BOOL", bytes(1)) for name in ("do_train", "do_valid", "do_test")}
+    stubs = {
+        name: TensorStub(dtype, (), str(number), 0, (), len(data))
+        for number, (name, (dtype, data)) in enumerate(values.items())
+    }
+    contents = [data for _, data in values.values()]
+    archive = lay_out(stubs, [len(data) for data in contents], "train_state")
+    whole = bytearray(archive.total_bytes)
+    for at, part in archive.frames([zlib.crc32(data) for data in contents]):
+        whole[at : at + len(part)] = part
+    for at, data in zip(archive.starts, contents, strict=True):
+        whole[at : at + len(data)] = data
+    return bytes(whole)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value of a Namespace can be written again: no enum or other class is built from a checkpoint."""
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(map(is_plain, value)) and all(map(is_plain, value.values()))
+    return value is None or isinstance(value, bool | int | float | str | bytes)

@@ -1,0 +1,165 @@
+"""Transformers classes that compute the same function as one that Transformers lacks, or as a part of a larger model.
+
+Each is a change of config.json, of names, and of one layer's tensors at a time, so that nothing grows with the model:
+
+- DeciLM as Llama (the repository's `modeling_decilm.py`): a missing sublayer adds nothing to the residual, so does one
+  whose last projection is zero; a narrower MLP is one padded with zero rows, since silu(0) · 0 = 0; fewer heads of
+  keys and values are more of them, each repeated.
+- Sarvam-MoE as GLM-4.5 (the repository's `modeling_sarvam_moe.py`): the same norms, router and shared experts;
+  queries, keys and values apart, and the whole head rotated.
+- MiMo as Qwen2 and Kimi-K2 as DeepSeek-V3, which have the same decoder.
+- A text model beside a vision tower as that text model alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from converters.rows.config_spelling import canonical
+
+if TYPE_CHECKING:
+    import torch
+
+    Weights: TypeAlias = dict[str, torch.Tensor]
+Config: TypeAlias = Mapping[str, Any]
+
+
+def _same(config: Config) -> dict[str, Any]:
+    return dict(config)
+
+
+def _same_layer(config: Config, number: int, layer: Weights) -> Weights:
+    del config, number
+    return layer
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """How to read a checkpoint as a `model_type` that Transformers has, and what to say of it.
+
+    `names` replaces parts of tensor names; tensors that begin as one of `without` are left out. `config` changes
+    config.json, `layer` the tensors of one decoder layer, by names behind `model.layers.N.`.
+    """
+
+    model_type: str
+    note: str
+    names: Mapping[str, str]
+    without: tuple[str, ...] = ()
+    config: Callable[[Config], dict[str, Any]] = _same
+    layer: Callable[[Config, int, Weights], Weights] = _same_layer
+
+    def config_of(self, config: Config) -> dict[str, Any]:
+        """config.json of the twin, without the repository's own code."""
+        kept = {key: value for key, value in self.config(config).items() if key not in ("auto_map", "architectures")}
+        return {**kept, "model_type": self.model_type}
+
+    def name_of(self, name: str) -> str | None:
+        """The twin's name of a tensor, None for one that it has not."""
+        if name.startswith(self.without):
+            return None
+        for theirs, ours in self.names.items():
+            name = name.replace(theirs, ours)
+        return name
+
+    def layer_of(self, config: Config, number: int, tensors: Weights) -> Weights:
+        """The twin's tensors of decoder layer `number`, from the checkpoint's under the twin's names."""
+        at = f"model.layers.{number}."
+        own = {name.removeprefix(at): tensor for name, tensor in tensors.items()}
+        return {at + name: tensor for name, tensor in self.layer(config, number, own).items()}
+
+
+def _decilm_config(config: Config) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key != "block_configs"}
+    width = max(map(_decilm_width, [config] * len(config["block_configs"]), config["block_configs"]))
+    return {**kept, "intermediate_size": width, "num_key_value_heads": config["num_attention_heads"]}
+
+
+def _decilm_width(config: Config, block: Config) -> int:
+    """Width of a block's MLP: two thirds of the hidden size by its factor, up to a multiple of 256."""
+    if block["ffn"]["no_op"]:
+        return 0
+    return -(-int(2 * block["ffn"]["ffn_mult"] * config["hidden_size"] / 3) // 256) * 256
+
+
+def _decilm_layer(config: Config, number: int, layer: Weights) -> Weights:
+    import torch
+
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    width = _decilm_config(config)["intermediate_size"]
+    shapes = {f"self_attn.{part}_proj.weight": (hidden, hidden) for part in "qkvo"}
+    shapes |= {"mlp.gate_proj.weight": (width, hidden), "mlp.up_proj.weight": (width, hidden)}
+    shapes["mlp.down_proj.weight"] = (hidden, width)
+    out = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    out |= {f"{name}_layernorm.weight": torch.ones(hidden) for name in ("input", "post_attention")}
+    for name, tensor in layer.items():
+        if name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+            repeats = config["block_configs"][number]["attention"]["n_heads_in_group"]
+            tensor = tensor.view(-1, hidden // heads, hidden).repeat_interleave(repeats, 0).reshape(hidden, hidden)
+        rows, columns = (*tensor.shape, 1)[:2]
+        out[name].view(len(out[name]), -1)[:rows, :columns] = tensor.view(rows, -1)
+    return out
+
+
+def _sarvam_config(config: Config) -> dict[str, Any]:
+    renamed = {"n_routed_experts": config["num_experts"], "n_shared_experts": config["num_shared_experts"]}
+    kept = {key: value for key, value in config.items() if key != "num_experts"}
+    return {**kept, **renamed, "partial_rotary_factor": 1.0, "attention_bias": False}
+
+
+def _sarvam_layer(config: Config, number: int, layer: Weights) -> Weights:
+    del number
+    groups = config["num_key_value_heads"] * config["head_dim"]
+    sizes = [config["num_attention_heads"] * config["head_dim"], groups, groups]
+    fused = layer.pop("attention.query_key_value.weight")
+    parts = zip("qkv", fused.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+    return {**layer, **{f"self_attn.{part}_proj.weight": tensor for part, tensor in parts}}
+
+
+def _text_alone(model_type: str, *without: str) -> Twin:
+    return Twin(
+        model_type,
+        f"Compared with Transformers' {model_type}, the text model alone",
+        {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head": "lm_head"},
+        without,
+        canonical,
+    )
+
+
+_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_SARVAM_NAMES = {
+    "model.word_embeddings": "model.embed_tokens",
+    ".attention.dense": ".self_attn.o_proj",
+    ".attention.query_layernorm": ".self_attn.q_norm",
+    ".attention.key_layernorm": ".self_attn.k_norm",
+    ".mlp.gate.expert_bias": ".mlp.gate.e_score_correction_bias",
+}
+#: Model type → its twin.
+TWINS: Mapping[str, Twin] = {
+    "nemotron-nas": Twin(
+        "llama",
+        "Compared with Transformers' llama, unequal layers filled up with zeros",
+        {},
+        config=_decilm_config,
+        layer=_decilm_layer,
+    ),
+    "sarvam_moe": Twin(
+        "glm4_moe",
+        "Compared with Transformers' glm4_moe, which computes the same function",
+        _SARVAM_NAMES,
+        config=_sarvam_config,
+        layer=_sarvam_layer,
+    ),
+    "mimo": Twin("qwen2", "Compared with Transformers' qwen2, which has the same decoder", {}, ("model.mtp_layers.",)),
+    "kimi_k2": Twin("deepseek_v3", "Compared with Transformers' deepseek_v3, which has the same decoder", {}),
+    "gemma3": _text_alone("gemma3_text", *_TOWERS),
+    "llama4": _text_alone("llama4_text", "vision_model.", "multi_modal_projector."),
+    "qwen3_5": _text_alone("qwen3_5_text", "model.visual."),
+    "qwen3_5_moe": _text_alone("qwen3_5_moe_text", "model.visual."),
+}
+
+
+def twin_of(config: Config) -> Twin | None:
+    """The twin to compare a checkpoint of this config.json with, None where Transformers has its class."""
+    return TWINS.get(str(config.get("model_type")))

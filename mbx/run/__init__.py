@@ -1,0 +1,1 @@
+"""A conversion as a job: planned, carried out, journalled and committed."""

@@ -1,0 +1,95 @@
+"""What an export stores in the parts of a codec: the choice, and what is known of the source that was quantised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from converters.codecs import quantization_of
+from converters.codecs.decode import Encoded, decoded_view, discarded
+from converters.codecs.encode import encodings
+from converters.errors import UsageError
+from converters.rows.expr import Value
+from converters.tensors import StoredTensor
+from mbx.formats import hf
+
+PLAIN, SAME = "plain", "same"
+#: `--codec` values: every tensor as it stands, or each as the source stored it.
+CODECS = (PLAIN, SAME)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """`encode` are tensors to store by a codec, `scales` those of the source that are at hand, by the tensor's name.
+
+    `beside` are tensors that the source held for its codec alone. `quantization` is the source's, whatever is written.
+    """
+
+    quantization: Mapping[str, Value] | None
+    encode: Mapping[str, Encoded] = field(default_factory=dict)
+    scales: Mapping[str, StoredTensor] = field(default_factory=dict)
+    beside: Mapping[str, StoredTensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def codes_of(
+    codec: str,
+    config: Mapping[str, Value],
+    files: tuple[hf.WeightFile, ...] | None,
+    iteration: Path,
+    reference: Path | None,
+) -> Codes:
+    """What `codec` asks for, by the source's config and the headers of its `files`.
+
+    Raises UsageError where it is not known, or where nothing says how the source was stored.
+    """
+    if codec not in CODECS:
+        raise UsageError(f"--codec {codec!r} is not known", hint=f"choices: {', '.join(CODECS)}")
+    quantization = quantization_of(config)
+    if codec == PLAIN:
+        note = (
+            "the weights are stored plainly, without quantization_config; --codec same stores them as the source did"
+        )
+        return Codes(quantization, notes=() if quantization is None else (note,))
+    if quantization is None:
+        raise UsageError(
+            "--codec same: the source was not quantised, its config.json has no quantization_config",
+            hint="leave it out: every tensor is written as it stands",
+        )
+    stored = {n: StoredTensor(n, t.dtype, t.shape, ()) for file in files or () for n, t in file.tensors.items()}
+    view, encoded = decoded_view(stored, quantization)
+    if not encoded or reference is None:
+        raise UsageError(
+            "--codec same: nothing says which tensors the source had quantised",
+            hint="name the quantised model's own folder, with its weights: --hf-config DIR",
+        )
+    encode = encodings(encoded)
+    known = hf.known_parts(iteration, reference)
+    scales = {name: known[whole.parts["scale"].name] for name, whole in encode.items() if _held(whole, known)}
+    others = [tensor.name for tensor in discarded(stored, view, encoded)]
+    lost = [f"not carried: `{name}`, an activation scale" for name in others if name not in known]
+    beside = {name: known[name] for name in others if name in known}
+    return Codes(quantization, encode, scales, beside, (*_notes(encode, scales), *lost))
+
+
+def _held(whole: Encoded, known: Mapping[str, StoredTensor]) -> bool:
+    part = whole.parts["scale"]
+    found = known.get(part.name)
+    return found is not None and (found.dtype, found.shape) == (part.dtype, part.shape)
+
+
+def _notes(encode: Mapping[str, Encoded], scales: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """By codec: how many tensors, and where their scales come from."""
+    tensors = Counter(whole.codec.name for whole in encode.values())
+    unknown = Counter(whole.codec.name for name, whole in encode.items() if name not in scales)
+    for codec, count in tensors.items():
+        text = f"{codec}: {count:,} tensors are encoded as in the source; "
+        if not unknown[codec]:
+            yield text + "blocks that did not change keep its scales, others get new ones"
+        else:
+            yield text + f"the scales of {unknown[codec]:,} are made from the values"
+    keepers = {whole.codec.name for name, whole in encode.items() if name not in scales and whole.codec.keeps_scales}
+    for codec in sorted(keepers):
+        yield f"{codec}: scales made from bf16 values are not bit for bit the source's, nor are the values under them"

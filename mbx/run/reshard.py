@@ -1,0 +1,140 @@
+"""Plans Megatron → Megatron conversions: another layout, another format, the same weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from converters.errors import LayoutError, UsageError
+from converters.mcore.bridge_config import vocab_divisor_of
+from converters.mcore.layout import Layout
+from converters.mcore.local import Spec
+from converters.mcore.torch_dist import stacks_layers
+from converters.planning.reshard import plan_reshard
+from converters.rows.expr import Value
+from converters.tensors import StoredTensor
+from mbx.formats.architecture import known_config
+from mbx.formats.checkpoint import McoreCheckpoint, open_model
+from mbx.formats.optimizer_state import carried_common, carried_states
+from mbx.formats.sidecars import megatron_sidecars
+from mbx.run.commit import check_target
+from mbx.run.job import Job, Options, place_megatron
+from mbx.text import plural
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def plan_mcore_to_mcore(
+    source: Path,
+    target: Path,
+    options: Options,
+    *,
+    vocab_divisor: int | None = None,
+    spec: Spec = "transformer_engine",
+    with_optimizer: bool = False,
+) -> Job:
+    """Plan a change of layout (`options.layout`) and format (`options.format`); headers are read, nothing is written.
+
+    `vocab_divisor` is make-vocab-size-divisible-by, by default the source's own. `spec` chooses the names of a
+    legacy target. `with_optimizer` takes the optimizer's state along, from torch_dist to torch_dist.
+    Raises LayoutError where the layout does not fit the model, UnsupportedError for state that no other layout reads.
+    """
+    check_target(source, target, overwrite=options.overwrite)
+    if options.dtype is not None:
+        raise UsageError("a change of layout keeps every value: --dtype belongs to the other conversions")
+    if with_optimizer and options.format != "torch_dist":
+        raise UsageError(
+            f"--with-optimizer: only --format torch_dist can take it, got {options.format}",
+            hint="leave out one of the two",
+        )
+    opened = open_model(source)
+    states = carried_states(opened, options.layout.ep) if with_optimizer else {}
+    config, notes = known_config(opened, options.mapping)
+    layout, rows = _vocabulary(opened, config, options.layout, vocab_divisor)
+    plan = plan_reshard(
+        {**opened.tensors, **states},
+        config,
+        layout,
+        padded_vocab=rows,
+        objects=opened.objects,
+        notes=(*notes, *_notes(opened, config, rows, states)),
+    )
+    sidecars = megatron_sidecars(
+        plan,
+        options.format,
+        _iteration(opened),
+        origin=opened.args,
+        spec=spec,
+        tokenizer=_tokenizer(opened),
+        optimizer=carried_common(opened) if with_optimizer else None,
+    )
+    placed = place_megatron(plan, options.format, sidecars)
+    sides = {
+        f"{sidecars.folder}/{folder}/{path.name}": path
+        for folder in ("hf", "tokenizer")
+        if (opened.iteration / folder).is_dir()
+        for path in sorted((opened.iteration / folder).iterdir())
+        if path.is_file()
+    }
+    return Job(plan, source, target, opened.iteration, sides, sidecars.texts, options, placed, {}, sidecars)
+
+
+def _tokenizer(opened: McoreCheckpoint) -> str | None:
+    """Where the source's run_config says the tokenizer came from."""
+    node = (opened.run_config or {}).get("tokenizer")
+    name = node.get("tokenizer_model") if isinstance(node, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _iteration(opened: McoreCheckpoint) -> int:
+    """The iteration's number by its folder's name, else by the common state."""
+    if match := re.fullmatch(r"iter_(\d+)", opened.iteration.resolve().name):
+        return int(match[1])
+    number = (opened.common or {}).get("iteration")
+    return number if isinstance(number, int) and not isinstance(number, bool) else 0
+
+
+def _vocabulary(
+    opened: McoreCheckpoint, config: Mapping[str, Value], layout: Layout, divisor: int | None
+) -> tuple[Layout, int | None]:
+    """The layout with the divisor that holds, and the embedding's rows under it; None where there is no embedding.
+
+    The source's own divisor holds by default, so that a layout and back gives the same rows.
+    """
+    embedding = opened.tensors.get(EMBEDDING)
+    if embedding is None:
+        return layout, None
+    stored, size = embedding.shape[0], config.get("model.vocab_size")
+    if isinstance(size, int) and size > stored:
+        raise LayoutError(f"the embedding has {stored} rows, and the config says vocab_size = {size}")
+    if divisor is None and opened.args is not None:
+        recorded = opened.args.get("make_vocab_size_divisible_by")
+        divisor = recorded if isinstance(recorded, int) and recorded > 0 else None
+    if divisor is None and opened.run_config is not None:
+        divisor = vocab_divisor_of(opened.run_config)
+    if divisor is None:
+        # Nothing says how the source was padded: its rows stay, up to the next that the ranks can share.
+        return layout, replace(layout, vocab_divisor=1).padded_vocab(stored)
+    layout = replace(layout, vocab_divisor=divisor)
+    return layout, layout.padded_vocab(size if isinstance(size, int) else stored)
+
+
+def _notes(
+    opened: McoreCheckpoint, config: Mapping[str, Value], rows: int | None, states: Mapping[str, StoredTensor]
+) -> list[str]:
+    notes = []
+    if states:
+        size = sum(tensor.nbytes for tensor in states.values())
+        notes.append(f"carried with the weights: optimizer state, {len(states)} tensors, {size} bytes")
+    left = [what for what in opened.left_out if not (states and what.startswith("optimizer state"))]
+    notes += [f"not carried: {what}" for what in left]
+    notes = notes or ["weights only"]
+    stored = opened.tensors[EMBEDDING].shape[0] if EMBEDDING in opened.tensors else None
+    if rows is not None and stored is not None and rows < stored:
+        notes.append(f"{plural(stored - rows, 'padding row')} behind the vocabulary left out: {stored} → {rows}")
+    stacked = any(name.startswith("decoder.layers.") and not name.split(".")[2].isdigit() for name in opened.tensors)
+    if config.get("num_layers") and stacked != stacks_layers("gpt", config):
+        notes.append("layers stay " + ("stacked" if stacked else "apart") + ", as the source has them")
+    return notes

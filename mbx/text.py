@@ -1,0 +1,75 @@
+"""Figures and lists in words, for reports and errors; and sizes in words, as figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from converters.errors import UsageError
+
+SCREEN_WIDTH = 80
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}
+_UNITS |= {unit: 1024**n for n, p in enumerate("KMGT", 1) for unit in (p, f"{p}iB".upper())}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+MIN_MEMORY = 16 << 20
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and safetensors shards are sold: `1.24 GB`."""
+    return _scaled(count, 1000, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def human_memory(count: float) -> str:
+    """Bytes in binary units, as memory is: `1.0 GiB`."""
+    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def aligned(rows: Iterable[tuple[str, ...]], *, right: tuple[int, ...] = ()) -> list[str]:
+    """Rows as columns two spaces apart; columns in `right` are set flush right."""
+    table = list(rows)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))] if table else []
+    lines = []
+    for row in table:
+        sized = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in sized).rstrip())
+    return lines
+
+
+def wrapped(items: Iterable[str], width: int = SCREEN_WIDTH) -> list[str]:
+    """Items with commas, in lines of at most `width` unless one item is longer."""
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + len(item) + 2 <= width:
+            lines[-1] += f", {item}"
+        else:
+            lines.append(item)
+    return lines
+
+
+def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:
+    steps = 0
+    while round(count) >= base and steps < len(units) - 1:
+        count, steps = count / base, steps + 1
+    return f"{count:.0f} {units[steps]}" if steps == 0 or count >= 99.95 else f"{count:#.3g} {units[steps]}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512MiB`, `2G` (binary) or `5GB` (decimal); UsageError for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    unit = match and _UNITS.get(match[2].upper())
+    if match is None or unit is None or (size := int(float(match[1]) * unit)) < 1:
+        raise UsageError(f"{text!r} is not a size", hint="write 512MiB, 1GiB or 2G (binary), or 5GB (decimal)")
+    return size
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a memory limit; UsageError below 16 MiB, which the engine's pieces do not fit in."""
+    if (size := parse_size(text)) < MIN_MEMORY:
+        raise UsageError(f"a memory limit of {text!r} is too small", hint="16MiB is the least; 1GiB is the default")
+    return size

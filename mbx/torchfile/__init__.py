@@ -1,0 +1,1 @@
+"""torch's files without torch: zip archives, pickles and distributed checkpoints' indices, read inertly."""

@@ -1,0 +1,1 @@
+"""LoRA and DoRA on Megatron Core models."""

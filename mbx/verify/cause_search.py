@@ -1,0 +1,312 @@
+"""Looks for the cause of differing tensors: reads single entries of both sides again, within a memory budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.causes import Peer, Rows, Suspect, find_cause
+from converters.causes.row_orders import Heads, Structure
+from converters.engine.pieces import moves_into
+from converters.engine.plan import Draft, Entry, Plan, Unit
+from converters.engine.regions import Move, Region, matrix
+from converters.engine.stream import Engine
+from converters.errors import DeviceError
+from converters.mcore.keys import parse_key
+from converters.protocols import Source
+from converters.rows.expr import Value
+from converters.rows.pack import Pack, Slot
+from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
+
+Index = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+_ENTRY = "entry"
+#: Other layers, experts and tensors that the values are held against.
+_MOST_PEERS = 512
+
+
+class _Window:
+    """A sink that keeps the bytes from `start` on that fit `data`."""
+
+    def __init__(self, start: int, data: Bytes) -> None:
+        self.start, self.data = start, data
+
+    def data_start(self, chunk: Chunk) -> int:
+        """The one chunk begins at 0."""
+        return chunk.start
+
+    def write(self, file: str, start: int, data: memoryview) -> None:
+        """Keep what lies in the window."""
+        first, last = max(start, self.start), min(start + len(data), self.start + len(self.data))
+        if first < last:
+            kept = np.frombuffer(data[first - start : last - start], np.uint8)
+            self.data[first - self.start : last - self.start] = kept
+
+    def finish_chunk(self, dtype: str, chunk: Chunk, crc32: int) -> None:
+        """Nothing surrounds it."""
+
+
+class EntryRows:
+    """One entry of a tensor that a unit of `plan` makes, as `converters.causes.Rows`.
+
+    An entry of at most `budget` bytes is read once and kept; rows of a larger one are made again when asked for.
+    """
+
+    def __init__(
+        self, plan: Plan, unit: Unit, entry: Entry, shape: Shape, dtype: str, source: Source, budget: int
+    ) -> None:
+        inner = shape[len(entry.index) :]
+        moves = tuple(
+            replace(move, target=replace(move.target, tensor=_ENTRY, index=())) for move in moves_into(unit, entry)
+        )
+        alone = Unit(unit.row, moves, (Entry(_ENTRY, (), entry.fold),), unit.shift)
+        chunk = Chunk((0,) * len(inner), inner, _ENTRY, 0)
+        self.target = StoredTensor(_ENTRY, dtype, inner, (chunk,))
+        self.plan = replace(plan, units=(alone,), drafts=(Draft(_ENTRY, dtype, inner, ()),))
+        self.rows, self.cols = matrix(inner, 0)
+        self.dtype, self.fold, self.source, self.budget = dtype, entry.fold, source, budget
+        self._kept: Bytes | None = None
+
+    @property
+    def _pitch(self) -> int:
+        return self.cols * DTYPE_BITS[self.dtype] // 8
+
+    def take(self, index: Index) -> Bytes:
+        """Bytes of some rows: [len(index), bytes of a row]."""
+        if self._kept is None and self.target.nbytes <= self.budget:
+            self._kept = self._read(0, self.target.nbytes // max(1, self._pitch))
+        if self._kept is not None:
+            return self._kept[index]
+        out = np.empty((len(index), self._pitch), np.uint8)
+        edges = np.flatnonzero(np.diff(index) != 1) + 1
+        for part in np.split(np.arange(len(index)), edges):
+            if len(part):
+                out[part] = self._read(int(index[part[0]]), len(part))
+        return out
+
+    def _read(self, first: int, count: int) -> Bytes:
+        """Rows `[first, first + count)`, made by those pieces of the plan that reach them."""
+        out = np.empty(count * self._pitch, np.uint8)
+        sink = _Window(first * self._pitch, out)
+        memory = max(self.budget, 1 << 24)
+        engine = Engine(self.plan, {_ENTRY: self.target}, self.source, sink, workers=1, max_memory=memory)
+        low, high = first * self.fold, (first + count) * self.fold
+        engine.work([p for p in engine.pieces if p.entry is None or (p.row < high and p.row + p.rows > low)])
+        return out.reshape(count, self._pitch)
+
+
+def stored_rows(tensor: StoredTensor, index: Shape, source: Source, budget: int) -> EntryRows:
+    """One entry of a tensor as it is stored."""
+    rows, _ = matrix(tensor.shape, len(index))
+    region = Region(tensor.name, index, Slot.whole(rows))
+    entry = Entry(tensor.name, index)
+    unit = Unit(tensor.name, (Move(region, region),), (entry,))
+    return EntryRows(plan_of(tensor), unit, entry, tensor.shape, tensor.dtype, source, budget)
+
+
+def plan_of(tensor: StoredTensor) -> Plan:
+    """A plan that has one source and does nothing."""
+    from converters.planning.pairing import pair_by_name
+
+    return replace(pair_by_name({tensor.name: tensor}, {}).plan, sources={tensor.name: tensor})
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """An entry of the plan: what it is, apart from the layer and the expert it is of."""
+
+    unit: Unit
+    entry: Entry
+    layer: int | None
+    expert: int | None
+    kind: str
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[. ]|$)|(?<=weight)\d+(?= |$)|(?<=bias)\d+(?= |$)")
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_EXPERT = re.compile(r"experts\.(?:\w+\.)*?(\d+)(?=\.|$)|experts\..*?weight(\d+)$|experts\..*?bias(\d+)$")
+
+
+class Detective:
+    """Finds causes for entries of one comparison: `plan` makes the tensors of `right` from those of `left`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        actual: Mapping[str, StoredTensor],
+        left: Source,
+        right: Source,
+        fields: Mapping[str, Value],
+        limits: Mapping[str, int],
+        max_memory: int,
+    ) -> None:
+        self.plan, self.actual, self.left, self.right, self.fields = plan, actual, left, right, fields
+        self.limits = limits
+        self.budget = max(1 << 20, max_memory // 8)
+        self.shapes = {draft.name: draft.shape for draft in plan.drafts}
+        self.dtypes = {draft.name: draft.dtype for draft in plan.drafts}
+
+    @cached_property
+    def spots(self) -> dict[tuple[str, Shape], _Spot]:
+        """Every entry of the plan; found when first asked for, as most comparisons need none."""
+        return {(e.tensor, e.index): self._spot(unit, e) for unit in self.plan.units for e in unit.entries}
+
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """Leading dimensions of each tensor that stack entries."""
+        return {entry.tensor: len(entry.index) for unit in self.plan.units for entry in unit.entries}
+
+    def _spot(self, unit: Unit, entry: Entry) -> _Spot:
+        layer, expert = _number(_LAYER, unit.row), _number(_EXPERT, unit.row)
+        key = parse_key(entry.tensor)
+        if key.depth == len(entry.index) and key.depth:
+            stacked_layer, stacked_expert = key.at(entry.index)
+            layer = stacked_layer if stacked_layer is not None else layer
+            expert = stacked_expert if stacked_expert is not None else expert
+        kind = _NUMBER.sub("#", f"{unit.row} {entry.tensor}")
+        return _Spot(unit, entry, layer, expert, kind)
+
+    def cause(self, name: str, index: Shape = (), first: Shape | None = None) -> str | None:
+        """The likely cause for one entry of a tensor, None where there is none, or it cannot be read in the memory."""
+        spot, stored = self.spots.get((name, index)), self.actual.get(name)
+        try:
+            if stored is None:
+                return None
+            if spot is None:
+                return self._cause_by_name(stored)
+            actual = stored_rows(stored, index, self.right, self.budget)
+            actual.rows = min(actual.rows, self.limits.get(name, actual.rows))
+            expected = self._expected(spot, stored.dtype)
+            row = first[len(index)] if first is not None and len(first) > len(index) else 0
+            structure = self._structure(spot, expected.rows)
+            return find_cause(expected, actual, Suspect(structure, tuple(self._peers(spot)), row))
+        except DeviceError:
+            return None
+
+    def _cause_by_name(self, stored: StoredTensor) -> str | None:
+        """For a tensor that no unit makes, its shape being another: against the left side's of that name."""
+        wanted = self.plan.sources.get(stored.name)
+        index = (0,) * parse_key(stored.name).depth
+        if wanted is None or wanted.dtype != stored.dtype or len(wanted.shape) != len(stored.shape):
+            return None
+        sides = (wanted, self.left), (stored, self.right)
+        expected, actual = (stored_rows(tensor, index, source, self.budget) for tensor, source in sides)
+        return find_cause(expected, actual, Suspect())
+
+    def dtype_cause(self, name: str, index: Shape = ()) -> str | None:
+        """What the values of a tensor of another dtype are: the expected ones after a cast, or something else."""
+        spot, stored = self.spots.get((name, index)), self.actual.get(name)
+        if spot is None or stored is None:
+            return None
+        try:
+            actual = stored_rows(stored, index, self.right, self.budget)
+            actual.rows = min(actual.rows, self.limits.get(name, actual.rows))
+            expected = self._expected(spot, stored.dtype)
+            if (actual.rows, actual.cols) != (expected.rows, expected.cols):
+                return None
+            step = max(1, (1 << 20) // max(1, actual.cols))
+            for row in range(0, actual.rows, step):
+                block = np.arange(row, min(row + step, actual.rows), dtype=np.int64)
+                if not np.array_equal(actual.take(block), expected.take(block)):
+                    return "the values differ also after a cast"
+        except DeviceError:
+            return None
+        return f"the values are those of {self.dtypes[name]}, cast to {stored.dtype}"
+
+    def _expected(self, spot: _Spot, dtype: str | None = None) -> EntryRows:
+        name = spot.entry.tensor
+        dtype = dtype or self.dtypes[name]
+        rows = EntryRows(self.plan, spot.unit, spot.entry, self.shapes[name], dtype, self.left, self.budget)
+        rows.rows = min(rows.rows, self.limits.get(name, rows.rows))
+        return rows
+
+    def _structure(self, spot: _Spot, rows: int) -> Structure:
+        moves = moves_into(spot.unit, spot.entry)
+        atoms, names = tuple(move.target.slot for move in moves), _atom_names(spot.unit.row, len(moves))
+        if len(atoms) < 2:
+            atoms, names = self._fused(spot.entry.tensor, rows)
+        heads, rotates = self._heads(spot.unit.row, len(atoms))
+        return Structure(atoms, names, heads, rotates)
+
+    def _fused(self, name: str, rows: int) -> tuple[tuple[Slot, ...], tuple[str, ...]]:
+        """Atoms of a tensor that is carried over whole, by its torch_dist key."""
+        q, k, d = (_count(self.fields, f) for f in ("num_attention_heads", "num_query_groups", "kv_channels"))
+        k = k or q
+        if re.search(r"self_attention\.linear_qkv\.(weight|bias)$", name) and k and q and rows == (q + 2 * k) * d:
+            return Pack(k, (q // k * d, d, d)).slots(), _QKV
+        if ".linear_fc1." in name and self.fields.get("gated_linear_unit") and rows % 2 == 0:
+            return Pack(1, (rows // 2, rows // 2)).slots(), _GLU
+        return (), ()
+
+    def _heads(self, row: str, num_atoms: int) -> tuple[Heads | None, tuple[int, ...] | None]:
+        """The rotary heads of a parameter, and which of its atoms turn."""
+        size = _count(self.fields, "kv_channels")
+        share = self.fields.get("model.rotary_percent", 1.0)
+        rotary = int(size * share) if isinstance(share, int | float) else size
+        if ".linear_qkv." in row and "layer_norm" not in row:
+            return (Heads(size, rotary) if size else None), (0, 1) if num_atoms == 3 else None
+        if re.search(r"\.(q_proj|k_proj|[qk]_norm|[qk]_layernorm)\.", row):
+            return (Heads(size, rotary) if size else None), None
+        nope, rope = _count(self.fields, "qk_head_dim"), _count(self.fields, "qk_pos_emb_head_dim")
+        if rope and re.search(r"\.(linear_q_proj|linear_q_up_proj|q_b_proj)\.weight", row):
+            return Heads(nope + rope, rope, nope), None
+        if rope and re.search(r"\.(linear_kv_down_proj|kv_a_proj_with_mqa)\.weight", row):
+            latent = _count(self.fields, "kv_lora_rank")
+            return Heads(latent + rope, rope, latent), None
+        return None, None
+
+    def _peers(self, spot: _Spot) -> Iterator[Peer]:
+        """Entries of the same parameter in other layers and experts, nearest first, then others of this layer."""
+        alike = [s for s in self.spots.values() if s.kind == spot.kind and s is not spot]
+        alike = [s for s in alike if (s.layer == spot.layer) or (s.expert == spot.expert)]
+        alike.sort(key=lambda s: (abs((s.layer or 0) - (spot.layer or 0)), abs((s.expert or 0) - (spot.expert or 0))))
+        shape = self.shapes[spot.entry.tensor][len(spot.entry.index) :]
+        others = [
+            s
+            for s in self.spots.values()
+            if (s.layer, s.expert) == (spot.layer, spot.expert)
+            and s.kind != spot.kind
+            and self.shapes[s.entry.tensor][len(s.entry.index) :] == shape
+        ]
+        for other in (*alike[:_MOST_PEERS], *others[:_MOST_PEERS]):
+            yield Peer(_described(spot, other), lambda other=other: self._peer_rows(spot, other))  # type: ignore[misc]
+
+    def _peer_rows(self, spot: _Spot, other: _Spot) -> Rows:
+        rows = self._expected(other, self.actual[spot.entry.tensor].dtype)
+        rows.budget = 0  # a row or two tell most peers apart: reading them whole would cost a pass over the model
+        return rows
+
+
+def _described(spot: _Spot, other: _Spot) -> str:
+    if other.kind != spot.kind:
+        return f"the values of `{other.entry.tensor}`"
+    if other.layer != spot.layer:
+        off = (other.layer or 0) - (spot.layer or 0)
+        return f"layer {other.layer}'s values in layer {spot.layer}'s place (off by {off:+d})"
+    return f"expert {other.expert}'s values in expert {spot.expert}'s place: another order of experts"
+
+
+_QKV, _GLU = ("query", "key", "value"), ("gate", "up")
+
+
+def _atom_names(row: str, count: int) -> tuple[str, ...]:
+    if count == 3 and "qkv" in row:
+        return _QKV
+    if count == 2 and ("fc1" in row or "gate_up" in row):
+        return _GLU
+    return tuple(f"part {number}" for number in range(1, count + 1))
+
+
+def _number(pattern: re.Pattern[str], text: str) -> int | None:
+    match = pattern.search(text)
+    return None if match is None else int(next(group for group in match.groups() if group is not None))
+
+
+def _count(fields: Mapping[str, Value], name: str) -> int:
+    value = fields.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
