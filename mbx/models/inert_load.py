@@ -96,14 +96,17 @@ def inert_loading(iteration: Path) -> Iterator[None]:
     with (
         patch.object(FileSystemReader, "read_metadata", read_metadata),
         patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}),
-        torch.serialization.safe_globals(_known_classes()),
+        torch.serialization.safe_globals(_unknown_to_torch()),
     ):
         os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
         yield
 
 
-def _known_classes() -> list[Any]:
-    """The classes themselves that `_OBJECTS` allows and torch's restricted unpickler does not know."""
+def _unknown_to_torch() -> list[Any]:
+    """The classes that `_OBJECTS` allows and torch's restricted unpickler does not know yet.
+
+    Those that it knows stay out: leaving the context would take from it what Megatron Core told it for good.
+    """
     import argparse
     import io
 
@@ -111,7 +114,7 @@ def _known_classes() -> list[Any]:
 
     multiarray = getattr(numpy, "_core", None) or numpy.core
     dtypes = {type(numpy.dtype(kind)) for kind in "?bBhHiIlLqQefd"}
-    return [
+    wanted = [
         argparse.Namespace,
         io.BytesIO,
         numpy.ndarray,
@@ -120,6 +123,8 @@ def _known_classes() -> list[Any]:
         multiarray.multiarray.scalar,
         *dtypes,
     ]
+    known = torch.serialization.get_safe_globals()
+    return [one for one in wanted if one not in known]
 
 
 def _check_objects(iteration: Path) -> None:

@@ -110,9 +110,12 @@ def test_what_cannot_be_converted_fails_every_leg_and_the_others_still_run(tiny:
     assert "--tp 3" in results[0].leg.summary
 
 
-def test_tolerance_decides_the_forward_leg(tiny: Path, tmp_path: Path) -> None:
-    """The same sound model under a limit that rounding alone exceeds."""
-    text = f'[[check]]\nsource = "{tiny / "llama"}"\nlegs = ["forward", "loss"]\ntolerance = '
+def test_tolerance_decides_the_forward_leg(peers: Path, tmp_path: Path) -> None:
+    """The same sound model under a limit that rounding alone exceeds.
+
+    Experts are summed in another order by the two libraries; dense models are equal to the bit on some processors.
+    """
+    text = f'[[check]]\nsource = "{peers / "qwen3_moe" / "hf"}"\nlegs = ["forward", "loss"]\ntolerance = '
     assert {result.leg.status for result in checked(text + "1e-12", tmp_path)} == {"failed"}
     assert {result.leg.status for result in checked(text + "1e-4", tmp_path)} == {"passed"}
 
