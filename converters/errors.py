@@ -1,22 +1,39 @@
-"""Every error a user can meet: a fact, a hint to paste, and the exit code it ends with."""
+"""Every error a user can meet: a fact, a hint to paste, and the exit code it ends with.
+
+A text names what the caller chose as `‹tp›`, whoever the caller is: `spelt` puts it in the caller's own words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import ClassVar
+
+_CHOICE = re.compile(r"‹([a-z-]+)›")
+
+
+def in_python(choice: str) -> str:
+    """A choice as a keyword argument: `max-memory` is `max_memory`, in backticks."""
+    return f"`{choice.replace('-', '_')}`"
+
+
+def spelt(text: str, spelling: Callable[[str], str] = in_python) -> str:
+    """`text` with each choice that it names in the words of its reader, such as `--tp` for `‹tp›`."""
+    return _CHOICE.sub(lambda found: spelling(found[1]), text)
 
 
 class MbxError(Exception):
     """Base of all expected failures.
 
     `fact` says what is wrong with got and expected values; `hint` is a command or an action;
-    `details` lists every further instance (all unmapped tensors, say), one line each.
+    `details` lists every further instance (all unmapped tensors, say), one line each. They name choices as `‹tp›`;
+    `str(error)` is the fact in Python's words.
     """
 
     exit_code: ClassVar[int] = 70
 
     def __init__(self, fact: str, *, hint: str | None = None, details: Sequence[str] = ()) -> None:
-        super().__init__(fact)
+        super().__init__(spelt(fact))
         self.fact = fact
         self.hint = hint
         self.details = tuple(details)

@@ -59,13 +59,13 @@ def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
         raise UnsupportedError(
             f"no table for {', '.join(map(str, architectures)) or 'this class'} around a {inner!r} text model",
             hint=f"the table `{fits[0].name}` covers that text model in a repository of its own; add a [wrapped] "
-            "section with this class's beginnings of names to a copy of it and give that as --mapping FILE",
+            "section with this class's beginnings of names to a copy of it and give that as ‹mapping› FILE",
         )
     known = sorted({kind for name in table_names() for kind in shipped(name).model_types})
     close = get_close_matches(str(model_type), known, n=3)
     raise UnsupportedError(
         f"no table for model_type {model_type!r} with architectures {architectures}",
-        hint=f"near: {', '.join(close)}; `mbx models new SRC` drafts a table, --mapping FILE uses it"
+        hint=f"near: {', '.join(close)}; `mbx models new SRC` drafts a table, ‹mapping› FILE uses it"
         if close
-        else "`mbx models list` shows what is covered; --mapping FILE uses a table of your own",
+        else "`mbx models list` shows what is covered; ‹mapping› FILE uses a table of your own",
     )

@@ -181,7 +181,7 @@ class _Cutter:
                 raise DeviceError(
                     f"`{unit.row}` is {why} and needs {-(-need // MIB)} MiB at once; "
                     f"{self.cutting.whole_bytes // MIB} MiB are there",
-                    hint=f"raise --max-memory to {-(-need * 4 // 3 // MIB)}MiB",
+                    hint=f"raise ‹max-memory› to {-(-need * 4 // 3 // MIB)}MiB",
                 )
         for entry in unit.entries:
             self._add_rows(pieces, entry)
@@ -204,7 +204,7 @@ class _Cutter:
                 raise DeviceError(
                     f"`{entry.tensor}` is encoded {count} rows at once, which needs {-(-need // MIB)} MiB; "
                     f"{self.cutting.whole_bytes // MIB} MiB are there",
-                    hint=f"raise --max-memory to {-(-need * 4 // 3 // MIB)}MiB",
+                    hint=f"raise ‹max-memory› to {-(-need * 4 // 3 // MIB)}MiB",
                 )
             nbytes = self._nbytes(entry, row, count)
             pieces.append(Piece(len(pieces), self.unit, entry, row, count, nbytes, need, self._file(entry, row)))

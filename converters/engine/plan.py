@@ -19,7 +19,7 @@ from converters.tensors import Shape, StoredTensor, nbytes_of
 if TYPE_CHECKING:
     from converters.engine.lowrank import LowRank
 
-#: `--dtype` values and the storage dtype each asks for.
+#: `dtype` values and the storage dtype each asks for.
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: Dtypes of tensors that stand for themselves; others are codes of some codec.
 STORABLE = frozenset(("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL"))
@@ -62,7 +62,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will do. The run executes this object; `--dry-run` prints it.
+    """What a run will do. The run executes this object; `dry_run` prints it.
 
     `equal` are pairs of source tensors that must hold the same values. `objects` are the names of opaque
     payloads (`_extra_state`) the target carries. `kept` are sources that travel beside the target as they are:
@@ -128,11 +128,11 @@ def with_heads_present(config: Mapping[str, Value], rows: Sequence[Row]) -> dict
 
 
 def requested_dtype(name: str | None) -> str | None:
-    """Storage dtype of a `--dtype` value; UsageError lists the choices."""
+    """Storage dtype of a `dtype` value; UsageError lists the choices."""
     if name is None:
         return None
     if name not in DTYPES:
-        raise UsageError(f"--dtype {name!r} is not known", hint=f"choices: {', '.join(DTYPES)}")
+        raise UsageError(f"‹dtype› {name!r} is not known", hint=f"choices: {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

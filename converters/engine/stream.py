@@ -180,7 +180,7 @@ class Engine:
             if tensor.dtype == "F16" and (lost := overflown(changed, data, origin)):
                 raise UsageError(
                     f"`{entry.tensor}`: {lost} value(s) are beyond fp16's range, 65504, and would be infinite",
-                    hint="--dtype bf16 keeps the range, --dtype fp32 every value",
+                    hint="‹dtype› bf16 keeps the range, ‹dtype› fp32 every value",
                 )
             data = self.reader.restored(unit, row, data, changed, origin) if unit.original else changed
         item = DTYPE_BITS[tensor.dtype] // 8

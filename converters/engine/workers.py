@@ -65,7 +65,7 @@ def start(thread: threading.Thread) -> None:
         thread.start()
     except RuntimeError as error:
         raise DeviceError(
-            f"{thread.name}: {error}", hint="lower --workers, or raise the limit (ulimit -d, -u)"
+            f"{thread.name}: {error}", hint="lower ‹workers›, or raise the limit (ulimit -d, -u)"
         ) from error
 
 

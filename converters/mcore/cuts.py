@@ -76,7 +76,7 @@ def cut_of(key: str, gated: bool = False) -> Cut:
         return Cut(1)
     raise UnsupportedError(
         f"`{key}`: how tensor parallelism cuts this parameter is not known",
-        hint="a torch_dist checkpoint at --tp 1 needs no cut",
+        hint="a torch_dist checkpoint at ‹tp› 1 needs no cut",
     )
 
 

@@ -63,7 +63,7 @@ def parts_of(key: str, shape: Shape, *, halves: bool) -> tuple[Part, ...]:
     if ".mixer." in key:
         raise UnsupportedError(
             f"`{key}`: fsdp_dtensor checkpoints of Mamba layers are not known",
-            hint="--format torch_dist holds them",
+            hint="‹format› torch_dist holds them",
         )
     parsed = parse_key(key)
     inner = shape[parsed.depth :]

@@ -102,15 +102,15 @@ def check(layout: Layout, config: Mapping[str, Value]) -> None:
         ("etp", layout.expert_tp),
         ("make-vocab-size-divisible-by", layout.vocab_divisor),
     )
-    reasons = [f"--{name} {size}: must be at least 1" for name, size in sizes if size < 1]
+    reasons = [f"‹{name}› {size}: must be at least 1" for name, size in sizes if size < 1]
     if reasons:
         raise LayoutError(f"this layout does not fit the model: {reasons[0]}", details=reasons[1:])
     hint = None
     if layout.vpp > 1 and layout.pp == 1:
-        reasons.append(f"--vpp {layout.vpp} interleaves pipeline stages, and --pp is 1")
+        reasons.append(f"‹vpp› {layout.vpp} interleaves pipeline stages, and ‹pp› is 1")
     if layout.pipeline is not None and (layout.vpp > 1 or layout.first_stage or layout.last_stage):
         reasons.append(
-            "--pipeline-layout places every layer: it goes with neither --vpp nor uneven first and last stages"
+            "‹pipeline-layout› places every layer: it goes with neither ‹vpp› nor uneven first and last stages"
         )
     if (layers := config.get("num_layers")) and isinstance(layers, int):
         try:
@@ -138,9 +138,9 @@ def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
         width = "moe_ffn_hidden_size" if config.get("moe_ffn_hidden_size") else "ffn_hidden_size"
         wanted += [("ep", layout.ep, "num_moe_experts"), ("etp", layout.expert_tp, width)]
     elif layout.ep > 1 and config.get("num_layers"):
-        reasons.append(f"--ep {layout.ep}: this model has no experts")
+        reasons.append(f"‹ep› {layout.ep}: this model has no experts")
     elif layout.expert_tp not in (1, layout.tp) and config.get("num_layers"):
-        reasons.append(f"--etp {layout.expert_tp}: this model has no experts")
+        reasons.append(f"‹etp› {layout.expert_tp}: this model has no experts")
     for name, asked, field in wanted:
         size = config.get(field)
         if field == "num_query_groups" and isinstance(size, int) and size > 0 and not asked % size:
@@ -148,7 +148,7 @@ def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
         if isinstance(size, int) and size % asked:
             others = [config.get(other) for axis, _, other in wanted if axis == name]
             common = math.gcd(*(other for other in others if isinstance(other, int)))
-            reasons.append(f"--{name} {asked} does not divide {field} = {size}{nearest(common, asked, name)}")
+            reasons.append(f"‹{name}› {asked} does not divide {field} = {size}{nearest(common, asked, name)}")
     return reasons
 
 
@@ -184,5 +184,5 @@ def boxes(name: str, form: Form, rows: int, cols: int, tp: int) -> Iterator[Box]
 
 def _cut(name: str, size: int, tp: int, what: str) -> int:
     if size % tp:
-        raise LayoutError(f"--tp {tp} does not divide the {size} {what} of `{name}`{nearest(size, tp, 'tp')}")
+        raise LayoutError(f"‹tp› {tp} does not divide the {size} {what} of `{name}`{nearest(size, tp, 'tp')}")
     return size // tp

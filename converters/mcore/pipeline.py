@@ -39,11 +39,11 @@ def parse_layout(text: str) -> list[str]:
         while match := re.search(pattern, flat):
             count = int(match[2])
             if len(flat) + len(match[1]) * count > _MAX_LAYERS:
-                raise LayoutError(f"--pipeline-layout {text!r} describes more than {_MAX_LAYERS} layers")
+                raise LayoutError(f"‹pipeline-layout› {text!r} describes more than {_MAX_LAYERS} layers")
             flat = flat[: match.start()] + match[1] * count + flat[match.end() :]
     if wrong := sorted(set(flat) - set(_KINDS + "|")):
         raise LayoutError(
-            f"--pipeline-layout {text!r}: {', '.join(map(repr, wrong))} is not a kind of layer",
+            f"‹pipeline-layout› {text!r}: {', '.join(map(repr, wrong))} is not a kind of layer",
             hint="E is the embedding, t a decoder layer, m a multi-token-prediction layer, L the loss; | ends a stage",
         )
     return flat.split("|")
@@ -53,19 +53,19 @@ def custom_stages(text: str, pp: int, num_layers: int, mtp_layers: int) -> tuple
     """Stages of a layout string over `pp` ranks, in order of depth; LayoutError where it does not fit the model."""
     parts = parse_layout(text)
     if len(parts) % pp:
-        raise LayoutError(f"--pipeline-layout has {len(parts)} stages; --pp {pp} does not divide them")
+        raise LayoutError(f"‹pipeline-layout› has {len(parts)} stages; ‹pp› {pp} does not divide them")
     whole = "".join(parts)
     wanted = {"E": 1, "t": num_layers, "m": mtp_layers, "L": 1}
     wrong = [
         f"{whole.count(kind)} `{kind}`, {count} wanted" for kind, count in wanted.items() if whole.count(kind) != count
     ]
     if wrong:
-        raise LayoutError(f"--pipeline-layout {text!r} has {wrong[0]}", details=wrong)
+        raise LayoutError(f"‹pipeline-layout› {text!r} has {wrong[0]}", details=wrong)
     if whole != "E" + "t" * num_layers + "m" * mtp_layers + "L":
-        raise LayoutError(f"--pipeline-layout {text!r}: the order must be E, t…, m…, L")
+        raise LayoutError(f"‹pipeline-layout› {text!r}: the order must be E, t…, m…, L")
     if len({number for number, part in enumerate(parts) if "m" in part}) > 1:
         raise LayoutError(
-            f"--pipeline-layout {text!r}: Megatron Core keeps all multi-token-prediction layers in one stage"
+            f"‹pipeline-layout› {text!r}: Megatron Core keeps all multi-token-prediction layers in one stage"
         )
     stages, first = [], 0
     for number, part in enumerate(parts):
@@ -90,7 +90,7 @@ def even_stages(
     for rank, count in enumerate(per_rank):
         if count % vpp:
             raise LayoutError(
-                f"--vpp {vpp} does not divide the {count} layers of pipeline rank {rank}{nearest(count, vpp, 'vpp')}"
+                f"‹vpp› {vpp} does not divide the {count} layers of pipeline rank {rank}{nearest(count, vpp, 'vpp')}"
             )
     stages, first = [], 0
     for chunk in range(vpp):
@@ -108,10 +108,10 @@ def _layers_per_rank(pp: int, num_layers: int, first: int | None, last: int | No
             low = -(-num_layers // pp)
             ends = _uneven_fit(pp, num_layers)
             raise LayoutError(
-                f"--pp {pp} does not divide num_layers = {num_layers}{nearest(num_layers, pp, 'pp')}",
+                f"‹pp› {pp} does not divide num_layers = {num_layers}{nearest(num_layers, pp, 'pp')}",
                 hint=f"uneven stages work: {ends}"
                 if ends
-                else f"--pipeline-layout can place {low} or fewer in each stage",
+                else f"‹pipeline-layout› can place {low} or fewer in each stage",
             )
         return [num_layers // pp] * pp
     fixed = [count for count in (first, last) if count is not None]
@@ -130,7 +130,7 @@ def _uneven_fit(pp: int, num_layers: int) -> str | None:
     for each in (-(-num_layers // pp), num_layers // pp):
         last = num_layers - each * (pp - 1)
         if each > 0 and last > 0:
-            return f"--decoder-last-pipeline-num-layers {last}"
+            return f"‹decoder-last-pipeline-num-layers› {last}"
     return None
 
 
@@ -139,4 +139,4 @@ def nearest(size: int, asked: int, name: str) -> str:
     fits = [n for n in range(1, size + 1) if size % n == 0]
     if not fits:
         return ""
-    return f"; the nearest that does is --{name} {min(fits, key=lambda n: (abs(n - asked), n))}"
+    return f"; the nearest that does is ‹{name}› {min(fits, key=lambda n: (abs(n - asked), n))}"

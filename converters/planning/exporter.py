@@ -253,7 +253,7 @@ class _Exporter:
             if shape != whole.tensor.shape or dtype not in _ENCODABLE:
                 raise CoverageError(
                     f"`{name}` is {dtype} {list(shape)} now; the source's codes stand for {list(whole.tensor.shape)}",
-                    hint="leave out --codec same to write it plainly",
+                    hint="leave out ‹codec› same to write it plainly",
                 )
             self.reencoded[name] = Encoded(StoredTensor(name, dtype, shape, ()), whole.codec, whole.parts)
             self.dtype_changes[dtype, whole.codec.name] += 1

@@ -151,7 +151,7 @@ class _Importer:
         if len(tensors) < len(row.hf):
             raise CoverageError(
                 f"`{row.mcore}` lacks `{next(n for n in row.hf if n in self.missing)}`; its values cannot be invented",
-                hint="--allow-missing covers whole optional rows only; complete the source",
+                hint="‹allow-missing› covers whole optional rows only; complete the source",
             )
         shapes = [self._logical(row, tensor) for tensor in tensors]
         inner = shapes[0][1:]

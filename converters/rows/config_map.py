@@ -80,7 +80,7 @@ class ConfigTable:
             raise CoverageError(
                 f"config.json has {len(unknown)} key(s) that the table `{self.table}` does not know: "
                 + ", ".join(unknown[:10]),
-                hint="a key that cannot change the forward pass may be waived with --allow-unused-key NAME",
+                hint="a key that cannot change the forward pass may be waived with ‹allow-unused-key› NAME",
                 details=[f"{key} = {hf[key]!r}{_near(key, known)}" for key in unknown],
             )
         for key, value in self.require.items():

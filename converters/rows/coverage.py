@@ -26,8 +26,8 @@ class Waivers:
         """In words, the patterns that matched nothing that `ledger` lacks or leaves over."""
         unused = (*ledger.waived_unused, *ledger.beside)
         return (
-            *_idle("--allow-missing", self.missing, ledger.waived_missing, "missing"),
-            *_idle("--allow-unused", self.unused, unused, "left over"),
+            *_idle("‹allow-missing›", self.missing, ledger.waived_missing, "missing"),
+            *_idle("‹allow-unused›", self.unused, unused, "left over"),
         )
 
     def unused_by(self, name: str) -> bool:
@@ -80,8 +80,8 @@ def settle(
         raise CoverageError(
             f"{side}: {' and '.join(parts)}, first `{(missing or unused)[0]}`",
             hint=_layer_counts(present, want, [*missing, *unused])
-            or "`mbx models check TABLE --against SRC` lists them by row; waive by name with "
-            "--allow-missing GLOB (written as zeros) or --allow-unused GLOB",
+            or "`mbx models check TABLE ‹against› SRC` lists them by row; waive by name with "
+            "‹allow-missing› GLOB (written as zeros) or ‹allow-unused› GLOB",
             details=[f"missing  {line}" for line in _with_near(missing, unused)]
             + [f"unmapped {line}" for line in _with_near(unused, missing)],
         )

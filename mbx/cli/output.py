@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import TextIO
 
-from converters.errors import MbxError
+from converters.errors import MbxError, spelt
 
 _SHOWN_DETAILS = 10
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2"}
@@ -97,11 +97,20 @@ class Output:
         if self._answered:
             raise AssertionError("a command printed two JSON documents")
         self._answered = True
-        json.dump(document, sys.stdout, indent=1, ensure_ascii=False)
-        sys.stdout.write("\n")
+        sys.stdout.write(in_flags(json.dumps(document, indent=1, ensure_ascii=False)) + "\n")
 
 
 out = Output()
+
+
+def flag(choice: str) -> str:
+    """A choice as this command line takes it."""
+    return f"--{choice}"
+
+
+def in_flags(text: str) -> str:
+    """`text` with each choice that it names as this command line spells it."""
+    return spelt(text, flag)
 
 
 def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
@@ -120,7 +129,7 @@ def _write(stream: TextIO, line: str) -> None:
 
     Names of a stranger's checkpoint may hold what a terminal obeys: shown as escapes, all but colours.
     """
-    line = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], line)
+    line = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], in_flags(line))
     encoding = stream.encoding or "utf-8"
     try:
         line.encode(encoding)

@@ -13,7 +13,7 @@ from mbx.cli import settings
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
 from mbx.cli.options import Dtype, Mapping, Output, Resources, Workers, epilog
-from mbx.cli.output import out, paint
+from mbx.cli.output import flag, in_flags, out, paint
 from mbx.text import human_bytes
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def parity(
     if html is not None:
         from mbx.verify.report_html import write
 
-        write(report, html)
+        write(report, html, flag)
     doc = document(report, forward=forward)
     out.result(doc, lambda: lines(doc))
     raise typer.Exit(0 if report.passed else 1)
@@ -146,7 +146,7 @@ def ci(
     )
     for path, text in ((junit, ci_report.junit), (markdown, ci_report.markdown)):
         if path is not None:
-            path.write_text(text(results), encoding="utf-8")
+            path.write_text(in_flags(text(results)), encoding="utf-8")
     passed = all(result.passed for result in results)
     doc = {"passed": passed, "results": [ci_report.entry(result) for result in results]}
     out.result(doc, lambda: ci_report.lines(results))

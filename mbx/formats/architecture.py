@@ -57,7 +57,7 @@ def architecture_of(
     if not known:
         raise StorageError(
             f"`{opened.iteration}` says nothing of its architecture: it has neither hf/, run_config.yaml nor args",
-            hint="name a folder with config.json and the tokenizer: --hf-config DIR",
+            hint="name a folder with config.json and the tokenizer: ‹hf-config› DIR",
         )
     held, corrected = _as_held(known, opened, origin)
     table, config = _fitting(held, opened, mapping)
@@ -131,13 +131,13 @@ def _fitting(
         if mapping is not None:
             raise UnsupportedError(
                 f"the table `{mapping}` does not describe this checkpoint: {reasons[0][1].fact}",
-                hint="the sidecar may leave it out: name a folder with the model's config.json: --hf-config DIR",
+                hint="the sidecar may leave it out: name a folder with the model's config.json: ‹hf-config› DIR",
                 details=reasons[0][1].details,
             )
         raise UnsupportedError(
             "no shipped table describes this checkpoint",
-            hint="name a folder with the model's config.json: --hf-config DIR (the sidecar may leave out what a table "
-            "needs, as Megatron-Bridge's does YaRN); or a table, to see why it does not: --mapping TABLE",
+            hint="name a folder with the model's config.json: ‹hf-config› DIR (the sidecar may leave out what a table "
+            "needs, as Megatron-Bridge's does YaRN); or a table, to see why it does not: ‹mapping› TABLE",
             details=[f"{name}: {error.fact}" for name, error in reasons],
         )
     if _norms_span_heads(opened, known):  # the preferred tables' models normalise each head for itself
@@ -146,7 +146,7 @@ def _fitting(
     if chosen is None and len(fits) > 1:
         raise UsageError(
             f"{len(fits)} tables describe this checkpoint alike: {', '.join(table.name for table, _ in fits)}",
-            hint=f"choose one: --mapping {fits[0][0].name}",
+            hint=f"choose one: ‹mapping› {fits[0][0].name}",
         )
     return chosen or fits[0]
 

@@ -1,6 +1,6 @@
 """Megatron-LM's `torch` checkpoints, read without loading them: whole tensors whose chunks lie in each rank's file.
 
-    iter_0000100/mp_rank_00/model_optim_rng.pt            --tp 1
+    iter_0000100/mp_rank_00/model_optim_rng.pt            tp 1
     iter_0000100/mp_rank_01_003_002/model_optim_rng.pt    tensor rank 1, pipeline rank 3, expert rank 2
 
 A file is one torch.save archive with `args` (an argparse Namespace), `model` (or `model0`, `model1`, … one per
@@ -67,10 +67,10 @@ def open_legacy(iteration: Path) -> McoreCheckpoint:
     if missing := [(t, p) for t in range(layout.tp) for p in range(layout.pp) if (t, p) not in found]:
         raise StorageError(
             f"`{iteration}` lacks the file of tensor rank {missing[0][0]}, pipeline rank {missing[0][1]}: "
-            f"its args say --tp {layout.tp} --pp {layout.pp}"
+            f"its args say ‹tp› {layout.tp} ‹pp› {layout.pp}"
         )
     if lacking := set(range(layout.ep)) - {f.ep for f in files}:
-        raise StorageError(f"`{iteration}` lacks expert rank {min(lacking)}: its args say --ep {layout.ep}")
+        raise StorageError(f"`{iteration}` lacks expert rank {min(lacking)}: its args say ‹ep› {layout.ep}")
     if extra := [f.file for f in files if f.tp >= layout.tp or f.pp >= layout.pp or f.ep >= layout.ep]:
         raise StorageError(
             f"`{iteration / extra[0]}` is of a rank that the args (tp {layout.tp}, pp {layout.pp}) have not"

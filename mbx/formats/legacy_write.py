@@ -92,9 +92,9 @@ class _Writer:
     def __init__(self, drafts: Mapping[str, Draft], layout: Layout, config: Mapping[str, Value], spec: Spec) -> None:
         if layout.tp % layout.expert_tp:
             raise LayoutError(
-                f"--etp {layout.expert_tp} with --tp {layout.tp}: legacy files are named by tensor rank, "
+                f"‹etp› {layout.expert_tp} with ‹tp› {layout.tp}: legacy files are named by tensor rank, "
                 "and one name would stand for several expert shards",
-                hint="choose --etp that divides --tp, or --format torch_dist",
+                hint="choose ‹etp› that divides ‹tp›, or ‹format› torch_dist",
             )
         self.drafts, self.layout, self.spec = drafts, layout, spec
         shapes = {name: draft.shape for name, draft in drafts.items()}
@@ -256,7 +256,7 @@ class _Writer:
         else:
             halves = 2 if cut.gated else 1
             if whole[dim] % (size * halves):
-                raise LayoutError(f"--tp {size} does not divide dimension {dim} of `{name}`, {list(whole)}")
+                raise LayoutError(f"‹tp› {size} does not divide dimension {dim} of `{name}`, {list(whole)}")
             part = whole[dim] // (size * halves)
             boxes = []
             for half in range(halves):

@@ -29,26 +29,26 @@ def carried_states(opened: McoreCheckpoint, ep: int) -> dict[str, StoredTensor]:
     """
     if opened.format != "torch_dist":
         raise UnsupportedError(
-            f"--with-optimizer: the optimizer state of `{opened.format}` checkpoints is cut by data-parallel rank",
+            f"‹with-optimizer›: the optimizer state of `{opened.format}` checkpoints is cut by data-parallel rank",
             hint=_RESAVE.replace("save it", "save it with --ckpt-format torch_dist, and"),
         )
     if not opened.state:
-        raise UsageError(f"--with-optimizer: `{opened.iteration}` holds no optimizer state")
+        raise UsageError(f"‹with-optimizer›: `{opened.iteration}` holds no optimizer state")
     kind = _kind(opened)
     flat = [name for name in opened.state if not is_state(name)]
     if kind in _WHY or flat:
         kind = kind or "dp_reshardable"
         why = _WHY.get(kind, "not in the space of the model's parameters")
-        raise UnsupportedError(f"--with-optimizer: state of the kind `{kind}` is {why}", hint=_RESAVE, details=flat)
+        raise UnsupportedError(f"‹with-optimizer›: state of the kind `{kind}` is {why}", hint=_RESAVE, details=flat)
     groups = (opened.common or {}).get("optimizer")
     if not isinstance(groups, Mapping):
-        raise UnsupportedError(f"--with-optimizer: `{opened.iteration}` lacks the optimizer's parameter groups")
+        raise UnsupportedError(f"‹with-optimizer›: `{opened.iteration}` lacks the optimizer's parameter groups")
     apart = "optimizer" not in groups  # a chain of optimizers, by number
     if apart != (ep > 1) and any(parse_key(name).experts for name in opened.tensors):
         raise UnsupportedError(
-            f"--with-optimizer: Megatron Core gives experts an optimizer of their own above --ep 1 only, and loads no "
-            f"state across; the source has {'two' if apart else 'one'}, --ep {ep} wants {'two' if ep > 1 else 'one'}",
-            hint=f"choose --ep {'above 1' if apart else '1'}, or leave the optimizer's state behind",
+            f"‹with-optimizer›: Megatron Core gives experts an optimizer of their own above ‹ep› 1 only, and loads no "
+            f"state across; the source has {'two' if apart else 'one'}, ‹ep› {ep} wants {'two' if ep > 1 else 'one'}",
+            hint=f"choose ‹ep› {'above 1' if apart else '1'}, or leave the optimizer's state behind",
         )
     names = canonical_names({weight_of(name) for name in opened.state})
     out = {}
@@ -78,7 +78,7 @@ def carried_common(opened: McoreCheckpoint) -> dict[str, object]:
     out = {key: value for key, value in (opened.common or {}).items() if key in _COMMON}
     if odd := [key for key, value in out.items() if not is_plain(value)]:
         raise UnsupportedError(
-            f"--with-optimizer: `{odd[0]}` of the common state holds more than plain values, such as a loss scale",
+            f"‹with-optimizer›: `{odd[0]}` of the common state holds more than plain values, such as a loss scale",
             hint="train in bf16 or fp32, or let the optimizer start anew",
         )
     return out

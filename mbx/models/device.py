@@ -96,12 +96,12 @@ def _import_transformer_engine() -> None:
     except (ImportError, OSError) as error:
         raise DeviceError(
             f"device `cuda` needs Transformer Engine, which does not import: {error}",
-            hint="install transformer-engine[pytorch], or compare on the CPU: --device cpu",
+            hint="install transformer-engine[pytorch], or compare on the CPU: ‹device› cpu",
         ) from error
     import torch
 
     if not torch.cuda.is_available():
-        raise DeviceError("device `cuda`: torch sees no GPU", hint="compare on the CPU: --device cpu")
+        raise DeviceError("device `cuda`: torch sees no GPU", hint="compare on the CPU: ‹device› cpu")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 Work happens in `DST.partial/` beside the target; `commit` flushes it to the disk and renames it. A run that fails
 or is killed leaves `DST.partial/` behind when there is work in it to go on from (see `mbx.run.journal`).
 
-Nothing is removed that mbx did not make, but for a target's old contents where `--overwrite` asks for that, and then
+Nothing is removed that mbx did not make, but for a target's old contents where `overwrite` asks for that, and then
 only a checkpoint's. What a run needs beside `DST.partial/` is hidden under names that nobody gives by hand,
 `.DST.mbx-*`: a `DST.old` is a user's backup.
 """
@@ -53,10 +53,10 @@ def _check_replaceable(target: Path, *, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise UsageError(f"the destination `{target}` is not empty", hint="add --overwrite to replace it")
+        raise UsageError(f"the destination `{target}` is not empty", hint="add ‹overwrite› to replace it")
     if not any(any(target.glob(mark)) for mark in _MARKS):
         raise UsageError(
-            f"the destination `{target}` holds no checkpoint: --overwrite would remove "
+            f"the destination `{target}` holds no checkpoint: ‹overwrite› would remove "
             f"`{min(path.name for path in target.iterdir())}`",
             hint="choose another destination, or remove it yourself",
         )
@@ -146,7 +146,7 @@ class PartialFolder:
             if not self._overwrite and not self._resume and journal.has_progress(self.path):
                 raise UsageError(
                     f"`{self.path}` holds what an interrupted run wrote",
-                    hint="--resume goes on from there, --overwrite starts again",
+                    hint="‹resume› goes on from there, ‹overwrite› starts again",
                 )
             if not self._is_ours():
                 raise UsageError(
@@ -163,7 +163,7 @@ class PartialFolder:
         if link := next((path for path in self.path.rglob("*") if path.is_symlink()), None):
             raise UsageError(
                 f"`{link}` is a link, which no run of mbx left there: it is not followed",
-                hint="--overwrite starts again",
+                hint="‹overwrite› starts again",
             )
 
     def _is_ours(self) -> bool:

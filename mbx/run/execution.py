@@ -97,8 +97,8 @@ class _Run:
         if max(before.cutting.piece_bytes, before.cutting.whole_bytes) > max(options.max_memory, mine.whole_bytes):
             raise DeviceError(
                 f"the interrupted run was cut for {before.cutting.whole_bytes >> 20} MiB; "
-                f"--max-memory gives {options.max_memory >> 20} MiB",
-                hint="resume with the --max-memory of that run, or start again with --overwrite",
+                f"‹max-memory› gives {options.max_memory >> 20} MiB",
+                hint="resume with the ‹max-memory› of that run, or start again with ‹overwrite›",
             )
         _check_files(_base(self.job, folder.path), self.job.file_sizes, found)
         return header, found
@@ -197,7 +197,7 @@ def _kept_on_failure(folder: PartialFolder, target: Path) -> Iterator[None]:
         yield
     except MbxError as error:
         if folder.keep:
-            error.details = (*error.details, f"what is written stays in `{folder.path}`: --resume goes on from there")
+            error.details = (*error.details, f"what is written stays in `{folder.path}`: ‹resume› goes on from there")
         raise
 
 
@@ -242,5 +242,5 @@ def _check_files(base: Path, sizes: Mapping[str, int], found: Mapping[int, Seque
         if actual != size:
             raise StorageError(
                 f"`{path}` has {0 if actual is None else actual} bytes; the interrupted run left {size}",
-                hint="start again with --overwrite",
+                hint="start again with ‹overwrite›",
             )

@@ -16,7 +16,7 @@ from converters.tensors import StoredTensor
 from mbx.formats import hf
 
 PLAIN, SAME = "plain", "same"
-#: `--codec` values: every tensor as it stands, or each as the source stored it.
+#: `codec` values: every tensor as it stands, or each as the source stored it.
 CODECS = (PLAIN, SAME)
 
 
@@ -46,24 +46,24 @@ def codes_of(
     Raises UsageError where it is not known, or where nothing says how the source was stored.
     """
     if codec not in CODECS:
-        raise UsageError(f"--codec {codec!r} is not known", hint=f"choices: {', '.join(CODECS)}")
+        raise UsageError(f"‹codec› {codec!r} is not known", hint=f"choices: {', '.join(CODECS)}")
     quantization = quantization_of(config)
     if codec == PLAIN:
         note = (
-            "the weights are stored plainly, without quantization_config; --codec same stores them as the source did"
+            "the weights are stored plainly, without quantization_config; ‹codec› same stores them as the source did"
         )
         return Codes(quantization, notes=() if quantization is None else (note,))
     if quantization is None:
         raise UsageError(
-            "--codec same: the source was not quantised, its config.json has no quantization_config",
+            "‹codec› same: the source was not quantised, its config.json has no quantization_config",
             hint="leave it out: every tensor is written as it stands",
         )
     stored = {n: StoredTensor(n, t.dtype, t.shape, ()) for file in files or () for n, t in file.tensors.items()}
     view, encoded = decoded_view(stored, quantization)
     if not encoded or reference is None:
         raise UsageError(
-            "--codec same: nothing says which tensors the source had quantised",
-            hint="name the quantised model's own folder, with its weights: --hf-config DIR",
+            "‹codec› same: nothing says which tensors the source had quantised",
+            hint="name the quantised model's own folder, with its weights: ‹hf-config› DIR",
         )
     encode = encodings(encoded)
     known = hf.known_parts(iteration, reference)

@@ -143,7 +143,7 @@ def _idle(options: Options, plan: Plan, table: Table, config: Mapping[str, Value
     """Waivers that waived nothing, in words: most likely one is misspelt, or for another model."""
     known = table.config.known_keys()
     idle = [key for key in options.allow_unused_keys if key not in config or key in known]
-    keys = [f"--allow-unused-key {key} had no effect: config.json has no such unknown key" for key in idle]
+    keys = [f"‹allow-unused-key› {key} had no effect: config.json has no such unknown key" for key in idle]
     return [*options.waivers.idle(plan.ledger), *keys]
 
 
@@ -157,7 +157,7 @@ def place_megatron(plan: Plan, format: str, sidecars: Sidecars) -> torch_dist.Pl
         return legacy_write.place(
             plan.drafts, plan.layout, plan.config, sidecars.args, iteration=sidecars.iteration, spec=sidecars.spec
         )
-    raise UsageError(f"--format {format!r} is not known", hint=f"choices: {', '.join(FORMATS)}")
+    raise UsageError(f"‹format› {format!r} is not known", hint=f"choices: {', '.join(FORMATS)}")
 
 
 def is_swiglu(config: Mapping[str, Value], args: Mapping[str, object]) -> bool:
@@ -207,7 +207,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     kept_codes = []
     if options.dtype is not None and plan.reencoded:
         kinds = ", ".join(sorted({whole.codec.name for whole in plan.reencoded.values()}))
-        kept_codes = [f"--dtype {options.dtype} casts the other tensors: {len(plan.reencoded):,} stay {kinds}"]
+        kept_codes = [f"‹dtype› {options.dtype} casts the other tensors: {len(plan.reencoded):,} stay {kinds}"]
     plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out, *codes.notes, *kept_codes, *idle))
     files = recorded_files if plan.reencoded else plain
     placed = hf.place(plan.drafts, files, options.max_shard_bytes)

@@ -66,7 +66,7 @@ def check_unchanged(root: Path, before: Stamps, now: Stamps, *, when: str) -> No
     if changed:
         raise StorageError(
             f"`{root / changed[0]}` changed {when}",
-            hint="let what writes it finish, then run again with --overwrite",
+            hint="let what writes it finish, then run again with ‹overwrite›",
             details=changed,
         )
 
@@ -118,7 +118,7 @@ def read(partial: Path) -> tuple[Header, dict[int, tuple[int, ...]]] | None:
         marks = {str(file): (int(size), int(when)) for file, (size, when) in stored["stamps"].items()}
         header = Header(str(stored["digest"]), cutting, marks)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"`{path}` is damaged: {error}", hint="start again with --overwrite") from error
+        raise StorageError(f"`{path}` is damaged: {error}", hint="start again with ‹overwrite›") from error
     return header, read_pieces(partial)
 
 
@@ -136,7 +136,7 @@ def check_resumable(found: Header, ours: Header, root: Path, partial: Path) -> N
     if found.digest != ours.digest:
         raise UsageError(
             f"`{partial}` was left by a run with another source or other options, or by another release of mbx",
-            hint="repeat that command with --resume, or start again with --overwrite",
+            hint="repeat that command with ‹resume›, or start again with ‹overwrite›",
         )
 
 

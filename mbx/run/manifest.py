@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import StorageError
+from converters.errors import StorageError, spelt
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor, nbytes_of
 from mbx import __version__
@@ -90,7 +90,7 @@ def compose(
         "waived": {"missing": list(plan.ledger.waived_missing), "unused": list(plan.ledger.waived_unused)},
         "dropped": list(plan.ledger.dropped),
         "beside": list(plan.ledger.beside),
-        "notes": list(plan.notes),
+        "notes": list(map(spelt, plan.notes)),
         "files": {name: f"{crc:08x}" for name, crc in files.items()},
         "containers": {name: [size, f"{crc:08x}"] for name, (size, crc) in containers.items()},
     }

@@ -33,18 +33,18 @@ def plan_merge(base: Path, source: Path, target: Path, options: Options, *, to: 
     own = "hf" if (base / hf.CONFIG).is_file() else "mcore"
     to = to or own
     if to not in KINDS:
-        raise UsageError(f"--to {to!r} is not known", hint=f"choices: {', '.join(KINDS)}")
+        raise UsageError(f"‹to› {to!r} is not known", hint=f"choices: {', '.join(KINDS)}")
     if to == "hf" and options.layout != Layout():
         raise UsageError(
-            "a Hugging Face folder has no parallel layout: --tp, --pp and the like belong to --to mcore",
-            hint="add --to mcore, or leave the layout out",
+            "a Hugging Face folder has no parallel layout: ‹tp›, ‹pp› and the like belong to ‹to› mcore",
+            hint="add ‹to› mcore, or leave the layout out",
         )
     check_target(source, target, overwrite=options.overwrite)
     adapter = open_adapter(source, opened)
     if adapter.saved and (own, to) != ("hf", "hf"):
         raise UnsupportedError(
             f"`modules_to_save` holds `{sorted(adapter.saved)[0]}`: only a Hugging Face base takes whole tensors",
-            hint="merge with --to hf first, then convert",
+            hint="merge with ‹to› hf first, then convert",
         )
     if (own, to) == ("hf", "hf"):
         return _copied(base, target, options, opened, adapter)

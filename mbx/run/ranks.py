@@ -235,7 +235,7 @@ class Team:
     def check(self) -> None:
         """Raise StorageError when another process has failed or vanished."""
         if self._lost is not None:
-            raise StorageError(self._lost, hint="run all processes again with --resume")
+            raise StorageError(self._lost, hint="run all processes again with ‹resume›")
 
     def finish(self) -> None:
         """Say that this process has written its share."""

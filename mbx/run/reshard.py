@@ -43,10 +43,10 @@ def plan_mcore_to_mcore(
     """
     check_target(source, target, overwrite=options.overwrite)
     if options.dtype is not None:
-        raise UsageError("a change of layout keeps every value: --dtype belongs to the other conversions")
+        raise UsageError("a change of layout keeps every value: ‹dtype› belongs to the other conversions")
     if with_optimizer and options.format != "torch_dist":
         raise UsageError(
-            f"--with-optimizer: only --format torch_dist can take it, got {options.format}",
+            f"‹with-optimizer›: only ‹format› torch_dist can take it, got {options.format}",
             hint="leave out one of the two",
         )
     opened = open_model(source)

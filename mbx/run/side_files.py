@@ -43,7 +43,7 @@ def check_equal(job: Job, source: FileSource) -> None:
                 f"`{name}` should repeat `{other}`, and does not",
                 hint="config.json says they are tied: set `tie_word_embeddings` to false to keep both"
                 if not job.plan.direction.startswith("adapter")
-                else "one linear shares one lora_A: leave out --fused to keep them apart",
+                else "one linear shares one lora_A: leave out ‹fused› to keep them apart",
             )
 
 

@@ -57,7 +57,7 @@ def _raw(name: str) -> dict[str, object]:
         close = get_close_matches(name, recipe_names(), n=3)
         raise UsageError(
             f"there is no recipe `{name}`",
-            hint=f"did you mean {', '.join(close)}?" if close else "`mbx train --list` shows all",
+            hint=f"did you mean {', '.join(close)}?" if close else "`mbx train ‹list›` shows all",
         )
     model, _, method = name.rpartition("_")
     how, what = _toml(FOLDER / f"method.{method}.toml"), _toml(FOLDER / f"model.{model}.toml")

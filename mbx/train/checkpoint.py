@@ -97,7 +97,7 @@ class Store:
         if self.ranks.is_main:
             shutil.rmtree(self._target, ignore_errors=True)
         last = latest(self.root)
-        hint = f"--resume continues from {last.name}" if last else "the run has no earlier checkpoint"
+        hint = f"‹resume› continues from {last.name}" if last else "the run has no earlier checkpoint"
         return StorageError(f"`{self._target}` could not be written: {_said(error)}", hint=hint)
 
     def _finish(self, target: Path, state: LoopState) -> None:

@@ -22,7 +22,7 @@ def export_hf(run_dir: Path, target: Path, *, dtype: str | None = None, overwrit
         raise UsageError(f"`{run_dir}` holds no checkpoint to export")
     if not (found / "hf").is_dir():
         raise UsageError(
-            f"`{found}` was trained without a Hugging Face folder", hint="mbx convert mcore-to-hf --hf-config DIR"
+            f"`{found}` was trained without a Hugging Face folder", hint="mbx convert mcore-to-hf ‹hf-config› DIR"
         )
     return run(plan_mcore_to_hf(found, target, Options(dtype=dtype, exact_norms=True, overwrite=overwrite))).target
 
@@ -44,6 +44,6 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Pa
     if not (base / "config.json").is_file():
         raise UsageError(
             f"the adapters' base `{base}` is no Hugging Face folder to merge into",
-            hint="export the adapter without --merged, or convert the base first",
+            hint="export the adapter without ‹merged›, or convert the base first",
         )
     return merge_run(run_dir, base, target), "Hugging Face model, adapter merged in fp32"

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from converters.errors import UsageError
+from converters.errors import UsageError, spelt
 from mbx.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Log:
     def message(self, text: str) -> None:
         """A line for the reader."""
         if self.main:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(spelt(text) + "\n")
             sys.stderr.flush()
 
     def step(self, s: Step) -> None:

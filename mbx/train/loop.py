@@ -279,8 +279,8 @@ class _Trainer:
         else:
             self.mean_loss = loss if math.isnan(self.mean_loss) else 0.95 * self.mean_loss + 0.05 * loss
             return
-        self.store.settle(wait=True)  # what is being written is what --resume continues from
-        again = f"--resume continues from step {self.saved}" if self.saved > 0 else "no checkpoint was saved before"
+        self.store.settle(wait=True)  # what is being written is what resume continues from
+        again = f"‹resume› continues from step {self.saved}" if self.saved > 0 else "no checkpoint was saved before"
         raise DifferenceError(f"step {figures.step}: {fact}", hint=again + tip)
 
     def _save(self) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import LayoutError, StorageError, UsageError
+from converters.errors import LayoutError, StorageError, UsageError, spelt
 from converters.mcore.layout import Layout
 from converters.mcore.layout import check as check_layout
 from converters.rows.config_spelling import canonical
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 
 #: How the converter's options spell a parallel size, which a recipe spells `parallel.tp`.
-_AXIS = re.compile(r"--(tp|pp|vpp|ep|etp) ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +105,10 @@ def _layout(recipe: Recipe, config: Mapping[str, Value]) -> Layout:
     try:
         check_layout(layout, config)
     except LayoutError as error:
-        fact, *details = (_AXIS.sub(r"parallel.\1 ", text) for text in (error.fact, *error.details))
-        hint = error.hint if error.hint and "--pipeline-layout" not in error.hint else None  # a recipe has no such key
-        raise LayoutError(fact, hint=hint and _AXIS.sub(r"parallel.\1=", hint), details=details) from error
+        fact, *details = (spelt(text, "parallel.{}".format) for text in (error.fact, *error.details))
+        hint = error.hint if error.hint and "‹pipeline-layout›" not in error.hint else None  # a recipe has no such key
+        hint = hint and spelt(hint.replace("› ", "›="), "parallel.{}".format)
+        raise LayoutError(fact, hint=hint, details=details) from error
     return layout
 
 

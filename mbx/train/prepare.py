@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 #: Hints of the conversion, in a recipe's words.
 _KEYS = {
-    "--mapping FILE": "model.mapping=FILE",
-    "with --allow-unused-key NAME": "by a table of your own, model.mapping=FILE",
+    "‹mapping› FILE": "model.mapping=FILE",
+    "with ‹allow-unused-key› NAME": "by a table of your own, model.mapping=FILE",
 }
 
 
@@ -48,27 +48,27 @@ def decide(recipe: Recipe, init_from: str | None, resume: bool) -> Start:
     again = "it holds no checkpoint: remove it, or run.dir=NAME starts another"
     if not found and (lost := finished(run)):
         number = int(lost[-1].name.removeprefix("iter_"))
-        again = f"its tracker is gone: echo {number} > {run / TRACKER} makes --resume continue from {lost[-1].name}"
+        again = f"its tracker is gone: echo {number} > {run / TRACKER} makes ‹resume› continue from {lost[-1].name}"
     if init_from and resume:
-        raise UsageError("--init-from starts a new run and --resume continues one: give one of them")
+        raise UsageError("‹init-from› starts a new run and ‹resume› continues one: give one of them")
     if resume:
         if found is None:
-            hint = again if used else "leave --resume out to start the run"
-            raise StorageError(f"--resume: `{run}` has no checkpoint that its tracker names", hint=hint)
+            hint = again if used else "leave ‹resume› out to start the run"
+            raise StorageError(f"‹resume›: `{run}` has no checkpoint that its tracker names", hint=hint)
         return Start("resume", found, f"resuming {run} at {found.name}")
     if used:
-        hint = "--resume continues it; run.dir=NAME starts another" if found else again
+        hint = "‹resume› continues it; run.dir=NAME starts another" if found else again
         raise UsageError(f"the run folder `{run}` is not empty", hint=hint)
     if init_from:
         if not Path(init_from).is_dir():
             what = "is no folder" if Path(init_from).exists() else "does not exist"
-            raise StorageError(f"--init-from: `{init_from}` {what}")
+            raise StorageError(f"‹init-from›: `{init_from}` {what}")
         return Start("init", Path(init_from), f"new run in {run}, weights from {init_from}")
     if recipe.model.init == "random":
         if recipe.lora.rank and recipe.run.save:
             raise UsageError(
                 "adapters on random weights cannot be resumed or merged: no checkpoint holds their base",
-                hint="model.init=pretrained, or --init-from DIR; run.save=false trains without checkpoints",
+                hint="model.init=pretrained, or ‹init-from› DIR; run.save=false trains without checkpoints",
             )
         return Start("random", None, f"new run in {run}, random weights (seed {recipe.train.seed})")
     if not recipe.model.path:

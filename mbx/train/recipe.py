@@ -167,7 +167,7 @@ def unknown_key(key: str, known: list[str]) -> UsageError:
     ]
     return UsageError(
         f"a recipe has no key `{key}`",
-        hint=f"did you mean {', '.join(close)}?" if close else "`mbx train --recipe NAME --show` prints every key",
+        hint=f"did you mean {', '.join(close)}?" if close else "`mbx train ‹recipe› NAME ‹show›` prints every key",
     )
 
 

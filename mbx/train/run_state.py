@@ -12,7 +12,7 @@ from mbx.train.recipe import SECTIONS, Recipe, all_keys, parse_recipe
 
 STATE = "mbx_train.json"
 RECIPE = "recipe.json"
-#: Recipe keys, or whole sections, that must not change under --resume: with them, step N would not be the step N of
+#: Recipe keys, or whole sections, that must not change under resume: with them, step N would not be the step N of
 #: the run, or its optimizer state would not be the checkpoint's.
 _FIXED = (
     *("data", "lora", "model.path", "model.shape", "model.vocab_divisor", "optim.optimizer", "run.save_optimizer"),
@@ -70,8 +70,8 @@ def check_continues(recipe: Recipe, path: Path) -> None:
     changed = [key for key in all_keys() if _fixed(key) and _get(before, key) != _get(recipe, key)]
     if changed:
         raise UsageError(
-            f"--resume: the recipe changed in {', '.join(changed)}; the run would not be the same run",
-            hint="repeat the run's own recipe and overrides, or start another with --init-from and run.dir=NAME",
+            f"‹resume›: the recipe changed in {', '.join(changed)}; the run would not be the same run",
+            hint="repeat the run's own recipe and overrides, or start another with ‹init-from› and run.dir=NAME",
             details=[f"{key}: {_get(before, key)!r} became {_get(recipe, key)!r}" for key in changed],
         )
 
@@ -80,8 +80,8 @@ def check_world(path: Path, world_size: int) -> None:
     """UsageError where the run whose checkpoint lies at `path` had another number of processes."""
     if (before := read_state(path).world_size) != world_size:
         raise UsageError(
-            f"--resume: the run had {before} process(es), now there are {world_size}",
-            hint=f"torchrun --nproc-per-node {before} -m mbx train … --resume",
+            f"‹resume›: the run had {before} process(es), now there are {world_size}",
+            hint=f"torchrun --nproc-per-node {before} -m mbx train … ‹resume›",
         )
 
 

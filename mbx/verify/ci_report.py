@@ -17,7 +17,7 @@ _SHOWN_LINES = 5
 
 
 def entry(result: Result) -> dict[str, object]:
-    """One result as `--json` prints it."""
+    """One result as `json` prints it."""
     leg = result.leg
     return {
         "check": result.check,

@@ -63,7 +63,7 @@ def pair_sides(
     """
     if first.kind == second.kind and dtype is not None:
         raise UsageError(
-            f"--dtype {dtype} declares a cast between a folder and a Megatron checkpoint; both sides are of one kind",
+            f"‹dtype› {dtype} declares a cast between a folder and a Megatron checkpoint; both sides are of one kind",
             hint="leave it out: the report says whether values of two dtypes agree",
         )
     if first.kind == second.kind == "mcore":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from converters.errors import StorageError
+from converters.errors import StorageError, in_python, spelt
 from mbx import __version__
 from mbx.text import plural
 from mbx.verify.parity import Difference, Leg, ParityReport
@@ -33,10 +33,10 @@ svg .path { fill: none; stroke: var(--bar); stroke-width: 1.5; }
 _CLASSES = {"passed": "passed", "failed": "failed", "not run": "open"}
 
 
-def write(report: ParityReport, path: Path) -> None:
-    """Write the report of a comparison; StorageError where the file cannot be written."""
+def write(report: ParityReport, path: Path, spelling: Callable[[str], str] = in_python) -> None:
+    """Write the report of a comparison, choices named by `spelling`; StorageError where the file cannot be written."""
     try:
-        path.write_text(page(report), encoding="utf-8")
+        path.write_text(spelt(page(report), spelling), encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write `{path}`: {error.strerror or error}") from error
 

@@ -86,7 +86,7 @@ def test_shards_are_those_of_the_source(tmp_path: Path) -> None:
 def test_without_the_option_nothing_is_encoded_and_the_plan_says_so(tmp_path: Path) -> None:
     _, mcore = imported("fp8_tensor", tmp_path)
     job = exported(mcore, tmp_path / "hf", options=Options())
-    assert not job.plan.reencoded and any("--codec same" in note for note in job.plan.notes)
+    assert not job.plan.reencoded and any("‹codec› same" in note for note in job.plan.notes)
     assert {t.dtype for t in tensors(tmp_path / "hf").values()} == {torch.bfloat16}
     assert not [n for n in tensors(tmp_path / "hf") if n.endswith("scale")], "activation scales belong to the codes"
     assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -96,7 +96,7 @@ def test_another_dtype_leaves_the_codes_and_the_plan_says_so(tmp_path: Path) -> 
     _, mcore = imported("fp8_tensor", tmp_path)
     for dtype, said in (("fp16", 1), (None, 0)):
         job = exported(mcore, tmp_path / f"{dtype}", options=replace(SAME, dtype=dtype))
-        notes = [note for note in job.plan.notes if note.startswith("--dtype fp16 casts the other tensors: ")]
+        notes = [note for note in job.plan.notes if note.startswith("‹dtype› fp16 casts the other tensors: ")]
         assert len(notes) == said and all(f"{len(job.plan.reencoded)} stay fp8" in note for note in notes)
     assert torch.float8_e4m3fn in {t.dtype for t in tensors(tmp_path / "fp16").values()}
 
@@ -208,7 +208,7 @@ def test_headers_of_the_source_are_needed(tmp_path: Path) -> None:
         sidecar(mcore, name).unlink()
     with pytest.raises(UsageError, match="nothing says which tensors") as caught:
         plan_mcore_to_hf(mcore, tmp_path / "hf", SAME)
-    assert "--hf-config DIR" in (caught.value.hint or "")
+    assert "‹hf-config› DIR" in (caught.value.hint or "")
     exported(mcore, tmp_path / "hf", reference=source)
     assert differing(source, tmp_path / "hf") == []
 
@@ -231,7 +231,7 @@ def test_a_scale_of_a_whole_tensor_needs_the_tensor_in_memory(tmp_path: Path) ->
     _, mcore = imported("fp8_tensor", tmp_path)
     with pytest.raises(DeviceError, match="encoded .* rows at once") as caught:
         exported(mcore, tmp_path / "hf", options=replace(SAME, max_memory=1 << 22))
-    assert "--max-memory" in (caught.value.hint or "")
+    assert "‹max-memory›" in (caught.value.hint or "")
 
 
 def test_an_unknown_codec_is_refused(tmp_path: Path) -> None:

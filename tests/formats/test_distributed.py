@@ -115,7 +115,7 @@ def test_one_killed_process_fails_the_others_in_time_and_resume_completes(
         if rank == victim:
             assert code == -signal.SIGKILL
         else:
-            assert code == 4 and f"rank {victim} of 3 gave no sign of life for 12 s" in text and "--resume" in text
+            assert code == 4 and f"rank {victim} of 3 gave no sign of life for 12 s" in text and "‹resume›" in text
     assert not target.exists() and journal.has_progress(partial_path(target))
     results = _finish([_start(rank, 2, tiny / "llama", target, "resume") for rank in range(2)])
     assert results == [(0, "")] * 2

@@ -77,7 +77,7 @@ def test_a_disk_that_fills_up_on_the_way(
     full = tmpfs("size=196k")
     monkeypatch.setattr(execution, "check_free_space", lambda target, nbytes: nbytes)
     error = _refused(DeviceError, "No space left on device", source, full / "target")
-    assert "distcp" in error.fact and any("--resume" in detail for detail in error.details)
+    assert "distcp" in error.fact and any("‹resume›" in detail for detail in error.details)
     subprocess.run(["mount", "-o", "remount,size=4m", str(full)], check=True)
     convert("hf-to-mcore", source, full / "target", layout=Layout(tp=2), resume=True)
     convert("hf-to-mcore", source, tmp_path / "plain", layout=Layout(tp=2))

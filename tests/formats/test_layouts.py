@@ -137,13 +137,13 @@ MOE = {
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        (Layout(tp=6), ("num_query_groups = 4", "num_attention_heads = 16", "--tp 4")),
-        (Layout(pp=2), ("num_layers = 27", "--pp")),
-        (Layout(ep=3), ("num_moe_experts = 8", "--ep 2")),
-        (Layout(etp=5), ("moe_ffn_hidden_size = 48", "--etp 4")),
-        (Layout(pp=3, vpp=2), ("--vpp 2", "--vpp 1")),
-        (Layout(vpp=2), ("--vpp 2", "--pp is 1")),
-        (Layout(tp=0), ("--tp 0",)),
+        (Layout(tp=6), ("num_query_groups = 4", "num_attention_heads = 16", "‹tp› 4")),
+        (Layout(pp=2), ("num_layers = 27", "‹pp›")),
+        (Layout(ep=3), ("num_moe_experts = 8", "‹ep› 2")),
+        (Layout(etp=5), ("moe_ffn_hidden_size = 48", "‹etp› 4")),
+        (Layout(pp=3, vpp=2), ("‹vpp› 2", "‹vpp› 1")),
+        (Layout(vpp=2), ("‹vpp› 2", "‹pp› is 1")),
+        (Layout(tp=0), ("‹tp› 0",)),
         (Layout(pp=3, first_stage=10), ("27 layers", "17")),
         (Layout(pp=2, pipeline="E|t*26,L"), ("26 `t`", "27 wanted")),
     ],
@@ -160,7 +160,7 @@ def test_a_layout_that_fits_is_not_refused_and_experts_are_asked_of_a_moe_alone(
     check(Layout(tp=64), {})
     dense = {key: value for key, value in MOE.items() if "moe" not in key}
     check(Layout(tp=4, etp=1), dense)
-    for layout, word in ((Layout(tp=4, etp=2), "--etp 2"), (Layout(ep=2), "--ep 2")):
+    for layout, word in ((Layout(tp=4, etp=2), "`etp` 2"), (Layout(ep=2), "`ep` 2")):
         with pytest.raises(LayoutError, match=f"{word}: this model has no experts"):
             check(layout, dense)
     check(Layout(tp=8, etp=1), MOE)  # two ranks to a key and value head
@@ -169,7 +169,7 @@ def test_a_layout_that_fits_is_not_refused_and_experts_are_asked_of_a_moe_alone(
 def test_uneven_stages_are_offered() -> None:
     with pytest.raises(LayoutError) as caught:
         check(Layout(pp=4), {"num_layers": 61})
-    assert "--decoder-last-pipeline-num-layers 13" in (caught.value.hint or "")
+    assert "‹decoder-last-pipeline-num-layers› 13" in (caught.value.hint or "")
     check(Layout(pp=4, last_stage=13), {"num_layers": 61})
 
 

@@ -270,7 +270,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
 
 def test_expert_shards_without_a_name_are_refused(tiny: Path, tmp_path: Path) -> None:
     options = Options(format="torch", layout=Layout(tp=2, etp=4))
-    with pytest.raises(LayoutError, match="--etp 4"):
+    with pytest.raises(LayoutError, match="`etp` 4"):
         plan_hf_to_mcore(tiny / "llama", tmp_path / "out", options)
     assert not list(tmp_path.iterdir())
 

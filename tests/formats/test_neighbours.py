@@ -50,7 +50,7 @@ def test_overwrite_replaces_checkpoints_alone(tiny: Path, tmp_path: Path) -> Non
     target = tmp_path / "home"
     target.mkdir()
     (target / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match=r"holds no checkpoint: --overwrite would remove `thesis\.tex`"):
+    with pytest.raises(UsageError, match=r"holds no checkpoint: `overwrite` would remove `thesis\.tex`"):
         convert("hf-to-mcore", tiny / "llama", target, overwrite=True)
     assert tree(target)
     (target / "latest_checkpointed_iteration.txt").write_text("0")

@@ -231,9 +231,9 @@ def test_bytes_are_conserved_and_weights_only_is_said(checkpoint: Callable[[str]
     job = plan_mcore_to_mcore(tmp_path / "src", tmp_path / "dst", options(Layout(tp=2, pp=4, ep=8, etp=1)))
     assert job.plan.source_bytes + (251 % 2) * 2 * 32 * 2 == job.plan.target_bytes
     assert job.plan.notes[0] == "weights only"
-    with pytest.raises(UsageError, match="--dtype"):
+    with pytest.raises(UsageError, match="`dtype`"):
         plan_mcore_to_mcore(tmp_path / "src", tmp_path / "dst", replace(PLAIN, dtype="fp32"))
-    with pytest.raises(UsageError, match="--format"):
+    with pytest.raises(UsageError, match="`format`"):
         plan_mcore_to_mcore(tmp_path / "src", tmp_path / "dst", replace(PLAIN, format="zarr"))
 
 

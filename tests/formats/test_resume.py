@@ -147,7 +147,7 @@ def test_without_resume_an_interrupted_run_is_named_and_kept(interrupted: tuple[
     source, target = interrupted
     with pytest.raises(UsageError, match=r"target\.partial` holds what an interrupted run wrote") as caught:
         _again(source, target)
-    assert "--resume" in str(caught.value.hint) and "--overwrite" in str(caught.value.hint)
+    assert "‹resume›" in str(caught.value.hint) and "‹overwrite›" in str(caught.value.hint)
     assert journal.has_progress(partial_path(target)) and not target.exists()
     _again(source, target, overwrite=True)
     assert target.is_dir() and not partial_path(target).exists()
@@ -249,7 +249,7 @@ def test_more_memory_than_now_allowed_is_said(interrupted: tuple[Path, Path]) ->
     source, target = interrupted
     path = partial_path(target) / ".mbx" / "run.json"
     path.write_text(path.read_text().replace('"piece_bytes": ', '"piece_bytes": 9999'))
-    with pytest.raises(MbxError, match="--max-memory gives 16 MiB"):
+    with pytest.raises(MbxError, match="`max_memory` gives 16 MiB"):
         _again(source, target, resume=True)
 
 

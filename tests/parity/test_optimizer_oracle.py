@@ -156,11 +156,11 @@ def test_weights_alone_go_by_default_and_what_cannot_go_says_why(saved: Path, tm
     assert job.plan.notes[0] == "not carried: optimizer state: 36 tensors, 5138688 bytes"
     with pytest.raises(UnsupportedError, match="`dp_reshardable` is flat buffers"):
         plan_mcore_to_mcore(saved / "flat", tmp_path / "out", PLAIN, with_optimizer=True)
-    with pytest.raises(UnsupportedError, match="the source has two, --ep 1 wants one"):
+    with pytest.raises(UnsupportedError, match="the source has two, `ep` 1 wants one"):
         plan_mcore_to_mcore(saved / "full", tmp_path / "out", PLAIN, with_optimizer=True)
     with pytest.raises(UnsupportedError, match="cut by data-parallel rank"):
         plan_mcore_to_mcore(saved / "legacy", tmp_path / "out", PLAIN, with_optimizer=True)
-    with pytest.raises(UsageError, match="only --format torch_dist"):
+    with pytest.raises(UsageError, match="only `format` torch_dist"):
         plan_mcore_to_mcore(saved / "full", tmp_path / "out", Options(format="torch"), with_optimizer=True)
     run(job)
     with pytest.raises(UsageError, match="holds no optimizer state"):

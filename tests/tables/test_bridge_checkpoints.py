@@ -136,7 +136,7 @@ def config_findings(it: Made) -> tuple[str, ...]:
 def test_what_a_run_config_leaves_out_is_asked_for(made: Any, tmp_path: Path, mapping: str | None) -> None:
     with pytest.raises(UnsupportedError) as error:
         plan_mcore_to_hf(made("gpt_oss").mcore, tmp_path / "hf", Options(sync=False, mapping=mapping))
-    assert "--hf-config" in str(error.value.hint)
+    assert "‹hf-config›" in str(error.value.hint)
     assert "rope_scaling.factor" in "\n".join((error.value.fact, *error.value.details))
 
 

@@ -49,7 +49,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path: Path, beside: bool
             run_here(short(run, 3, run={"save_async": beside}), resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in caught.value.fact and caught.value.hint == "--resume continues from iter_0000002"
+    assert "\n" not in caught.value.fact and caught.value.hint == "‹resume› continues from iter_0000002"
     assert [path.name for path in run.glob("iter_*")] == ["iter_0000002"]
     assert len(run_here(short(run, 3), resume=True)) == 1
 
@@ -114,7 +114,7 @@ def test_a_changed_recipe_is_refused_before_anything_is_built(
     (key,) = change
     with pytest.raises(UsageError) as caught:
         prepare(parse_recipe(short(finished, 3, **{section: change})), resume=True, dry=True)
-    assert caught.value.fact.startswith(f"--resume: the recipe changed in {section}.{key};")
+    assert caught.value.fact.startswith(f"‹resume›: the recipe changed in {section}.{key};")
     prepare(parse_recipe(short(finished, 3)), resume=True, dry=True)  # more steps are no change
 
 

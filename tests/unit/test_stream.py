@@ -234,7 +234,7 @@ def test_any_number_of_workers_gives_the_same_bytes() -> None:
 def test_a_transposed_unit_that_does_not_fit_is_refused_with_the_limit_it_needs() -> None:
     with pytest.raises(DeviceError, match="transposed and needs 11 MiB at once; 6 MiB") as caught:
         _big(1 << 10, 1 << 10, transposed=True).engine(1, 8 * MIB)
-    assert caught.value.hint == "raise --max-memory to 14MiB"
+    assert caught.value.hint == "raise ‹max-memory› to 14MiB"
     case = _big(1 << 10, 1 << 10, transposed=True)
     case.check(case.engine(1, 14 * MIB).run())
 

@@ -42,7 +42,7 @@ def test_a_thread_that_cannot_start_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(DeviceError, match="can't start new thread") as caught:
         start(threading.Thread(name="mbx-3"))
-    assert "mbx-3" in caught.value.fact and "--workers" in str(caught.value.hint)
+    assert "mbx-3" in caught.value.fact and "‹workers›" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

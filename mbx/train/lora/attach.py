@@ -216,7 +216,7 @@ def base_of(recorded: str) -> Path:
     """Where a resumed adapter run finds its frozen base; UsageError where it is gone."""
     if not recorded or not Path(recorded).is_dir():
         raise UsageError(
-            f"--resume: the adapters' base `{recorded or 'random weights'}` is not there",
+            f"‹resume›: the adapters' base `{recorded or 'random weights'}` is not there",
             hint="put it back: the run's checkpoints hold adapters only",
         )
     return Path(recorded)
