@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from converters.errors import StorageError, spelt
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor, nbytes_of
-from mbx import __version__
 from mbx.formats.hf import MANIFEST
 from mbx.untrusted.names import is_inside
+from mbx.version import __version__
 
 if TYPE_CHECKING:
     from mbx.run.job import Job

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 
 from converters.errors import StorageError, in_python, spelt
-from mbx import __version__
 from mbx.text import plural
 from mbx.verify.parity import Difference, Leg, ParityReport
 from mbx.verify.report_plots import divergence_plot, figure, tensor_plots
+from mbx.version import __version__
 
 _SHOWN = 500
 _STYLE = """
