@@ -15,7 +15,7 @@ from mbx.formats import hf
 from mbx.formats.architecture import stated_config
 from mbx.formats.files import FileSource
 from mbx.run.job import DEFAULT_MAX_MEMORY
-from mbx.verify.compare import Tally, compare
+from mbx.verify.compare import Reading, Tally, compare
 from mbx.verify.comparison import Pair, pair_sides
 from mbx.verify.sides import Side, open_side
 
@@ -89,10 +89,8 @@ def diff(
             sources[id(pair.left)],
             sources[id(pair.right)],
             limits={**pair.limits, **_common_rows(pair, targets)},
-            workers=workers,
-            max_memory=max_memory,
+            reading=Reading(workers, max_memory, progress),
             norms=True,
-            progress=progress,
         )
     finally:
         for source in sources.values():
