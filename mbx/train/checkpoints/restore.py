@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
+
 from converters.errors import StorageError
 
 if TYPE_CHECKING:
-    import torch
     from megatron.core.optimizer import MegatronOptimizer
 
 
 def _plain_adams(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
     """PyTorch's AdamW wherever it stands in for Transformer Engine's."""
-    import torch
-
     inner = [getattr(one, "optimizer", None) for one in getattr(optimizer, "chained_optimizers", [optimizer])]
     return [adam for adam in inner if isinstance(adam, torch.optim.AdamW)]
 
@@ -25,8 +24,6 @@ def allocate(optimizer: MegatronOptimizer) -> None:
 
     Megatron Core's distributed optimizer reads the step number of an existing state before it loads one.
     """
-    import torch
-
     for adam in _plain_adams(optimizer):
         fresh = [] if adam.state else [p for group in adam.param_groups for p in group["params"]]
         for parameter in fresh:
@@ -39,8 +36,6 @@ def count_steps(optimizer: MegatronOptimizer) -> None:
 
     Each parameter gets a counter of its own: loading gave all of them one tensor, which every one would advance.
     """
-    import torch
-
     for adam in _plain_adams(optimizer):
         for group in adam.param_groups:
             for state in (adam.state[p] for p in group["params"] if "step" in group):
@@ -52,7 +47,6 @@ def random_streams() -> dict[str, object]:
     import random
 
     import numpy
-    import torch
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     return {
@@ -68,7 +62,6 @@ def restore_random(states: Mapping[str, object]) -> None:
     import random
 
     import numpy
-    import torch
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     random.setstate(states["python"])  # type: ignore[arg-type]
@@ -79,8 +72,6 @@ def restore_random(states: Mapping[str, object]) -> None:
 
 
 def _tensor(value: object) -> torch.Tensor:
-    import torch
-
     if not isinstance(value, torch.Tensor):
         raise StorageError(f"a random state should be a tensor, got {type(value).__name__}")
     return value

@@ -17,11 +17,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from converters.errors import StorageError
 from mbx.formats import hf, torch_dist
 from mbx.formats.sidecars import common_of
 from mbx.train.checkpoints.restore import allocate, count_steps, random_streams, restore_random
 from mbx.train.checkpoints.state import RECIPE, STATE, LoopState, finished, latest
+from mbx.train.lora.attach import only_adapters
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.build import unwrap
 from mbx.train.model.parallel import Ranks
@@ -48,7 +51,6 @@ class Store:
 
         With `run.save_async` it returns while a process of each rank writes; `settle` finishes what is written.
         """
-        import torch
         from megatron.core import dist_checkpointing
         from torch.distributed.checkpoint.api import CheckpointException
 
@@ -135,7 +137,6 @@ class Store:
         """
         from pickle import UnpicklingError
 
-        import torch
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.core import CheckpointingException
         from torch.distributed.checkpoint.api import CheckpointException
@@ -183,8 +184,6 @@ class Store:
             rank, world = self.ranks.rank, self.ranks.world_size
             content["rng"] = ShardedObject("rng_state", random_streams(), (world,), (rank,), replica_id=0)
         if self.recipe.lora.rank:
-            from mbx.train.lora.attach import only_adapters
-
             content |= {name: only_adapters(part) for name, part in weights.items()}
         return content
 

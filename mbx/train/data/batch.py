@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import torch
+
 from mbx.train.model.parallel import Ranks
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from mbx.train.data.rows import Row
@@ -18,8 +19,6 @@ Batch = Mapping[str, "torch.Tensor | None"]
 
 def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[torch.Tensor, Callable[..., object]]:
     """One micro-batch: per-token losses [b, s], and how to reduce them."""
-    import torch
-
     batch = next(batches)
     arguments: dict[str, object] = {}
     if batch["cu_seqlens"] is not None:
@@ -50,7 +49,6 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int) -> Batch:
     GPU's queue, which cost 5 % of a step in FP8 at the 1B shape. `longest` stays on the CPU for the same reason.
     """
     import numpy as np
-    import torch
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if ranks.device == "cuda":

@@ -66,7 +66,7 @@ class Adapter(nn.Module):
         self.rank, self.scale, self.dropout = lora.rank, lora.alpha / lora.rank, lora.dropout
         self.row_parallel, self.group = type(base).__name__ in (*ROW, *GROUPED_ROW), group_of(expert)
         self.tp = self.group.size()
-        self.sequence_parallel = config.sequence_parallel and self.tp > 1
+        self.sequence_parallel = self.tp > 1 and config.sequence_parallel
 
     @property
     def weight(self) -> torch.Tensor:

@@ -7,10 +7,10 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from typing import cast
 
-from converters.errors import DeviceError, UsageError
+from converters.errors import DeviceError
 from mbx.train.recipe.sections import Recipe
 from mbx.train.recipe.world import check_world, smallest_world
 
@@ -67,48 +67,22 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
     """torch.distributed and Megatron Core's parallel state, torn down on exit; on a CPU, gloo and patched names."""
     import torch
 
+    from mbx.models.cpu import megatron_on_cpu, process_group
+
+    p, cuda = recipe.parallel, ranks.device == "cuda"
     with contextlib.ExitStack() as stack:
-        if ranks.device == "cuda":
+        if cuda:
             torch.cuda.set_device(ranks.local_rank)
         else:
-            from mbx.models.cpu import megatron_on_cpu
-
             stack.enter_context(megatron_on_cpu())
             stack.enter_context(_cpu_tensors())
-        if torch.distributed.is_initialized():
-            raise UsageError("torch.distributed is initialised already", hint="leave the other process group first")
-        _join(ranks)
-        stack.callback(torch.distributed.destroy_process_group)
-        from megatron.core import parallel_state
-
-        p = recipe.parallel
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=p.tp,
-            pipeline_model_parallel_size=p.pp,
-            virtual_pipeline_model_parallel_size=p.vpp if p.vpp > 1 else None,
-            context_parallel_size=p.cp,
-            expert_model_parallel_size=p.ep,
-            expert_tensor_parallel_size=p.etp,
-        )
-        stack.callback(parallel_state.destroy_model_parallel)
+        backend = "nccl" if cuda else "gloo"
+        joined = partial(process_group, tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp, backend=backend)
+        stack.enter_context(joined(rank=ranks.rank, world_size=ranks.world_size, timeout_s=_TIMEOUT_S))
         seed_everything(recipe.train.seed)
         if recipe.train.deterministic:
             _deterministic(ranks)
         yield
-
-
-def _join(ranks: Ranks) -> None:
-    import torch
-
-    backend = "nccl" if ranks.device == "cuda" else "gloo"
-    timeout = timedelta(seconds=_TIMEOUT_S)
-    if "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(
-            backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout, init_method="env://"
-        )
-        return
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def seed_everything(seed: int) -> None:

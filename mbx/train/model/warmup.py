@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from converters.rows.expr import Value
 from mbx.train.model.blueprint import Blueprint, as_int
 from mbx.train.model.parallel import Ranks
@@ -47,7 +49,6 @@ def warm_up(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> None:
     """Make Megatron-LM's draws on this rank's GPU; nothing where no dropout will read the stream."""
     if ranks.device != "cuda" or not (plan.config.get("hidden_dropout") or plan.config.get("attention_dropout")):
         return
-    import torch
     from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_fused_train
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.precision]

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+import torch
+
 from converters.engine.pieces import Piece
 from converters.engine.plan import Draft, Entry, Plan, Unit
 from converters.engine.regions import Move, Region
@@ -33,7 +35,6 @@ from mbx.train.model.blueprint import Blueprint
 from mbx.verify.compare import repeats
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 _DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
@@ -214,8 +215,6 @@ def _check_tied(full: Plan, source: FileSource) -> None:
 
     One rank looks; the source is the same for all.
     """
-    import torch
-
     for name, other in full.equal if torch.distributed.get_rank() == 0 else ():
         if not repeats(full, full.sources[name], full.sources[other], source):
             raise CoverageError(
@@ -244,8 +243,6 @@ class MemorySink:
     """Writes into parameters: `file` names a shard, whose memory is its data as bytes."""
 
     def __init__(self, shards: Mapping[str, torch.Tensor]) -> None:
-        import torch
-
         self._bytes: dict[str, torch.Tensor] = {}
         for name, tensor in shards.items():
             if not tensor.is_contiguous():
@@ -258,8 +255,6 @@ class MemorySink:
 
     def write(self, file: str, start: int, data: memoryview) -> None:
         """Copy bytes into a shard, on whichever device it lives."""
-        import torch
-
         self._bytes[file][start : start + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
 
     def finish_chunk(self, dtype: str, chunk: Chunk, crc32: int) -> None:

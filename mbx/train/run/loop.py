@@ -13,12 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from converters.errors import DifferenceError
-from mbx.train.data import rows as datasets
+from mbx.train.checkpoints.state import LoopState, read_state
+from mbx.train.checkpoints.store import Store
 from mbx.train.data.batch import Batch, forward_step, to_device
+from mbx.train.data.rows import Rows, megatron_rows, micro_batches
+from mbx.train.lora.attach import attach, base_of
+from mbx.train.lora.peft_folder import load_peft
 from mbx.train.model import build as models
 from mbx.train.model.parallel import session
 from mbx.train.model.warmup import warm_up
+from mbx.train.model.weights import load_weights
 from mbx.train.run import memory
 from mbx.train.run.log import Log, Step
 from mbx.train.run.prepare import Prepared
@@ -27,11 +34,8 @@ from mbx.train.run.stepping import GuardedStep
 from mbx.train.run.stop import Stop
 
 if TYPE_CHECKING:
-    import torch
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
-
-    from mbx.train.data.rows import Rows
 
 #: Dense peak in TFLOP/s of bf16 products by GPU name (NVIDIA's data sheets, without sparsity); FP8 doubles it.
 _PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
@@ -49,8 +53,6 @@ class Outcome:
 
 def train(prepared: Prepared, *, live: bool = True, on_step: Callable[[Step], None] = lambda _: None) -> Outcome:
     """Run a prepared recipe to its end, to SIGTERM or Ctrl-C, or to a loss that is not a number; collective."""
-    import torch
-
     recipe, ranks = prepared.recipe, prepared.ranks
     with session(recipe, ranks):
         log = Log(recipe, main=ranks.is_main, live=live)
@@ -69,17 +71,13 @@ class _Trainer:
         from megatron.core.pipeline_parallel import get_forward_backward_func
         from megatron.core.utils import get_model_config
 
-        from mbx.train.checkpoints import state as record
-        from mbx.train.checkpoints import store as checkpoint
-        from mbx.train.model import weights as start
-
         self.prepared, self.recipe, self.ranks, self.plan = prepared, prepared.recipe, prepared.ranks, prepared.plan
         self.log, self.on_step = log, on_step
         log.message(prepared.start.why)
         how = prepared.start.how
 
         source = prepared.start.path
-        resumed = record.read_state(source) if source and how == "resume" else None
+        resumed = read_state(source) if source and how == "resume" else None
         # absolute: an adapter run reads its base there again, from wherever it is resumed or merged
         self.base = resumed.base if resumed else str(source.absolute() if source else "")
 
@@ -88,16 +86,12 @@ class _Trainer:
         networks = models.build(self.recipe, self.plan, self.ranks)
         for bare in map(models.unwrap, networks):
             if source and how == "init":
-                log.message(start.load_weights(bare, self.plan, source))
+                log.message(load_weights(bare, self.plan, source))
             if self.recipe.lora.rank:
-                from mbx.train.lora import attach as lora
-
-                lora.attach(bare, self.recipe.lora, self.plan, self.recipe.train.seed)
+                attach(bare, self.recipe.lora, self.plan, self.recipe.train.seed)
                 if resumed:  # the frozen base is in no checkpoint of an adapter run
-                    log.message(start.load_weights(bare, self.plan, lora.base_of(self.base)))
+                    log.message(load_weights(bare, self.plan, base_of(self.base)))
                 elif self.recipe.lora.adapter:
-                    from mbx.train.lora.peft_folder import load_peft
-
                     load_peft(bare, self.plan, Path(self.recipe.lora.adapter))
 
         # 2. gradients, optimizer, schedules
@@ -120,7 +114,7 @@ class _Trainer:
         self.train_rows, self.eval_rows = self._rows()
         if self.recipe.train.eval_every and self.eval_rows is None:
             self.log.message("there are no validation rows: train.eval_every evaluates nothing")
-        self.store = checkpoint.Store(self.recipe, self.plan, self.ranks)
+        self.store = Store(self.recipe, self.plan, self.ranks)
         self.step, self.saved, self.mean_loss = 0, -1, math.nan
         if source and resumed:
             self.store.load(source, self.chunks, self.optimizer)
@@ -134,14 +128,12 @@ class _Trainer:
             return self.prepared.train_rows, self.prepared.eval_rows
         t = self.recipe.train
         rounds = t.steps // t.eval_every + 1 if t.eval_every else 0
-        return datasets.megatron_rows(
+        return megatron_rows(
             self.recipe.data, self.plan.vocab, t.steps * t.global_batch, rounds * t.eval_steps * t.global_batch
         )
 
     def run(self) -> Outcome:
         """Step to the end; save on the way, at the end, and when told to stop."""
-        import torch
-
         t, r = self.recipe.train, self.recipe.run
         first, losses, stopped = self.step, [], "finished"
         if self.ranks.device == "cuda":
@@ -172,8 +164,6 @@ class _Trainer:
 
     def _one_step(self) -> Step:
         """One optimizer step over a global batch."""
-        import torch
-
         t = self.recipe.train
         began = time.perf_counter()
         lr = learning_rate(self.recipe.optim, self.step, t.steps)
@@ -200,8 +190,6 @@ class _Trainer:
 
     def _peak(self) -> float:
         """Peak TFLOP/s of this GPU at the run's precision; infinite, for an MFU of 0, where it is not known."""
-        import torch
-
         if self.ranks.device != "cuda" or self.recipe.train.precision == "fp32":
             return math.inf
         name = torch.cuda.get_device_name()
@@ -210,7 +198,6 @@ class _Trainer:
 
     def _forward_backward(self, rows: Rows, step: int, *, forward_only: bool) -> torch.Tensor:
         """Run one global batch through Megatron Core's schedule; its mean loss, on the device and not waited for."""
-        import torch
         from megatron.core import parallel_state as ps
 
         t = self.recipe.train
@@ -244,7 +231,7 @@ class _Trainer:
         from megatron.core import parallel_state as ps
 
         t = self.recipe.train
-        for micro in datasets.micro_batches(
+        for micro in micro_batches(
             rows,
             step,
             global_batch=t.global_batch,
@@ -256,8 +243,6 @@ class _Trainer:
 
     def _evaluate(self) -> float:
         """Mean validation loss over `eval_steps` global batches."""
-        import torch
-
         assert self.eval_rows is not None
         for chunk in self.chunks:
             chunk.eval()
@@ -286,16 +271,12 @@ class _Trainer:
         raise DifferenceError(f"step {figures.step}: {fact}", hint=again + tip)
 
     def _save(self) -> None:
-        from mbx.train.checkpoints.state import LoopState
-
         state = LoopState(self.step, self.mean_loss, self.base, self.ranks.world_size)
         self.store.save(state, self.chunks, self.optimizer)
         self.saved = self.step
 
     def _any(self, flag: bool) -> bool:
         """Whether any rank was told to stop: they must all stop at the same step."""
-        import torch
-
         told = torch.tensor([1.0 if flag else 0.0], device=self.ranks.device)
         torch.distributed.all_reduce(told)
         return bool(told.item() > 0)

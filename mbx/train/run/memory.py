@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from converters.errors import DeviceError, UnsupportedError
 from mbx.train.budget.predict import GIB, lines, predict, suggestions
 from mbx.train.run.log import Log
@@ -10,8 +12,6 @@ from mbx.train.run.prepare import Prepared
 
 def compare(prepared: Prepared, log: Log) -> None:
     """Log predicted beside measured peak memory of a GPU."""
-    import torch
-
     if prepared.ranks.device != "cuda":
         return
     try:
@@ -30,8 +30,6 @@ def peak_gib(device: str) -> float:
     """Peak memory of this process in GiB: the GPU's since the loop began, or the process's resident set."""
     import resource
 
-    import torch
-
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated()) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -39,8 +37,6 @@ def peak_gib(device: str) -> float:
 
 def explain(prepared: Prepared, error: BaseException) -> DeviceError:
     """An out-of-memory error as a fact: what was predicted, what is there, and what would help."""
-    import torch
-
     free, total = torch.cuda.mem_get_info()
     reached = torch.cuda.max_memory_allocated()
     budget = predict(prepared.recipe, prepared.plan, prepared.ranks.dp)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from converters.errors import DeviceError, MbxError, StorageError, UnsupportedError, UsageError
 from converters.rows.expr import Value
 from mbx.formats.torch_dist import TRACKER
 from mbx.train.checkpoints.state import check_continues, check_world, finished, latest
-from mbx.train.data import rows as datasets
 from mbx.train.data.examples import read_examples
+from mbx.train.data.rows import Pattern, Rows, check_indexed, example_rows
+from mbx.train.lora.attach import check_lora
 from mbx.train.model.blueprint import Blueprint, blueprint, load_tokenizer
 from mbx.train.model.config import sequence_parallel
 from mbx.train.model.fp8 import check_fp8
@@ -21,10 +21,6 @@ from mbx.train.model.parallel import Ranks, planned_ranks
 from mbx.train.model.weights import check_source, has_weights
 from mbx.train.recipe.sections import Recipe
 from mbx.train.run.log import check_writers
-
-if TYPE_CHECKING:
-    from mbx.train.data.rows import Rows
-
 
 #: Hints of the conversion, in a recipe's words.
 _KEYS = {
@@ -130,8 +126,6 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> 
             hint="model.config.gradient_accumulation_fusion=false",
         )
     if recipe.lora.rank:
-        from mbx.train.lora.attach import check_lora
-
         check_lora(recipe, plan)
     if (source := start.path) and start.how == "init":
         if dry and source == plan.hf and not has_weights(source):  # a config is enough for a plan
@@ -180,14 +174,14 @@ def _read_rows(recipe: Recipe, plan: Blueprint) -> tuple[Rows | None, Rows | Non
     """Train and validation rows; those of Megatron Core's datasets need the process group and come later."""
     d = recipe.data
     if d.kind == "pattern":
-        return datasets.Pattern(plan.vocab, d.length, d.seed), datasets.Pattern(plan.vocab, d.length, d.seed + 1)
+        return Pattern(plan.vocab, d.length, d.seed), Pattern(plan.vocab, d.length, d.seed + 1)
     if d.kind == "mock":
         return None, None
     if not d.path:
         name = "PREFIX, the files' path without .bin and .idx" if d.kind == "indexed" else "FILE.jsonl"
         raise UsageError(f"data.kind `{d.kind}` needs a file", hint=f"data={name}")
     if d.kind == "indexed":
-        datasets.check_indexed(d)
+        check_indexed(d)
         return None, None
     tokenizer = load_tokenizer(plan)
     if d.kind == "chat" and not tokenizer.chat_template:
@@ -197,6 +191,6 @@ def _read_rows(recipe: Recipe, plan: Blueprint) -> tuple[Rows | None, Rows | Non
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def rows(path: str) -> Rows:
-        return datasets.example_rows(d, read_examples(d, Path(path), tokenizer), int(pad or 0))
+        return example_rows(d, read_examples(d, Path(path), tokenizer), int(pad or 0))
 
     return rows(d.path), rows(d.eval_path) if d.eval_path else None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
-    import torch
     from megatron.core.optimizer import MegatronOptimizer
 
 
@@ -42,8 +43,6 @@ def _copy_at_once(optimizer: MegatronOptimizer) -> None:
     Megatron Core copies one by one in bf16, because Apex had no kernel for it; an adapter of an 8B model is 352
     weights and its step 2 % of a short row's. Only for weights on a GPU, and only where the method is as in 0.16.
     """
-    import torch
-
     pairs = getattr(optimizer, "_get_model_and_main_params_data_float16", None)
     if (
         type(optimizer).__name__ != "Float16OptimizerWithFloat16Params"
