@@ -9,6 +9,7 @@ from pathlib import Path
 
 from converters.errors import DeviceError, MbxError, StorageError, UnsupportedError, UsageError
 from converters.rows.expr import Value
+from mbx.formats import hf
 from mbx.formats.torch_dist import TRACKER
 from mbx.train.checkpoints.state import check_continues, check_world, finished, latest
 from mbx.train.data.examples import read_examples
@@ -18,7 +19,7 @@ from mbx.train.model.blueprint import Blueprint, blueprint, load_tokenizer
 from mbx.train.model.config import sequence_parallel
 from mbx.train.model.fp8 import check_fp8
 from mbx.train.model.parallel import Ranks, planned_ranks
-from mbx.train.model.weights import check_source, has_weights
+from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Recipe
 from mbx.train.run.log import check_writers
 
@@ -128,7 +129,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> 
     if recipe.lora.rank:
         check_lora(recipe, plan)
     if (source := start.path) and start.how == "init":
-        if dry and source == plan.hf and not has_weights(source):  # a config is enough for a plan
+        if dry and source == plan.hf and not hf.has_weights(source):  # a config is enough for a plan
             start = replace(start, why=f"{start.why}, which are not there yet")
         else:
             check_source(plan, source)

@@ -11,13 +11,13 @@ from pathlib import Path
 from converters.errors import MbxError
 from converters.mcore.layout import Layout
 from mappings import table_names
+from mbx.formats.registry import sniff
 from mbx.models.device import Spread
 from mbx.models.prompts import DRAWN
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import shipped
 from mbx.verify.ci.checks import Check, described
 from mbx.verify.parity import Leg, ParityReport, parity
-from mbx.verify.sides import is_hf
 
 #: Says what a model's weights are: a folder as it is, a hub model downloaded.
 Fetch = Callable[[str], Path]
@@ -81,7 +81,8 @@ def _legs(check: Check, layout: Layout, fetch: Fetch, workers: int) -> list[Leg]
             plain = replace(options, layout=Layout(), dtype=None)
             return run(plan_mcore_to_hf(path, Path(work) / "hf", plain)).target
 
-        there, back = (to_mcore, to_hf) if is_hf(source) else (to_hf, to_mcore)
+        # a Megatron checkpoint goes the other way round
+        there, back = (to_hf, to_mcore) if sniff(source).format.spelling == "mcore" else (to_mcore, to_hf)
         made = there(source)
         legs = _asked(check, _parity(check, source, made, workers))
         if "round-trip" in check.legs:
