@@ -9,6 +9,7 @@ import pytest
 from converters.errors import StorageError, UsageError
 from mbx.train.recipe.catalogue import load_recipe, recipe_names
 from mbx.train.recipe.parse import all_keys, parse_recipe
+from mbx.train.recipe.toml import dump_toml
 from mbx.train.recipe.world import check_world, smallest_world
 
 
@@ -203,3 +204,11 @@ def test_interleaved_stages_need_full_rounds() -> None:
     with pytest.raises(UsageError, match="multiple of parallel.pp 2 micro-batches") as caught:
         check_world(recipe, 2)
     assert caught.value.hint == "train.global_batch=10"
+
+
+def test_any_recipe_comes_back_from_its_toml(tmp_path: Path) -> None:
+    said = 'a "b" \\ \n \x7f 🙂'
+    recipe = load_recipe("llama32_1b_lora", ["name=mine", f"description={said}", "model.shape.model.x=1"])
+    (tmp_path / "mine.toml").write_text(dump_toml(recipe.to_dict()), encoding="utf-8")
+    again = load_recipe(str(tmp_path / "mine.toml"))
+    assert again == recipe and again.description == said

@@ -103,14 +103,12 @@ def _apply(raw: dict[str, object], override: str) -> None:
     table = raw.setdefault(section, {})
     if not isinstance(table, dict):
         raise UsageError(f"`{section}` is a section, got {table!r}", hint=f"write {section}.FIELD=value")
-    for open_field in ("shape", "config"):
-        if section == "model" and rest.startswith(open_field + "."):
-            inner = table.setdefault(open_field, {})
-            if not isinstance(inner, dict):
-                raise UsageError(f"`model.{open_field}` must be a table, got {inner!r}")
-            inner[rest[len(open_field) + 1 :]] = _value(text)
-            return
-    kind = field_types(section).get(rest)
+    kinds, (field, dot, inner) = field_types(section), rest.partition(".")
+    kind = kinds.get(rest)
+    if dot and get_origin(kinds.get(field)) is Mapping:
+        table, kind, rest = table.setdefault(field, {}), None, inner
+        if not isinstance(table, dict):
+            raise UsageError(f"`{section}.{field}` must be a table, got {table!r}")
     table[rest] = text if kind is str or get_origin(kind) is Literal else _value(text)
 
 

@@ -60,13 +60,18 @@ class Log:
             return
         self._made = not recipe.run_dir.exists()
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
-        _cut_half_line(self.path)
+        if self.path.is_file():  # a record that was being written when its process ended: the next has its own line
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         if recipe.run.tensorboard:
             self._writers.append(_tensorboard(recipe.run_dir))
         if recipe.run.wandb:
             self._writers.append(_Wandb(recipe))
         if live and sys.stderr.isatty():
-            self._start_live()
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=False)
+            self._live.start()
 
     def message(self, text: str) -> None:
         """A line for the reader."""
@@ -121,13 +126,6 @@ class Log:
         if self._made and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
 
-    def _start_live(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=False)
-        self._live.start()
-
     def _draw(self, s: Step) -> None:
         from rich.panel import Panel
 
@@ -147,12 +145,6 @@ def check_writers(recipe: Recipe) -> None:
     ):
         if asked and importlib.util.find_spec(package) is None:
             raise UsageError(f"{key} is set, but {package} is not installed", hint=f"pip install {package}")
-
-
-def _cut_half_line(path: Path) -> None:
-    """Remove a record that was being written when its process ended, so that the next one has a line of its own."""
-    if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def line(s: Step, total: int) -> str:
