@@ -108,7 +108,7 @@ def parity(
             out.warning("this process compared nothing: rank 0 has the report, and ranks are for --forward and --loss")
         raise typer.Exit(0)
     if html is not None:
-        from mbx.verify.report_html import write
+        from mbx.verify.report.html import write
 
         write(report, html, flag)
     doc = document(report, forward=forward)
@@ -134,8 +134,9 @@ def ci(
     output.configure()
     import_numpy()
     from mbx.cli.source import fetch
-    from mbx.verify import ci_report
-    from mbx.verify.ci import read_checks, run_checks
+    from mbx.verify.ci import report as ci_report
+    from mbx.verify.ci.checks import read_checks
+    from mbx.verify.ci.matrix import run_checks
 
     output.hush()
     results = run_checks(

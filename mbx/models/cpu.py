@@ -108,6 +108,8 @@ def process_group(
     pp: int = 1,
     ep: int = 1,
     etp: int = 1,
+    cp: int = 1,
+    vpp: int = 1,
     rank: int = 0,
     world_size: int = 1,
     init_file: Path | None = None,
@@ -149,6 +151,8 @@ def process_group(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+            context_parallel_size=cp,
             expert_model_parallel_size=ep,
             expert_tensor_parallel_size=etp,
         )

@@ -37,7 +37,7 @@ from mbx.torchfile.pickles import global_finder
 from mbx.torchfile.torch_values import TORCH_NAMES, TensorStub
 from mbx.untrusted.names import inside
 
-#: Classes of NumPy's arrays and scalars, in which random states are saved (`mbx/train/restore.py`).
+#: Classes of NumPy's arrays and scalars, in which random states are saved (`mbx/train/checkpoints/restore.py`).
 _NUMPY = tuple(
     f"{module}.{name}"
     for module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy")

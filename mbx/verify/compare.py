@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from converters.engine.plan import Draft, Plan
 from converters.engine.stream import Engine
+from converters.planning.pairing import same_units
 from converters.protocols import Source
 from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
 
@@ -22,6 +23,15 @@ _BLOCK_BYTES = 1 << 20
 #: Where fewer than one value in this many differs, the others are left out of the arithmetic.
 _SPARSE = 8
 EntryId = tuple[str, Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How both sides are read: threads, bytes in flight, and whom to tell of bytes that were compared."""
+
+    workers: int
+    max_memory: int
+    progress: Progress = lambda _: None
 
 
 @dataclass(slots=True)
@@ -178,26 +188,30 @@ def compare(
     right: Source,
     *,
     limits: Mapping[str, int],
-    workers: int,
-    max_memory: int,
+    reading: Reading,
     norms: bool = False,
-    progress: Progress = lambda _: None,
 ) -> ComparingSink:
     """Run the plan for the tensors of `targets` into a comparison; returns the sink with its tallies."""
     narrowed = narrow(plan, targets)
     depths = {entry.tensor: len(entry.index) for unit in narrowed.units for entry in unit.entries}
     sink = ComparingSink(right, targets, depths, limits, norms=norms)
     # A sixteenth for the stored blocks of every worker, which the engine knows nothing of.
-    Engine(narrowed, targets, left, sink, workers=workers, max_memory=max_memory * 15 // 16).run(progress)
+    max_memory = reading.max_memory * 15 // 16
+    Engine(narrowed, targets, left, sink, workers=reading.workers, max_memory=max_memory).run(reading.progress)
     return sink
+
+
+def repeats(plan: Plan, mine: StoredTensor, other: StoredTensor, source: Source) -> bool:
+    """Whether `mine` holds the values of `other`, both read from `source`; `plan` is one that knows of them."""
+    if (mine.shape, mine.dtype) != (other.shape, other.dtype):
+        return False
+    alone = replace(plan, units=tuple(same_units(mine, other, 0)), sources={mine.name: mine}, encoded={})
+    sink = compare(alone, {other.name: other}, source, source, limits={}, reading=Reading(1, 1 << 26))
+    return not any(tally.differing for tally in sink.tallies.values())
 
 
 def narrow(plan: Plan, targets: Mapping[str, StoredTensor]) -> Plan:
     """The part of a plan that makes all of `targets` and nothing else, in the dtypes that they have."""
-    units = tuple(unit for unit in plan.units if unit.entries and _all_in(targets, [e.tensor for e in unit.entries]))
+    units = tuple(u for u in plan.units if u.entries and all(entry.tensor in targets for entry in u.entries))
     drafts = tuple(Draft(t.name, t.dtype, t.shape, ()) for t in targets.values())
     return replace(plan, drafts=drafts, units=units)
-
-
-def _all_in(targets: Collection[str], names: list[str]) -> bool:
-    return all(name in targets for name in names)

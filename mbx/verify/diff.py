@@ -17,7 +17,7 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_checkpoint
 from mbx.run.job import DEFAULT_MAX_MEMORY
-from mbx.verify.compare import Tally, compare
+from mbx.verify.compare import Reading, Tally, compare
 from mbx.verify.comparison import Pair, pair_sides
 
 Progress = Callable[[int], None]
@@ -90,10 +90,8 @@ def diff(
             sources[id(pair.left)],
             sources[id(pair.right)],
             limits={**pair.limits, **_common_rows(pair, targets)},
-            workers=workers,
-            max_memory=max_memory,
+            reading=Reading(workers, max_memory, progress),
             norms=True,
-            progress=progress,
         )
     finally:
         for source in sources.values():

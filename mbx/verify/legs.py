@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from converters.engine.plan import Draft, Plan
+from converters.engine.plan import Draft
 from converters.mcore.cuts import VOCAB
 from converters.mcore.keys import parse_key
-from converters.planning.pairing import same_units
 from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor, nbytes_of
 from mbx.formats.checkpoint import Checkpoint
 from mbx.verify.cause_search import Detective
-from mbx.verify.compare import ComparingSink, Tally, compare, narrow
+from mbx.verify.compare import ComparingSink, Reading, Tally, compare, repeats
 from mbx.verify.comparison import Pair
 
 Status = Literal["passed", "failed", "not run"]
-Progress = Callable[[int], None]
 #: Differing tensors whose cause is looked for; the others are only counted.
 _MOST_CAUSES = 100
 _BLOCK = 1 << 20
@@ -97,17 +95,15 @@ def cover(pair: Pair) -> tuple[Leg, frozenset[str], tuple[Difference, ...]]:
         tensor = pair.actual.get(draft.name)
         if tensor is None:
             continue
-        same_shape = tensor.shape == draft.shape or _only_padding(pair, draft, tensor)
-        if not same_shape:
-            findings.append(f"`{draft.name}` has shape {list(tensor.shape)}; {list(draft.shape)} was expected")
-            what = f"has shape {list(tensor.shape)}; {list(draft.shape)} was expected"
-            odd.append(Difference(draft.name, tensor.dtype, tensor.shape, what))
+        found = []
+        if tensor.shape != draft.shape and not _only_padding(pair, draft, tensor):
+            found.append(f"has shape {list(tensor.shape)}; {list(draft.shape)} was expected")
         if tensor.dtype != draft.dtype:
-            findings.append(f"`{draft.name}` is {tensor.dtype}; {draft.dtype} was expected")
-            if same_shape:
-                what = f"is {tensor.dtype}; {draft.dtype} was expected"
-                odd.append(Difference(draft.name, tensor.dtype, tensor.shape, what))
-        if same_shape and tensor.dtype == draft.dtype:
+            found.append(f"is {tensor.dtype}; {draft.dtype} was expected")
+        findings += [f"`{draft.name}` {what}" for what in found]
+        if found:
+            odd.append(Difference(draft.name, tensor.dtype, tensor.shape, found[0]))
+        else:
             comparable.add(draft.name)
     count = len(pair.plan.sources) + (len(pair.left_only) if pair.left.spelling == pair.right.spelling else 0)
     unit = "keys" if pair.right.spelling == "mcore" else "tensors"
@@ -143,29 +139,17 @@ def weights(
     odd: tuple[Difference, ...],
     left: Source,
     right: Source,
-    *,
-    workers: int,
-    max_memory: int,
-    progress: Progress,
+    reading: Reading,
 ) -> Weights:
     """Every value of every comparable tensor, bit for bit; causes of what differs."""
-    detective = Detective(pair.plan, pair.actual, left, right, pair.fields, pair.limits, max_memory)
+    detective = Detective(pair.plan, pair.actual, left, right, pair.fields, pair.limits, reading.max_memory)
     padding = tuple(_padding(pair.left, pair, left) + _padding(pair.right, pair, right))
     odd = tuple(_with_cause(detective, found) for found in odd)
     if not comparable:
         leg = Leg("weights", "failed", "nothing could be compared: no tensor has the expected name, shape and dtype")
         return Weights(leg, odd, padding, {})
     targets = {name: pair.actual[name] for name in pair.actual if name in comparable}
-    sink = compare(
-        pair.plan,
-        targets,
-        left,
-        right,
-        limits=pair.limits,
-        workers=workers,
-        max_memory=max_memory,
-        progress=progress,
-    )
+    sink = compare(pair.plan, targets, left, right, limits=pair.limits, reading=reading)
     order = {draft.name: place for place, draft in enumerate(pair.plan.drafts)}
     found = [*_differences(sink, targets, detective, order), *odd]
     differences = sorted(found, key=lambda difference: (_depth(difference), order.get(difference.name, len(order))))
@@ -228,18 +212,9 @@ def _unequal_repeats(pair: Pair, left: Source, right: Source) -> list[str]:
         tensors, source = (pair.right.tensors, right) if on_right else (pair.left.tensors, left)
         if name not in tensors or other not in tensors:  # encoded: its parts are compared as they are
             continue
-        mine, repeated = tensors[name], tensors[other]
-        plan = narrow(_repeat_plan(pair.plan, mine, repeated), {other: repeated})
-        sink = compare(plan, {other: repeated}, source, source, limits={}, workers=1, max_memory=1 << 26)
-        differing = sum(tally.differing for tally in sink.tallies.values())
-        if differing or (mine.shape, mine.dtype) != (repeated.shape, repeated.dtype):
+        if not repeats(pair.plan, tensors[name], tensors[other], source):
             lines.append(f"`{name}` should repeat `{other}` in {pair.nouns[on_right]}, and does not")
     return lines
-
-
-def _repeat_plan(plan: Plan, mine: StoredTensor, repeated: StoredTensor) -> Plan:
-    units = tuple(same_units(mine, repeated, 0))
-    return replace(plan, units=units, sources={mine.name: mine}, encoded={})
 
 
 def _padding(side: Checkpoint, pair: Pair, source: Source) -> list[str]:

@@ -19,6 +19,7 @@ from mbx.models.device import ONE_PROCESS, Spread, is_main
 from mbx.models.prompts import DRAWN, Prompts
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.verify import config_leg, legs
+from mbx.verify.compare import Reading
 from mbx.verify.comparison import pair_sides
 from mbx.verify.legs import Difference, Dtypes, Leg, Status
 from mbx.verify.model_legs import model_legs
@@ -100,9 +101,7 @@ def parity(
         if not is_main():  # rank 0 compares the weights
             comparable, odd = frozenset(), ()
         left, right = by_side[id(pair.left)], by_side[id(pair.right)]
-        found = legs.weights(
-            pair, comparable, odd, left, right, workers=workers, max_memory=max_memory, progress=progress
-        )
+        found = legs.weights(pair, comparable, odd, left, right, Reading(workers, max_memory, progress))
     finally:
         for source in sources:
             source.close()

@@ -26,7 +26,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from mbx.models.build import build_model
 from mbx.models.cpu import megatron_on_cpu, process_group
-from mbx.train.restore import allocate, count_steps
+from mbx.train.checkpoints.restore import allocate, count_steps
 
 CONFIG = {**QWEN3_MOE, "model.vocab_size": 250, "moe_router_dtype": None}
 LAYOUTS = {

@@ -13,8 +13,8 @@ from converters.errors import UnsupportedError
 from mbx.models.build import build_model
 from mbx.models.cpu import megatron_on_cpu, process_group
 from mbx.train.lora import attach as lora
-from mbx.train.model import blueprint
-from mbx.train.recipe import parse_recipe
+from mbx.train.model.blueprint import blueprint
+from mbx.train.recipe.parse import parse_recipe
 
 
 class TELayerNormColumnParallelLinear(nn.Module):

@@ -16,9 +16,9 @@ from converters.mcore.layout import Layout
 from mbx.models.build import build_model
 from mbx.models.cpu import megatron_on_cpu, process_group
 from mbx.run.job import Options, plan_hf_to_mcore, run
-from mbx.train.model import blueprint
-from mbx.train.recipe import parse_recipe
-from mbx.train.weights import load_weights, model_shards
+from mbx.train.model.blueprint import blueprint
+from mbx.train.model.weights import load_weights, model_shards
+from mbx.train.recipe.parse import parse_recipe
 from tests.judge import load_torch_dist
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
