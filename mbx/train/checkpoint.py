@@ -28,9 +28,8 @@ from mbx.train.run_state import RECIPE, STATE, LoopState, finished, latest
 from mbx.train.weights import has_weights
 
 if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.optimizer import MegatronOptimizer
+    from mbx.models.megatron.core.sharding import AsyncCallsQueue
+    from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
 
 
 class Store:
@@ -48,8 +47,9 @@ class Store:
         With `run.save_async` it returns while a process of each rank writes; `settle` finishes what is written.
         """
         import torch
-        from megatron.core import dist_checkpointing
         from torch.distributed.checkpoint.api import CheckpointException
+
+        from mbx.models.megatron.core.sharding import dist_checkpointing
 
         self.settle(wait=True)  # one at a time: the tracker must not go back
         self._target = target = self.root / f"iter_{state.step:07d}"
@@ -75,7 +75,7 @@ class Store:
             raise self._unwritten(error) from error
         request.add_finalize_fn(lambda: self._finish(target, state))
         if self._writers is None:
-            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+            from mbx.models.megatron.core.sharding import AsyncCallsQueue
 
             self._writers = AsyncCallsQueue()
         self._writers.schedule_async_request(request)
@@ -135,11 +135,10 @@ class Store:
         from pickle import UnpicklingError
 
         import torch
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.core import CheckpointingException
         from torch.distributed.checkpoint.api import CheckpointException
 
         from mbx.models.inert_load import inert_loading
+        from mbx.models.megatron.core.sharding import CheckpointingException, dist_checkpointing
 
         if not common_of(path, torch_dist.open_torch_dist(path).dcp.objects):
             raise StorageError(f"`{path}` cannot be resumed: it has no `common.pt`")
@@ -165,8 +164,8 @@ class Store:
     def _content(
         self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, loading: bool
     ) -> dict[str, object]:
-        from megatron.core import parallel_state
-        from megatron.core.dist_checkpointing.mapping import ShardedObject
+        from mbx.models.megatron.core.groups import parallel_state
+        from mbx.models.megatron.core.sharding import ShardedObject
 
         metadata: dict[str, object] = {
             "singleton_local_shards": False,

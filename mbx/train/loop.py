@@ -28,9 +28,8 @@ from mbx.train.warmup import warm_up
 
 if TYPE_CHECKING:
     import torch
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.optimizer import MegatronOptimizer
 
+    from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
     from mbx.train.data import Rows
 
 #: Dense peak in TFLOP/s of bf16 products by GPU name (NVIDIA's data sheets, without sparsity); FP8 doubles it.
@@ -64,9 +63,8 @@ class _Trainer:
     """One run inside its session: builds everything once, then steps."""
 
     def __init__(self, prepared: Prepared, log: Log, on_step: Callable[[Step], None]) -> None:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.utils import get_model_config
-
+        from mbx.models.megatron.core.config import get_model_config
+        from mbx.models.megatron.core.training import get_forward_backward_func
         from mbx.train import checkpoint
         from mbx.train import run_state as record
         from mbx.train import weights as start
@@ -209,7 +207,8 @@ class _Trainer:
     def _forward_backward(self, rows: Rows, step: int, *, forward_only: bool) -> torch.Tensor:
         """Run one global batch through Megatron Core's schedule; its mean loss, on the device and not waited for."""
         import torch
-        from megatron.core import parallel_state as ps
+
+        from mbx.models.megatron.core.groups import parallel_state as ps
 
         t = self.recipe.train
         batches = [self._batches(rows, step) for _ in self.chunks]
@@ -239,7 +238,7 @@ class _Trainer:
         return total[0] / total[1].clamp(min=1)
 
     def _batches(self, rows: Rows, step: int) -> Iterator[Batch]:
-        from megatron.core import parallel_state as ps
+        from mbx.models.megatron.core.groups import parallel_state as ps
 
         t = self.recipe.train
         for micro in datasets.micro_batches(
@@ -301,7 +300,7 @@ class _Trainer:
 
 def _finalizer() -> Callable[..., None]:
     """Megatron Core's reduction of gradients over data, tensor (sequence) and pipeline (tied embedding) ranks."""
-    from megatron.core.distributed import finalize_model_grads
+    from mbx.models.megatron.core.training import finalize_model_grads
 
     function: Callable[..., None] = finalize_model_grads
     return function

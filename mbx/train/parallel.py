@@ -70,7 +70,7 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
         if ranks.device == "cuda":
             torch.cuda.set_device(ranks.local_rank)
         else:
-            from mbx.models.cpu import megatron_on_cpu
+            from mbx.models.megatron.core.cpu import megatron_on_cpu
 
             stack.enter_context(megatron_on_cpu())
             stack.enter_context(_cpu_tensors())
@@ -78,7 +78,7 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
             raise UsageError("torch.distributed is initialised already", hint="leave the other process group first")
         _join(ranks)
         stack.callback(torch.distributed.destroy_process_group)
-        from megatron.core import parallel_state
+        from mbx.models.megatron.core.groups import parallel_state
 
         p = recipe.parallel
         parallel_state.initialize_model_parallel(
@@ -114,8 +114,8 @@ def seed_everything(seed: int) -> None:
     """Random streams as Megatron-LM seeds them: a stage of the pipeline adds 100 times its number."""
     import numpy
     import torch
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from mbx.models.megatron.core.groups import model_parallel_cuda_manual_seed, parallel_state
 
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)

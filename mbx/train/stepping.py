@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from megatron.core.optimizer import MegatronOptimizer
+
+    from mbx.models.megatron.core.training import MegatronOptimizer
 
 
 class GuardedStep:

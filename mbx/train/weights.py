@@ -97,8 +97,8 @@ def _import(plan: Blueprint, path: Path) -> Plan:
 
 def model_shards(model: nn.Module) -> Iterator[_Shard]:
     """This rank's shards, each a view into a parameter's memory, adapters not included."""
-    from megatron.core import parallel_state
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from mbx.models.megatron.core.groups import parallel_state
+    from mbx.models.megatron.core.sharding import ShardedTensor, ShardedTensorFactory
 
     metadata = {
         "singleton_local_shards": False,

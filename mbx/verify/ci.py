@@ -32,7 +32,7 @@ from converters.errors import MbxError, StorageError, UsageError
 from converters.mcore.layout import Layout
 from mappings import table_names
 from mbx.models.device import Spread
-from mbx.models.prompts import DRAWN
+from mbx.models.forward.prompts import DRAWN
 from mbx.run.job import DEFAULT_MAX_MEMORY, Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import shipped
 from mbx.text import parse_memory

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mbx.formats.files import FileSource
 from mbx.models.device import ONE_PROCESS, Spread, is_main
-from mbx.models.prompts import DRAWN, Prompts
+from mbx.models.forward.prompts import DRAWN, Prompts
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.verify import config_leg, legs
 from mbx.verify.comparison import pair_sides
@@ -24,7 +24,7 @@ from mbx.verify.model_legs import model_legs
 from mbx.verify.sides import open_side
 
 if TYPE_CHECKING:
-    from mbx.models.divergence import BorderDiff
+    from mbx.models.forward.divergence import BorderDiff
 
 Progress = Callable[[int], None]
 

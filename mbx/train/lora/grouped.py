@@ -18,7 +18,7 @@ from mbx.train.lora.layer import Slots, cut_gated, first_factor, group_of
 from mbx.train.sections import Lora
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from mbx.models.megatron.core.config import TransformerConfig
 
 GROUPED_COLUMN = ("TEColumnParallelGroupedLinear",)
 GROUPED_ROW = ("TERowParallelGroupedLinear",)
@@ -49,7 +49,7 @@ class LoraGrouped(nn.Module):
             self.register_parameter(f"lora_b{atom}", self._own(b))
 
     def _own(self, value: torch.Tensor) -> nn.Parameter:
-        from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+        from mbx.models.megatron.core.groups import set_tensor_model_parallel_attributes
 
         parameter = nn.Parameter(value)
         # ranks of tensor parallelism hold other experts, so each counts towards the gradient's norm
@@ -78,7 +78,7 @@ class LoraGrouped(nn.Module):
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.dropout and self.training):
             return x
-        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+        from mbx.models.megatron.core.groups import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 
         with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
             return F.dropout(x, self.dropout)
@@ -90,8 +90,8 @@ class LoraGrouped(nn.Module):
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: object = None
     ) -> dict[str, object]:
         """The base under its own keys; the adapters beside it, experts a dimension behind the layers."""
-        from megatron.core import parallel_state
-        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+        from mbx.models.megatron.core.groups import parallel_state
+        from mbx.models.megatron.core.sharding import ShardedTensor
 
         content = self.base.sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[operator]
         ep, rank = (

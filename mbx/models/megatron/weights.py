@@ -34,13 +34,15 @@ class StoredWeights:
 
         Raises StorageError where something is absent or has another shape.
         """
-        from megatron.core.dist_checkpointing.dict_utils import (
+        from mbx.models.megatron.core.sharding import (
+            ShardedObject,
+            ShardedTensor,
+            apply_factory_merges,
             dict_list_map_inplace,
             extract_matching_values,
+            load_preprocess,
             nested_values,
         )
-        from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
-        from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
         asked, _, factories = load_preprocess({"model": sharded})
         tensors, others = extract_matching_values(asked, lambda value: isinstance(value, ShardedTensor))
@@ -88,7 +90,7 @@ def sharded_weights(model: nn.Module) -> dict[str, object]:
 
 def sharding_metadata() -> dict[str, object]:
     """What `sharded_state_dict` must be told; `singleton_local_shards=False` keeps fc1 as one `[gate; up]` tensor."""
-    from megatron.core import parallel_state
+    from mbx.models.megatron.core.groups import parallel_state
 
     return {
         "singleton_local_shards": False,
