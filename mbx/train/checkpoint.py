@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import StorageError
+from converters.mcore.releases import CURRENT
 from mbx.formats import hf, torch_dist
 from mbx.formats.registry import open_megatron
 from mbx.train.model import Blueprint, unwrap
@@ -58,9 +59,9 @@ class Store:
         torch.distributed.barrier()
         content = self._content(chunks, optimizer, loading=False)
         content |= {
-            "checkpoint_version": 3.0,
+            "checkpoint_version": CURRENT.checkpoint_version,
             "iteration": state.step,
-            "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+            "content_metadata": dict(CURRENT.content_metadata),
         }
         beside = self.recipe.run.save_async
         try:  # torch's CheckpointException derives from BaseException, so it is named
@@ -163,15 +164,10 @@ class Store:
     def _content(
         self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, loading: bool
     ) -> dict[str, object]:
-        from mbx.models.megatron.core.groups import parallel_state
         from mbx.models.megatron.core.sharding import ShardedObject
+        from mbx.models.megatron.weights import sharding_metadata
 
-        metadata: dict[str, object] = {
-            "singleton_local_shards": False,
-            "chained_optim_avoid_prefix": True,
-            "distrib_optim_sharding_type": "dp_reshardable",
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
+        metadata = {**sharding_metadata(), "distrib_optim_sharding_type": "dp_reshardable"}
         weights = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}  # type: ignore[operator]
         content: dict[str, object] = dict(weights)
         if self.recipe.run.save_optimizer:
