@@ -14,13 +14,13 @@ from converters.rows.isos import inexpressible_rope
 from mbx.formats.architecture import stated
 from mbx.formats.checkpoint import Checkpoint
 from mbx.models.device import Spread
-from mbx.models.prompts import Passes, Prompts
+from mbx.models.forward.prompts import Passes, Prompts
 from mbx.verify.comparison import Pair
 from mbx.verify.legs import Leg, Status
 
 if TYPE_CHECKING:
-    from mbx.models.divergence import BorderDiff
-    from mbx.models.models import Model
+    from mbx.models.forward.divergence import BorderDiff
+    from mbx.models.forward.models import Model
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -40,7 +40,7 @@ def model_legs(
     """The legs of `names`, of `forward` and `loss`, and the differences behind each layer if they were compared.
 
     Both come from the same passes. A model that cannot be run makes legs that did not run. Raises what
-    `mbx.models.prompts.passes` raises, and DeviceError.
+    `mbx.models.forward.prompts.passes` raises, and DeviceError.
     """
 
     def all_legs(status: Status, summary: str, details: tuple[str, ...] = ()) -> tuple[Leg, ...]:
@@ -51,8 +51,8 @@ def model_legs(
     sides = _sides(pair, prompts, mapping)
     if isinstance(sides, Leg):
         return all_legs(sides.status, sides.summary, sides.details), ()
-    from mbx.models.loss import LOSS_TOLERANCE
-    from mbx.models.parity import FORWARD_TOLERANCE, compare_models
+    from mbx.models.forward.loss import LOSS_TOLERANCE
+    from mbx.models.forward.parity import FORWARD_TOLERANCE, compare_models
 
     limits = {"forward": FORWARD_TOLERANCE, "loss": LOSS_TOLERANCE}
     asked = {name: limits[name] if tolerance is None else tolerance for name in names}
@@ -107,7 +107,7 @@ def _sides(pair: Pair, prompts: Prompts, mapping: str | None) -> _Sides | Leg:
         if rows is not None and rows < vocab:
             return Leg("", "failed", f"the checkpoint embeds {rows} tokens, the vocabulary has {vocab}")
     reference = _reference(pair)
-    from mbx.models.parity import read_prompts
+    from mbx.models.forward.parity import read_prompts
 
     stated_vocab = {**fields, "model.vocab_size": vocab}
     read = read_prompts(prompts, stated_vocab, reference or pair.left.path, hf_config)
@@ -123,7 +123,7 @@ def _sides(pair: Pair, prompts: Prompts, mapping: str | None) -> _Sides | Leg:
 def _model(
     pair: Pair, side: Checkpoint, fields: Mapping[str, Value], reference: Path | None, hf_config: Mapping[str, Value]
 ) -> Model:
-    from mbx.models.models import MegatronModel, TransformersModel
+    from mbx.models.forward.models import MegatronModel, TransformersModel
 
     if side.spelling == "hf":
         return TransformersModel(side.path)

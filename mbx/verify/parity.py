@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_checkpoint
 from mbx.models.device import ONE_PROCESS, Spread, is_main
-from mbx.models.prompts import DRAWN, Prompts
+from mbx.models.forward.prompts import DRAWN, Prompts
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.verify import config_leg, legs
 from mbx.verify.compare import Reading
@@ -25,7 +25,7 @@ from mbx.verify.legs import Difference, Dtypes, Leg, Status
 from mbx.verify.model_legs import model_legs
 
 if TYPE_CHECKING:
-    from mbx.models.divergence import BorderDiff
+    from mbx.models.forward.divergence import BorderDiff
 
 Progress = Callable[[int], None]
 

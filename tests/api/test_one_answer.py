@@ -1,4 +1,4 @@
-"""What a folder is has one answer, through every command and through Python, also where it has files of several kinds."""
+"""What a folder is has one answer, through every command and Python, also where files of several kinds lie in it."""
 
 from __future__ import annotations
 
@@ -118,9 +118,10 @@ def test_every_way_in_gives_the_same_answer(
     "name", [name for name in ANSWERS if not name.startswith("lora") and not name.endswith("/hf")]
 )
 def test_the_trainer_starts_from_what_everyone_sees(kinds: Path, name: str) -> None:
+    from mbx.train.weights import check_source
+
     from mbx.train.model import blueprint
     from mbx.train.recipe import parse_recipe
-    from mbx.train.weights import check_source
 
     recipe = parse_recipe({"model": {"path": str(kinds / "hf")}, "data": {"kind": "pattern", "length": 8}})
     check_source(blueprint(recipe), kinds / name)

@@ -17,7 +17,7 @@ from _stores import changed_mcore
 
 from converters.errors import StorageError
 from mbx.cli import main
-from mbx.models.divergence import BorderDiff
+from mbx.models.forward.divergence import BorderDiff
 from mbx.verify.parity import ParityReport, parity
 from mbx.verify.report.html import page, write
 

@@ -12,7 +12,7 @@ from _planted import convert
 from converters.errors import UnsupportedError
 from fixtures.make_tiny import make
 from mappings import table_text
-from mbx.models.config import transformer_config
+from mbx.models.megatron.config import transformer_config
 from mbx.verify.parity import Leg, parity
 
 SCALE, POST = '"model.scale_embeddings" = true', '"model.post_layernorms" = true'

@@ -25,7 +25,7 @@ from mbx.train.lora.product import biases, fits, norm_of, normed, product
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from mbx.models.megatron.core.config import TransformerConfig
 
 COLUMN = ("ColumnParallelLinear", "TEColumnParallelLinear", "TELayerNormColumnParallelLinear")
 ROW = ("RowParallelLinear", "TERowParallelLinear")
@@ -77,7 +77,7 @@ class Adapter(nn.Module):
 
     def _own(self, value: torch.Tensor, cut: int | None) -> nn.Parameter:
         """A trainable parameter, marked as Megatron Core marks its own."""
-        from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+        from mbx.models.megatron.core.groups import set_tensor_model_parallel_attributes
 
         parameter = nn.Parameter(value)
         # of an expert: ranks of tensor parallelism hold other experts, so each counts towards the gradient's norm
@@ -95,7 +95,7 @@ class Adapter(nn.Module):
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.dropout and self.training):
             return x
-        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+        from mbx.models.megatron.core.groups import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 
         if self.expert:
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
@@ -182,7 +182,7 @@ class LoraLinear(Adapter):
 
     def _between(self, h: torch.Tensor) -> torch.Tensor:
         """What tensor parallelism needs between A and B; h: [s, b, atoms · r]."""
-        from megatron.core.tensor_parallel import mappings
+        from mbx.models.megatron.core.groups import mappings
 
         if self.tp == 1 or self.whole:
             return h
@@ -244,7 +244,7 @@ class LoraLinear(Adapter):
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: object = None
     ) -> dict[str, object]:
         """The base under its own keys, so that any checkpoint of the model fits; the adapter beside it."""
-        from megatron.core.transformer.utils import (
+        from mbx.models.megatron.core.sharding import (
             ensure_metadata_has_dp_cp_group,
             make_sharded_tensors_for_checkpoint,
         )
@@ -271,7 +271,7 @@ class LoraLinear(Adapter):
 
 def cut_gated(content: dict[str, object], names: list[str], sharded_offsets: tuple[tuple[int, int, int], ...]) -> None:
     """Say of entries that their rows are gate and up of this rank, as Megatron Core's MLP says of its own."""
-    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+    from mbx.models.megatron.core.sharding import apply_swiglu_sharded_factory
 
     for name in names:
         if name in content:
@@ -280,7 +280,7 @@ def cut_gated(content: dict[str, object], names: list[str], sharded_offsets: tup
 
 def group_of(expert: bool) -> torch.distributed.ProcessGroup:
     """The ranks that a linear is cut over."""
-    from megatron.core import parallel_state
+    from mbx.models.megatron.core.groups import parallel_state
 
     found = (
         parallel_state.get_expert_tensor_parallel_group()

@@ -45,7 +45,7 @@ def make_small(table: Table, folder: Path) -> Path:
     import torch
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
 
-    from mbx.models.reference import silent_transformers
+    from mbx.models.transformers.reference import silent_transformers
 
     known = [kind for kind in table.model_types if kind in CONFIG_MAPPING]
     if not known:

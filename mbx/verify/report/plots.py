@@ -11,7 +11,7 @@ from mbx.page import WIDTH, Dot, curve, picture
 from mbx.verify.parity import Difference
 
 if TYPE_CHECKING:
-    from mbx.models.divergence import BorderDiff
+    from mbx.models.forward.divergence import BorderDiff
 
 _ROW = 18
 _SHOWN_BARS = 60
@@ -21,7 +21,7 @@ def divergence_plot(borders: Sequence[BorderDiff]) -> str:
     """Relative difference of the hidden states behind each layer, on a logarithmic scale; empty without borders."""
     if not borders:
         return ""
-    from mbx.models.divergence import first_divergence
+    from mbx.models.forward.divergence import first_divergence
 
     values = [border.relative for border in borders if 0 < border.relative < math.inf]
     low = math.floor(math.log10(min(values, default=1e-8)))

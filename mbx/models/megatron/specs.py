@@ -10,12 +10,15 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 from converters.errors import UnsupportedError
+from mbx.models.megatron.config import mcore_version
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from mbx.models.megatron.core.config import TransformerConfig
+    from mbx.models.megatron.core.layers import (
+        ModuleSpec,
+        MultiTokenPredictionBlockSubmodules,
+        TransformerBlockSubmodules,
+    )
 
 
 def gpt_block_spec(
@@ -32,13 +35,28 @@ def gpt_block_spec(
     rotary base of their own; Megatron Core has neither (`family_layers`). `vp_stage` is the model chunk where
     the pipeline is interleaved.
     """
-    block = _block_spec(config, use_te=use_te, vp_stage=vp_stage)
+    if config.heterogeneous_block_specs:
+        block = _heterogeneous_block_spec(config, use_te=use_te, vp_stage=vp_stage)
+    elif config.experimental_attention_variant is not None:
+        block = _variant_block_spec(config, use_te=use_te, vp_stage=vp_stage)
+    elif use_te:
+        from mbx.models.megatron.core.layers import get_gpt_decoder_block_spec
+
+        block = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=True,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+            vp_stage=vp_stage,
+        )
+    else:
+        block = _local_block_spec(config, vp_stage)
+    block.layer_specs = [deepcopy(layer) for layer in block.layer_specs]  # mcore repeats one spec object
     if config.qk_l2_norm and config.no_rope_freq:
         _norm_rotated_layers_only(config, block, vp_stage)
     if post_layernorms or rotary_base_local is not None:
-        from mbx.models.family_layers import add_post_layernorms, use_two_bases
+        from mbx.models.megatron.family_layers import add_post_layernorms, use_two_bases
 
-        block.layer_specs = [deepcopy(layer) for layer in block.layer_specs]  # mcore repeats one spec object
         for layer in block.layer_specs:
             if post_layernorms:
                 add_post_layernorms(layer, block.layer_norm)
@@ -51,34 +69,14 @@ def _norm_rotated_layers_only(
     config: TransformerConfig, block: TransformerBlockSubmodules, vp_stage: int | None
 ) -> None:
     """Llama 4 norms queries and keys where it rotates them; `qk_l2_norm` alone does so in every layer."""
-    from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+    from mbx.models.megatron.core.layers import IdentityOp, get_transformer_layer_offset
 
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     flags = config.no_rope_freq[first : first + len(block.layer_specs)]
-    block.layer_specs = [deepcopy(layer) for layer in block.layer_specs]  # mcore repeats one spec object
     for layer, is_unrotated in zip(block.layer_specs, flags, strict=True):
         if is_unrotated:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = IdentityOp
-
-
-def _block_spec(config: TransformerConfig, *, use_te: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-    if config.heterogeneous_block_specs:
-        return _heterogeneous_block_spec(config, use_te=use_te, vp_stage=vp_stage)
-    if config.experimental_attention_variant is not None:
-        return _variant_block_spec(config, use_te=use_te, vp_stage=vp_stage)
-    if use_te:
-        return get_gpt_decoder_block_spec(
-            config,
-            use_transformer_engine=True,
-            normalization=config.normalization,
-            qk_l2_norm=config.qk_l2_norm,
-            vp_stage=vp_stage,
-        )
-    return _local_block_spec(config, vp_stage)
 
 
 def mtp_block_spec(
@@ -88,13 +86,13 @@ def mtp_block_spec(
 
     Each head repeats the decoder's last layer kind, as mcore's own helper does.
     """
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+    from mbx.models.megatron.core.layers import get_gpt_mtp_block_spec
 
     if not config.mtp_num_layers:
         return None
     spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te, vp_stage=vp_stage)
     if spec is not None and not use_te:
-        from mbx.models.modules import LocalNorm
+        from mbx.models.megatron.local_modules import LocalNorm
 
         for layer in spec.layer_specs:
             layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = LocalNorm
@@ -105,12 +103,11 @@ def _heterogeneous_block_spec(
     config: TransformerConfig, *, use_te: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """Layers of unequal width, some without attention or MLP: mcore's own specs, on a CPU with our norms."""
-    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from mbx.models.megatron.core.layers import WrappedTorchNorm, get_gpt_heterogeneous_layer_spec
 
     block = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
     if not use_te:
-        from mbx.models.modules import LocalNorm
+        from mbx.models.megatron.local_modules import LocalNorm
 
         block.layer_norm = LocalNorm
         for layer in block.layer_specs:
@@ -123,14 +120,11 @@ def _heterogeneous_block_spec(
 def _variant_block_spec(
     config: TransformerConfig, *, use_te: bool, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    from megatron.core import __version__
-    from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
-        get_transformer_block_with_experimental_attention_variant_spec,
-    )
+    from mbx.models.megatron.core.layers import get_transformer_block_with_experimental_attention_variant_spec
 
     if not use_te:
         raise UnsupportedError(
-            f"megatron-core {__version__} builds experimental_attention_variant="
+            f"{mcore_version()} builds experimental_attention_variant="
             f"{config.experimental_attention_variant!r} with Transformer Engine only",
             hint="run this leg on a GPU with Transformer Engine installed",
         )
@@ -138,10 +132,12 @@ def _variant_block_spec(
 
 
 def _local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-    from mbx.models.modules import LocalNorm
+    from mbx.models.megatron.core.layers import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+        get_transformer_layer_offset,
+    )
+    from mbx.models.megatron.local_modules import LocalNorm
 
     dense = _local_layer_spec(config, num_experts=None)
     expert = dense if config.num_moe_experts is None else _local_layer_spec(config, num_experts=config.num_moe_experts)
@@ -167,9 +163,8 @@ def expert_layers(config: TransformerConfig) -> list[bool]:
 
 def _local_layer_spec(config: TransformerConfig, *, num_experts: int | None) -> ModuleSpec:
     """mcore's local layer with norms that need no Apex, and with Transformer Engine's checkpoint names."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
-    from mbx.models.modules import LatentDotProductAttention, LocalNorm
+    from mbx.models.megatron.core.layers import get_gpt_layer_local_spec
+    from mbx.models.megatron.local_modules import LatentDotProductAttention, LocalNorm
 
     spec = get_gpt_layer_local_spec(
         num_experts=num_experts,

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mbx.models.device import is_main
-from mbx.models.divergence import vocab_parts
+from mbx.models.forward.divergence import vocab_parts
 
 if TYPE_CHECKING:
     import torch
 
-    from mbx.models.models import Model
-    from mbx.models.prompts import Batch
-    from mbx.models.trace import Trace
+    from mbx.models.forward.models import Model
+    from mbx.models.forward.prompts import Batch
+    from mbx.models.forward.trace import Trace
 
 #: Largest difference of two fp32 losses, in nats, that rounding explains.
 LOSS_TOLERANCE = 1e-4

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import UnsupportedError
-from mbx.models.logits import check_ids
-from mbx.models.prompts import Batch
-from mbx.models.rotary_floor import nudge_frequencies
-from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
+from mbx.models.forward.logits import check_ids
+from mbx.models.forward.prompts import Batch
+from mbx.models.forward.rotary_floor import nudge_frequencies
+from mbx.models.forward.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
 
 if TYPE_CHECKING:
     import torch
 
-    from mbx.models.shallow_transformers import PartialTransformers
+    from mbx.models.transformers.shallow import PartialTransformers
 
 
 def trace_transformers(
@@ -27,12 +27,12 @@ def trace_transformers(
 ) -> Trace:
     """Run the model of a Hugging Face folder in `dtype` (of torch) with eager attention, layer by layer.
 
-    `nudged` raises the rotary frequencies to the next fp32 numbers (`mbx.models.rotary_floor`).
+    `nudged` raises the rotary frequencies to the next fp32 numbers (`mbx.models.forward.rotary_floor`).
     Raises what `PartialTransformers` raises, and UsageError for token ids outside the vocabulary.
     """
     import torch
 
-    from mbx.models.shallow_transformers import PartialTransformers, left_out
+    from mbx.models.transformers.shallow import PartialTransformers, left_out
 
     parts = PartialTransformers(hf_dir, getattr(torch, dtype))
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Build a Megatron Core model from a flat config (`mbx.models.config`)."""
+"""Build a Megatron Core model from a flat config (`mbx.models.megatron.config`)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from converters.errors import LayoutError, UnsupportedError, UsageError
 from converters.rows.expr import Value
-from mbx.models.config import MODEL_PREFIX, FlatConfig, mcore_version, refuse_unknown, transformer_config
+from mbx.models.device import ONE_PROCESS, Spread
+from mbx.models.megatron.config import MODEL_PREFIX, FlatConfig, mcore_version, refuse_unknown, transformer_config
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
     from torch import nn
 
-# Arguments of ours behind the same prefix: the model class, and what mbx.models.family_layers adds to a GPT model.
+    from mbx.models.megatron.core.config import TransformerConfig
+
+# Arguments of ours behind the same prefix: the model class, and what `family_layers` adds to a GPT model.
 _SANDWICH = ("post_layernorms", "rotary_base_local", "scale_embeddings")
 # What the installed Megatron Core has no module for: tensors of it are left in the checkpoint.
 _ABSENT = ("mtp_num_layers", "mtp_hybrid_override_pattern", "mtp_block_layers")
@@ -22,13 +24,8 @@ _NOT_CONSTRUCTOR = ("mcore_model", "latent_layernorm_epsilon", *_ABSENT, *_SANDW
 
 def build_model(
     config: FlatConfig,
+    spread: Spread = ONE_PROCESS,
     *,
-    tp: int = 1,
-    pp: int = 1,
-    ep: int = 1,
-    etp: int = 1,
-    dtype: str = "fp32",
-    device: str = "cpu",
     use_te: bool = False,
     padded_vocab_size: int | None = None,
     vp_stage: int | None = None,
@@ -36,18 +33,18 @@ def build_model(
 ) -> nn.Module:
     """Build this rank's GPTModel (or MambaModel) inside an initialised process group; weights are random.
 
-    On a CPU, stay inside `mbx.models.cpu.megatron_on_cpu` for as long as the model is used. `padded_vocab_size` is the
-    row count of the embedding, the true `model.vocab_size` by default; it must be a multiple of `tp`. `vp_stage` is
-    the model chunk to build where the process group has virtual pipeline stages. The decoder layers of a `streamed`
-    model have no weights until `mbx.models.eviction.make_room`.
+    On a CPU, stay inside `megatron_on_cpu` for as long as the model is used. `padded_vocab_size` is the row count of
+    the embedding, the true `model.vocab_size` by default; it must be a multiple of the spread's tp. `vp_stage` is the
+    model chunk to build where the process group has virtual pipeline stages. The decoder layers of a `streamed` model
+    have no weights until `eviction.make_room`.
     Raises what `transformer_config` raises, and `UnsupportedError` for a model this device or version cannot express.
     """
-    from megatron.core import parallel_state
+    from mbx.models.megatron.core.groups import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
         raise UsageError(
             "no process group: Megatron Core builds models inside one",
-            hint="enter `mbx.models.cpu.process_group()` first",
+            hint="enter `mbx.models.device.process_group()` first",
         )
     kind = config.get(MODEL_PREFIX + "mcore_model", "gpt")
     if kind not in ("gpt", "hybrid"):
@@ -57,41 +54,41 @@ def build_model(
             f"{mcore_version()} builds hybrid (Mamba) models with Transformer Engine only",
             hint="run this leg on a GPU with Transformer Engine and mamba-ssm installed",
         )
-    built = transformer_config(config, tp=tp, pp=pp, ep=ep, etp=etp, dtype=dtype, device=device, use_te=use_te)
+    built = transformer_config(config, spread, use_te=use_te)
     try:
-        model_class, specs = (_gpt_parts if kind == "gpt" else _hybrid_parts)(config, built, use_te, vp_stage)
+        gpt = kind == "gpt"
+        model_class, specs = _gpt_parts(config, built, use_te, vp_stage) if gpt else _hybrid_parts(config, vp_stage)
         if streamed:
-            from mbx.models.eviction import evicting_specs
+            from mbx.models.megatron.eviction import evicting_specs
 
             specs = evicting_specs(specs)
         arguments = _model_arguments(config, model_class)
-        arguments["vocab_size"] = _vocab_size(config, padded_vocab_size, tp)
+        arguments["vocab_size"] = _vocab_size(config, padded_vocab_size, spread.tp)
         arguments["pre_process"] = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         arguments["post_process"] = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         model: nn.Module = model_class(config=built, **specs, **arguments)
     except (ValueError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
         raise UnsupportedError(
-            f"{mcore_version()} cannot build this model on {device} "
+            f"{mcore_version()} cannot build this model on {spread.device} "
             f"({'Transformer Engine' if use_te else 'local'} spec): {error}"
         ) from error
     if config.get(MODEL_PREFIX + "scale_embeddings"):
-        from mbx.models.family_layers import scale_embeddings
+        from mbx.models.megatron.family_layers import scale_embeddings
 
         scale_embeddings(model, built.hidden_size)
     latent = config.get(MODEL_PREFIX + "latent_layernorm_epsilon")
     if isinstance(latent, float) and latent != built.layernorm_epsilon:
-        from mbx.models.family_layers import set_latent_epsilon
+        from mbx.models.megatron.family_layers import set_latent_epsilon
 
         set_latent_epsilon(model, latent)
-    return model.to(device)
+    return model.to(spread.device)
 
 
 def _gpt_parts(
     config: FlatConfig, built: TransformerConfig, use_te: bool, vp_stage: int | None
 ) -> tuple[type[nn.Module], dict[str, object]]:
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    from mbx.models.specs import gpt_block_spec, mtp_block_spec
+    from mbx.models.megatron.core.layers import GPTModel
+    from mbx.models.megatron.specs import gpt_block_spec, mtp_block_spec
 
     base = config.get(MODEL_PREFIX + "rotary_base_local")
     if base is not None and (isinstance(base, bool) or not isinstance(base, int | float)):
@@ -110,17 +107,13 @@ def _gpt_parts(
     }
 
 
-def _hybrid_parts(
-    config: FlatConfig, _built: TransformerConfig, _use_te: bool, vp_stage: int | None
-) -> tuple[type[nn.Module], dict[str, object]]:
+def _hybrid_parts(config: FlatConfig, vp_stage: int | None) -> tuple[type[nn.Module], dict[str, object]]:
     added = [f"`{MODEL_PREFIX}{name}`" for name in _SANDWICH if config.get(MODEL_PREFIX + name)]
     if added:
         raise UnsupportedError(f"{', '.join(added)}: hybrid models are built without")
     if vp_stage is not None:
         raise UnsupportedError(f"{mcore_version()} has no virtual pipeline stages for hybrid models")
-    # The stack's module needs triton to import, so it stays behind the Transformer Engine check.
-    from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-    from megatron.core.models.mamba.mamba_model import MambaModel
+    from mbx.models.megatron.core.hybrid import MambaModel, mamba_stack_spec
 
     return MambaModel, {"mamba_stack_spec": mamba_stack_spec}
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from converters.errors import UnsupportedError
 from mbx.formats.hf import read_config
 from mbx.formats.safetensors import read_folder
-from mbx.models.equivalents import twin_of
+from mbx.models.transformers.equivalents import twin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

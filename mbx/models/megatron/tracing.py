@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 from converters.errors import StorageError
 from converters.rows.expr import Value
 from mbx.models.device import Spread
-from mbx.models.logits import check_ids, gather_vocab
-from mbx.models.mcore_weights import StoredWeights
-from mbx.models.prompts import Batch
-from mbx.models.rotary import rotated_at, set_rope_frequencies
+from mbx.models.forward.logits import check_ids
+from mbx.models.forward.prompts import Batch
+from mbx.models.forward.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
+from mbx.models.megatron.rotary import rotated_at, set_rope_frequencies
+from mbx.models.megatron.weights import StoredWeights
 from mbx.models.stored import row_runs
-from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
 
 if TYPE_CHECKING:
     import torch
@@ -75,22 +75,13 @@ def trace_megatron(
 
 def _frame(config: Mapping[str, Value], weights: StoredWeights, tokens: list[int], spread: Spread) -> nn.Module:
     """The model without its layers' weights, with the embedding rows of the ascending `tokens`."""
-    from mbx.models.build import build_model
-    from mbx.models.mcore_weights import sharded_weights
+    from mbx.models.megatron.build import build_model
+    from mbx.models.megatron.weights import sharded_weights
 
     rows = -(-len(tokens) // spread.tp) * spread.tp
     small = {**config, "model.vocab_size": rows, "mtp_num_layers": None, "perform_initialization": False}
     small[_TIED] = False  # the head reads its rows apart, from the embedding's where they are tied
-    model = build_model(
-        small,
-        tp=spread.tp,
-        pp=spread.pp,
-        ep=spread.ep,
-        dtype=spread.dtype,
-        device=spread.device,
-        use_te=spread.device == "cuda",
-        streamed=True,
-    )
+    model = build_model(small, spread, use_te=spread.device == "cuda", streamed=True)
     apart = (_EMBEDDING, _OUTPUT, _BIAS)
     # Before anything runs no layer has weights, so what is asked for is what lies around them.
     found = weights.fill({name: part for name, part in sharded_weights(model).items() if name not in apart})
@@ -105,7 +96,7 @@ def _frame(config: Mapping[str, Value], weights: StoredWeights, tokens: list[int
 
 def _put_rows(parameter: torch.Tensor, weights: StoredWeights, name: str, tokens: Sequence[int]) -> None:
     """Fill this rank's share of the rows `tokens`; what is behind the last is zero."""
-    from megatron.core import parallel_state
+    from mbx.models.megatron.core.groups import parallel_state
 
     share = parameter.shape[0]
     first = parallel_state.get_tensor_model_parallel_rank() * share
@@ -117,8 +108,8 @@ def _put_rows(parameter: torch.Tensor, weights: StoredWeights, name: str, tokens
 
 def _stream(model: nn.Module, weights: StoredWeights, recorder: Recorder) -> list[Any]:
     """Hooks that fill each layer before it runs, keep what it returns, and empty it."""
-    from mbx.models.eviction import evict, make_room
-    from mbx.models.mcore_weights import sharded_weights
+    from mbx.models.megatron.eviction import evict, make_room
+    from mbx.models.megatron.weights import sharded_weights
 
     handles = []
     for place, layer in enumerate(cast("Any", model).decoder.layers):
@@ -167,7 +158,8 @@ def _batches(asked: dict[str, object], parameters: Mapping[str, torch.Tensor]) -
 def _through_stages(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, spread: Spread) -> None:
     """One pass through every pipeline stage in turn."""
     import torch
-    from megatron.core import parallel_state
+
+    from mbx.models.megatron.core.groups import parallel_state
 
     config = cast("Any", model).config
     if not parallel_state.is_pipeline_first_stage():
@@ -208,7 +200,8 @@ class _Head:
     def __call__(self, first: int, last: int) -> torch.Tensor:
         """Logits of tokens `[first, last)` on rank 0: [positions, last - first], fp32."""
         import torch
-        from megatron.core import parallel_state
+
+        from mbx.models.megatron.core.groups import parallel_state
 
         logits = torch.empty(0)
         if parallel_state.is_pipeline_last_stage():
@@ -242,3 +235,17 @@ class _Head:
                 found = gather_vocab(layer(states, weight=weight)[0].transpose(0, 1).contiguous())
                 parts.append(found[..., : last - first].float().cpu().reshape(-1, last - first))
         return torch.cat(parts)
+
+
+def gather_vocab(logits: torch.Tensor) -> torch.Tensor:
+    """Concatenate vocabulary shards over the tensor-parallel group: [b, s, vocab/tp] → [b, s, vocab]."""
+    import torch
+
+    from mbx.models.megatron.core.groups import parallel_state
+
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    if tp == 1:
+        return logits
+    shards = [torch.empty_like(logits) for _ in range(tp)]
+    torch.distributed.all_gather(shards, logits, group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(shards, dim=-1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from converters.errors import UnsupportedError, UsageError
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_rope
-from mbx.models.reference import transformers_config
+from mbx.models.transformers.reference import transformers_config
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ def rotated_at(model: nn.Module, positions: torch.Tensor | None) -> Iterator[Non
     if positions is None:
         yield
         return
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from mbx.models.megatron.core.layers import RotaryEmbedding
 
     count = int(positions.max()) + 1
 
@@ -85,7 +85,7 @@ def set_rope_frequencies(model: nn.Module, inv_freq: torch.Tensor) -> None:
     caller says so. Raises `UnsupportedError` where the model has no such table (learned positions, YaRN, MLA),
     `UsageError` for another number of frequencies.
     """
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from mbx.models.megatron.core.layers import RotaryEmbedding
 
     rope = getattr(model, "rotary_pos_emb", None)
     if rope is None or type(rope) is not RotaryEmbedding:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from converters.errors import StorageError
+from converters.mcore.releases import CURRENT
 from converters.tensors import Shape, StoredTensor
 from mbx.formats.files import FileSource
 from mbx.models.stored import read_box, read_rows
@@ -34,13 +35,15 @@ class StoredWeights:
 
         Raises StorageError where something is absent or has another shape.
         """
-        from megatron.core.dist_checkpointing.dict_utils import (
+        from mbx.models.megatron.core.sharding import (
+            ShardedObject,
+            ShardedTensor,
+            apply_factory_merges,
             dict_list_map_inplace,
             extract_matching_values,
+            load_preprocess,
             nested_values,
         )
-        from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
-        from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 
         asked, _, factories = load_preprocess({"model": sharded})
         tensors, others = extract_matching_values(asked, lambda value: isinstance(value, ShardedTensor))
@@ -87,11 +90,8 @@ def sharded_weights(model: nn.Module) -> dict[str, object]:
 
 
 def sharding_metadata() -> dict[str, object]:
-    """What `sharded_state_dict` must be told; `singleton_local_shards=False` keeps fc1 as one `[gate; up]` tensor."""
-    from megatron.core import parallel_state
+    """What `sharded_state_dict` must be told to give the keys that the common state stands for."""
+    from mbx.models.megatron.core.groups import parallel_state
 
-    return {
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {**CURRENT.content_metadata, "dp_cp_group": group}

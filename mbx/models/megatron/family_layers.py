@@ -1,23 +1,20 @@
 """What families add to a Megatron Core layer: norms behind sublayers, scaled embeddings, a second rotary base, …
 
-Like `mbx.models.modules` this file imports torch and megatron when imported. The norms take the checkpoint names that
+Like `local_modules` this file imports torch and megatron when imported. The norms take the checkpoint names that
 Megatron-Bridge gives them: `self_attention.linear_proj.post_layernorm`, `mlp.linear_fc2.post_layernorm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import nn
 
 from converters.errors import UnsupportedError
+from mbx.models.megatron.core.config import TransformerConfig
+from mbx.models.megatron.core.layers import ModuleSpec, RotaryEmbedding, SelfAttention, is_layer_window_attention
 
 
 def add_post_layernorms(layer: ModuleSpec, norm: Callable[..., nn.Module]) -> None:
@@ -65,28 +62,12 @@ class TwoBaseAttention(SelfAttention):  # type: ignore[misc]  # megatron is unty
                 cp_group=self.pg_collection.cp,
             )
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *arguments: Any,
-        rotary_pos_emb: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
-        **keywords: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, *arguments: Any, rotary_pos_emb: torch.Tensor | None = None, **keywords: Any) -> Any:
         """As SelfAttention's; `rotary_pos_emb: [s / cp, 1, 1, d]` is replaced in a windowed layer."""
         if self.window_rotary is not None and rotary_pos_emb is not None:
             length = rotary_pos_emb.shape[0] * self.pg_collection.cp.size()
-            rotary_pos_emb = self.window_rotary(length, packed_seq=packed_seq_params is not None)
-        found = super().forward(
-            hidden_states,
-            attention_mask,
-            *arguments,
-            rotary_pos_emb=rotary_pos_emb,
-            packed_seq_params=packed_seq_params,
-            **keywords,
-        )
-        return cast("tuple[torch.Tensor, torch.Tensor | None]", found)
+            rotary_pos_emb = self.window_rotary(length, packed_seq=keywords.get("packed_seq_params") is not None)
+        return super().forward(*arguments, rotary_pos_emb=rotary_pos_emb, **keywords)
 
 
 def use_two_bases(layer: ModuleSpec, rotary_base_local: float) -> None:

@@ -14,13 +14,13 @@ from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
 from mbx.formats.hf import read_config
 from mbx.models.device import Spread, is_main
-from mbx.models.prompts import Batch
-from mbx.models.trace import Trace
+from mbx.models.forward.prompts import Batch
+from mbx.models.forward.trace import Trace
 
 if TYPE_CHECKING:
     import torch
 
-    from mbx.models.mcore_weights import StoredWeights
+    from mbx.models.megatron.weights import StoredWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class TransformersModel:
     @property
     def note(self) -> str:
         """Under which class Transformers runs a model that it has none for; empty where it has."""
-        from mbx.models.equivalents import twin_of
+        from mbx.models.transformers.equivalents import twin_of
 
         twin = twin_of(read_config(self.path))
         return "" if twin is None else f"; {twin.note}"
@@ -48,7 +48,7 @@ class TransformersModel:
         del vocab
         if not is_main():
             return Trace({}, _nothing)
-        from mbx.models.transformers_side import trace_transformers
+        from mbx.models.transformers.tracing import trace_transformers
 
         return trace_transformers(self.path, batches, device=spread.device)
 
@@ -82,23 +82,23 @@ class MegatronModel:
     @property
     def frequencies(self) -> torch.Tensor | None:
         """Transformers' rotary frequencies, where Megatron Core's constants differ."""
-        from mbx.models.rotary import transformers_frequencies
+        from mbx.models.megatron.rotary import transformers_frequencies
 
         return transformers_frequencies(self.reference) if self.lent and self.reference is not None else None
 
     def weights(self, source: FileSource) -> StoredWeights:
         """The checkpoint's weights."""
-        from mbx.models.mcore_weights import StoredWeights
+        from mbx.models.megatron.weights import StoredWeights
 
         if not self.torch_dist:
             return StoredWeights(self.tensors, source)
-        from mbx.models.dcp_weights import TorchDistWeights
+        from mbx.models.megatron.dcp_weights import TorchDistWeights
 
         return TorchDistWeights(self.root, self.tensors, source)
 
     def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
         """The pass; collective, inside `megatron_on`."""
-        from mbx.models.mcore_side import trace_megatron
+        from mbx.models.megatron.tracing import trace_megatron
 
         source = FileSource(self.root)
         weights = self.weights(source)

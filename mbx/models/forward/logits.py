@@ -23,7 +23,7 @@ class FarLimit:
 
 @dataclass(frozen=True, slots=True)
 class Bf16Noise:
-    """Most likely tokens outside the noise of bf16 (`mbx.models.bf16_noise`).
+    """Most likely tokens outside the noise of bf16 (`mbx.models.forward.bf16_noise`).
 
     `largest`: the largest |Δlogit| between the reference in bf16 and in fp32. Of `num_positions` near ones, `outside`
     have a margin of over twice the noise there; `disagreements` numbers those of them with another most likely token.
@@ -49,8 +49,8 @@ class LogitDiff:
     `top1_agreement`: share of positions with the same arg max. `first_bad_position`: (row, position) of the first
     position, in reading order, that is not finite or differs by more than `tolerance`; None where there is none.
     `has_nan`: either side holds NaN or an infinity. `largest`: the largest |Δ| of each position. `far`: the limit of
-    far positions, where one of their own was measured (`mbx.models.rotary_floor`). `other_top1`: numbers of the
-    positions with another arg max. `noise`: those outside the noise of bf16, where it was measured.
+    far positions, where one of their own was measured (`rotary_floor`). `other_top1`: numbers of the positions with
+    another arg max. `noise`: those outside the noise of bf16, where it was measured.
     """
 
     max_abs: float
@@ -134,19 +134,6 @@ class LogitTally:
             largest=tuple(largest.tolist()),
             other_top1=tuple(torch.nonzero(~same).flatten().tolist()),
         )
-
-
-def gather_vocab(logits: torch.Tensor) -> torch.Tensor:
-    """Concatenate vocabulary shards over the tensor-parallel group: [b, s, vocab/tp] → [b, s, vocab]."""
-    import torch
-    from megatron.core import parallel_state
-
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    if tp == 1:
-        return logits
-    shards = [torch.empty_like(logits) for _ in range(tp)]
-    torch.distributed.all_gather(shards, logits, group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(shards, dim=-1)
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:

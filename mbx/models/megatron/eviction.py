@@ -10,8 +10,9 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.spec_utils import ModuleSpec
     from torch import nn
+
+    from mbx.models.megatron.core.layers import ModuleSpec
 
 _PARKED = "mbx_parked_shapes"
 _HYBRID_LAYERS = ("mamba_layer", "attention_layer", "mlp_layer", "moe_layer")
@@ -37,17 +38,15 @@ def is_evicted(layer: nn.Module) -> bool:
 
 
 def evicting_specs(specs: dict[str, object]) -> dict[str, object]:
-    """The layer specs of a GPTModel or MambaModel, as `build_model` passes them, with layers that evict themselves."""
-    found = dict(specs)
-    if "mamba_stack_spec" in found:
-        stack = deepcopy(cast("ModuleSpec", found["mamba_stack_spec"]))
+    """The layer specs of a GPTModel (changed in place) or MambaModel, with layers that evict themselves."""
+    if "mamba_stack_spec" in specs:
+        stack = deepcopy(cast("ModuleSpec", specs["mamba_stack_spec"]))
         for kind in _HYBRID_LAYERS:
             setattr(stack.submodules, kind, _evicting(getattr(stack.submodules, kind)))
-        found["mamba_stack_spec"] = stack
-        return found
-    block = cast("Any", found["transformer_layer_spec"])
+        return {**specs, "mamba_stack_spec": stack}
+    block = cast("Any", specs["transformer_layer_spec"])
     block.layer_specs = [_evicting(spec) for spec in block.layer_specs]
-    return found
+    return specs
 
 
 def _evicting(spec: ModuleSpec | type) -> ModuleSpec | type:

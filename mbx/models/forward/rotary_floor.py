@@ -11,15 +11,15 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mbx.models.divergence import vocab_parts
-from mbx.models.logits import FarLimit, LogitDiff
-from mbx.models.prompts import Passes
+from mbx.models.forward.divergence import vocab_parts
+from mbx.models.forward.logits import FarLimit, LogitDiff
+from mbx.models.forward.prompts import Passes
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mbx.models.models import TransformersModel
-    from mbx.models.trace import Trace
+    from mbx.models.forward.models import TransformersModel
+    from mbx.models.forward.trace import Trace
 
 
 def nudge_frequencies(model: nn.Module) -> int:
@@ -56,7 +56,7 @@ def with_far_limit(
 def _floor(reference: TransformersModel, trace: Trace, read: Passes, vocab: int, device: str) -> float:
     import torch
 
-    from mbx.models.transformers_side import trace_transformers
+    from mbx.models.transformers.tracing import trace_transformers
 
     again = tuple(batch for batch in read.batches if bool(batch.far.any()))
     nudged = trace_transformers(reference.path, again, device=device, nudged=True)

@@ -7,57 +7,39 @@ This file defines a torch class and imports torch when imported.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from converters.errors import StorageError
 from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
 from mbx.models.inert_load import torch_index
-from mbx.models.mcore_weights import StoredWeights
+from mbx.models.megatron.weights import StoredWeights
 
 
-class _Boxes(LoadPlanner):
+class _Boxes(DefaultLoadPlanner):
     """Says where the reader puts what it reads: `boxes` by (key, number of the box)."""
 
     def __init__(self, boxes: Mapping[tuple[str, int], torch.Tensor]) -> None:
+        super().__init__()
         self.boxes = boxes
 
-    def set_up_planner(self, *arguments: Any, **keywords: Any) -> None:
-        """Nothing to set up: the plan is made before."""
-
-    def create_local_plan(self) -> LoadPlan:
-        """The plan is made before."""
-        return LoadPlan([])
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """No other process takes part."""
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """Nothing to add."""
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Objects are not read."""
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """The part of the box that the item fills."""
-        found = self.boxes[read_item.dest_index.fqn, cast("int", read_item.dest_index.index)]
-        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            found = found.narrow(dim, offset, length)
-        return found
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Read straight into place."""
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The box that an item lies in."""
+        return self.boxes[index.fqn, cast("int", index.index)]
 
 
 class TorchDistWeights(StoredWeights):

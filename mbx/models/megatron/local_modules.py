@@ -1,18 +1,18 @@
 """Modules that stand in for Transformer Engine's where Megatron Core's local spec has none.
 
 This file defines torch modules, so unlike its neighbours it imports torch and megatron when imported; only functions
-of `mbx.models.specs` import it.
+of `mbx.models.megatron.specs` import it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
+
+from mbx.models.megatron.core.config import TransformerConfig
+from mbx.models.megatron.core.layers import DotProductAttention, WrappedTorchNorm
 
 
 class ZeroCenteredNorm(nn.Module):
@@ -60,26 +60,9 @@ class LatentDotProductAttention(DotProductAttention):  # type: ignore[misc]  # m
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        k_channels: int | None = None,
-        v_channels: int | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **keywords: Any
     ) -> None:
-        super().__init__(
-            config=config,
-            layer_number=layer_number,
-            attn_mask_type=attn_mask_type,
-            attention_type=attention_type,
-            softmax_scale=softmax_scale,
-            cp_comm_type=cp_comm_type,
-            pg_collection=pg_collection,
-        )
+        super().__init__(*arguments, **keywords)
         del k_channels  # only the width of the output depends on a channel count, and that is the values'
         if v_channels is not None:
             self.hidden_size_per_partition = self.num_attention_heads_per_partition * v_channels

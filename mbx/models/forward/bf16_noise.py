@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from converters.errors import UnsupportedError
-from mbx.models.divergence import vocab_parts
-from mbx.models.logits import Bf16Noise, LogitDiff
-from mbx.models.prompts import Passes
-from mbx.models.trace import Head
+from mbx.models.forward.divergence import vocab_parts
+from mbx.models.forward.logits import Bf16Noise, LogitDiff
+from mbx.models.forward.prompts import Passes
+from mbx.models.forward.trace import Head
 
 if TYPE_CHECKING:
-    from mbx.models.models import TransformersModel
-    from mbx.models.trace import Trace
+    from mbx.models.forward.models import TransformersModel
+    from mbx.models.forward.trace import Trace
 
 
 def with_bf16_noise(
@@ -34,7 +34,7 @@ def with_bf16_noise(
 
     if diff.has_nan:
         return diff
-    from mbx.models.transformers_side import trace_transformers
+    from mbx.models.transformers.tracing import trace_transformers
 
     near = tuple(batch for batch in read.batches if batch.positions is None)
     try:

@@ -14,103 +14,65 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from converters.errors import DeviceError, LayoutError, UnsupportedError, UsageError
 from converters.rows.expr import Value
+from mbx.models.device import ONE_PROCESS, Spread
 
 if TYPE_CHECKING:
     import torch
-    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mbx.models.megatron.core.config import TransformerConfig
 
 FlatConfig: TypeAlias = Mapping[str, Value]
 
 MODEL_PREFIX = "model."
-_DTYPES = ("fp32", "bf16", "fp16")
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu", "quick_gelu")
 # Set by the layout, the dtype or the device, never by a model's config.
 _OWNED = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "params_dtype",
-    "pipeline_dtype",
-    "bf16",
-    "fp16",
-    "use_cpu_initialization",
-    "transformer_impl",
+    *ONE_PROCESS.sizes,
+    *("params_dtype", "pipeline_dtype", "bf16", "fp16", "use_cpu_initialization", "transformer_impl"),
 )
 # Speed, not mathematics: kernels and dispatch that exist on CUDA only. A CPU build turns them off.
 _CUDA_ONLY: dict[str, Value] = {
-    "apply_rope_fusion": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "cross_entropy_loss_fusion": False,
-    "fused_single_qkv_rope": False,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "memory_efficient_layer_norm": False,
-    "moe_grouped_gemm": False,
-    "moe_permute_fusion": False,
-    "moe_router_fusion": False,
-    "moe_shared_expert_overlap": False,
+    **dict.fromkeys(
+        """apply_rope_fusion bias_activation_fusion bias_dropout_fusion cross_entropy_loss_fusion fused_single_qkv_rope
+        gradient_accumulation_fusion masked_softmax_fusion memory_efficient_layer_norm moe_grouped_gemm
+        moe_permute_fusion moe_router_fusion moe_shared_expert_overlap persist_layer_norm sequence_parallel
+        use_fused_weighted_squared_relu""".split(),
+        False,
+    ),
     "moe_token_dispatcher_type": "allgather",
-    "persist_layer_norm": False,
-    "sequence_parallel": False,
-    "use_fused_weighted_squared_relu": False,
 }
 # GPTModel (0.16.1, position_embedding_type="yarn") reads these from the config, which does not declare them.
-_YARN_ATTRIBUTES = (
-    "yarn_rotary_scaling_factor",
-    "yarn_original_max_position_embeddings",
-    "yarn_beta_fast",
-    "yarn_beta_slow",
-    "yarn_mscale",
-    "yarn_mscale_all_dim",
-    "yarn_correction_range_round_to_int",
-)
+_YARN_ATTRIBUTES = """yarn_rotary_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
+yarn_mscale yarn_mscale_all_dim yarn_correction_range_round_to_int""".split()
 # Any of these lets stages hold different numbers of layers; mcore checks those itself.
-_UNEVEN_STAGES = (
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
+_UNEVEN_STAGES = """num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout
+account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split""".split()
 # MLA ignores GPTModel's rotary arguments and reads the config's; the same word must not mean two things.
 _MLA_ROTARY = ("rotary_base", "rotary_percent")
 
 
-def transformer_config(
-    config: FlatConfig,
-    *,
-    tp: int = 1,
-    pp: int = 1,
-    ep: int = 1,
-    etp: int = 1,
-    dtype: str = "fp32",
-    device: str = "cpu",
-    use_te: bool = False,
-) -> TransformerConfig:
+def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_te: bool = False) -> TransformerConfig:
     """Turn a flat config into a TransformerConfig (MLATransformerConfig under `multi_latent_attention`).
 
-    `etp` is the tensor parallelism of expert weights, 1 by default (Megatron-LM's default follows `tp`).
     Dropout is 0 unless the config sets it (mcore's default of 0.1 belongs to no converted model). On a CPU, fusions
     and CUDA dispatchers are off whatever the config says; they change speed, not results.
     Raises `UnsupportedError` for a field this Megatron Core has not or a combination it refuses, `LayoutError` for a
     parallel layout that does not divide the model, `DeviceError` for Transformer Engine where there is none.
     """
     import torch
-    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    if dtype not in _DTYPES:
-        raise UsageError(f"dtype must be one of {', '.join(_DTYPES)}, got `{dtype}`")
-    _check_te(device, use_te)
-    _check_layout(config, tp=tp, pp=pp, ep=ep)
+    from mbx.models.megatron.core import config as core
+
+    dtype, on_cpu = spread.dtype, spread.device == "cpu"
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in dtypes:
+        raise UsageError(f"dtype must be one of {', '.join(dtypes)}, got `{dtype}`")
+    _check_te(spread.device, use_te)
+    _check_layout(config, spread)
 
     mla = bool(config.get("multi_latent_attention"))
-    config_class = MLATransformerConfig if mla else TransformerConfig
+    config_class = core.MLATransformerConfig if mla else core.TransformerConfig
     if config.get("heterogeneous_block_specs"):
-        from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
-
-        config, config_class = _with_encoded_layers(config), HeterogeneousTransformerConfig
+        config, config_class = _with_encoded_layers(config), core.HeterogeneousTransformerConfig
     known = {field.name for field in fields(config_class) if field.init}
     yarn = not mla and config.get(MODEL_PREFIX + "position_embedding_type") == "yarn"
     extra = {name: config[name] for name in _YARN_ATTRIBUTES if yarn and name in config and name not in known}
@@ -119,12 +81,15 @@ def transformer_config(
     if mla:
         values.update(_mla_rotary(config))
     refuse_unknown(sorted(set(values) - known), "TransformerConfig")
-    _refuse_owned(values)
+    if owned := [name for name in _OWNED if name in values]:
+        raise UsageError(
+            f"{', '.join(f'`{name}`' for name in owned)} follow from the layout, dtype and device",
+            hint="pass them as arguments instead of config keys",
+        )
     _refuse_ignored(values, mla=mla, use_te=use_te)
-    if device == "cpu" and values.get("fp8") is not None:
+    if on_cpu and values.get("fp8") is not None:
         raise UnsupportedError(f"fp8={values['fp8']!r} needs a GPU with Transformer Engine", hint="build without fp8")
 
-    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     arguments: dict[str, object] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **values}
     if "activation_func" in values:
         arguments["activation_func"] = _activation(values["activation_func"])
@@ -134,20 +99,17 @@ def transformer_config(
         pattern = arguments.get(name)
         if isinstance(pattern, Sequence) and not isinstance(pattern, str):
             arguments[name] = list(pattern)  # mcore tells a per-layer pattern by its being a list
-    if device == "cpu":
+    if on_cpu:
         arguments.update({name: value for name, value in _CUDA_ONLY.items() if name in known})
     else:
         arguments.setdefault("gradient_accumulation_fusion", False)  # True needs Apex
     arguments.update(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
-        params_dtype=torch_dtype,
-        pipeline_dtype=torch_dtype,
+        **spread.sizes,
+        params_dtype=dtypes[dtype],
+        pipeline_dtype=dtypes[dtype],
         bf16=dtype == "bf16",
         fp16=dtype == "fp16",
-        use_cpu_initialization=device == "cpu",
+        use_cpu_initialization=on_cpu,
         transformer_impl="transformer_engine" if use_te else "local",
     )
     try:
@@ -184,13 +146,15 @@ def _mla_rotary(config: FlatConfig) -> dict[str, Value]:
 
 def _activation(name: Value) -> Callable[[torch.Tensor], torch.Tensor]:
     import torch.nn.functional as F
-    from megatron.core.activations import fast_gelu, squared_relu
-    from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
-    by_name = zip(_ACTIVATIONS, (F.silu, F.gelu, fast_gelu, squared_relu, quick_gelu), strict=True)
-    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = dict(by_name)
+    from mbx.models.megatron.core.config import fast_gelu, quick_gelu, squared_relu
+
+    functions: dict[object, Callable[[torch.Tensor], torch.Tensor]] = {
+        **{"silu": F.silu, "gelu": F.gelu, "gelu_tanh": fast_gelu},
+        **{"squared_relu": squared_relu, "quick_gelu": quick_gelu},
+    }
     if not isinstance(name, str) or name not in functions:
-        raise UnsupportedError(f"activation_func must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+        raise UnsupportedError(f"activation_func must be one of {', '.join(map(str, functions))}, got {name!r}")
     return functions[name]
 
 
@@ -218,7 +182,8 @@ def _check_te(device: str, use_te: bool) -> None:
         )
 
 
-def _check_layout(config: FlatConfig, *, tp: int, pp: int, ep: int) -> None:
+def _check_layout(config: FlatConfig, spread: Spread) -> None:
+    tp, pp, ep = spread.tp, spread.pp, spread.ep
     for size, axis, field in ((tp, "tp", "num_attention_heads"), (ep, "ep", "num_moe_experts")):
         count = config.get(field)
         if size > 1 and (not isinstance(count, int) or count % size):
@@ -237,15 +202,6 @@ def refuse_unknown(names: list[str], owner: str) -> None:
         )
 
 
-def _refuse_owned(values: Mapping[str, Value]) -> None:
-    owned = [name for name in _OWNED if name in values]
-    if owned:
-        raise UsageError(
-            f"{', '.join(f'`{name}`' for name in owned)} follow from the layout, dtype and device",
-            hint="pass them as arguments instead of config keys",
-        )
-
-
 def _refuse_ignored(values: Mapping[str, Value], *, mla: bool, use_te: bool) -> None:
     """Fields the installed Megatron Core would accept and then not act on in this kind of build."""
     if mla and values.get("softmax_scale") is not None:
@@ -258,6 +214,6 @@ def _refuse_ignored(values: Mapping[str, Value], *, mla: bool, use_te: bool) -> 
 
 def mcore_version() -> str:
     """The installed Megatron Core, as messages name it."""
-    from megatron.core import __version__
+    from mbx.models.megatron.core.config import __version__
 
     return f"megatron-core {__version__}"

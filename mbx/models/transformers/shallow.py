@@ -21,9 +21,9 @@ from converters.errors import StorageError, UnsupportedError
 from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_hf
-from mbx.models.equivalents import twin_of
-from mbx.models.reference import decoding, silent_transformers, transformers_config
 from mbx.models.stored import read_rows, read_whole, row_runs
+from mbx.models.transformers.equivalents import twin_of
+from mbx.models.transformers.reference import decoding, silent_transformers, transformers_config
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _MTP = re.compile(r"(?:^|\.)mtp\.")

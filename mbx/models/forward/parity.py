@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.rows.expr import Value
-from mbx.models.bf16_noise import with_bf16_noise
 from mbx.models.device import Spread, is_main, megatron_on
-from mbx.models.divergence import BorderDiff, compare_traces, first_divergence
-from mbx.models.logits import LogitDiff
-from mbx.models.loss import Losses, compare_losses
-from mbx.models.models import MegatronModel, Model, TransformersModel, vocab_size
-from mbx.models.prompts import Passes, Prompts, passes
-from mbx.models.rotary_floor import with_far_limit
+from mbx.models.forward.bf16_noise import with_bf16_noise
+from mbx.models.forward.divergence import BorderDiff, compare_traces, first_divergence
+from mbx.models.forward.logits import LogitDiff
+from mbx.models.forward.loss import Losses, compare_losses
+from mbx.models.forward.models import MegatronModel, Model, TransformersModel, vocab_size
+from mbx.models.forward.prompts import Passes, Prompts, passes
+from mbx.models.forward.rotary_floor import with_far_limit
 
 #: Largest difference of two fp32 logits that rounding explains on models of a few layers.
 FORWARD_TOLERANCE = 1e-4
@@ -109,7 +109,7 @@ class Forward:
 def read_prompts(
     prompts: Prompts, config: Mapping[str, Value], hf_path: Path, hf_config: Mapping[str, Value]
 ) -> Passes:
-    """`prompts` as passes for the model of `config`; raises what `mbx.models.prompts.passes` raises."""
+    """`prompts` as passes for the model of `config`; raises what `mbx.models.forward.prompts.passes` raises."""
     longest = config.get("model.max_sequence_length")
     return passes(
         prompts,
@@ -152,7 +152,7 @@ def compare_models(
     with contextlib.ExitStack() as opened:
         with contextlib.ExitStack() as stack:
             if megatron:
-                stack.enter_context(megatron_on(spread.device, tp=spread.tp, pp=spread.pp, ep=spread.ep))
+                stack.enter_context(megatron_on(spread))
             traces = []
             for model in models:
                 traces.append(model.trace(read.batches, vocab, spread))
