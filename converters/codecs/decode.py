@@ -12,7 +12,8 @@ import numpy.typing as npt
 from converters.codecs import Codec, assemble, codecs_for
 from converters.errors import StorageError
 from converters.protocols import Source
-from converters.tensors import Shape, StoredTensor, nbytes_of
+from converters.stored import read_box
+from converters.tensors import Shape, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -136,10 +137,7 @@ def read_part(source: Source, part: StoredTensor, cut: tuple[int, int] | None) -
 
     if len(part.chunks) != 1:
         raise StorageError(f"`{part.name}` is stored in {len(part.chunks)} chunks; encoded parts must be whole")
-    chunk = part.chunks[0]
+    first = tuple(0 for _ in part.shape) if cut is None else (cut[0], *(0 for _ in part.shape[1:]))
     shape = part.shape if cut is None else (cut[1] - cut[0], *part.shape[1:])
-    data = np.empty(nbytes_of(part.dtype, shape), np.uint8)
-    skip = 0 if cut is None else nbytes_of(part.dtype, (cut[0], *part.shape[1:]))
-    if data.size:
-        source.read_into(chunk.file, source.data_start(chunk) + skip, data.data)
-    return torch.from_numpy(data).view(TORCH_DTYPES[part.dtype]).reshape(shape)
+    data = read_box(part, source, first, shape)
+    return torch.from_numpy(data.reshape(-1)).view(TORCH_DTYPES[part.dtype]).reshape(shape)

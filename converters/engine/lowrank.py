@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from converters.engine.regions import TensorGrid, matrix
-from converters.errors import StorageError
+from converters.engine.regions import matrix
 from converters.protocols import Source
 from converters.rows.pack import Pack, Slot
-from converters.tensors import DTYPE_BITS, Shape, StoredTensor
+from converters.stored import read_rows
+from converters.tensors import Shape, StoredTensor
 
 if TYPE_CHECKING:
     import torch
@@ -121,17 +121,8 @@ def _read(source: Source, tensor: StoredTensor, index: tuple[int, ...]) -> torch
     from converters.torch_casts import TORCH_DTYPES
 
     rows, cols = matrix(tensor.shape, len(index))
-    item = DTYPE_BITS[tensor.dtype] // 8
-    out, got = np.empty((rows, cols * item), np.uint8), 0
-    for extent, first, count in TensorGrid(tensor, len(index)).extents(index).overlap(0, rows):
-        strip = np.empty((count, extent.pitch), np.uint8)
-        start = source.data_start(extent.chunk) + extent.start + (first - extent.row) * extent.pitch
-        source.read_into(extent.chunk.file, start, strip.reshape(-1).data)
-        out[first : first + count, extent.col * item : (extent.col + extent.cols) * item] = strip
-        got += strip.size
-    if got != out.size:
-        raise StorageError(f"`{tensor.name}`: {got} of {out.size} bytes are stored")
-    return torch.from_numpy(out.reshape(-1)).view(TORCH_DTYPES[tensor.dtype]).reshape(rows, cols).float()
+    data = read_rows(tensor, source, index, 0, rows)
+    return torch.from_numpy(data.reshape(-1)).view(TORCH_DTYPES[tensor.dtype]).reshape(rows, cols).float()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Where bytes only move they are read straight into target order, and no tensor is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from converters.engine.workers import Buffers, Matrix
 from converters.errors import StorageError
 from converters.protocols import Source
 from converters.rows.pack import Rows, Slot
+from converters.stored import fresh, read_strided
 from converters.tensors import DTYPE_BITS
 
 #: A source matrix: its tensor and the entry of its stack.
@@ -39,6 +40,10 @@ class Reader:
         width = self.geometry.entry_matrix(entry)[1] * (DTYPE_BITS[self.geometry.origin(unit, entry)] // 8)
         out = buffers.take("gathered", rows, width)
         filled = 0
+
+        def strip(nbytes: int) -> Matrix:
+            return buffers.take("strip", 1, nbytes).reshape(-1)
+
         for move in moves:
             runs = move.runs()
             last = int(np.searchsorted(runs.target, row + rows))
@@ -48,13 +53,13 @@ class Reader:
                 stop = min(row + rows, int(runs.target[i] + runs.length[i]))
                 if start < stop:
                     origin = int(runs.source[i]) + start - int(runs.target[i])
-                    self._read(move.source, origin, out[start - row : stop - row], buffers)
+                    self._read(move.source, origin, out[start - row : stop - row], strip)
                     filled += stop - start
         if filled < rows:
             _zero_gaps(moves, out, row, rows)
         return out
 
-    def _read(self, region: Region, row: int, out: Matrix, buffers: Buffers | None) -> None:
+    def _read(self, region: Region, row: int, out: Matrix, strip: Callable[[int], Matrix] = fresh) -> None:
         """Rows `[row, row + len(out))` of a region's matrix into `out`."""
         if region.tensor in self.plan.encoded:
             decoded = self._decoded(region, row, len(out))
@@ -64,17 +69,9 @@ class Reader:
         got = 0
         for extent, first, count in self.geometry.source_extents(region).overlap(row, len(out)):
             start = self.source.data_start(extent.chunk) + extent.start + (first - extent.row) * extent.pitch
-            part = out[first - row : first - row + count]
-            if extent.pitch == out.shape[1]:
-                if part.size:
-                    self.source.read_into(extent.chunk.file, start, part.reshape(-1).data)
-            elif extent.pitch:
-                strip = np.empty((count, extent.pitch), np.uint8)
-                if buffers is not None:
-                    strip = buffers.take("strip", count, extent.pitch)
-                self.source.read_into(extent.chunk.file, start, strip.reshape(-1).data)
-                part[:, extent.col * item : (extent.col + extent.cols) * item] = strip
-            got += count * extent.pitch
+            part = out[first - row : first - row + count, extent.col * item : (extent.col + extent.cols) * item]
+            read_strided(self.source, extent.chunk.file, start, (extent.pitch, 1), part, strip)
+            got += part.size
         if got != out.size:
             raise StorageError(f"`{region.tensor}`: {got} of {out.size} bytes of rows {row}… are stored")
 
@@ -102,7 +99,7 @@ class Reader:
                 words = self._decoded(region, 0, rows)
             else:
                 raw = np.empty((rows, cols * item), np.uint8)
-                self._read(region, 0, raw, None)
+                self._read(region, 0, raw)
                 words = raw.view(_WORDS[item])
             loaded[region.tensor, region.index] = words.T if region.transposed else words
         return loaded
@@ -140,7 +137,7 @@ class Reader:
         tensor = self.plan.sources[unit.original]
         count = matrix(tensor.shape, 0)[0]
         original = np.empty_like(changed)
-        self._read(Region(unit.original, (), Slot.whole(count)), row, original, None)
+        self._read(Region(unit.original, (), Slot.whole(count)), row, original)
         return restore(original, tensor.dtype, stored, dtype, changed, -unit.shift)
 
 

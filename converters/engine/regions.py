@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 
@@ -93,12 +93,16 @@ class TensorGrid:
             for index in product(*spans):
                 self._holding.setdefault(index, []).append(number)
 
+    def holding(self, index: tuple[int, ...]) -> Sequence[int]:
+        """Numbers of the chunks that hold some of the entry at `index`."""
+        return self._holding.get(index, ())
+
     def extents(self, index: tuple[int, ...], fold: int = 1) -> Extents:
         """Extents of the matrix at `index`.
 
         Raises StorageError where a chunk cuts a dimension behind the columns.
         """
-        return Extents([self._extent(number, index, fold) for number in self._holding.get(index, ())])
+        return Extents([self._extent(number, index, fold) for number in self.holding(index)])
 
     def _extent(self, number: int, index: tuple[int, ...], fold: int) -> Extent:
         chunk, shape = self.tensor.chunks[number], self.tensor.shape

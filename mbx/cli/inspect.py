@@ -14,7 +14,7 @@ from mbx.cli.output import out, paint
 from mbx.text import SCREEN_WIDTH, aligned, human_bytes, plural, wrapped
 
 if TYPE_CHECKING:
-    from mbx.formats.facts import Checkpoint
+    from mbx.formats.summary import Summary
 
 EPILOG = epilog("mbx inspect ckpt", "mbx inspect ./llama --tensors", "mbx inspect ckpt --json | jq .writer")
 
@@ -32,16 +32,16 @@ def inspect(
     Exit code 4 for a checkpoint that is unfinished or damaged, with what is known of it.
     """
     output.configure()
-    from mbx.formats.examine import examine
+    from mbx.formats.summary import summarize
 
-    found = examine(path)
+    found = summarize(path)
     doc = _document(found, tensors)
     out.result(doc, lambda: _lines(doc))
     if found.fault is not None:
         raise typer.Exit(4)
 
 
-def _document(found: Checkpoint, tensors: bool) -> dict[str, Any]:
+def _document(found: Summary, tensors: bool) -> dict[str, Any]:
     doc: dict[str, Any] = {
         "path": str(found.path),
         "format": found.format,

@@ -73,7 +73,7 @@ def new(
     output.configure()
     from mbx.catalogue.draft import draft
     from mbx.cli.source import fetch
-    from mbx.formats.hf import open_hf
+    from mbx.formats.registry import open_hf
 
     folder = open_hf(fetch(source).path)
     drafted = draft(folder.config, folder.tensors)
@@ -167,7 +167,7 @@ def _check_cover(folder: Path, table: str | None) -> dict[str, Any]:
     from converters.errors import MbxError
     from converters.mcore.layout import Layout
     from converters.planning.importer import plan_import
-    from mbx.formats.hf import open_hf
+    from mbx.formats.registry import open_hf
     from mbx.tables import table_for
 
     model = open_hf(folder)

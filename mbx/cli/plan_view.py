@@ -156,8 +156,7 @@ def _files(job: Job, importing: bool) -> list[Document]:
 
     base = job.base
     index: tuple[str, ...] = (torch_dist.TRACKER,) if importing else ()
-    if isinstance(job.placed, torch_dist.Placement):
-        index = (*(base + name for name in job.placed.index_names()), *index)
+    index = (*(base + name for name in job.placed.late_names), *index)
     files: list[Document] = [
         {"path": base + name, "bytes": size, "kind": "weights"} for name, size in job.file_sizes.items()
     ]

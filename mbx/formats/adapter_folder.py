@@ -23,16 +23,14 @@ from converters.errors import StorageError, UnsupportedError
 from converters.rows.config_map import environment
 from converters.rows.expr import Value
 from converters.rows.table import Table
-from converters.tensors import Chunk, Shape, StoredTensor
+from converters.tensors import Shape, StoredTensor
 from mbx.formats import hf
 from mbx.formats.architecture import architecture_of
-from mbx.formats.checkpoint import McoreCheckpoint, open_any
-from mbx.formats.kinds import PEFT_CONFIG, found_instead, kind_of
-from mbx.formats.safetensors import read_header
+from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.peft import CONFIG, WEIGHTS
+from mbx.formats.registry import Sniffed, find, instead, sniff
 from mbx.tables import table_for
 
-CONFIG = PEFT_CONFIG
-WEIGHTS = "adapter_model.safetensors"
 #: Folder of an adapter checkpoint for what lay beside PEFT's tensors.
 BESIDE = "peft"
 _ADAPTERS = f"an adapter is a folder with {CONFIG}, or a checkpoint with `….adapter.linear_in.weight`"
@@ -71,36 +69,32 @@ class Adapter:
     beside: Path | None
 
 
-def is_peft(path: Path) -> bool:
-    """Whether a folder is PEFT's."""
-    return (path / CONFIG).is_file()
-
-
 def open_base(path: Path, mapping: str | None = None) -> Base:
     """The base model at `path`, a Hugging Face folder or a Megatron checkpoint; of its tensors nothing is read."""
-    if (path / hf.CONFIG).is_file():
-        config = hf.read_config(path)
-        table = table_for(config, mapping)
-        return Base(path, config, table, table.config.to_mcore(config), path / hf.CONFIG)
-    if (kind := kind_of(path)) == "peft":
-        raise StorageError(f"`{path}` is an adapter; the model that it adapts was expected", hint=found_instead(path))
-    if kind is None and path.is_dir() and not any(path.glob("iter_*")):
+    found = find(path)
+    if found is None and path.is_dir() and not any(path.glob("iter_*")):
         raise StorageError(f"`{path}` is no model: neither a Hugging Face folder nor a Megatron checkpoint")
-    found = architecture_of(open_any(path), mapping)
-    fields = found.table.config.to_mcore(found.config)
-    file = None if found.reference is None else found.reference / hf.CONFIG
-    return Base(path, found.config, found.table, fields, file)
+    found = found or sniff(path)
+    if found.format.spelling == "peft":
+        raise StorageError(f"`{path}` is an adapter; the model that it adapts was expected", hint=instead(found))
+    if found.format.spelling == "hf":
+        config = hf.read_config(found.home)
+        table = table_for(config, mapping)
+        return Base(path, config, table, table.config.to_mcore(config), found.home / hf.CONFIG)
+    model = architecture_of(found.open(), mapping)
+    fields = model.table.config.to_mcore(model.config)
+    file = None if model.reference is None else model.reference / hf.CONFIG
+    return Base(path, model.config, model.table, fields, file)
 
 
 def stated_base(path: Path) -> str | None:
     """Where the adapter at `path` says that its base lies: a folder or a hub model; None where it says nothing."""
-    if is_peft(path):
-        name = read_json(path / CONFIG).get("base_model_name_or_path")
+    found = _sniffed(path)
+    if found.format.spelling == "peft":
+        name = read_json(found.home / CONFIG).get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
-    _require_megatron(path)
-    iteration = open_any(path).iteration
-    if (iteration / "hf" / hf.CONFIG).is_file():
-        return str(iteration / "hf")
+    if (found.home / "hf" / hf.CONFIG).is_file():
+        return str(found.home / "hf")
     return None
 
 
@@ -110,40 +104,47 @@ def open_adapter(path: Path, base: Base) -> Adapter:
     Raises StorageError for a folder that is none, UnsupportedError for settings that are not honoured, CoverageError
     for tensors that adapt nothing in the base.
     """
-    return _open_peft(path, base) if is_peft(path) else _open_megatron(path, base)
+    found = _sniffed(path)
+    if found.format.spelling == "peft":
+        return _open_peft(found, base)
+    return _open_megatron(found.open(), base)
 
 
-def _open_peft(path: Path, base: Base) -> Adapter:
-    config = read_json(path / CONFIG)
-    settings = parse_settings(config)
-    if not (path / WEIGHTS).is_file():
-        old = (path / "adapter_model.bin").is_file()
+def _sniffed(path: Path) -> Sniffed:
+    """What the adapter at `path` is stored as; StorageError, in words of adapters, for a model."""
+    found = sniff(path)
+    if found.format.spelling == "hf":
+        beside = (found.home / CONFIG).is_file()
         raise StorageError(
-            f"`{path}` has no `{WEIGHTS}`",
-            hint="load adapter_model.bin with PEFT and save it again: newer versions write safetensors"
-            if old
-            else None,
+            f"`{path}` is a Hugging Face model, no adapter",
+            hint="an adapter lies beside its weights: give it a folder of its own" if beside else _ADAPTERS,
         )
-    header = read_header(path / WEIGHTS)
-    tensors = {
-        name: StoredTensor(name, dtype, shape, (Chunk((0,) * len(shape), shape, WEIGHTS, header.data_start + start),))
-        for name, (dtype, shape, start, _) in header.tensors.items()
-    }
-    found = read_peft(base.table, environment(base.fields), tensors, settings)
-    layout = hf.recorded_layout(path)
+    return found
+
+
+def _open_peft(found: Sniffed, base: Base) -> Adapter:
+    config = read_json(found.home / CONFIG)
+    settings = parse_settings(config)
+    opened = found.open()
+    adapter = read_peft(base.table, environment(base.fields), opened.tensors, settings)
+    layout = hf.recorded_layout(opened.home)
     recorded = None if layout is None else tuple(file for file in layout if file.name == WEIGHTS)
-    return Adapter(path, path, tensors, settings, config, found.adapted, found.scales, found.saved, recorded, path)
+    return Adapter(
+        found.path,
+        opened.home,
+        opened.tensors,
+        settings,
+        config,
+        adapter.adapted,
+        adapter.scales,
+        adapter.saved,
+        recorded,
+        opened.home,
+    )
 
 
-def _require_megatron(path: Path) -> None:
-    """Refuse a folder that is neither PEFT's nor Megatron's, in words of adapters."""
-    if kind_of(path) == "hf":
-        raise StorageError(f"`{path}` is a Hugging Face model, no adapter", hint=_ADAPTERS)
-
-
-def _open_megatron(path: Path, base: Base) -> Adapter:
-    _require_megatron(path)
-    opened = open_any(path)
+def _open_megatron(opened: Checkpoint, base: Base) -> Adapter:
+    path = opened.path
     tensors = {name: tensor for name, tensor in opened.tensors.items() if any(mark in name for mark in MARKS)}
     if not tensors:
         raise StorageError(f"`{path}` holds no adapter", hint=_ADAPTERS)
@@ -177,7 +178,7 @@ def _open_megatron(path: Path, base: Base) -> Adapter:
     )
 
 
-def stated(opened: McoreCheckpoint) -> dict[str, Value]:
+def stated(opened: Checkpoint) -> dict[str, Value]:
     """adapter_config.json's keys as Megatron-Bridge's run_config.yaml or a run of `mbx train` says them."""
     node = (opened.run_config or {}).get("peft")
     base: Value = None

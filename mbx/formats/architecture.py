@@ -17,12 +17,25 @@ from converters.rows.expr import Value
 from converters.rows.table import Table
 from mappings import table_names
 from mbx.formats import hf
-from mbx.formats.checkpoint import McoreCheckpoint
+from mbx.formats.checkpoint import Checkpoint
 from mbx.tables import shipped, table_for
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 #: The table that is taken where several describe the model alike: the one most tools know.
 _PREFERRED = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe", "deepseek_v3")
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a checkpoint says of its architecture: the Hugging Face config, and the same as Megatron Core fields.
+
+    `why_not` says why there is nothing, None where there is.
+    """
+
+    config: Mapping[str, Value] | None = None
+    table: Table | None = None
+    fields: Mapping[str, Value] | None = None
+    why_not: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +49,7 @@ class Architecture:
 
 
 def architecture_of(
-    opened: McoreCheckpoint,
+    opened: Checkpoint,
     mapping: str | None = None,
     reference: Path | None = None,
     *,
@@ -51,8 +64,8 @@ def architecture_of(
     if folder is not None and (reference is not None or (folder / hf.CONFIG).is_file()):
         config = hf.read_config(folder)
         table = table_for(config, mapping)
-        stated = table.config.to_mcore(config, allow_unused=allow_unused_keys)
-        return Architecture(config, table, folder, tuple(conflicts(stated, opened)))
+        fields = table.config.to_mcore(config, allow_unused=allow_unused_keys)
+        return Architecture(config, table, folder, tuple(conflicts(fields, opened)))
     known, origin = stated_config(opened)
     if not known:
         raise StorageError(
@@ -65,7 +78,16 @@ def architecture_of(
     return Architecture(config, table, None, (note, *corrected))
 
 
-def stated_config(opened: McoreCheckpoint) -> tuple[dict[str, Value], str]:
+def stated(opened: Checkpoint, mapping: str | None = None) -> Stated:
+    """The architecture of a checkpoint of either kind; never raises for one that is not known."""
+    try:
+        found = architecture_of(opened, mapping)
+        return Stated(found.config, found.table, found.table.config.to_mcore(found.config))
+    except MbxError as error:
+        return Stated(opened.config, why_not=error.fact)
+
+
+def stated_config(opened: Checkpoint) -> tuple[dict[str, Value], str]:
     """What Megatron's own sidecars say of the model, as a flat config, and which of them; empty where none does."""
     if opened.run_config and (config := config_of_run_config(opened.run_config)):
         return config, "run_config.yaml"
@@ -75,7 +97,7 @@ def stated_config(opened: McoreCheckpoint) -> tuple[dict[str, Value], str]:
 
 
 def _as_held(
-    known: Mapping[str, Value], opened: McoreCheckpoint, origin: str
+    known: Mapping[str, Value], opened: Checkpoint, origin: str
 ) -> tuple[Mapping[str, Value], tuple[str, ...]]:
     """`known` without a query rank that no weight has, and a note of it.
 
@@ -88,7 +110,7 @@ def _as_held(
     return {**known, "q_lora_rank": None}, (note,)
 
 
-def known_config(opened: McoreCheckpoint, mapping: str | None = None) -> tuple[dict[str, Value], tuple[str, ...]]:
+def known_config(opened: Checkpoint, mapping: str | None = None) -> tuple[dict[str, Value], tuple[str, ...]]:
     """The flat config of a checkpoint as far as anything says it, for a change of layout; and notes."""
     if opened.hf is not None and (opened.hf / hf.CONFIG).is_file():
         config = hf.read_config(opened.hf)
@@ -100,7 +122,7 @@ def known_config(opened: McoreCheckpoint, mapping: str | None = None) -> tuple[d
     return stated_config(opened)[0], ()
 
 
-def conflicts(stated: Mapping[str, Value], opened: McoreCheckpoint) -> list[str]:
+def conflicts(stated: Mapping[str, Value], opened: Checkpoint) -> list[str]:
     """Fields in which the config of hf/ and Megatron's own sidecars differ; hf/ wins."""
     other, origin = stated_config(opened)
     return [
@@ -114,9 +136,7 @@ def _unequal(left: Mapping[str, Value], right: Mapping[str, Value]) -> list[str]
     return sorted(key for key in shared if not alike(key, left, right))
 
 
-def _fitting(
-    known: Mapping[str, Value], opened: McoreCheckpoint, mapping: str | None
-) -> tuple[Table, dict[str, Value]]:
+def _fitting(known: Mapping[str, Value], opened: Checkpoint, mapping: str | None) -> tuple[Table, dict[str, Value]]:
     """The table (and the config.json it makes) that says the same as `known` and covers every tensor."""
     names = [mapping] if mapping is not None else table_names()
     fits: list[tuple[Table, dict[str, Value]]] = []
@@ -151,13 +171,13 @@ def _fitting(
     return chosen or fits[0]
 
 
-def _norms_span_heads(opened: McoreCheckpoint, known: Mapping[str, Value]) -> bool:
+def _norms_span_heads(opened: Checkpoint, known: Mapping[str, Value]) -> bool:
     """Whether query norms are as wide as all heads together."""
     widths = {t.shape[-1] for name, t in opened.tensors.items() if name.endswith("self_attention.q_layernorm.weight")}
     return bool(widths - {known.get("kv_channels")})
 
 
-def _try(table: Table, known: Mapping[str, Value], opened: McoreCheckpoint) -> dict[str, Value]:
+def _try(table: Table, known: Mapping[str, Value], opened: Checkpoint) -> dict[str, Value]:
     """The config.json that `table` makes of `known`; raises where it loses something, or tensors are left."""
     stated = {key: value for key, value in known.items() if key not in TRAINING}
     made = table.config.to_hf(stated)

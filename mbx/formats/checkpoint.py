@@ -1,141 +1,82 @@
-"""An opened Megatron checkpoint, whatever its format: whole tensors under torch_dist keys, and what lies beside."""
+"""The first idea as an object: a checkpoint of any format, opened: named global tensors that can be read by region."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
-from converters.adapters.megatron import MARKS
-from converters.errors import StorageError, UsageError
-from converters.mcore.fsdp_dtensor import is_apart, parse_apart
-from converters.mcore.keys import canonical_names
 from converters.mcore.layout import Layout
-from converters.mcore.megatron_args import config_of_args
+from converters.rows.expr import Value
 from converters.tensors import StoredTensor
+from mbx.formats.files import FileSource
 
-_OPTIMIZER = ("optimizer.", "chained_")
-#: Tensors and objects of a torch_dist checkpoint that are no weights.
-_STATE = (*_OPTIMIZER, "rng_state", "rerun_state", "opt_param_scheduler", "common_state")
+#: Whose names tensors go by: Hugging Face's, Megatron Core's canonical keys (torch_dist's), or PEFT's.
+Spelling = Literal["hf", "mcore", "peft"]
 
 
-@dataclass(frozen=True, slots=True)
-class McoreCheckpoint:
-    """Weights of a checkpoint by canonical key; chunks lie in files relative to `iteration`.
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: headers are read, tensors are not. Every format answers with one.
 
-    `format` is torch_dist, torch (legacy) or fsdp_dtensor. `objects` are the `_extra_state` objects. `args` are the
+    `path` is what was named, `home` the folder that the files of `tensors` are relative to, `root` the folder with
+    Megatron's tracker (`home` where there is none). `format` is a format's name, `spelling` whose names the tensors
+    have. `writer` is the tool that made it, as far as that shows. `config` is the config.json among its files, empty
+    where there is none; `hf` the folder that it and the other Hugging Face side files lie in.
+
+    Of Hugging Face folders: `weight_files` and `side_files` by name.
+
+    Of Megatron checkpoints: `objects` are the `_extra_state` objects, `num_objects` counts all. `args` are the
     attributes of Megatron-LM's Namespace, `common` what else the common state holds, `run_config` is
-    Megatron-Bridge's, `hf` the folder of Hugging Face side files; each None where there is none. `layout` is the one
-    the files were written under, as far as they tell. `left_out` says in words what else is stored: optimizer and
-    random-number state. `state` are the optimizer's tensors by stored name, of torch_dist checkpoints alone.
+    Megatron-Bridge's; each None where there is none. `layout` is the one the files were written under, as far as they
+    tell. `left_out` says in words what else is stored, `other_state` counts it by kind as (tensors, bytes); `state`
+    are the optimizer's tensors by stored name, of torch_dist checkpoints alone.
     """
 
-    root: Path
-    iteration: Path
+    path: Path
     format: str
+    spelling: Spelling
+    home: Path
     tensors: Mapping[str, StoredTensor]
-    objects: tuple[str, ...] = ()
+    config: Mapping[str, Value] = field(default_factory=dict)
+    writer: str | None = None
+    root: Path = Path()
     hf: Path | None = None
+    weight_files: tuple[str, ...] = ()
+    side_files: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
+    num_objects: int = 0
     args: Mapping[str, object] | None = None
     common: Mapping[str, object] | None = None
     layout: Layout | None = None
     run_config: Mapping[str, object] | None = None
     left_out: tuple[str, ...] = ()
+    other_state: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     state: Mapping[str, StoredTensor] = field(default_factory=dict)
 
+    @property
+    def iteration(self) -> Path:
+        """The folder of a Megatron checkpoint's tensors, `iter_*`."""
+        return self.home
 
-def is_weight(name: str) -> bool:
-    """Whether a name of a torch_dist checkpoint is the model's, not a training run's state."""
-    return not name.startswith(_STATE)
+    @cached_property
+    def source(self) -> FileSource:
+        """Reads the files of `tensors`, from any thread; `close` ends it."""
+        return FileSource(self.home)
 
+    def close(self) -> None:
+        """Close the files that were read; they open again when they are read again."""
+        if "source" in self.__dict__:
+            self.source.close()
 
-def model_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The model's weights among a checkpoint's tensors: optimizer and random-number state are not weights."""
-    return {name: tensor for name, tensor in tensors.items() if is_weight(name)}
+    def __enter__(self) -> Checkpoint:
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
-def is_optimizer(name: str) -> bool:
-    """Whether a name of a torch_dist checkpoint is an optimizer's."""
-    return name.startswith(_OPTIMIZER)
-
-
-def open_model(path: Path) -> McoreCheckpoint:
-    """Open a Megatron checkpoint of a model as `open_any` does; UsageError for one that holds adapters.
-
-    A model's conversion has no place for an adapter's alpha, without which its factors say nothing.
-    """
-    opened = open_any(path)
-    if name := next((name for name in opened.tensors if any(mark in name for mark in MARKS)), None):
-        raise UsageError(
-            f"`{path}` holds an adapter, not a model: `{name}`",
-            hint=f"`mbx convert adapter-to-hf {path} DST`, or `mbx convert merge BASE {path} DST` with the model that "
-            "it adapts",
-        )
-    return opened
-
-
-def open_any(path: Path) -> McoreCheckpoint:
-    """Open the Megatron checkpoint at `path`, the root or an iteration; headers are read and no tensor.
-
-    Raises StorageError for what is no checkpoint, or not a whole one, and UnsupportedError for a format that is
-    not read.
-    """
-    from mbx.formats.fsdp_dtensor import is_fsdp_dtensor, open_fsdp_dtensor
-    from mbx.formats.legacy import open_legacy
-    from mbx.formats.torch_dist import find_iteration
-
-    if not path.is_dir():
-        what = "is a file; a folder was expected" if path.exists() else "is not a folder"
-        raise StorageError(f"`{path}` {what}")
-    here = any(path.glob("mp_rank_*"))
-    iteration = path if here else find_iteration(path)
-    if any(iteration.glob("mp_rank_*")):
-        return open_legacy(iteration)
-    if is_fsdp_dtensor(iteration):
-        return open_fsdp_dtensor(iteration)
-    return _open_torch_dist(path)
-
-
-def _open_torch_dist(path: Path) -> McoreCheckpoint:
-    from mbx.formats.gathering import gather
-    from mbx.formats.sidecars import common_of, read_run_config
-    from mbx.formats.torch_dist import open_torch_dist
-
-    opened = open_torch_dist(path)
-    weights = {name: tensor for name, tensor in opened.dcp.tensors.items() if is_weight(name)}
-    common = common_of(opened.iteration, opened.dcp.objects)
-    args = common.pop("args", None)
-    rest = [tensor for name, tensor in opened.dcp.tensors.items() if name not in weights]
-    left_out = []
-    objects = [name for name in opened.dcp.objects if "_extra_state/shard_" in name and is_weight(name)]
-    if any(map(is_apart, weights)):  # saved with singleton_local_shards; `_extra_state`s are apart as well
-        weights = gather(weights, parse_apart, config_of_args(args) if isinstance(args, dict) else {})
-        objects = []
-    state = [tensor for tensor in rest if is_optimizer(tensor.name)]
-    if state:
-        left_out.append(f"optimizer state: {len(state)} tensors, {sum(t.nbytes for t in state)} bytes")
-    if any(name.startswith(("rng_state", "rerun_state")) for name in opened.dcp.objects):
-        left_out.append("random-number state")
-    return McoreCheckpoint(
-        opened.root,
-        opened.iteration,
-        "torch_dist",
-        canonical_tensors(weights),
-        tuple(objects),
-        opened.hf,
-        args if isinstance(args, dict) else None,
-        common,
-        run_config=read_run_config(opened.iteration),
-        left_out=tuple(left_out),
-        state={tensor.name: tensor for tensor in state},
-    )
-
-
-def canonical_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Tensors under the names that Transformer Engine's layers give them; StorageError when two meet in one name."""
-    names = canonical_names(tensors)
-    if len(set(names.values())) < len(names):
-        (twice, _), *_ = Counter(names.values()).most_common(1)
-        raise StorageError(f"`{twice}` is stored under two names")
-    return {names[name]: replace(tensor, name=names[name]) for name, tensor in tensors.items()}
+    def files(self) -> Iterator[Path]:
+        """Every file that holds tensors."""
+        yield from sorted({self.home / chunk.file for tensor in self.tensors.values() for chunk in tensor.chunks})

@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -120,7 +120,7 @@ class FileSink:
     """Writes chunks below `root` into files created at their final size; what such a file holds is kept."""
 
     def __init__(
-        self, root: Path, sizes: dict[str, int], archive_dtypes: dict[tuple[str, int], str] | None = None
+        self, root: Path, sizes: Mapping[str, int], archive_dtypes: Mapping[tuple[str, int], str] | None = None
     ) -> None:
         self.root = root
         self._archive_dtypes = archive_dtypes or {}

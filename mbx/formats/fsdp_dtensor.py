@@ -14,57 +14,94 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.engine.plan import Draft
+from converters.errors import StorageError
 from converters.mcore.cuts import is_gated
 from converters.mcore.fsdp_dtensor import Part, is_fused_glu, is_weight, parse_stored, parts_of
 from converters.mcore.keys import parse_key
 from converters.mcore.megatron_args import config_of_args
+from converters.rows.expr import Value
 from converters.tensors import Chunk, Shape, StoredTensor
 from mbx.formats import torch_dist
-from mbx.formats.checkpoint import McoreCheckpoint
+from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.gathering import gather
+from mbx.formats.placement import Order, Placement
 from mbx.formats.sidecars import read_run_config
 from mbx.torchfile.archive import file_reader, object_archive, read_object
-from mbx.torchfile.dcp import DcpCheckpoint, build_dcp_metadata, read_dcp
+from mbx.torchfile.dcp import DcpCheckpoint, build_dcp_metadata, read_dcp, read_index
 from mbx.torchfile.torch_values import Namespace
 
 #: Entries of Megatron-LM's state_dict that are objects of the checkpoint.
 _OBJECTS = ("args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far")
 
 
-def is_fsdp_dtensor(iteration: Path) -> bool:
-    """Whether a folder is one: DCP of a model's `state_dict`, and no `metadata.json` beside it."""
-    if (iteration / "metadata.json").is_file() or not (iteration / ".metadata").is_file():
-        return False
-    return any(map(is_weight, read_dcp(iteration).tensors))
+class FsdpDtensor:
+    """The format of Megatron-FSDP's checkpoints."""
+
+    name = title = "fsdp_dtensor"
+    spelling: Spelling = "mcore"
+
+    def find(self, path: Path) -> Path | None:
+        """The iteration's folder meant by `path`: DCP of a model's `state_dict`, and no `metadata.json` beside it."""
+        home = torch_dist.find_iteration(path)
+        if home is None or (home / "metadata.json").is_file() or not (home / ".metadata").is_file():
+            return None
+        try:
+            names = read_index(home).state_dict_metadata
+        except StorageError:  # a damaged index: whose it was cannot be told
+            return None
+        return home if any(map(is_weight, names)) else None
+
+    def open(self, path: Path, home: Path) -> Checkpoint:
+        """Open an iteration; nothing but headers is read."""
+        return open_fsdp_dtensor(home, path)
+
+    def place(self, order: Order) -> Placement:
+        """Lay out `__R_N.distcp` files whose index names layers and halves apart."""
+        assert order.sidecars is not None
+        swiglu = is_swiglu(order.plan.config, order.sidecars.args)
+        return place(order.plan.drafts, order.sidecars.common, swiglu=swiglu)
 
 
-def open_fsdp_dtensor(iteration: Path) -> McoreCheckpoint:
+def is_swiglu(config: Mapping[str, Value], args: Mapping[str, object]) -> bool:
+    """Whether gated MLPs are SwiGLU, by the config or else by Megatron-LM's args; True where neither says."""
+    if "gated_linear_unit" in config:
+        return bool(config["gated_linear_unit"]) and config.get("activation_func") == "silu"
+    return bool(args.get("swiglu", True))
+
+
+def open_fsdp_dtensor(iteration: Path, path: Path | None = None) -> Checkpoint:
     """Open an iteration's folder; tensors come under torch_dist keys, stacked as torch_dist would.
 
-    Raises StorageError for a checkpoint that is not whole: layers, experts or halves missing.
+    `path` is what was named. StorageError for a checkpoint that is not whole: layers, experts or halves missing.
     """
     dcp = read_dcp(iteration)
     common = _objects(iteration, dcp)
     args = common.pop("args", None)
     weights = {name: tensor for name, tensor in dcp.tensors.items() if is_weight(name)}
     tensors = gather(weights, parse_stored, config_of_args(args) if isinstance(args, dict) else {})
-    left_out = []
+    left_out, other_state = [], {}
     if state := [tensor for name, tensor in dcp.tensors.items() if name.startswith("optimizer.")]:
-        left_out.append(f"optimizer state: {len(state)} tensors, {sum(t.nbytes for t in state)} bytes")
+        size = sum(t.nbytes for t in state)
+        left_out.append(f"optimizer state: {len(state)} tensors, {size} bytes")
+        other_state["optimizer state"] = (len(state), size)
     if any(name.startswith(("rng_state", "rerun_state")) for name in (*dcp.objects, *dcp.tensors)):
         left_out.append("random-number state")
+        other_state["random-number state"] = (0, 0)
     hf = iteration / "hf"
-    return McoreCheckpoint(
-        iteration.parent,
-        iteration,
+    return Checkpoint(
+        path or iteration,
         "fsdp_dtensor",
+        "mcore",
+        iteration,
         tensors,
-        (),
-        hf if hf.is_dir() else None,
-        args if isinstance(args, dict) else None,
-        common,
+        writer="Megatron-LM",
+        root=iteration.parent,
+        hf=hf if hf.is_dir() else None,
+        args=args if isinstance(args, dict) else None,
+        common=common,
         run_config=read_run_config(iteration),
         left_out=tuple(left_out),
+        other_state=other_state,
     )
 
 
@@ -84,18 +121,19 @@ def _objects(iteration: Path, dcp: DcpCheckpoint) -> dict[str, object]:
 
 
 @dataclass(frozen=True, slots=True)
-class Placement(torch_dist.Placement):
+class PartsPlacement(torch_dist.ArchivePlacement):
     """Target tensors under torch_dist keys; `parts` say under which names their regions are stored."""
 
     parts: Mapping[str, tuple[Part, ...]]
 
-    def index_names(self) -> tuple[str, ...]:
-        """Files that `write_index` makes."""
+    @property
+    def late_names(self) -> tuple[str, ...]:
+        """What names the tensors."""
         return (".metadata",)
 
-    def write_index(self, iteration: Path, common: Mapping[str, object]) -> None:
-        """Write `.metadata`; what would be common state lies among the tensors."""
-        (iteration / ".metadata").write_bytes(build_dcp_metadata(self.stored(), self.objects))
+    def late(self, common: Mapping[str, object]) -> dict[str, bytes]:
+        """`.metadata`; what would be common state lies among the tensors."""
+        return {".metadata": build_dcp_metadata(self.stored(), self.objects)}
 
     def stored(self) -> list[StoredTensor]:
         """The tensors as the folder's index names them."""
@@ -121,7 +159,7 @@ class Placement(torch_dist.Placement):
         return out
 
 
-def place(drafts: Iterable[Draft], common: Mapping[str, object], *, swiglu: bool) -> Placement:
+def place(drafts: Iterable[Draft], common: Mapping[str, object], *, swiglu: bool) -> PartsPlacement:
     """Lay out a checkpoint whose gated MLPs are `swiglu`; `common` holds the objects Megatron-LM looks for.
 
     UnsupportedError for layers that the format is not known to hold.
@@ -135,7 +173,7 @@ def place(drafts: Iterable[Draft], common: Mapping[str, object], *, swiglu: bool
         cut.append(_cut(draft, parts[draft.name]))
     payloads = {name: object_archive(common[name]) for name in _OBJECTS if name in common}
     placed = torch_dist.place(cut, payloads, {draft.name: parse_key(draft.name).depth for draft in cut})
-    return Placement(placed.tensors, placed.objects, placed.file_sizes, placed.payloads, parts)
+    return PartsPlacement(placed.tensors, placed.file_sizes, placed.objects, placed.payloads, parts)
 
 
 def _cut(draft: Draft, parts: tuple[Part, ...]) -> Draft:

@@ -21,11 +21,12 @@ from converters.rows.expr import Value
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.formats.bin_weights import INDEX as BIN_INDEX
 from mbx.formats.bin_weights import has_bin_weights, read_bin_folder, safetensors_name
-from mbx.formats.kinds import HF_CONFIG, found_instead
+from mbx.formats.checkpoint import Checkpoint, Spelling
+from mbx.formats.placement import Order, Placement
 from mbx.formats.safetensors import build_header, parse_header, read_folder, read_header
 from mbx.untrusted.names import inside
 
-CONFIG = HF_CONFIG
+CONFIG = "config.json"
 LAYOUT = "mbx_layout.json"
 #: Tensors without a Megatron Core counterpart (buffers Transformers recomputes), kept for a faithful export.
 KEPT = "mbx_kept.safetensors"
@@ -49,15 +50,23 @@ class WeightFile:
     tensors: Mapping[str, HfTensor]
 
 
-@dataclass(frozen=True, slots=True)
-class HfFolder:
-    """An opened Hugging Face folder."""
+class HuggingFace:
+    """The format of Hugging Face folders: config.json, safetensors or `pytorch_model.bin` weights."""
 
-    path: Path
-    config: Mapping[str, Value]
-    tensors: Mapping[str, StoredTensor]
-    weight_files: tuple[str, ...]
-    side_files: tuple[str, ...]
+    name = title = "huggingface"
+    spelling: Spelling = "hf"
+
+    def find(self, path: Path) -> Path | None:
+        """The folder itself, where it has a config.json or weights."""
+        return path if (path / CONFIG).is_file() or any(path.glob("*.safetensors")) else None
+
+    def open(self, path: Path, home: Path) -> Checkpoint:
+        """Open a folder; nothing but headers is read."""
+        return open_hf(home)
+
+    def place(self, order: Order) -> Placement:
+        """Lay out safetensors files."""
+        return place(order.plan.drafts, order.recorded, order.max_shard_bytes)
 
 
 def read_config(folder: Path) -> dict[str, Value]:
@@ -66,7 +75,7 @@ def read_config(folder: Path) -> dict[str, Value]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StorageError(f"`{folder}` has no `{CONFIG}`", hint=found_instead(folder)) from None
+        raise StorageError(f"`{folder}` has no `{CONFIG}`") from None
     except NotADirectoryError:
         raise StorageError(f"`{folder}` is a file; a Hugging Face folder was expected") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -76,13 +85,23 @@ def read_config(folder: Path) -> dict[str, Value]:
     return config
 
 
-def open_hf(path: Path) -> HfFolder:
+def open_hf(path: Path) -> Checkpoint:
     """Open a folder with safetensors weights, or `pytorch_model.bin` ones; nothing but headers is read."""
     config = read_config(path)
     if has_bin_weights(path):
-        return HfFolder(path, config, *read_bin_folder(path), tuple(side_files(path)))
-    weights = read_folder(path)
-    return HfFolder(path, config, weights.tensors, weights.files, tuple(side_files(path)))
+        tensors, files = read_bin_folder(path)
+    else:
+        weights = read_folder(path)
+        tensors, files = weights.tensors, weights.files
+    sides = tuple(side_files(path))
+    return Checkpoint(
+        path, "huggingface", "hf", path, tensors, config, root=path, hf=path, weight_files=files, side_files=sides
+    )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a Hugging Face folder holds weights, in either format."""
+    return any(folder.glob("*.safetensors")) or has_bin_weights(folder)
 
 
 def side_files(path: Path) -> list[str]:
@@ -103,7 +122,7 @@ def is_tokenizer_file(name: str) -> bool:
     return name.startswith(stems)
 
 
-def record_layout(folder: HfFolder) -> str:
+def record_layout(folder: Checkpoint) -> str:
     """JSON text that `recorded_layout` reads back: the header of every weight file, byte for byte.
 
     `pytorch_model.bin` files get the header that they would have as safetensors, under that name.
@@ -121,7 +140,7 @@ def record_layout(folder: HfFolder) -> str:
     return json.dumps({"files": files})
 
 
-def bin_index(folder: HfFolder) -> bytes | None:
+def bin_index(folder: Checkpoint) -> bytes | None:
     """The index that a folder of several `pytorch_model-*.bin` has once its files are safetensors."""
     if len(folder.weight_files) < 2 or not folder.weight_files[0].endswith(".bin"):
         return None
@@ -225,16 +244,6 @@ def _tensors_of(path: Path, iteration: Path) -> dict[str, StoredTensor]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Target tensors with their place, the header of every file and every file's size."""
-
-    tensors: dict[str, StoredTensor]
-    headers: dict[str, bytes]
-    file_sizes: dict[str, int]
-    index: str | None
-
-
 def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_shard_bytes: int) -> Placement:
     """Lay out safetensors files: the recorded ones where the names still fit, else shards of a bounded size."""
     by_name = {draft.name: draft for draft in drafts}
@@ -266,14 +275,13 @@ def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_
             tensors[draft.name] = StoredTensor(draft.name, draft.dtype, draft.shape, (chunk,))
             at += nbytes
         headers[name], sizes[name] = header, at
-    index = None
+    texts = {}
     if len(groups) > 1 and not same:
         total = sum(nbytes_of(d.dtype, d.shape) for d in by_name.values())
         weight_map = {d.name: name for name, members, _ in groups for d in members}
-        index = json.dumps(
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2
-        )
-    return Placement(tensors, headers, sizes, None if index is None else index + "\n")
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        texts[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    return Placement(tensors, sizes, headers=headers, texts=texts)
 
 
 def _shards(drafts: list[Draft], max_bytes: int) -> list[tuple[str, list[Draft]]]:

@@ -9,7 +9,7 @@ from converters.errors import UnsupportedError, UsageError
 from converters.mcore.keys import canonical_names, parse_key
 from converters.mcore.optimizer_state import is_state, renamed, weight_of
 from converters.tensors import StoredTensor
-from mbx.formats.checkpoint import McoreCheckpoint
+from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.sidecars import is_plain
 
 #: Entries of the common state that belong to the optimizer, beside its tensors.
@@ -22,7 +22,7 @@ _WHY = {
 }
 
 
-def carried_states(opened: McoreCheckpoint, ep: int) -> dict[str, StoredTensor]:
+def carried_states(opened: Checkpoint, ep: int) -> dict[str, StoredTensor]:
     """Every tensor of the optimizer's state by name, each in the shape of its weight, for a target of `ep` ranks.
 
     UsageError where there is none, UnsupportedError where it is stored in a way that no other layout can read.
@@ -67,13 +67,13 @@ def carried_states(opened: McoreCheckpoint, ep: int) -> dict[str, StoredTensor]:
     return out
 
 
-def _kind(opened: McoreCheckpoint) -> str | None:
+def _kind(opened: Checkpoint) -> str | None:
     metadata = (opened.common or {}).get("content_metadata")
     kind = metadata.get("distrib_optim_sharding_type") if isinstance(metadata, Mapping) else None
     return kind if isinstance(kind, str) else None
 
 
-def carried_common(opened: McoreCheckpoint) -> dict[str, object]:
+def carried_common(opened: Checkpoint) -> dict[str, object]:
     """The optimizer's part of the common state; UnsupportedError where it holds what cannot be written again."""
     out = {key: value for key, value in (opened.common or {}).items() if key in _COMMON}
     if odd := [key for key, value in out.items() if not is_plain(value)]:

@@ -7,51 +7,72 @@ ckpt/iter_0000000/{__R_N.distcp, .metadata, metadata.json, common.pt, hf/}
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.engine.plan import Draft
 from converters.errors import StorageError
+from converters.mcore.fsdp_dtensor import is_apart, parse_apart
+from converters.mcore.keys import canonical_names
+from converters.mcore.megatron_args import config_of_args
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
-from mbx.formats import kinds
+from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.files import frame_bytes
+from mbx.formats.gathering import gather
+from mbx.formats.placement import Framing, Order, Placement
+from mbx.formats.sidecars import common_of, read_run_config
 from mbx.torchfile.archive import extra_state_archive, object_archive
-from mbx.torchfile.dcp import DcpCheckpoint, build_dcp_metadata, read_dcp
+from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
 
-TRACKER = kinds.TRACKER
+TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = "iter_0000000"
 #: Chunks are cut by rows above this, so that no archive needs 64-bit zip fields.
 _LARGEST_CHUNK = 1 << 30
 _LARGEST_FILE = 1 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class McoreFolder:
-    """An opened checkpoint: `root` holds the tracker, `iteration` the tensors; `hf` the side files, if any."""
-
-    root: Path
-    iteration: Path
-    hf: Path | None
-    dcp: DcpCheckpoint
+#: Names of a checkpoint that are an optimizer's, and of all that is no weight.
+_OPTIMIZER = ("optimizer.", "chained_")
+_STATE = (*_OPTIMIZER, "rng_state", "rerun_state", "opt_param_scheduler", "common_state")
+#: Files of an iteration's folder, one of which every Megatron format has; or one of these folders and files.
+_OF_ITERATION = (".metadata", "metadata.json", "common.pt")
+_WITHIN_ITERATION = ("mp_rank_*", "__*.distcp")
 
 
-def find_iteration(path: Path) -> Path:
-    """The `iter_*` folder meant by `path`: itself, or the one the tracker names.
+class TorchDist:
+    """The format of Megatron Core's distributed checkpoints."""
 
-    Folders the tracker does not name are ignored: they may be unfinished. StorageError when there is none.
+    name = title = "torch_dist"
+    spelling: Spelling = "mcore"
+
+    def find(self, path: Path) -> Path | None:
+        """The iteration's folder meant by `path`, the root or that folder itself."""
+        return find_iteration(path)
+
+    def open(self, path: Path, home: Path) -> Checkpoint:
+        """Open an iteration; nothing but headers is read."""
+        return open_torch_dist(path, home)
+
+    def place(self, order: Order) -> Placement:
+        """Lay out `__R_N.distcp` files."""
+        return place(order.plan.drafts, order.plan.objects)
+
+
+def find_iteration(path: Path) -> Path | None:
+    """The `iter_*` folder meant by `path`: itself, or the one that the tracker names; None where there is neither.
+
+    Folders that the tracker does not name are ignored: they may be unfinished. StorageError for a tracker that names
+    none.
     """
-    if (path / "metadata.json").is_file() or (path / ".metadata").is_file():
+    if any((path / name).is_file() for name in _OF_ITERATION):
+        return path
+    if any(any(path.glob(pattern)) for pattern in _WITHIN_ITERATION):
         return path
     tracker = path / TRACKER
     if not tracker.is_file():
-        found = sorted(p.name for p in path.glob("iter_*") if p.is_dir())
-        raise StorageError(
-            f"`{path}` is no Megatron Core checkpoint: it has neither `metadata.json` nor `{TRACKER}`",
-            hint=f"name an iteration: {path / found[-1]}"
-            if found
-            else kinds.found_instead(path) or "it is no Hugging Face folder either: that has `config.json`",
-        )
+        return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     name = "release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else None
     if name is None:
@@ -61,9 +82,18 @@ def find_iteration(path: Path) -> Path:
     return path / name
 
 
-def open_torch_dist(path: Path) -> McoreFolder:
-    """Open the checkpoint at `path`, the root or an `iter_*` folder; nothing but headers is read."""
-    iteration = find_iteration(path)
+def root_of(path: Path, iteration: Path) -> Path:
+    """The folder with the tracker, as far as there is one."""
+    return iteration.parent if iteration != path or (iteration.parent / TRACKER).is_file() else iteration
+
+
+def is_weight(name: str) -> bool:
+    """Whether a name of a torch_dist checkpoint is the model's, not a training run's state."""
+    return not name.startswith(_STATE)
+
+
+def open_torch_dist(path: Path, iteration: Path) -> Checkpoint:
+    """Open the iteration of the checkpoint at `path`; StorageError where it is not whole."""
     metadata = iteration / "metadata.json"
     if not metadata.is_file():
         raise StorageError(f"`{iteration}` has no `metadata.json`: the checkpoint was not finished")
@@ -73,32 +103,73 @@ def open_torch_dist(path: Path) -> McoreFolder:
         raise StorageError(f"`{metadata}` is not valid JSON: {error}") from error
     if backend != "torch_dist":
         raise StorageError(f"`{metadata}` says sharded_backend = {backend!r}; this reader takes torch_dist")
+    dcp = read_dcp(iteration)
+    weights = {name: tensor for name, tensor in dcp.tensors.items() if is_weight(name)}
+    rest = [tensor for name, tensor in dcp.tensors.items() if name not in weights]
+    common = common_of(iteration, dcp.objects)
+    args = common.pop("args", None)
+    objects = [name for name in dcp.objects if "_extra_state/shard_" in name and is_weight(name)]
+    if any(map(is_apart, weights)):  # saved with singleton_local_shards; `_extra_state`s are apart as well
+        weights = gather(weights, parse_apart, config_of_args(args) if isinstance(args, dict) else {})
+        objects = []
+    state = {tensor.name: tensor for tensor in rest if tensor.name.startswith(_OPTIMIZER)}
+    left_out = []
+    if state:
+        size = sum(tensor.nbytes for tensor in state.values())
+        left_out.append(f"optimizer state: {len(state)} tensors, {size} bytes")
+    if any(name.startswith(("rng_state", "rerun_state")) for name in dcp.objects):
+        left_out.append("random-number state")
     hf = iteration / "hf"
-    root = iteration.parent if iteration != path or (iteration.parent / TRACKER).is_file() else iteration
-    return McoreFolder(root, iteration, hf if hf.is_dir() else None, read_dcp(iteration))
+    run_config = read_run_config(iteration)
+    return Checkpoint(
+        path,
+        "torch_dist",
+        "mcore",
+        iteration,
+        canonical_tensors(weights),
+        writer="Megatron-Bridge" if run_config else "Megatron-LM" if isinstance(args, dict) else "torch",
+        root=root_of(path, iteration),
+        hf=hf if hf.is_dir() else None,
+        objects=tuple(objects),
+        num_objects=len(dcp.objects),
+        args=args if isinstance(args, dict) else None,
+        common=common,
+        run_config=run_config,
+        left_out=tuple(left_out),
+        other_state=count_by(("optimizer" if t.name in state else "other", t.nbytes) for t in rest),
+        state=state,
+    )
+
+
+def canonical_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors under the names that Transformer Engine's layers give them; StorageError when two meet in one name."""
+    names = canonical_names(tensors)
+    if len(set(names.values())) < len(names):
+        (twice, _), *_ = Counter(names.values()).most_common(1)
+        raise StorageError(f"`{twice}` is stored under two names")
+    return {names[name]: replace(tensor, name=names[name]) for name, tensor in tensors.items()}
+
+
+def count_by(items: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
+    """(count, bytes) by name, of pairs of name and bytes."""
+    counts: dict[str, tuple[int, int]] = {}
+    for name, nbytes in items:
+        count, total = counts.get(name, (0, 0))
+        counts[name] = (count + 1, total + nbytes)
+    return dict(sorted(counts.items()))
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Target tensors with a place for every chunk, objects likewise, and the size of every file.
+class ArchivePlacement(Placement):
+    """Target tensors whose chunks are archives, objects with their (file, byte, length), and payloads of some.
 
-    `payloads` are the archives of objects; one that has none there is an empty `_extra_state`.
+    An object without a payload is an empty `_extra_state`.
     """
 
-    tensors: dict[str, StoredTensor]
-    objects: dict[str, tuple[str, int, int]]
-    file_sizes: dict[str, int]
+    objects: Mapping[str, tuple[str, int, int]]
     payloads: Mapping[str, bytes]
 
-    def index_names(self) -> tuple[str, ...]:
-        """Files that `write_index` makes."""
-        return (".metadata", "common.pt", "metadata.json")
-
-    def write_index(self, iteration: Path, common: Mapping[str, object]) -> None:
-        """Write what names the tensors, and the common state."""
-        write_index(iteration, self, common)
-
-    def object_archives(self) -> Iterator[tuple[str, int, bytes]]:
+    def before(self) -> Iterable[Framing]:
         """File, byte offset and content of every object."""
         empty = extra_state_archive()
         for name, (file, start, _) in self.objects.items():
@@ -108,10 +179,23 @@ class Placement:
         """Dtype of the chunk that starts at (file, byte)."""
         return {(c.file, c.start): t.dtype for t in self.tensors.values() for c in t.chunks}
 
+    @property
+    def late_names(self) -> tuple[str, ...]:
+        """What names the tensors, the common state, and last the file whose absence marks an unfinished checkpoint."""
+        return (".metadata", "common.pt", "metadata.json")
+
+    def late(self, common: Mapping[str, object]) -> dict[str, bytes]:
+        """The three of `late_names`."""
+        index = build_dcp_metadata(self.tensors.values(), self.objects)
+        backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        backends |= {"common_backend": "torch", "common_backend_version": 1}
+        contents = (index, object_archive(dict(common)), json.dumps(backends).encode())
+        return dict(zip(self.late_names, contents, strict=True))
+
 
 def place(
     drafts: Iterable[Draft], objects: Iterable[str] | Mapping[str, bytes], unstacked: Mapping[str, int] | None = None
-) -> Placement:
+) -> ArchivePlacement:
     """Lay out archives in `__{rank}_{n}.distcp` files, in draft order; objects follow in rank 0's.
 
     Objects without a payload of their own are empty `_extra_state`s. `unstacked` counts, by tensor, the leading
@@ -142,7 +226,7 @@ def place(
     empty = len(extra_state_archive())
     lengths = {name: len(payloads[name]) if name in payloads else empty for name in objects}
     places = {name: (*reserve(0, length), length) for name, length in lengths.items()}
-    return Placement(tensors, places, sizes, payloads)
+    return ArchivePlacement(tensors, sizes, places, payloads)
 
 
 def _split(dtype: str, offsets: Shape, sizes: Shape) -> Iterable[tuple[Shape, Shape]]:
@@ -159,21 +243,3 @@ def _split(dtype: str, offsets: Shape, sizes: Shape) -> Iterable[tuple[Shape, Sh
             (*offsets[:axis], offsets[axis] + at, *offsets[axis + 1 :]),
             (*sizes[:axis], count, *sizes[axis + 1 :]),
         )
-
-
-def write_index(iteration: Path, placed: Placement, common: Mapping[str, object]) -> None:
-    """Write `.metadata`, `common.pt`, and last `metadata.json`, whose absence marks an unfinished checkpoint."""
-    (iteration / ".metadata").write_bytes(build_dcp_metadata(placed.tensors.values(), placed.objects))
-    (iteration / "common.pt").write_bytes(object_archive(dict(common)))
-    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    backends |= {"common_backend": "torch", "common_backend_version": 1}
-    (iteration / "metadata.json").write_text(json.dumps(backends), encoding="utf-8")
-
-
-def common_state(iteration: int = 0) -> dict[str, object]:
-    """Content of `common.pt` that megatron-core 0.16 asks for."""
-    return {
-        "checkpoint_version": 3.0,
-        "iteration": iteration,
-        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-    }

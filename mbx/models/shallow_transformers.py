@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from converters.errors import StorageError, UnsupportedError
 from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
-from mbx.formats.hf import open_hf
+from mbx.formats.registry import open_hf
 from mbx.models.equivalents import twin_of
 from mbx.models.reference import decoding, silent_transformers, transformers_config
 from mbx.models.stored import read_rows, read_whole, row_runs

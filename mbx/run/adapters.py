@@ -15,8 +15,11 @@ from converters.mcore.bridge_config import run_config_of
 from converters.planning.exporter import HfTensor
 from converters.rows.config_map import environment
 from converters.rows.expr import Value
-from mbx.formats import hf, torch_dist
-from mbx.formats.adapter_folder import BESIDE, CONFIG, WEIGHTS, Adapter, Base, common_rank, is_peft, open_adapter
+from mbx.formats import hf
+from mbx.formats.adapter_folder import BESIDE, Adapter, Base, common_rank, open_adapter
+from mbx.formats.peft import CONFIG, WEIGHTS
+from mbx.formats.placement import Order
+from mbx.formats.registry import format_named, sniff
 from mbx.formats.sidecars import Sidecars, dump_yaml, megatron_sidecars
 from mbx.run.commit import check_target
 from mbx.run.job import Job, Options
@@ -32,7 +35,7 @@ def plan_adapter_to_mcore(source: Path, target: Path, options: Options, base: Ba
     UsageError for an adapter that is Megatron's already, UnsupportedError for what has no place there.
     """
     check_target(source, target, overwrite=options.overwrite)
-    if not is_peft(source):
+    if sniff(source).format.spelling == "mcore":
         raise UsageError(
             f"`{source}` is no PEFT folder: it has no {CONFIG}", hint=f"mbx convert adapter-to-hf {source} DST"
         )
@@ -56,7 +59,7 @@ def plan_adapter_to_mcore(source: Path, target: Path, options: Options, base: Ba
     sides = {f"{at}{BESIDE}/{name}": source / name for name in hf.side_files(source)}
     if base.config_file is not None:
         sides[f"{at}hf/{hf.CONFIG}"] = base.config_file
-    placed = torch_dist.place(plan.drafts, ())
+    placed = format_named("torch_dist", "mcore").place(Order(plan, sidecars))
     return Job(plan, source, target, source, sides, texts, options, placed, {"base": str(base.path)}, sidecars)
 
 
@@ -66,7 +69,7 @@ def plan_adapter_to_hf(source: Path, target: Path, options: Options, base: Base)
     A checkpoint that `plan_adapter_to_mcore` made gives the same files back, byte for byte.
     """
     check_target(source, target, overwrite=options.overwrite)
-    if is_peft(source):
+    if sniff(source).format.spelling == "peft":
         raise UsageError(f"`{source}` is a PEFT folder already", hint=f"mbx convert adapter-to-mcore {source} DST")
     adapter = open_adapter(source, base)
     recorded = adapter.recorded
@@ -75,7 +78,7 @@ def plan_adapter_to_hf(source: Path, target: Path, options: Options, base: Base)
     made = {draft.name: HfTensor(draft.dtype, draft.shape) for draft in plan.drafts}
     if recorded is None or names != set(made):
         recorded = (hf.WeightFile(WEIGHTS, None, made),)
-    placed = hf.place(plan.drafts, recorded, options.max_shard_bytes)
+    placed = format_named("huggingface", "hf").place(Order(plan, None, recorded, options.max_shard_bytes))
     plan = replace(plan, config=_without_vocab(plan.config))
     texts, sides = {}, dict[str, Path]()
     if adapter.beside is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from converters.engine.pieces import Cutting, Piece
 from converters.engine.stream import Engine
 from converters.errors import DeviceError, MbxError, StorageError
-from mbx.formats import hf, legacy_write, torch_dist
+from mbx.formats import hf
 from mbx.formats.files import FileSink, FileSource
 from mbx.run import journal
 from mbx.run.commit import PartialFolder, check_free_space, partial_path
@@ -130,8 +130,8 @@ class _Run:
         """Everything behind the last piece: flush, look at the source once more, side files, index, manifest."""
         job = self.job
         crcs = engine.checksums()
-        if isinstance(job.placed, legacy_write.Placement):
-            job.placed.write_frames(sink, crcs)
+        for file, start, data in job.placed.after(crcs):
+            sink.write(file, start, memoryview(data))
         sink.close(sync=job.options.sync)
         try:
             now = journal.stamps(job.source_root, job.plan.stored_sources)
@@ -226,8 +226,7 @@ def _engine(job: Job, source: FileSource, sink: FileSink, cutting: Cutting) -> E
 
 @contextmanager
 def _sink(job: Job, base: Path) -> Iterator[FileSink]:
-    dtypes = job.placed.archive_dtypes() if isinstance(job.placed, torch_dist.Placement) else {}
-    sink = FileSink(base, dict(job.file_sizes), dtypes)
+    sink = FileSink(base, job.file_sizes, job.placed.archive_dtypes())
     try:
         yield sink
     finally:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.engine.plan import Plan, requested_dtype
-from converters.errors import UsageError
 from converters.mcore.layout import Layout
 from converters.planning.exporter import HfTensor, plan_export
 from converters.planning.importer import plan_import
@@ -17,9 +16,10 @@ from converters.rows.coverage import Waivers
 from converters.rows.expr import Value
 from converters.rows.table import Table
 from converters.tensors import StoredTensor
-from mbx.formats import fsdp_dtensor, hf, legacy_write, torch_dist
+from mbx.formats import hf
 from mbx.formats.architecture import Architecture, architecture_of, config_text
-from mbx.formats.checkpoint import open_model
+from mbx.formats.placement import Order, Placement
+from mbx.formats.registry import format_named, open_hf, open_model
 from mbx.formats.sidecars import Sidecars, megatron_sidecars
 from mbx.run.commit import check_target
 from mbx.run.execution import Outcome, Progress, run
@@ -28,8 +28,6 @@ from mbx.tables import table_for
 
 DEFAULT_MAX_MEMORY = 1 << 30
 DEFAULT_MAX_SHARD = 5 * 10**9
-#: Megatron formats that are written.
-FORMATS = ("torch_dist", "torch", "fsdp_dtensor")
 
 __all__ = [
     "DEFAULT_MAX_MEMORY",
@@ -75,7 +73,7 @@ class Job:
     side_files: Mapping[str, Path]
     texts: Mapping[str, bytes]
     options: Options
-    placed: torch_dist.Placement | hf.Placement | legacy_write.Placement
+    placed: Placement
     origin: Mapping[str, str | None] = field(default_factory=dict)
     sidecars: Sidecars | None = None
 
@@ -114,29 +112,31 @@ def plan_hf_to_mcore(
 ) -> Job:
     """Plan a Hugging Face folder → torch_dist conversion; headers are read, nothing is written."""
     check_target(source, target, overwrite=options.overwrite)
-    folder = hf.open_hf(source)
-    table = table_for(folder.config, options.mapping)
+    folder = open_hf(source)
+    config = folder.config
+    table = table_for(config, options.mapping)
     plan = plan_import(
         table,
-        folder.config,
+        config,
         folder.tensors,
         options.layout,
         dtype=requested_dtype(options.dtype),
         waivers=options.waivers,
         allow_unused_keys=options.allow_unused_keys,
     )
-    plan = replace(plan, notes=(*plan.notes, *_idle(options, plan, table, folder.config)))
+    plan = replace(plan, notes=(*plan.notes, *_idle(options, plan, table, config)))
     tokenizer = (origin or {}).get("repo_id") or str(source.resolve())
     has_tokenizer = any(map(hf.is_tokenizer_file, folder.side_files))
     sidecars = megatron_sidecars(plan, options.format, 0, tokenizer=tokenizer if has_tokenizer else None)
-    placed = place_megatron(plan, options.format, sidecars)
+    placed = format_named(options.format, "mcore").place(Order(plan, sidecars))
     at = f"{sidecars.folder}/"
-    sides = {f"{at}hf/{name}": source / name for name in folder.side_files}
-    sides |= {f"{at}tokenizer/{name}": source / name for name in folder.side_files if hf.is_tokenizer_file(name)}
+    sides = {f"{at}hf/{name}": folder.home / name for name in folder.side_files}
+    sides |= {f"{at}tokenizer/{name}": folder.home / name for name in folder.side_files if hf.is_tokenizer_file(name)}
     texts = {f"{at}hf/{hf.LAYOUT}": hf.record_layout(folder).encode(), **sidecars.texts}
+    texts |= {at + name: text for name, text in placed.texts.items()}
     if (index := hf.bin_index(folder)) is not None:
         texts[f"{at}hf/{hf.INDEX}"] = index
-    return Job(plan, source, target, source, sides, texts, options, placed, origin or {}, sidecars)
+    return Job(plan, source, target, folder.home, sides, texts, options, placed, origin or {}, sidecars)
 
 
 def _idle(options: Options, plan: Plan, table: Table, config: Mapping[str, Value]) -> list[str]:
@@ -145,31 +145,6 @@ def _idle(options: Options, plan: Plan, table: Table, config: Mapping[str, Value
     idle = [key for key in options.allow_unused_keys if key not in config or key in known]
     keys = [f"‹allow-unused-key› {key} had no effect: config.json has no such unknown key" for key in idle]
     return [*options.waivers.idle(plan.ledger), *keys]
-
-
-def place_megatron(plan: Plan, format: str, sidecars: Sidecars) -> torch_dist.Placement | legacy_write.Placement:
-    """The plan's tensors laid out in a Megatron `format`, one of FORMATS; UsageError for another."""
-    if format == "torch_dist":
-        return torch_dist.place(plan.drafts, plan.objects)
-    if format == "fsdp_dtensor":
-        return fsdp_dtensor.place(plan.drafts, sidecars.common, swiglu=is_swiglu(plan.config, sidecars.args))
-    if format == "torch":
-        return legacy_write.place(
-            plan.drafts, plan.layout, plan.config, sidecars.args, iteration=sidecars.iteration, spec=sidecars.spec
-        )
-    raise UsageError(f"‹format› {format!r} is not known", hint=f"choices: {', '.join(FORMATS)}")
-
-
-def is_swiglu(config: Mapping[str, Value], args: Mapping[str, object]) -> bool:
-    """Whether gated MLPs are SwiGLU, by the config or else by Megatron-LM's args; True where neither says."""
-    if "gated_linear_unit" in config:
-        return bool(config["gated_linear_unit"]) and config.get("activation_func") == "silu"
-    return bool(args.get("swiglu", True))
-
-
-def padded_rows(plan: Plan) -> int | None:
-    """Rows of the embedding in a plan's target, None where it has none."""
-    return next((draft.shape[0] for draft in plan.drafts if draft.name == "embedding.word_embeddings.weight"), None)
 
 
 def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Path | None = None) -> Job:
@@ -210,13 +185,10 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
         kept_codes = [f"‹dtype› {options.dtype} casts the other tensors: {len(plan.reencoded):,} stay {kinds}"]
     plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out, *codes.notes, *kept_codes, *idle))
     files = recorded_files if plan.reencoded else plain
-    placed = hf.place(plan.drafts, files, options.max_shard_bytes)
+    placed = format_named("huggingface", "hf").place(Order(plan, None, files, options.max_shard_bytes))
     sides = {} if reference is None else {name: reference / name for name in hf.side_files(reference)}
-    texts: dict[str, bytes] = {}
-    if placed.index is not None:
-        texts[hf.INDEX] = placed.index.encode()
-        sides.pop(hf.INDEX, None)
-    elif recorded_files is None:
+    texts = dict(placed.texts)
+    if recorded_files is None or hf.INDEX in texts:
         sides.pop(hf.INDEX, None)
     _config_file(found, plan, options, sides, texts)
     return Job(plan, source, target, opened.iteration, sides, texts, options, placed)

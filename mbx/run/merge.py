@@ -14,6 +14,8 @@ from converters.mcore.layout import Layout
 from converters.tensors import StoredTensor
 from mbx.formats import hf
 from mbx.formats.adapter_folder import Adapter, Base, open_adapter, open_base
+from mbx.formats.placement import Order
+from mbx.formats.registry import format_named, open_hf, sniff
 from mbx.run.commit import check_target
 from mbx.run.export_codec import PLAIN
 from mbx.run.job import Job, Options, edited_config, plan_hf_to_mcore, plan_mcore_to_hf
@@ -30,7 +32,7 @@ def plan_merge(base: Path, source: Path, target: Path, options: Options, *, to: 
     match nothing in the base.
     """
     opened = open_base(base, options.mapping)
-    own = "hf" if (base / hf.CONFIG).is_file() else "mcore"
+    own = sniff(base).format.spelling
     to = to or own
     if to not in KINDS:
         raise UsageError(f"‹to› {to!r} is not known", hint=f"choices: {', '.join(KINDS)}")
@@ -93,8 +95,8 @@ def _seen_from(adapter: Adapter, root: Path) -> dict[str, StoredTensor]:
 def _copied(base: Path, target: Path, options: Options, opened: Base, adapter: Adapter) -> Job:
     """A Hugging Face folder written again under its own names; what a codec stores is written plainly."""
     check_target(base, target, overwrite=options.overwrite)
-    folder = hf.open_hf(base)
-    quantization = quantization_of(folder.config)
+    folder = open_hf(base)
+    quantization = quantization_of(opened.config)
     sources, encoded = decoded_view(folder.tensors, quantization)
     shapes = {name: tensor.shape for name, tensor in sources.items()}
     updates = updates_of(opened.table, opened.fields, adapter.adapted, adapter.scales, shapes, megatron=False)
@@ -112,12 +114,9 @@ def _copied(base: Path, target: Path, options: Options, opened: Base, adapter: A
     recorded = hf.recorded_layout(base)
     if encoded and recorded is not None and quantization is not None:
         recorded = hf.decoded_layout(recorded, quantization)
-    placed = hf.place(plan.drafts, recorded, options.max_shard_bytes)
-    sides = {name: base / name for name in folder.side_files}
-    texts: dict[str, bytes] = {}
-    if placed.index is not None:
-        texts[hf.INDEX] = placed.index.encode()
-        sides.pop(hf.INDEX, None)
+    placed = format_named("huggingface", "hf").place(Order(plan, None, recorded, options.max_shard_bytes))
+    texts = dict(placed.texts)
+    sides = {name: folder.home / name for name in folder.side_files if name not in texts}
     if encoded:
         texts[hf.CONFIG] = edited_config((base / hf.CONFIG).read_bytes(), None, PLAIN)
         del sides[hf.CONFIG]

@@ -16,11 +16,13 @@ from converters.planning.reshard import plan_reshard
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
 from mbx.formats.architecture import known_config
-from mbx.formats.checkpoint import McoreCheckpoint, open_model
+from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.optimizer_state import carried_common, carried_states
+from mbx.formats.placement import Order
+from mbx.formats.registry import format_named, open_model
 from mbx.formats.sidecars import megatron_sidecars
 from mbx.run.commit import check_target
-from mbx.run.job import Job, Options, place_megatron
+from mbx.run.job import Job, Options
 from mbx.text import plural
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -70,7 +72,7 @@ def plan_mcore_to_mcore(
         tokenizer=_tokenizer(opened),
         optimizer=carried_common(opened) if with_optimizer else None,
     )
-    placed = place_megatron(plan, options.format, sidecars)
+    placed = format_named(options.format, "mcore").place(Order(plan, sidecars))
     sides = {
         f"{sidecars.folder}/{folder}/{path.name}": path
         for folder in ("hf", "tokenizer")
@@ -78,17 +80,18 @@ def plan_mcore_to_mcore(
         for path in sorted((opened.iteration / folder).iterdir())
         if path.is_file()
     }
-    return Job(plan, source, target, opened.iteration, sides, sidecars.texts, options, placed, {}, sidecars)
+    texts = {**sidecars.texts, **{f"{sidecars.folder}/{name}": text for name, text in placed.texts.items()}}
+    return Job(plan, source, target, opened.iteration, sides, texts, options, placed, {}, sidecars)
 
 
-def _tokenizer(opened: McoreCheckpoint) -> str | None:
+def _tokenizer(opened: Checkpoint) -> str | None:
     """Where the source's run_config says the tokenizer came from."""
     node = (opened.run_config or {}).get("tokenizer")
     name = node.get("tokenizer_model") if isinstance(node, Mapping) else None
     return name if isinstance(name, str) else None
 
 
-def _iteration(opened: McoreCheckpoint) -> int:
+def _iteration(opened: Checkpoint) -> int:
     """The iteration's number by its folder's name, else by the common state."""
     if match := re.fullmatch(r"iter_(\d+)", opened.iteration.resolve().name):
         return int(match[1])
@@ -97,7 +100,7 @@ def _iteration(opened: McoreCheckpoint) -> int:
 
 
 def _vocabulary(
-    opened: McoreCheckpoint, config: Mapping[str, Value], layout: Layout, divisor: int | None
+    opened: Checkpoint, config: Mapping[str, Value], layout: Layout, divisor: int | None
 ) -> tuple[Layout, int | None]:
     """The layout with the divisor that holds, and the embedding's rows under it; None where there is no embedding.
 
@@ -122,7 +125,7 @@ def _vocabulary(
 
 
 def _notes(
-    opened: McoreCheckpoint, config: Mapping[str, Value], rows: int | None, states: Mapping[str, StoredTensor]
+    opened: Checkpoint, config: Mapping[str, Value], rows: int | None, states: Mapping[str, StoredTensor]
 ) -> list[str]:
     notes = []
     if states:

@@ -23,12 +23,8 @@ _EQUAL_BLOCK = 8 << 20
 
 def write_headers(job: Job, sink: FileSink) -> None:
     """What stands in the files beside tensors: safetensors headers, or the payloads of objects."""
-    if isinstance(job.placed, torch_dist.Placement):
-        for file, start, payload in job.placed.object_archives():
-            sink.write(file, start, memoryview(payload))
-    elif isinstance(job.placed, hf.Placement):
-        for file, header in job.placed.headers.items():
-            sink.write(file, 0, memoryview(header))
+    for file, start, data in job.placed.before():
+        sink.write(file, start, memoryview(data))
 
 
 def check_equal(job: Job, source: FileSource) -> None:
@@ -73,11 +69,8 @@ def write_side_files(job: Job, root: Path, source: FileSource) -> dict[str, int]
     contents |= {name: _blocks(origin) for name, origin in job.side_files.items()}
     contents |= {name: hf.pack_kept(tensors, source) for name, tensors in job.packed.items()}
     if job.sidecars is not None:
+        contents |= {job.base + name: [data] for name, data in job.placed.late(job.sidecars.common).items()}
         contents[torch_dist.TRACKER] = [str(job.sidecars.iteration).encode()]
-        if isinstance(job.placed, torch_dist.Placement):
-            job.placed.write_index(root / job.base, job.sidecars.common)
-            made = [job.base + name for name in job.placed.index_names()]
-            contents |= {name: [(root / name).read_bytes()] for name in made}
     return {name: write_file(root / name, blocks, sync=job.options.sync) for name, blocks in contents.items()}
 
 

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 
 from converters.errors import StorageError
 from mbx.formats import hf, torch_dist
-from mbx.formats.sidecars import common_of
+from mbx.formats.registry import open_megatron
 from mbx.train.model import Blueprint, unwrap
 from mbx.train.parallel import Ranks
 from mbx.train.recipe import Recipe
 from mbx.train.restore import allocate, count_steps, random_streams, restore_random
 from mbx.train.run_state import RECIPE, STATE, LoopState, finished, latest
-from mbx.train.weights import has_weights
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -110,7 +109,7 @@ class Store:
             (target / "hf").mkdir()
             for name in hf.side_files(self.plan.hf):
                 shutil.copyfile(self.plan.hf / name, target / "hf" / name)
-            if has_weights(self.plan.hf):  # a random start needs none
+            if hf.has_weights(self.plan.hf):  # a random start needs none
                 layout = hf.record_layout(hf.open_hf(self.plan.hf))
                 (target / "hf" / hf.LAYOUT).write_text(layout, encoding="utf-8")
         for path in [*target.rglob("*"), target]:
@@ -141,7 +140,7 @@ class Store:
 
         from mbx.models.inert_load import inert_loading
 
-        if not common_of(path, torch_dist.open_torch_dist(path).dcp.objects):
+        if not open_megatron(path).common:
             raise StorageError(f"`{path}` cannot be resumed: it has no `common.pt`")
         allocate(optimizer)
         content = self._content(chunks, optimizer, loading=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.errors import DeviceError, MbxError, StorageError, UnsupportedError, UsageError
 from converters.rows.expr import Value
+from mbx.formats import hf
 from mbx.formats.torch_dist import TRACKER
 from mbx.train import data as datasets
 from mbx.train import model as models
@@ -19,7 +20,7 @@ from mbx.train.log import check_writers
 from mbx.train.parallel import Ranks, planned_ranks
 from mbx.train.recipe import Recipe
 from mbx.train.run_state import check_continues, check_world, finished, latest
-from mbx.train.weights import check_source, has_weights
+from mbx.train.weights import check_source
 
 if TYPE_CHECKING:
     from mbx.train.data import Rows
@@ -130,7 +131,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> 
 
         check_lora(recipe, plan)
     if (source := start.path) and start.how == "init":
-        if dry and source == plan.hf and not has_weights(source):  # a config is enough for a plan
+        if dry and source == plan.hf and not hf.has_weights(source):  # a config is enough for a plan
             start = replace(start, why=f"{start.why}, which are not there yet")
         else:
             check_source(plan, source)

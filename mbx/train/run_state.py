@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import StorageError, UsageError
-from mbx.formats import torch_dist
+from mbx.formats.torch_dist import TRACKER, find_iteration
 from mbx.train.recipe import SECTIONS, Recipe, all_keys, parse_recipe
 
 STATE = "mbx_train.json"
@@ -37,9 +37,9 @@ class LoopState:
 
 def latest(run: Path) -> Path | None:
     """The checkpoint that a run's tracker names; None without a tracker. A damaged tracker is a StorageError."""
-    if not (run / torch_dist.TRACKER).is_file():
+    if not (run / TRACKER).is_file():
         return None
-    return torch_dist.find_iteration(run)
+    return find_iteration(run)
 
 
 def finished(run: Path) -> list[Path]:

@@ -23,10 +23,9 @@ from converters.planning.importer import plan_import
 from converters.rows.coverage import Ledger
 from converters.rows.pack import Slot
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
-from mbx.formats import hf, torch_dist
-from mbx.formats.bin_weights import has_bin_weights
-from mbx.formats.checkpoint import model_tensors
+from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
+from mbx.formats.registry import open_checkpoint
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.tables import table_for
 from mbx.train.model import Blueprint
@@ -56,12 +55,9 @@ def load_weights(model: nn.Module, plan: Blueprint, path: Path) -> str:
     """
     began = time.perf_counter()
     shards = list(model_shards(model))
-    if _is_hf(path):
-        full, source = _import(plan, path), FileSource(path)
-    else:
-        opened = torch_dist.open_torch_dist(path)
-        full = _same_keys(plan, model_tensors(opened.dcp.tensors), shards)
-        source = FileSource(opened.iteration)
+    opened = open_checkpoint(path)
+    full = _import(plan, opened) if opened.spelling == "hf" else _same_keys(plan, opened.tensors, shards)
+    source = opened.source
     try:
         counted = CountingSource(source)
         _check_tied(full, source)
@@ -75,23 +71,12 @@ def load_weights(model: nn.Module, plan: Blueprint, path: Path) -> str:
 
 def check_source(plan: Blueprint, path: Path) -> None:
     """What `load_weights` can say of a storage before there is a model: that it opens and, by its table, is whole."""
-    if _is_hf(path):
-        _import(plan, path)
-    else:
-        torch_dist.open_torch_dist(path)
+    opened = open_checkpoint(path)
+    if opened.spelling == "hf":
+        _import(plan, opened)
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a Hugging Face folder holds weights, in either format."""
-    return any(folder.glob("*.safetensors")) or has_bin_weights(folder)
-
-
-def _is_hf(path: Path) -> bool:
-    return (path / hf.CONFIG).is_file() and not (path / torch_dist.TRACKER).is_file()
-
-
-def _import(plan: Blueprint, path: Path) -> Plan:
-    folder = hf.open_hf(path)
+def _import(plan: Blueprint, folder: Checkpoint) -> Plan:
     return plan_import(plan.table or table_for(folder.config), folder.config, folder.tensors, plan.layout)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,107 +13,50 @@ import numpy.typing as npt
 from converters.causes import Peer, Rows, Suspect, find_cause
 from converters.causes.row_orders import Heads, Structure
 from converters.engine.pieces import moves_into
-from converters.engine.plan import Draft, Entry, Plan, Unit
-from converters.engine.regions import Move, Region, matrix
-from converters.engine.stream import Engine
+from converters.engine.plan import Entry, Plan, Unit
+from converters.engine.planned import PlannedTensors
+from converters.engine.regions import matrix
 from converters.errors import DeviceError
 from converters.mcore.keys import parse_key
 from converters.protocols import Source
 from converters.rows.expr import Value
 from converters.rows.pack import Pack, Slot
-from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
+from converters.stored import Bytes, read_rows
+from converters.tensors import DTYPE_BITS, Shape, StoredTensor
 
 Index = npt.NDArray[np.int64]
-Bytes = npt.NDArray[np.uint8]
-_ENTRY = "entry"
 #: Other layers, experts and tensors that the values are held against.
 _MOST_PEERS = 512
 
 
-class _Window:
-    """A sink that keeps the bytes from `start` on that fit `data`."""
-
-    def __init__(self, start: int, data: Bytes) -> None:
-        self.start, self.data = start, data
-
-    def data_start(self, chunk: Chunk) -> int:
-        """The one chunk begins at 0."""
-        return chunk.start
-
-    def write(self, file: str, start: int, data: memoryview) -> None:
-        """Keep what lies in the window."""
-        first, last = max(start, self.start), min(start + len(data), self.start + len(self.data))
-        if first < last:
-            kept = np.frombuffer(data[first - start : last - start], np.uint8)
-            self.data[first - self.start : last - self.start] = kept
-
-    def finish_chunk(self, dtype: str, chunk: Chunk, crc32: int) -> None:
-        """Nothing surrounds it."""
-
-
 class EntryRows:
-    """One entry of a tensor that a unit of `plan` makes, as `converters.causes.Rows`.
+    """One entry of a tensor, of `shape`, as `converters.causes.Rows`: `read` gives rows from the first on, so many.
 
-    An entry of at most `budget` bytes is read once and kept; rows of a larger one are made again when asked for.
+    An entry of at most `budget` bytes is read once and kept; rows of a larger one are read again when asked for. Rows
+    from `limit` on are not compared.
     """
 
     def __init__(
-        self, plan: Plan, unit: Unit, entry: Entry, shape: Shape, dtype: str, source: Source, budget: int
+        self, read: Callable[[int, int], Bytes], shape: Shape, dtype: str, budget: int, limit: int | None = None
     ) -> None:
-        inner = shape[len(entry.index) :]
-        moves = tuple(
-            replace(move, target=replace(move.target, tensor=_ENTRY, index=())) for move in moves_into(unit, entry)
-        )
-        alone = Unit(unit.row, moves, (Entry(_ENTRY, (), entry.fold),), unit.shift)
-        chunk = Chunk((0,) * len(inner), inner, _ENTRY, 0)
-        self.target = StoredTensor(_ENTRY, dtype, inner, (chunk,))
-        self.plan = replace(plan, units=(alone,), drafts=(Draft(_ENTRY, dtype, inner, ()),))
-        self.rows, self.cols = matrix(inner, 0)
-        self.dtype, self.fold, self.source, self.budget = dtype, entry.fold, source, budget
+        self.read, self.dtype, self.budget = read, dtype, budget
+        self._held, self.cols = matrix(shape, 0)
+        self.rows = self._held if limit is None else min(self._held, limit)
+        self._pitch = self.cols * DTYPE_BITS[dtype] // 8
         self._kept: Bytes | None = None
-
-    @property
-    def _pitch(self) -> int:
-        return self.cols * DTYPE_BITS[self.dtype] // 8
 
     def take(self, index: Index) -> Bytes:
         """Bytes of some rows: [len(index), bytes of a row]."""
-        if self._kept is None and self.target.nbytes <= self.budget:
-            self._kept = self._read(0, self.target.nbytes // max(1, self._pitch))
+        if self._kept is None and self._held * self._pitch <= self.budget:
+            self._kept = self.read(0, self._held)
         if self._kept is not None:
             return self._kept[index]
         out = np.empty((len(index), self._pitch), np.uint8)
         edges = np.flatnonzero(np.diff(index) != 1) + 1
         for part in np.split(np.arange(len(index)), edges):
             if len(part):
-                out[part] = self._read(int(index[part[0]]), len(part))
+                out[part] = self.read(int(index[part[0]]), len(part))
         return out
-
-    def _read(self, first: int, count: int) -> Bytes:
-        """Rows `[first, first + count)`, made by those pieces of the plan that reach them."""
-        out = np.empty(count * self._pitch, np.uint8)
-        sink = _Window(first * self._pitch, out)
-        memory = max(self.budget, 1 << 24)
-        engine = Engine(self.plan, {_ENTRY: self.target}, self.source, sink, workers=1, max_memory=memory)
-        low, high = first * self.fold, (first + count) * self.fold
-        engine.work([p for p in engine.pieces if p.entry is None or (p.row < high and p.row + p.rows > low)])
-        return out.reshape(count, self._pitch)
-
-
-def stored_rows(tensor: StoredTensor, index: Shape, source: Source, budget: int) -> EntryRows:
-    """One entry of a tensor as it is stored."""
-    rows, _ = matrix(tensor.shape, len(index))
-    region = Region(tensor.name, index, Slot.whole(rows))
-    entry = Entry(tensor.name, index)
-    unit = Unit(tensor.name, (Move(region, region),), (entry,))
-    return EntryRows(plan_of(tensor), unit, entry, tensor.shape, tensor.dtype, source, budget)
-
-
-def plan_of(tensor: StoredTensor) -> Plan:
-    """A plan that has one source and does nothing."""
-    from converters.planning.pairing import pair_by_name
-
-    return replace(pair_by_name({tensor.name: tensor}, {}).plan, sources={tensor.name: tensor})
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +91,7 @@ class Detective:
         self.plan, self.actual, self.left, self.right, self.fields = plan, actual, left, right, fields
         self.limits = limits
         self.budget = max(1 << 20, max_memory // 8)
-        self.shapes = {draft.name: draft.shape for draft in plan.drafts}
-        self.dtypes = {draft.name: draft.dtype for draft in plan.drafts}
+        self.planned = PlannedTensors(plan, left, max(1 << 24, self.budget))
 
     @cached_property
     def spots(self) -> dict[tuple[str, Shape], _Spot]:
@@ -179,8 +121,7 @@ class Detective:
                 return None
             if spot is None:
                 return self._cause_by_name(stored)
-            actual = stored_rows(stored, index, self.right, self.budget)
-            actual.rows = min(actual.rows, self.limits.get(name, actual.rows))
+            actual = self._stored(stored, index, self.right, self.limits.get(name))
             expected = self._expected(spot, stored.dtype)
             row = first[len(index)] if first is not None and len(first) > len(index) else 0
             structure = self._structure(spot, expected.rows)
@@ -194,9 +135,7 @@ class Detective:
         index = (0,) * parse_key(stored.name).depth
         if wanted is None or wanted.dtype != stored.dtype or len(wanted.shape) != len(stored.shape):
             return None
-        sides = (wanted, self.left), (stored, self.right)
-        expected, actual = (stored_rows(tensor, index, source, self.budget) for tensor, source in sides)
-        return find_cause(expected, actual, Suspect())
+        return find_cause(self._stored(wanted, index, self.left), self._stored(stored, index, self.right), Suspect())
 
     def dtype_cause(self, name: str, index: Shape = ()) -> str | None:
         """What the values of a tensor of another dtype are: the expected ones after a cast, or something else."""
@@ -204,8 +143,7 @@ class Detective:
         if spot is None or stored is None:
             return None
         try:
-            actual = stored_rows(stored, index, self.right, self.budget)
-            actual.rows = min(actual.rows, self.limits.get(name, actual.rows))
+            actual = self._stored(stored, index, self.right, self.limits.get(name))
             expected = self._expected(spot, stored.dtype)
             if (actual.rows, actual.cols) != (expected.rows, expected.cols):
                 return None
@@ -216,14 +154,21 @@ class Detective:
                     return "the values differ also after a cast"
         except DeviceError:
             return None
-        return f"the values are those of {self.dtypes[name]}, cast to {stored.dtype}"
+        return f"the values are those of {self.planned.drafts[name].dtype}, cast to {stored.dtype}"
 
-    def _expected(self, spot: _Spot, dtype: str | None = None) -> EntryRows:
-        name = spot.entry.tensor
-        dtype = dtype or self.dtypes[name]
-        rows = EntryRows(self.plan, spot.unit, spot.entry, self.shapes[name], dtype, self.left, self.budget)
-        rows.rows = min(rows.rows, self.limits.get(name, rows.rows))
-        return rows
+    def _stored(self, tensor: StoredTensor, index: Shape, source: Source, limit: int | None = None) -> EntryRows:
+        """An entry of a tensor as it is stored."""
+        read = partial(read_rows, tensor, source, index)
+        return EntryRows(read, tensor.shape[len(index) :], tensor.dtype, self.budget, limit)
+
+    def _expected(self, spot: _Spot, dtype: str) -> EntryRows:
+        """An entry as the plan makes it, in the dtype it is stored in."""
+        name, index = spot.entry.tensor, spot.entry.index
+        read = partial(self.planned.read_rows, name, index, dtype=dtype)
+        return EntryRows(read, self._shape(spot), dtype, self.budget, self.limits.get(name))
+
+    def _shape(self, spot: _Spot) -> Shape:
+        return self.planned.drafts[spot.entry.tensor].shape[len(spot.entry.index) :]
 
     def _structure(self, spot: _Spot, rows: int) -> Structure:
         moves = moves_into(spot.unit, spot.entry)
@@ -265,13 +210,12 @@ class Detective:
         alike = [s for s in self.spots.values() if s.kind == spot.kind and s is not spot]
         alike = [s for s in alike if (s.layer == spot.layer) or (s.expert == spot.expert)]
         alike.sort(key=lambda s: (abs((s.layer or 0) - (spot.layer or 0)), abs((s.expert or 0) - (spot.expert or 0))))
-        shape = self.shapes[spot.entry.tensor][len(spot.entry.index) :]
         others = [
             s
             for s in self.spots.values()
             if (s.layer, s.expert) == (spot.layer, spot.expert)
             and s.kind != spot.kind
-            and self.shapes[s.entry.tensor][len(s.entry.index) :] == shape
+            and self._shape(s) == self._shape(spot)
         ]
         for other in (*alike[:_MOST_PEERS], *others[:_MOST_PEERS]):
             yield Peer(_described(spot, other), lambda other=other: self._peer_rows(spot, other))  # type: ignore[misc]

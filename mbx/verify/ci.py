@@ -31,13 +31,13 @@ from typing import TypeAlias
 from converters.errors import MbxError, StorageError, UsageError
 from converters.mcore.layout import Layout
 from mappings import table_names
+from mbx.formats.registry import sniff
 from mbx.models.device import Spread
 from mbx.models.prompts import DRAWN
 from mbx.run.job import DEFAULT_MAX_MEMORY, Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import shipped
 from mbx.text import parse_memory
 from mbx.verify.parity import Leg, ParityReport, parity
-from mbx.verify.sides import is_hf
 
 LEGS = ("cover", "config", "weights", "round-trip", "forward", "loss")
 _CHECK_KEYS = frozenset(
@@ -233,7 +233,7 @@ def _legs(check: Check, layout: Layout, fetch: Fetch, workers: int) -> list[Leg]
         source = _source(check.source, fetch, Path(work))
         there: _Step = (plan_hf_to_mcore, Path(work) / "mcore", options)
         back: _Step = (plan_mcore_to_hf, Path(work) / "hf", replace(options, layout=Layout(), dtype=None))
-        if not is_hf(source):  # a Megatron checkpoint goes the other way round
+        if sniff(source).format.spelling == "mcore":  # a Megatron checkpoint goes the other way round
             there, back = back, there
         made = _converted(source, there)
         legs = _asked(check, _parity(check, source, made, workers))

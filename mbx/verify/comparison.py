@@ -19,9 +19,10 @@ from converters.rows.expr import Value
 from converters.rows.table import Table
 from converters.tensors import StoredTensor
 from mbx.formats.architecture import known_config
+from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.hf import kept_tensors
 from mbx.tables import table_for
-from mbx.verify.sides import Side, respelt
+from mbx.verify.respelling import respelt
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class Pair:
     far as it is known. `limits` are the rows that are the vocabulary; what follows is padding.
     """
 
-    left: Side
-    right: Side
+    left: Checkpoint
+    right: Checkpoint
     plan: Plan
     actual: Mapping[str, StoredTensor]
     left_only: tuple[str, ...]
@@ -49,31 +50,40 @@ class Pair:
     @property
     def nouns(self) -> tuple[str, str]:
         """What to call the two sides of the plan."""
-        if self.left.kind != self.right.kind:
+        if self.left.spelling != self.right.spelling:
             return "the folder", "the checkpoint"
         return ("the second", "the first") if self.swapped else ("the first", "the second")
 
 
 def pair_sides(
-    first: Side, second: Side, source: Mapping[int, Source], mapping: str | None = None, dtype: str | None = None
+    first: Checkpoint,
+    second: Checkpoint,
+    source: Mapping[int, Source],
+    mapping: str | None = None,
+    dtype: str | None = None,
 ) -> Pair:
     """Pair two checkpoints; `source` reads each by its `id`, `dtype` is a cast that the first was declared to undergo.
 
     Raises MbxError where no table covers them, as a conversion would, and for a cast between two of one kind.
     """
-    if first.kind == second.kind and dtype is not None:
+    for side in (first, second):
+        if side.spelling == "peft":
+            raise UnsupportedError(
+                f"`{side.path}` is an adapter: what is compared are whole models",
+                hint=f"mbx convert merge BASE {side.path} DST",
+            )
+    if first.spelling == second.spelling and dtype is not None:
         raise UsageError(
             f"‹dtype› {dtype} declares a cast between a folder and a Megatron checkpoint; both sides are of one kind",
             hint="leave it out: the report says whether values of two dtypes agree",
         )
-    if first.kind == second.kind == "mcore":
+    if first.spelling == second.spelling == "mcore":
         return _mcore_pair(first, second, source, mapping)
-    if first.kind == second.kind == "hf":
+    if first.spelling == second.spelling == "hf":
         return _hf_pair(first, second, mapping)
-    folder, checkpoint = (first, second) if first.kind == "hf" else (second, first)
-    assert folder.folder is not None
-    table = table_for(folder.folder.config, mapping)
-    plan = plan_import(table, folder.folder.config, folder.tensors, Layout(), dtype=requested_dtype(dtype))
+    folder, checkpoint = (first, second) if first.spelling == "hf" else (second, first)
+    table = table_for(folder.config, mapping)
+    plan = plan_import(table, folder.config, folder.tensors, Layout(), dtype=requested_dtype(dtype))
     wanted = [draft.name for draft in plan.drafts]
     actual = respelt(checkpoint.tensors, wanted, source[id(checkpoint)])
     known = set(wanted)
@@ -89,15 +99,13 @@ def pair_sides(
         plan.config,
         _limits(plan.config, actual),
         tuple((False, name, other) for name, other in plan.equal),
-        swapped=first.kind == "mcore",
+        swapped=first.spelling == "mcore",
     )
 
 
-def _carried(checkpoint: Side, beside: tuple[str, ...]) -> dict[str, StoredTensor]:
+def _carried(checkpoint: Checkpoint, beside: tuple[str, ...]) -> dict[str, StoredTensor]:
     """Of the tensors `beside` the folder's text model (a vision tower), those that travel with the checkpoint."""
-    assert checkpoint.checkpoint is not None
-    opened = checkpoint.checkpoint
-    kept = {} if opened.hf is None or not beside else kept_tensors(opened.iteration, opened.hf)
+    kept = {} if checkpoint.hf is None or not beside else kept_tensors(checkpoint.home, checkpoint.hf)
     return {name: kept[name] for name in beside if name in kept}
 
 
@@ -109,24 +117,22 @@ def _with_carried(plan: Plan, carried: Mapping[str, StoredTensor]) -> Plan:
     return replace(plan, drafts=(*plan.drafts, *drafts), units=(*plan.units, *units))
 
 
-def _mcore_pair(first: Side, second: Side, source: Mapping[int, Source], mapping: str | None) -> Pair:
-    assert first.checkpoint is not None and second.checkpoint is not None
+def _mcore_pair(first: Checkpoint, second: Checkpoint, source: Mapping[int, Source], mapping: str | None) -> Pair:
     if mapping is not None:
         table_for({}, mapping)  # known_config would go on without a table that is not there
-    fields = known_config(first.checkpoint, mapping)[0] or known_config(second.checkpoint, mapping)[0]
+    fields = known_config(first, mapping)[0] or known_config(second, mapping)[0]
     actual = respelt(second.tensors, first.tensors, source[id(second)])
     found = pair_by_name(first.tensors, actual, lambda name: parse_key(name).depth, fields)
     return _pair(first, second, found, actual, fields)
 
 
-def _hf_pair(first: Side, second: Side, mapping: str | None) -> Pair:
-    assert first.folder is not None and second.folder is not None
+def _hf_pair(first: Checkpoint, second: Checkpoint, mapping: str | None) -> Pair:
     left, right = first.tensors, second.tensors
     try:
-        table: Table | None = table_for(first.folder.config, mapping)
+        table: Table | None = table_for(first.config, mapping)
     except UnsupportedError:
         table = None
-    fields = {} if table is None else table.config.to_mcore(first.folder.config, allow_unused=first.folder.config)
+    fields = {} if table is None else table.config.to_mcore(first.config, allow_unused=first.config)
     if table is None or _same_headers(left, right):
         found = pair_by_name(left, right, config=fields)
         found = replace(found, plan=replace(found.plan, table=table))
@@ -147,8 +153,8 @@ def _hf_pair(first: Side, second: Side, mapping: str | None) -> Pair:
 def _by_table(
     table: Table,
     fields: Mapping[str, Value],
-    left: Side,
-    right: Side,
+    left: Checkpoint,
+    right: Checkpoint,
     mine: Mapping[str, StoredTensor],
     other: Mapping[str, StoredTensor],
     encoded: Mapping[str, Encoded],
@@ -156,9 +162,8 @@ def _by_table(
     return _pair(left, right, pair_by_table(table, fields, mine, other, encoded), other, fields)
 
 
-def _decoded(side: Side) -> tuple[dict[str, StoredTensor], dict[str, Encoded]]:
-    assert side.folder is not None
-    return decoded_view(side.tensors, quantization_of(side.folder.config))
+def _decoded(side: Checkpoint) -> tuple[dict[str, StoredTensor], dict[str, Encoded]]:
+    return decoded_view(side.tensors, quantization_of(side.config))
 
 
 def _same_headers(left: Mapping[str, StoredTensor], right: Mapping[str, StoredTensor]) -> bool:
@@ -166,10 +171,14 @@ def _same_headers(left: Mapping[str, StoredTensor], right: Mapping[str, StoredTe
 
 
 def _pair(
-    left: Side, right: Side, found: Pairing, actual: Mapping[str, StoredTensor], fields: Mapping[str, Value]
+    left: Checkpoint,
+    right: Checkpoint,
+    found: Pairing,
+    actual: Mapping[str, StoredTensor],
+    fields: Mapping[str, Value],
 ) -> Pair:
-    limits = _limits(fields, actual) if left.kind == "mcore" else {}
-    for name in VOCAB & found.plan.sources.keys() & actual.keys() if left.kind == "mcore" else ():
+    limits = _limits(fields, actual) if left.spelling == "mcore" else {}
+    for name in VOCAB & found.plan.sources.keys() & actual.keys() if left.spelling == "mcore" else ():
         limits.setdefault(name, min(found.plan.sources[name].shape[0], actual[name].shape[0]))
     return Pair(
         left,

@@ -15,11 +15,10 @@ from converters.rows.expr import Value
 from converters.rows.isos.rope import LLAMA3_FIXED
 from mbx.formats import hf
 from mbx.formats.architecture import stated_config
-from mbx.formats.hf import HfFolder
+from mbx.formats.checkpoint import Checkpoint
 from mbx.tables import table_for
 from mbx.verify.comparison import Pair
 from mbx.verify.legs import Leg
-from mbx.verify.sides import Side
 
 #: What a field means to the forward pass, for a reader who does not know Megatron Core's names.
 MEANINGS = {
@@ -58,13 +57,13 @@ _TEMPERATURE = "attn_temperature_tuning"
 def config(pair: Pair) -> Leg:
     """Settings of both sides, field by field, in Megatron Core's names."""
     left, right = pair.nouns
-    if pair.left.kind == "hf" and pair.right.kind == "hf":
+    if pair.left.spelling == "hf" and pair.right.spelling == "hf":
         return _hf_config(pair)
     sides = []
     for side, noun in ((pair.left, left), (pair.right, right)):
         fields, origin = _fields(side, pair)
         if fields is None:
-            article = noun if pair.left.kind != pair.right.kind else f"{noun} checkpoint"
+            article = noun if pair.left.spelling != pair.right.spelling else f"{noun} checkpoint"
             return Leg("config", "not run", f"{article} {origin}")
         sides.append((fields, origin))
     (mine, mine_origin), (other, other_origin) = sides
@@ -87,33 +86,31 @@ def config(pair: Pair) -> Leg:
     return Leg("config", "failed" if findings else "passed", summary, tuple(findings))
 
 
-def _file(side: Side) -> Mapping[str, Value] | None:
+def _file(side: Checkpoint) -> Mapping[str, Value] | None:
     """The config.json of a side, None where it has none."""
-    if side.folder is not None:
-        return side.folder.config
-    assert side.checkpoint is not None
-    folder = side.checkpoint.hf
+    if side.config:
+        return side.config
+    folder = side.hf
     return hf.read_config(folder) if folder is not None and (folder / hf.CONFIG).is_file() else None
 
 
-def _fields(side: Side, pair: Pair) -> tuple[Mapping[str, Value] | None, str]:
+def _fields(side: Checkpoint, pair: Pair) -> tuple[Mapping[str, Value] | None, str]:
     """Fields that a side states, and what states them where that is not a whole config.json; or why there are none.
 
     A checkpoint's config.json is read by the pair's table only where it names the folder's model type: another type
     may mean something else by the same keys.
     """
-    if side.folder is not None:
+    if side.spelling == "hf":
         return pair.plan.config, ""
-    assert side.checkpoint is not None
     if (stored := _file(side)) is not None:
-        folder, table = pair.left.folder, pair.plan.table
+        config, table = pair.left.config, pair.plan.table
         try:
-            if folder is None or canonical(folder.config).get("model_type") != canonical(stored).get("model_type"):
+            if not config or canonical(config).get("model_type") != canonical(stored).get("model_type"):
                 table = None
             return (table or table_for(stored)).config.to_mcore(stored), ""
         except MbxError as error:
             return None, f"has a config.json that cannot be read: {error.fact}"
-    fields, origin = stated_config(side.checkpoint)
+    fields, origin = stated_config(side)
     return (fields, origin) if fields else (None, "carries no config.json (hf/)")
 
 
@@ -182,9 +179,8 @@ def _hf_config(pair: Pair) -> Leg:
     With a table, what counts is what they mean to it, and every key that it does not know; without one, every key but
     those that no model reads.
     """
-    assert pair.left.folder is not None and pair.right.folder is not None
     left, right = pair.nouns
-    mine, other = canonical(pair.left.folder.config), canonical(pair.right.folder.config)
+    mine, other = canonical(pair.left.config), canonical(pair.right.config)
     table, known, findings = pair.plan.table, set(GENERIC_KEYS), []
     names: list[str] = []
     if table is not None:
@@ -217,8 +213,7 @@ def _quantization(pair: Pair) -> list[str]:
 
     Switches that are off say what their absence says.
     """
-    left, right = pair.left.folder, pair.right.folder
-    assert left is not None and right is not None
+    left, right = pair.left, pair.right
     if left.tensors.keys() != right.tensors.keys() or not (_decodes(left) or _decodes(right)):
         return []
     mine, other = ({k: v for k, v in (quantization_of(f.config) or {}).items() if v} for f in (left, right))
@@ -229,7 +224,7 @@ def _quantization(pair: Pair) -> list[str]:
     ]
 
 
-def _decodes(folder: HfFolder) -> bool:
+def _decodes(folder: Checkpoint) -> bool:
     """Whether some tensor is read through a codec, or would be if its settings were readable."""
     try:
         return bool(decoded_view(folder.tensors, quantization_of(folder.config))[1])

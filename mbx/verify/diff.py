@@ -13,11 +13,12 @@ from converters.rows.expr import Value
 from converters.tensors import Shape, StoredTensor
 from mbx.formats import hf
 from mbx.formats.architecture import stated_config
+from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
+from mbx.formats.registry import open_checkpoint
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.verify.compare import Tally, compare
 from mbx.verify.comparison import Pair, pair_sides
-from mbx.verify.sides import Side, open_side
 
 Progress = Callable[[int], None]
 
@@ -78,8 +79,8 @@ def diff(
     Against a Megatron checkpoint, names are its keys, and norms of one of each kind are relative to the folder. Raises
     MbxError where one cannot be read, or no table brings them together.
     """
-    sides = open_side(left), open_side(right)
-    sources = {id(side): FileSource(side.root) for side in sides}
+    sides = open_checkpoint(left), open_checkpoint(right)
+    sources = {id(side): FileSource(side.home) for side in sides}
     try:
         pair = pair_sides(*sides, sources, mapping)
         targets = _comparable(pair)
@@ -104,7 +105,7 @@ def _comparable(pair: Pair) -> dict[str, StoredTensor]:
     """Tensors whose values can be held against each other: some unit makes each, and every partner in that unit."""
     made = {entry.tensor for unit in pair.plan.units for entry in unit.entries if entry.tensor in pair.actual}
     shapes = {draft.name: draft.shape for draft in pair.plan.drafts}
-    if pair.left.kind == pair.right.kind:  # units of unlike shapes were not made
+    if pair.left.spelling == pair.right.spelling:  # units of unlike shapes were not made
         return {name: tensor for name, tensor in pair.actual.items() if name in made}
     limits = pair.limits
     return {
@@ -195,7 +196,7 @@ def _relative(change: float, norm: float) -> float | None:
     return ratio if math.isfinite(ratio) else None
 
 
-def _config(left: Side, right: Side) -> list[tuple[str, Value, Value]] | None:
+def _config(left: Checkpoint, right: Checkpoint) -> list[tuple[str, Value, Value]] | None:
     """Settings that differ, in Hugging Face's names where both have a config.json, in Megatron's where neither has.
 
     None where one side states none, or each states its own kind.
@@ -207,12 +208,11 @@ def _config(left: Side, right: Side) -> list[tuple[str, Value, Value]] | None:
     return [(key, mine[0].get(key), other[0].get(key)) for key in names if mine[0].get(key) != other[0].get(key)]
 
 
-def _settings(side: Side) -> tuple[Mapping[str, Value], bool] | None:
-    if side.folder is not None:
-        return canonical(side.folder.config), True
-    assert side.checkpoint is not None
-    folder = side.checkpoint.hf
+def _settings(side: Checkpoint) -> tuple[Mapping[str, Value], bool] | None:
+    if side.config:
+        return canonical(side.config), True
+    folder = side.hf
     if folder is not None and (folder / hf.CONFIG).is_file():
         return canonical(hf.read_config(folder)), True
-    fields, _ = stated_config(side.checkpoint)
+    fields, _ = stated_config(side)
     return (fields, False) if fields else None

@@ -17,10 +17,10 @@ from converters.mcore.keys import parse_key
 from converters.planning.pairing import same_units
 from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor, nbytes_of
+from mbx.formats.checkpoint import Checkpoint
 from mbx.verify.cause_search import Detective
 from mbx.verify.compare import ComparingSink, Tally, compare, narrow
 from mbx.verify.comparison import Pair
-from mbx.verify.sides import Side
 
 Status = Literal["passed", "failed", "not run"]
 Progress = Callable[[int], None]
@@ -109,16 +109,16 @@ def cover(pair: Pair) -> tuple[Leg, frozenset[str], tuple[Difference, ...]]:
                 odd.append(Difference(draft.name, tensor.dtype, tensor.shape, what))
         if same_shape and tensor.dtype == draft.dtype:
             comparable.add(draft.name)
-    count = len(pair.plan.sources) + (len(pair.left_only) if pair.left.kind == pair.right.kind else 0)
-    unit = "keys" if pair.right.kind == "mcore" else "tensors"
-    summary = f"{count} {'keys' if pair.left.kind == 'mcore' else 'tensors'} ↔ {len(pair.actual)} {unit}"
+    count = len(pair.plan.sources) + (len(pair.left_only) if pair.left.spelling == pair.right.spelling else 0)
+    unit = "keys" if pair.right.spelling == "mcore" else "tensors"
+    summary = f"{count} {'keys' if pair.left.spelling == 'mcore' else 'tensors'} ↔ {len(pair.actual)} {unit}"
     leg = Leg("cover", "failed" if findings else "passed", summary, tuple(findings))
     return leg, frozenset(comparable), tuple(odd)
 
 
 def _only_padding(pair: Pair, draft: Draft, tensor: StoredTensor) -> bool:
     """Whether the shapes differ by rows behind the vocabulary alone, which Megatron Core pads."""
-    if draft.name not in VOCAB or pair.right.kind != "mcore" or tensor.shape[1:] != draft.shape[1:]:
+    if draft.name not in VOCAB or pair.right.spelling != "mcore" or tensor.shape[1:] != draft.shape[1:]:
         return False
     limit = pair.limits.get(draft.name)
     return limit is not None and min(tensor.shape[0], draft.shape[0]) >= limit
@@ -242,10 +242,10 @@ def _repeat_plan(plan: Plan, mine: StoredTensor, repeated: StoredTensor) -> Plan
     return replace(plan, units=units, sources={mine.name: mine}, encoded={})
 
 
-def _padding(side: Side, pair: Pair, source: Source) -> list[str]:
+def _padding(side: Checkpoint, pair: Pair, source: Source) -> list[str]:
     """What stands behind the vocabulary on a Megatron Core side, read in blocks."""
     lines = []
-    for name in sorted(VOCAB & side.tensors.keys()) if side.kind == "mcore" else ():
+    for name in sorted(VOCAB & side.tensors.keys()) if side.spelling == "mcore" else ():
         limit, tensor = pair.limits.get(name), side.tensors[name]
         if limit is None or tensor.shape[0] <= limit:
             continue

@@ -11,11 +11,12 @@ from converters.errors import DifferenceError, StorageError, UnsupportedError
 from converters.rows.config_spelling import canonical
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_rope
+from mbx.formats.architecture import stated
+from mbx.formats.checkpoint import Checkpoint
 from mbx.models.device import Spread
 from mbx.models.prompts import Passes, Prompts
 from mbx.verify.comparison import Pair
 from mbx.verify.legs import Leg, Status
-from mbx.verify.sides import Side, stated
 
 if TYPE_CHECKING:
     from mbx.models.divergence import BorderDiff
@@ -88,7 +89,7 @@ def _sides(pair: Pair, prompts: Prompts, mapping: str | None) -> _Sides | Leg:
     left, right = (stated(side, mapping) for side in (pair.left, pair.right))
     both = (left, right) if left.config is not None else (right, left)
     hf_config, fields = canonical(dict(both[0].config or {})), pair.plan.config or pair.fields or both[0].fields or {}
-    has_megatron = "mcore" in (pair.left.kind, pair.right.kind)
+    has_megatron = "mcore" in (pair.left.spelling, pair.right.spelling)
     if has_megatron:
         inexpressible = set(inexpressible_rope(hf_config))
         if others := [note for note in pair.plan.notes if note not in inexpressible]:
@@ -115,32 +116,32 @@ def _sides(pair: Pair, prompts: Prompts, mapping: str | None) -> _Sides | Leg:
         _model(pair, pair.right, fields, reference, hf_config),
     )
     # Transformers is the reference where it takes part: its distribution is the one that KL is taken from.
-    in_order = models if not pair.swapped or pair.left.kind != pair.right.kind else models[::-1]
+    in_order = models if not pair.swapped or pair.left.spelling != pair.right.spelling else models[::-1]
     return _Sides((in_order[0], in_order[1]), read, vocab)
 
 
 def _model(
-    pair: Pair, side: Side, fields: Mapping[str, Value], reference: Path | None, hf_config: Mapping[str, Value]
+    pair: Pair, side: Checkpoint, fields: Mapping[str, Value], reference: Path | None, hf_config: Mapping[str, Value]
 ) -> Model:
     from mbx.models.models import MegatronModel, TransformersModel
 
-    if side.checkpoint is None:
+    if side.spelling == "hf":
         return TransformersModel(side.path)
     # Paired with a folder, the checkpoint's tensors are spelt as the table has them.
-    tensors = pair.actual if side is pair.right and pair.left.kind == "hf" else side.tensors
-    torch_dist = side.checkpoint.format == "torch_dist"
-    return MegatronModel(fields, side.root, tensors, torch_dist, reference, hf_config)
+    tensors = pair.actual if side is pair.right and pair.left.spelling == "hf" else side.tensors
+    torch_dist = side.format == "torch_dist"
+    return MegatronModel(fields, side.home, tensors, torch_dist, reference, hf_config)
 
 
-def _rows(side: Side) -> int | None:
-    tensor = side.tensors.get(_EMBEDDING) if side.kind == "mcore" else None
+def _rows(side: Checkpoint) -> int | None:
+    tensor = side.tensors.get(_EMBEDDING) if side.spelling == "mcore" else None
     return None if tensor is None else tensor.shape[0]
 
 
 def _reference(pair: Pair) -> Path | None:
     """A folder with config.json, for rotary frequencies and the tokenizer: a side, or what lies beside it."""
     for side in (pair.left, pair.right):
-        beside = side.path if side.checkpoint is None else side.checkpoint.hf
+        beside = side.hf
         if beside is not None and (beside / "config.json").is_file():
             return beside
     return None

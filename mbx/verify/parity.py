@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbx.formats.files import FileSource
+from mbx.formats.registry import open_checkpoint
 from mbx.models.device import ONE_PROCESS, Spread, is_main
 from mbx.models.prompts import DRAWN, Prompts
 from mbx.run.job import DEFAULT_MAX_MEMORY
@@ -21,7 +22,6 @@ from mbx.verify import config_leg, legs
 from mbx.verify.comparison import pair_sides
 from mbx.verify.legs import Difference, Dtypes, Leg, Status
 from mbx.verify.model_legs import model_legs
-from mbx.verify.sides import open_side
 
 if TYPE_CHECKING:
     from mbx.models.divergence import BorderDiff
@@ -91,8 +91,8 @@ def parity(
     forward leg alone. `dtype` declares a cast that a conversion was asked for. Raises MbxError only where a side, the
     prompts or the device cannot be had at all; differences are findings of a leg.
     """
-    sides = open_side(first), open_side(second)
-    sources = tuple(FileSource(side.root) for side in sides)
+    sides = open_checkpoint(first), open_checkpoint(second)
+    sources = tuple(FileSource(side.home) for side in sides)
     by_side = {id(side): source for side, source in zip(sides, sources, strict=True)}
     try:
         pair = pair_sides(*sides, by_side, mapping, dtype)

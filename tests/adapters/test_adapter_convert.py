@@ -19,9 +19,10 @@ from converters.errors import CoverageError, StorageError, UnsupportedError, Usa
 from converters.mcore.layout import Layout
 from converters.rows.pack import Pack, Slot
 from mbx.formats.adapter_folder import BESIDE, CONFIG, WEIGHTS, open_base
-from mbx.formats.torch_dist import open_torch_dist
+from mbx.formats.torch_dist import find_iteration
 from mbx.run.adapters import plan_adapter_to_hf, plan_adapter_to_mcore
 from mbx.run.job import Options, run
+from mbx.torchfile.dcp import read_dcp
 
 
 def to_mcore(made: Made, target: Path, *, tp: int = 1, ep: int = 1, fused: bool = False) -> Path:
@@ -48,7 +49,7 @@ def test_experts_over_ranks_are_the_same_folder(tmp_path: Path) -> None:
 
 def test_keys_are_those_of_megatron_bridge(tmp_path: Path) -> None:
     made = adapt("qwen3_moe", tmp_path)
-    tensors = open_torch_dist(to_mcore(made, tmp_path / "m")).dcp.tensors
+    tensors = read_dcp(find_iteration(to_mcore(made, tmp_path / "m"))).tensors
     layers = "decoder.layers."
     assert {name: tensors[name].shape for name in tensors if "linear_in" in name} == {
         f"{layers}self_attention.linear_qkv.adapter.adapter_q.linear_in.weight": (4, 4, 32),
@@ -63,7 +64,7 @@ def test_keys_are_those_of_megatron_bridge(tmp_path: Path) -> None:
 def test_layers_that_differ_have_keys_of_their_own(tmp_path: Path) -> None:
     made = adapt("llama", tmp_path, target_modules=["o_proj"], layers_to_transform=[1, 2], rank_pattern={"2.*": 4})
     mcore = to_mcore(made, tmp_path / "m")
-    assert {name.split(".")[2] for name in open_torch_dist(mcore).dcp.tensors} == {"1", "2"}
+    assert {name.split(".")[2] for name in read_dcp(find_iteration(mcore)).tensors} == {"1", "2"}
     assert same_files(made.adapter, to_hf(made, mcore, tmp_path / "back"))
 
 
@@ -84,7 +85,7 @@ def test_one_a_for_a_fused_linear(tmp_path: Path) -> None:
         to_mcore(made, tmp_path / "refused", fused=True)
     shared_a(made)
     mcore = to_mcore(made, tmp_path / "fused", tp=2, fused=True)
-    tensors = open_torch_dist(mcore).dcp.tensors
+    tensors = read_dcp(find_iteration(mcore)).tensors
     assert tensors["decoder.layers.self_attention.linear_qkv.adapter.linear_out.weight"].shape[2] == 4
     assert not any("adapter_q" in name for name in tensors)
     assert same_files(made.adapter, to_hf(made, mcore, tmp_path / "back"))

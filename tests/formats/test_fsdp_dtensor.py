@@ -19,8 +19,8 @@ from converters.errors import StorageError, UnsupportedError
 from converters.mcore.fsdp_dtensor import Stored, parse_stored, parts_of
 from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
-from mbx.formats.checkpoint import open_any
-from mbx.formats.examine import examine
+from mbx.formats.registry import open_megatron as open_any
+from mbx.formats.summary import summarize as examine
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.run.reshard import plan_mcore_to_mcore
 

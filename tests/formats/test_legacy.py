@@ -20,8 +20,8 @@ from converters.mcore.layout import Layout
 from converters.mcore.local import parse_local, spell_local
 from converters.mcore.megatron_args import TRAINING, args_of, config_of_args, layout_args, layout_of_args
 from fixtures.make_tiny import make
-from mbx.formats.checkpoint import open_any
 from mbx.formats.files import FileSource
+from mbx.formats.registry import open_megatron as open_any
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.run.reshard import plan_mcore_to_mcore
 from mbx.tables import table_for

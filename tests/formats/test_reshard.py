@@ -21,10 +21,10 @@ from converters.engine.plan import Draft
 from converters.errors import LayoutError, MbxError, UsageError
 from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
-from mbx.formats.checkpoint import open_any
 from mbx.formats.files import FileSink
 from mbx.formats.hf import MANIFEST
-from mbx.formats.torch_dist import place, write_index
+from mbx.formats.registry import open_megatron as open_any
+from mbx.formats.torch_dist import place
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.run.reshard import plan_mcore_to_mcore
 from mbx.torchfile.archive import extra_state_archive
@@ -120,7 +120,7 @@ def test_a_wrong_cut_would_be_seen(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: reading gate and up as one block gives another model."""
-    import mbx.formats.legacy as legacy
+    import mbx.formats.legacy.reading as legacy
     from converters.mcore.cuts import Cut
 
     run(plan_hf_to_mcore(checkpoint("qwen3"), tmp_path / "legacy", options(Layout(tp=2), "torch")))
@@ -289,7 +289,8 @@ def write_grid(
     for file, start, _ in placed.objects.values():
         sink.write(file, start, memoryview(extra_state_archive()))
     sink.close(sync=False)
-    write_index(folder, placed, {"iteration": 0})
+    for name, data in placed.late({"iteration": 0}).items():
+        (folder / name).write_bytes(data)
 
 
 def test_nothing_is_left_of_a_failed_run(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

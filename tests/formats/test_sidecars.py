@@ -16,7 +16,8 @@ from converters.errors import StorageError, UnsupportedError
 from converters.mcore.bridge_config import config_of_run_config
 from converters.mcore.layout import Layout
 from mbx.formats.architecture import architecture_of, conflicts
-from mbx.formats.checkpoint import McoreCheckpoint, open_any
+from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.registry import open_megatron as open_any
 from mbx.formats.sidecars import read_run_config
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.run.reshard import plan_mcore_to_mcore
@@ -211,7 +212,7 @@ def test_a_frequency_and_its_pattern_are_the_same(size: int, layers: int, tmp_pa
     for field, pattern in patterns.items():
         stated = {"num_layers": layers, field: pattern}
         args = {"num_layers": layers, "num_experts": 8, field: size}
-        opened = McoreCheckpoint(tmp_path, tmp_path, "torch_dist", {}, args=args)
+        opened = Checkpoint(tmp_path, "torch_dist", "mcore", tmp_path, {}, args=args)
         assert conflicts(stated, opened) == [], field
         assert len(conflicts(stated, replace(opened, args={**args, field: size + 1}))) == 1, field
 

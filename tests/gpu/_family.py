@@ -121,17 +121,18 @@ def _leg(leg: Leg) -> Found:
 def forward(name: str, device: str, source: Path, work: Path, config: dict[str, Value], found: Found) -> None:
     from converters.rows.config_spelling import canonical
     from mbx.formats.hf import read_config
-    from mbx.formats.torch_dist import open_torch_dist
+    from mbx.formats.registry import open_megatron as open_torch_dist
     from mbx.models.device import megatron_on
     from mbx.models.parity import read_prompts
     from mbx.models.prompts import Prompts
     from mbx.models.rotary import lend_frequencies
+    from mbx.torchfile.dcp import read_dcp
     from tests.oracles import compare_logits, loaded_model, mcore_passes
 
     hf_config = canonical(read_config(source))
     read = read_prompts(Prompts(), config, source, hf_config)
     opened = open_torch_dist(work / "mcore")
-    padded = opened.dcp.tensors["embedding.word_embeddings.weight"].shape[0]
+    padded = opened.tensors["embedding.word_embeddings.weight"].shape[0]
     vocab = int(str(config["model.vocab_size"]))
     references = _references(_reference(source, work, found), read, device, found)
 
@@ -140,7 +141,7 @@ def forward(name: str, device: str, source: Path, work: Path, config: dict[str, 
         return {at: compare_logits(reference, logits) for at, reference in references.items()}
 
     with megatron_on(device):
-        found["extra_state"] = _keys(config, padded, device, opened.dcp.objects, opened.dcp.tensors)
+        found["extra_state"] = _keys(config, padded, device, read_dcp(opened.iteration).objects, opened.tensors)
         model = loaded_model(config, opened.iteration, padded_vocab=padded, device=device)
         found["loaded"] = True
         found["lent"] = list(lend_frequencies(model, source, hf_config))

@@ -37,7 +37,7 @@ def main() -> None:
     from converters.errors import MbxError
     from converters.rows.config_spelling import canonical
     from mbx.formats.hf import read_config
-    from mbx.formats.torch_dist import open_torch_dist
+    from mbx.formats.registry import open_megatron as open_torch_dist
     from mbx.models.device import Spread, megatron_on
     from mbx.models.divergence import compare_traces
     from mbx.models.models import MegatronModel, TransformersModel
@@ -59,7 +59,7 @@ def main() -> None:
                 continue
             try:
                 changed = {**config, **extra}
-                model = MegatronModel(changed, opened.iteration, opened.dcp.tensors, True, hf, hf_config)
+                model = MegatronModel(changed, opened.iteration, opened.tensors, True, hf, hf_config)
                 trace = model.trace(read.batches, vocab, Spread(tp, device=device, dtype=dtype))
                 compared = compare_traces(reference, trace, vocab, 1e-4)
             except (MbxError, RuntimeError, ValueError, AssertionError, TypeError, KeyError) as error:

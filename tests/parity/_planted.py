@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mappings import table_text
 from mbx.formats.files import FileSource
-from mbx.formats.torch_dist import open_torch_dist
+from mbx.formats.registry import open_megatron as open_torch_dist
 from mbx.run.job import Options, plan_hf_to_mcore, run
 
 Bits = NDArray[np.uint16]
@@ -26,7 +26,7 @@ def edit(checkpoint: Path, name: str, change: Callable[[Bits, tuple[int, ...]], 
     """Replace every chunk of the 16-bit tensor `name` by `change(values, offsets of the chunk)`."""
     opened = open_torch_dist(checkpoint)
     source = FileSource(opened.iteration)
-    for chunk in opened.dcp.tensors[name].chunks:
+    for chunk in opened.tensors[name].chunks:
         start = source.data_start(chunk)
         path = opened.iteration / chunk.file
         raw = bytearray(path.read_bytes())

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 from converters.torch_casts import TORCH_DTYPES
-from mbx.formats.checkpoint import open_any
 from mbx.formats.files import FileSource
+from mbx.formats.registry import open_megatron as open_any
 
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], object]

@@ -231,9 +231,9 @@ def test_first_and_worst_are_named(tiny: Path, good: Path, tmp_path: Path) -> No
 def test_a_tensor_larger_than_the_budget_is_read_in_blocks(tmp_path: Path) -> None:
     """Rows beyond the budget are made again when asked for: the same sentence, in a fraction of the memory."""
     from mbx.formats.files import FileSource
+    from mbx.formats.registry import open_checkpoint as open_side
     from mbx.verify.cause_search import Detective
     from mbx.verify.comparison import pair_sides
-    from mbx.verify.sides import open_side
 
     torch.manual_seed(0)
     big = torch.randn(3000, 1024).bfloat16()

@@ -18,8 +18,8 @@ from converters.errors import StorageError, UsageError
 from fixtures.make_tiny import make
 from fixtures.wrapped import make_wrapped
 from mbx.cli import main
-from mbx.formats.examine import examine
 from mbx.formats.hf import KEPT
+from mbx.formats.summary import summarize as examine
 from mbx.run.execution import run
 from mbx.run.job import Options
 from mbx.run.manifest import MANIFEST

@@ -11,8 +11,9 @@ from _layout_worker import MODELS, depth_of
 from _ranks import run_ranks
 
 from converters.mcore.layout import Layout
-from mbx.formats.checkpoint import McoreCheckpoint, open_any
+from mbx.formats.checkpoint import Checkpoint as McoreCheckpoint
 from mbx.formats.files import FileSource
+from mbx.formats.registry import open_megatron as open_any
 from mbx.run.job import Options, run
 from mbx.run.reshard import plan_mcore_to_mcore
 from mbx.torchfile.dcp import read_dcp

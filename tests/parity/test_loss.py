@@ -10,7 +10,7 @@ import torch
 
 from converters.mcore.layout import Layout
 from mbx.formats.hf import read_config
-from mbx.formats.torch_dist import open_torch_dist
+from mbx.formats.registry import open_megatron as open_torch_dist
 from mbx.models.device import megatron_on
 from mbx.models.loss import CrossEntropy
 from mbx.models.prompts import Prompts
@@ -36,7 +36,7 @@ def test_it_is_what_each_library_says(tiny: Path, tmp_path: Path, divisor: int) 
     theirs: Any = load_transformers(source)
     expected = float(theirs(ids, labels=ids).loss)
     opened = open_torch_dist(mcore)
-    rows = opened.dcp.tensors["embedding.word_embeddings.weight"].shape[0]
+    rows = opened.tensors["embedding.word_embeddings.weight"].shape[0]
     with megatron_on("cpu"):
         config = shipped("llama").config.to_mcore(read_config(source))
         ours = loaded_model(config, opened.iteration, padded_vocab=rows)

@@ -18,8 +18,8 @@ from test_layout_oracle import contents
 
 from converters.errors import StorageError, UnsupportedError, UsageError
 from converters.mcore.layout import Layout
-from mbx.formats.checkpoint import open_any
-from mbx.formats.examine import examine
+from mbx.formats.registry import open_megatron as open_any
+from mbx.formats.summary import summarize as examine
 from mbx.run.job import Options, plan_mcore_to_hf, run
 from mbx.run.reshard import plan_mcore_to_mcore
 

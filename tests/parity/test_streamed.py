@@ -21,7 +21,7 @@ from converters.rows.config_spelling import canonical
 from fixtures.make_tiny import make
 from mbx.formats.files import FileSource
 from mbx.formats.hf import read_config
-from mbx.formats.torch_dist import open_torch_dist
+from mbx.formats.registry import open_megatron as open_torch_dist
 from mbx.models.dcp_weights import TorchDistWeights
 from mbx.models.device import ONE_PROCESS, megatron_on
 from mbx.models.divergence import BorderDiff, first_divergence
@@ -59,13 +59,13 @@ def test_a_layer_at_a_time_is_the_whole_model_bit_for_bit(name: str, tmp_path: P
     run(job)
     config, opened = dict(job.plan.config), open_torch_dist(tmp_path / "mcore")
     read = read_prompts(SHORT, config, source, canonical(read_config(source)))
-    vocab, padded = int(str(config["model.vocab_size"])), opened.dcp.tensors["embedding.word_embeddings.weight"].shape
+    vocab, padded = int(str(config["model.vocab_size"])), opened.tensors["embedding.word_embeddings.weight"].shape
 
     theirs = trace_transformers(source, read.batches)
     assert torch.equal(theirs.head(0, vocab), transformers_passes(load_transformers(source), read.batches)[0])
     with megatron_on("cpu"):
         whole = mcore_passes(loaded_model(config, opened.iteration, padded_vocab=padded[0]), read.batches, vocab)[0]
-        given = opened.dcp.tensors, FileSource(opened.iteration)
+        given = opened.tensors, FileSource(opened.iteration)
         for weights in (TorchDistWeights(opened.iteration, *given), StoredWeights(*given)):
             ours = trace_megatron(config, weights, read.batches, vocab=vocab, spread=ONE_PROCESS)
             assert torch.equal(ours.head(0, vocab), whole)
@@ -207,11 +207,11 @@ def test_rows_and_boxes_are_what_the_tensor_holds(tiny: Path, tmp_path: Path) ->
     run(plan_hf_to_mcore(tiny / NAME, tmp_path / "one", Options(sync=False)))
     two, one = (open_torch_dist(tmp_path / name) for name in ("two", "one"))
     for name in (FC1, "decoder.layers.mlp.linear_fc2.weight", "decoder.layers.self_attention.linear_proj.weight"):
-        shape = one.dcp.tensors[name].shape[1:]
+        shape = one.tensors[name].shape[1:]
         for layer in (0, 3):
-            whole = read_rows(one.dcp.tensors[name], FileSource(one.iteration), [(0, shape[0])], (layer,))
+            whole = read_rows(one.tensors[name], FileSource(one.iteration), [(0, shape[0])], (layer,))
             box = read_box(
-                two.dcp.tensors[name],
+                two.tensors[name],
                 FileSource(two.iteration),
                 (layer,),
                 (3, shape[1] // 2 - 5),
@@ -220,4 +220,4 @@ def test_rows_and_boxes_are_what_the_tensor_holds(tiny: Path, tmp_path: Path) ->
             assert torch.equal(box, whole[3 : shape[0] - 4, shape[1] // 2 - 5 : shape[1] // 2 + 6])
     assert row_runs([1, 2, 3, 7, 9, 10]) == [(1, 3), (7, 1), (9, 2)]
     with pytest.raises(StorageError, match="are stored"):
-        read_rows(one.dcp.tensors[FC1], FileSource(one.iteration), [(0, 1)], (99,))
+        read_rows(one.tensors[FC1], FileSource(one.iteration), [(0, 1)], (99,))

@@ -18,7 +18,7 @@ from converters.rows.config_spelling import canonical
 from converters.rows.expr import Value
 from fixtures.make_tiny import make
 from mbx.formats.hf import read_config
-from mbx.formats.torch_dist import open_torch_dist
+from mbx.formats.registry import open_megatron as open_torch_dist
 from mbx.models.device import Spread
 from mbx.models.models import MegatronModel, TransformersModel, vocab_size
 from mbx.models.parity import compare_models, read_prompts
@@ -244,7 +244,7 @@ def test_a_wrong_rope_factor_shows_past_the_original_context(tiny: Path, tmp_pat
 
     def difference(mcore: dict[str, Value], *, far: bool) -> float:
         read = read_prompts(Prompts(far=far), mcore, tiny / "llama", canonical(config))
-        models = TransformersModel(tiny / "llama"), MegatronModel(mcore, opened.iteration, opened.dcp.tensors)
+        models = TransformersModel(tiny / "llama"), MegatronModel(mcore, opened.iteration, opened.tensors)
         found = compare_models(*models, read, vocab_size(mcore))
         assert found is not None and found.forward is not None
         return found.forward.diff.max_abs

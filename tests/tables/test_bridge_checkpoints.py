@@ -22,7 +22,7 @@ from converters.errors import MbxError, UnsupportedError, UsageError
 from converters.mcore.bridge_config import config_of_run_config
 from fixtures.make_tiny import make
 from mbx.formats.architecture import architecture_of
-from mbx.formats.checkpoint import open_any
+from mbx.formats.registry import open_megatron as open_any
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.verify.parity import parity
 

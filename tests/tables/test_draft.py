@@ -11,7 +11,7 @@ import pytest
 from converters.errors import CoverageError, UnsupportedError
 from converters.rows.parse import parse_table
 from mbx.catalogue.draft import draft, templates
-from mbx.formats.hf import open_hf
+from mbx.formats.registry import open_hf
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 

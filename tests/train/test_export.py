@@ -123,10 +123,11 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path: Path, fp32_base: Path
 
 
 def test_only_adapters_are_trained(tmp_path: Path) -> None:
-    from mbx.formats.torch_dist import open_torch_dist
+    from mbx.formats.torch_dist import find_iteration
+    from mbx.torchfile.dcp import read_dcp
 
     run_here(short(tmp_path / "run", lora={"rank": 2, "targets": ["linear_proj"]}))
-    names = open_torch_dist(tmp_path / "run").dcp.tensors
+    names = read_dcp(find_iteration(tmp_path / "run")).tensors
     assert names
     assert all(".linear_proj.lora_" in name for name in names)
 

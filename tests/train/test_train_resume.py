@@ -60,9 +60,10 @@ def test_adapters_resume(tmp_path: Path) -> None:
     assert run_here(first, resume=True) == expected[3:]
     saved = (tmp_path / "run" / "iter_0000008").stat()
     assert saved.st_size >= 0
-    from mbx.formats.torch_dist import open_torch_dist
+    from mbx.formats.torch_dist import find_iteration
+    from mbx.torchfile.dcp import read_dcp
 
-    names = open_torch_dist(tmp_path / "run").dcp.tensors
+    names = read_dcp(find_iteration(tmp_path / "run")).tensors
     assert {name for name in names if not name.startswith("optimizer")} == {
         name for name in names if ".lora_" in name and not name.startswith("optimizer")
     }, "an adapter run's checkpoint holds adapters only"

@@ -11,8 +11,9 @@ from converters.adapters.sites import Adapted
 from converters.engine.lowrank import Factors, Site, factors_of, slot_rows
 from converters.errors import StorageError, UsageError
 from mbx.formats import hf
-from mbx.formats.adapter_folder import CONFIG, WEIGHTS, Adapter, Base, open_adapter, open_base
+from mbx.formats.adapter_folder import Adapter, Base, open_adapter, open_base
 from mbx.formats.files import FileSource
+from mbx.formats.peft import CONFIG, WEIGHTS
 from mbx.run.adapters import plan_adapter_to_hf
 from mbx.run.job import Options, run
 from mbx.run.merge import plan_merge

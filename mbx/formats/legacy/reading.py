@@ -23,9 +23,9 @@ from converters.mcore.megatron_args import config_of_args, layout_of_args
 from converters.mcore.torch_dist import layers_alike, stacks_layers
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
-from mbx.formats.checkpoint import McoreCheckpoint
-from mbx.formats.legacy_assembly import Assembly, Shard
-from mbx.formats.legacy_copies import Copies, Copy
+from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.legacy.assembly import Assembly, Shard
+from mbx.formats.legacy.copies import Copies, Copy
 from mbx.torchfile.archive import load_archive
 from mbx.torchfile.torch_values import Namespace, TensorStub
 
@@ -52,8 +52,8 @@ class RankFile:
         return f"tensor rank {self.tp}, pipeline rank {self.pp}, expert rank {self.ep}"
 
 
-def open_legacy(iteration: Path) -> McoreCheckpoint:
-    """Open an iteration folder with `mp_rank_*` folders; pickles are read, no tensor is.
+def open_legacy(iteration: Path, path: Path | None = None) -> Checkpoint:
+    """Open an iteration folder with `mp_rank_*` folders; pickles are read, no tensor is. `path` is what was named.
 
     Raises StorageError for files that are missing, damaged or disagree, and UnsupportedError for models that
     mbx does not know how to put together.
@@ -77,17 +77,21 @@ def open_legacy(iteration: Path) -> McoreCheckpoint:
         )
     whole = _Reader(iteration, files, config, layout.tp, layout.ep, layout.expert_tp).tensors()
     hf = iteration / "hf"
-    return McoreCheckpoint(
-        iteration.parent,
-        iteration,
+    left_out = _left_out(iteration, first)
+    return Checkpoint(
+        path or iteration,
         "torch",
+        "mcore",
+        iteration,
         whole,
-        (),
-        hf if hf.is_dir() else None,
-        args,
-        {key: value for key, value in first.items() if isinstance(value, int | float) and not _MODEL.fullmatch(key)},
-        layout,
-        left_out=_left_out(iteration, first),
+        writer="Megatron-LM",
+        root=iteration.parent,
+        hf=hf if hf.is_dir() else None,
+        args=args,
+        common={k: value for k, value in first.items() if isinstance(value, int | float) and not _MODEL.fullmatch(k)},
+        layout=layout,
+        left_out=left_out,
+        other_state=dict.fromkeys(left_out, (0, 0)),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from converters.checksums import combine
@@ -18,8 +18,8 @@ from converters.planning.reshard import with_counts
 from converters.rows.expr import Value
 from converters.rows.ops import ATOM_NAMES
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
-from mbx.formats.files import FileSink
-from mbx.formats.legacy import WEIGHTS
+from mbx.formats.legacy.reading import WEIGHTS
+from mbx.formats.placement import Framing, Order, Placement
 from mbx.torchfile.archive_layout import ArchiveLayout, lay_out
 from mbx.torchfile.torch_values import Namespace, TensorStub, row_major
 
@@ -32,16 +32,14 @@ Record = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class RankPlacement(Placement):
     """Target tensors (a chunk in every file that repeats them), each file's archive and what fills its storages."""
 
-    tensors: dict[str, StoredTensor]
-    archives: dict[str, ArchiveLayout]
-    records: dict[str, tuple[Record, ...]]
-    file_sizes: dict[str, int]
+    archives: Mapping[str, ArchiveLayout]
+    records: Mapping[str, tuple[Record, ...]]
 
-    def write_frames(self, sink: FileSink, crcs: Mapping[str, Sequence[int]]) -> None:
-        """Write everything but the data, whose checksums by tensor and chunk are `crcs`."""
+    def after(self, crcs: Mapping[str, Sequence[int]]) -> Iterator[Framing]:
+        """Everything but the data."""
         for file, archive in self.archives.items():
             sums = []
             for record in self.records[file]:
@@ -51,7 +49,7 @@ class Placement:
                     whole = combine(whole, crcs[name][number], nbytes_of(tensor.dtype, tensor.chunks[number].sizes))
                 sums.append(whole)
             for at, data in archive.frames(sums):
-                sink.write(file, at, memoryview(data))
+                yield file, at, data
 
 
 @dataclass(slots=True)
@@ -63,21 +61,16 @@ class _Local:
     parts: list[_Part] = field(default_factory=list)
 
 
-def place(
-    drafts: Iterable[Draft],
-    layout: Layout,
-    config: Mapping[str, Value],
-    args: Mapping[str, object],
-    *,
-    iteration: int = 0,
-    spec: Spec = "transformer_engine",
-) -> Placement:
-    """Lay out `mp_rank_*/model_optim_rng.pt` of every rank under `layout`.
+def place(order: Order) -> RankPlacement:
+    """Lay out `mp_rank_*/model_optim_rng.pt` of every rank under the plan's layout.
 
     Raises LayoutError for a layout whose shards the format has no names for, and UnsupportedError where it is
     not known how a tensor is cut.
     """
-    return _Writer({draft.name: draft for draft in drafts}, layout, config, spec).place(args, iteration)
+    sidecars, plan = order.sidecars, order.plan
+    assert sidecars is not None
+    writer = _Writer({draft.name: draft for draft in plan.drafts}, plan.layout, plan.config, sidecars.spec)
+    return writer.place(sidecars.args, sidecars.iteration)
 
 
 def rank_folder(layout: Layout, tp: int, pp: int, ep: int) -> str:
@@ -112,7 +105,7 @@ class _Writer:
                 for layer in range(draft.shape[0]) if parsed.stacked else (parsed.layer or 0,):
                     self.by_layer.setdefault(layer, []).append(name)
 
-    def place(self, args: Mapping[str, object], iteration: int) -> Placement:
+    def place(self, args: Mapping[str, object], iteration: int) -> RankPlacement:
         layout = self.layout
         chunks: dict[str, list[Chunk]] = {name: [] for name in self.drafts}
         archives, records = {}, {}
@@ -123,7 +116,7 @@ class _Writer:
                 models = [self._model(stage, tp, ep) for stage in self.stages if stage.pp == pp]
                 archives[file], records[file] = self._archive(file, models, args, iteration, chunks)
         tensors = {n: StoredTensor(n, d.dtype, d.shape, tuple(chunks[n])) for n, d in self.drafts.items()}
-        return Placement(tensors, archives, records, {file: a.total_bytes for file, a in archives.items()})
+        return RankPlacement(tensors, {file: a.total_bytes for file, a in archives.items()}, archives, records)
 
     def _archive(
         self,

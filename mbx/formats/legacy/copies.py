@@ -15,7 +15,7 @@ from pathlib import Path
 
 from converters.errors import StorageError
 from converters.tensors import nbytes_of
-from mbx.formats.legacy_assembly import Shard
+from mbx.formats.legacy.assembly import Shard
 from mbx.torchfile.archive import file_reader, read_directory
 
 _BLOCK = 8 << 20

@@ -1,84 +1,13 @@
-"""The two sides of a comparison: a Hugging Face folder or a Megatron checkpoint, opened alike and spelt alike."""
+"""Megatron Core tensors under the keys of another checkpoint: layers stacked or apart, heads by either name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from converters.errors import MbxError
 from converters.mcore.keys import parse_key
 from converters.protocols import Source
-from converters.rows.expr import Value
-from converters.rows.table import Table
 from converters.tensors import Chunk, StoredTensor, nbytes_of
-from mbx.formats import hf
-from mbx.formats.architecture import architecture_of
-from mbx.formats.checkpoint import McoreCheckpoint, open_any
-from mbx.formats.hf import HfFolder
-from mbx.tables import table_for
-
-Kind = Literal["hf", "mcore"]
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One checkpoint: chunks of `tensors` lie below `root`. One of `folder` and `checkpoint` is set."""
-
-    kind: Kind
-    path: Path
-    root: Path
-    tensors: Mapping[str, StoredTensor]
-    folder: HfFolder | None = None
-    checkpoint: McoreCheckpoint | None = None
-
-
-def open_side(path: Path) -> Side:
-    """Open the checkpoint at `path`, whatever it is; headers are read and no tensor. Raises StorageError."""
-    if is_hf(path):
-        folder = hf.open_hf(path)
-        return Side("hf", path, path, folder.tensors, folder=folder)
-    checkpoint = open_any(path)
-    return Side("mcore", path, checkpoint.iteration, checkpoint.tensors, checkpoint=checkpoint)
-
-
-def is_hf(path: Path) -> bool:
-    """Whether `path` is a Hugging Face folder rather than a Megatron checkpoint."""
-    if (path / "metadata.json").is_file() or (path / ".metadata").is_file():
-        return False
-    return (path / hf.CONFIG).is_file() or any(path.glob("*.safetensors"))
-
-
-@dataclass(frozen=True, slots=True)
-class Stated:
-    """What a side says of its architecture: the Hugging Face config, and the same as Megatron Core fields.
-
-    `why_not` says why there is nothing, None where there is. `made` is set where no config.json lay there.
-    """
-
-    config: Mapping[str, Value] | None = None
-    table: Table | None = None
-    fields: Mapping[str, Value] | None = None
-    why_not: str | None = None
-    made: bool = False
-
-
-def stated(side: Side, mapping: str | None) -> Stated:
-    """The architecture of a side; never raises for one that is not known."""
-    try:
-        if side.folder is not None:
-            config = side.folder.config
-            table = table_for(config, mapping)
-            return Stated(config, table, table.config.to_mcore(config))
-        assert side.checkpoint is not None
-        found = architecture_of(side.checkpoint, mapping)
-        fields = found.table.config.to_mcore(found.config)
-        return Stated(found.config, found.table, fields, made=found.reference is None)
-    except MbxError as error:
-        return Stated(side.folder.config if side.folder else None, why_not=error.fact)
-
 
 _MTP = ("transformer_layer.", "mtp_model_layer.")
 
