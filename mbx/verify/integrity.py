@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.engine.crc import combine
+from converters.checksums import combine, crc32
 from converters.engine.workers import lean_threads, start
 from converters.errors import StorageError
 from mbx.formats.files import FileSource
@@ -146,7 +145,7 @@ class _Checker:
                     except StorageError as error:  # a disk error is one more difference; the rest is still read
                         self._add(Change(span.file, span.start + at, span.start + at + count, None, error.fact))
                         continue
-                    crc = zlib.crc32(buffer[:count])
+                    crc = crc32(buffer[:count])
                     with self._lock:
                         self._crcs.setdefault(span, {})[at] = (crc, count)
                         self.nbytes += count
