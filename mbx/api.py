@@ -21,16 +21,16 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.hub import resolve
 from mbx.formats.registry import open_checkpoint, sniff
 from mbx.formats.summary import Summary, summarize
+from mbx.proof.diff import Diff
+from mbx.proof.diff import diff as diff_checkpoints
+from mbx.proof.integrity import Report as IntegrityReport
+from mbx.proof.integrity import check as check_integrity
+from mbx.proof.parity import ParityReport, parity
 from mbx.run.adapters import plan_adapter_to_hf, plan_adapter_to_mcore
 from mbx.run.execution import Outcome
 from mbx.run.job import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf
 from mbx.run.merge import plan_merge
 from mbx.run.reshard import plan_mcore_to_mcore
-from mbx.verify.diff import Diff
-from mbx.verify.diff import diff as diff_checkpoints
-from mbx.verify.integrity import Report as IntegrityReport
-from mbx.verify.integrity import check as check_integrity
-from mbx.verify.parity import ParityReport, parity
 
 if TYPE_CHECKING:
     from mbx.formats.adapter_folder import Base

@@ -28,10 +28,10 @@ from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_checkpoint
+from mbx.proof.compare import repeats
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.tables import table_for
 from mbx.train.model.blueprint import Blueprint
-from mbx.verify.compare import repeats
 
 if TYPE_CHECKING:
     from torch import nn

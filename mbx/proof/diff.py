@@ -16,9 +16,9 @@ from mbx.formats.architecture import stated_config
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_checkpoint
+from mbx.proof.compare import Reading, Tally, compare
+from mbx.proof.comparison import Pair, pair_sides
 from mbx.run.job import DEFAULT_MAX_MEMORY
-from mbx.verify.compare import Reading, Tally, compare
-from mbx.verify.comparison import Pair, pair_sides
 
 Progress = Callable[[int], None]
 

@@ -17,9 +17,9 @@ from converters.mcore.keys import parse_key
 from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor, nbytes_of
 from mbx.formats.checkpoint import Checkpoint
-from mbx.verify.cause_search import Detective
-from mbx.verify.compare import ComparingSink, Reading, Tally, compare, repeats
-from mbx.verify.comparison import Pair
+from mbx.proof.cause_search import Detective
+from mbx.proof.compare import ComparingSink, Reading, Tally, compare, repeats
+from mbx.proof.comparison import Pair
 
 Status = Literal["passed", "failed", "not run"]
 #: Differing tensors whose cause is looked for; the others are only counted.

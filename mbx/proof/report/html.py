@@ -9,9 +9,9 @@ from pathlib import Path
 from converters.errors import in_python, spelt
 from mbx import page as pages
 from mbx.page import cell, items, prose, table
+from mbx.proof.parity import Difference, Leg, ParityReport
+from mbx.proof.report.plots import divergence_plot, figure, tensor_plots
 from mbx.text import plural
-from mbx.verify.parity import Difference, Leg, ParityReport
-from mbx.verify.report.plots import divergence_plot, figure, tensor_plots
 from mbx.version import __version__
 
 _SHOWN = 500

@@ -16,9 +16,9 @@ from converters.rows.isos.rope import LLAMA3_FIXED
 from mbx.formats import hf
 from mbx.formats.architecture import stated_config
 from mbx.formats.checkpoint import Checkpoint
+from mbx.proof.comparison import Pair
+from mbx.proof.legs import Leg
 from mbx.tables import table_for
-from mbx.verify.comparison import Pair
-from mbx.verify.legs import Leg
 
 #: What a field means to the forward pass, for a reader who does not know Megatron Core's names.
 MEANINGS = {

@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from mbx.page import WIDTH, Dot, curve, picture
-from mbx.verify.parity import Difference
+from mbx.proof.parity import Difference
 
 if TYPE_CHECKING:
     from mbx.models.forward.divergence import BorderDiff

@@ -15,8 +15,8 @@ from mbx.formats.architecture import stated
 from mbx.formats.checkpoint import Checkpoint
 from mbx.models.device import Spread
 from mbx.models.forward.prompts import Passes, Prompts
-from mbx.verify.comparison import Pair
-from mbx.verify.legs import Leg, Status
+from mbx.proof.comparison import Pair
+from mbx.proof.legs import Leg, Status
 
 if TYPE_CHECKING:
     from mbx.models.forward.divergence import BorderDiff

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
+from mbx.proof.ci.matrix import Result
 from mbx.text import plural
-from mbx.verify.ci.matrix import Result
 
 #: Characters that XML 1.0 (section 2.2) cannot hold, escaped or not.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -17,12 +17,12 @@ from mbx.formats.files import FileSource
 from mbx.formats.registry import open_checkpoint
 from mbx.models.device import ONE_PROCESS, Spread, is_main
 from mbx.models.forward.prompts import DRAWN, Prompts
+from mbx.proof import config_leg, legs
+from mbx.proof.compare import Reading
+from mbx.proof.comparison import pair_sides
+from mbx.proof.legs import Difference, Dtypes, Leg, Status
+from mbx.proof.model_legs import model_legs
 from mbx.run.job import DEFAULT_MAX_MEMORY
-from mbx.verify import config_leg, legs
-from mbx.verify.compare import Reading
-from mbx.verify.comparison import pair_sides
-from mbx.verify.legs import Difference, Dtypes, Leg, Status
-from mbx.verify.model_legs import model_legs
 
 if TYPE_CHECKING:
     from mbx.models.forward.divergence import BorderDiff

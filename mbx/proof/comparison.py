@@ -21,8 +21,8 @@ from converters.tensors import StoredTensor
 from mbx.formats.architecture import known_config
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.hf import kept_tensors
+from mbx.proof.respelling import respelt
 from mbx.tables import table_for
-from mbx.verify.respelling import respelt
 
 
 @dataclass(frozen=True, slots=True)

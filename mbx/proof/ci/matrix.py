@@ -14,10 +14,10 @@ from mappings import table_names
 from mbx.formats.registry import sniff
 from mbx.models.device import Spread
 from mbx.models.forward.prompts import DRAWN
+from mbx.proof.ci.checks import Check, described
+from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import shipped
-from mbx.verify.ci.checks import Check, described
-from mbx.verify.parity import Leg, ParityReport, parity
 
 #: Says what a model's weights are: a folder as it is, a hub model downloaded.
 Fetch = Callable[[str], Path]
@@ -93,7 +93,7 @@ def _legs(check: Check, layout: Layout, fetch: Fetch, workers: int) -> list[Leg]
 def _source(name: str, fetch: Fetch, work: Path) -> Path:
     """The checkpoint that `source` names: a small model where it is a table and no folder, else what `fetch` finds."""
     if name in table_names() and not Path(name).exists():
-        from mbx.verify.ci.tiny_model import make_small
+        from mbx.proof.ci.tiny_model import make_small
 
         return make_small(shipped(name), work / "small")
     return fetch(name)
