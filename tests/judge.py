@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from converters.errors import StorageError, UsageError
-from mbx.models.mcore_weights import sharded_weights, sharding_metadata
+from mbx.models.megatron.weights import sharded_weights, sharding_metadata
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ def _need_group() -> None:
     if not torch.distributed.is_initialized():
         raise UsageError(
             "Megatron Core reads and writes torch_dist inside a process group; none is initialised",
-            hint="enter `mbx.models.cpu.process_group()` first",
+            hint="enter `mbx.models.megatron.core.cpu.process_group()` first",
         )
 
 

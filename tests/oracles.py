@@ -10,10 +10,11 @@ import torch
 
 from converters.errors import DifferenceError, StorageError, UnsupportedError, UsageError
 from converters.rows.expr import Value
-from mbx.models.logits import LogitDiff, LogitTally, check_ids, gather_vocab
-from mbx.models.prompts import Batch
-from mbx.models.reference import decoding, silent_transformers
-from mbx.models.rotary import rotated_at
+from mbx.models.forward.logits import LogitDiff, LogitTally, check_ids
+from mbx.models.forward.prompts import Batch
+from mbx.models.megatron.rotary import rotated_at
+from mbx.models.megatron.tracing import gather_vocab
+from mbx.models.transformers.reference import decoding, silent_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,11 +49,12 @@ def loaded_model(
     dtype: str = "fp32",
 ) -> nn.Module:
     """Build the model of `config` on `device` and load `iteration` into it; call inside `megatron_on(device)`."""
-    from mbx.models.build import build_model
+    from mbx.models.device import Spread
+    from mbx.models.megatron.build import build_model
     from tests.judge import load_torch_dist
 
     model = build_model(
-        dict(config), padded_vocab_size=padded_vocab, device=device, dtype=dtype, use_te=device == "cuda"
+        dict(config), Spread(device=device, dtype=dtype), padded_vocab_size=padded_vocab, use_te=device == "cuda"
     )
     load_torch_dist(model, iteration)
     return model

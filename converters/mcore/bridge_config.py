@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from converters.errors import UsageError
 from converters.mcore.bridge_providers import settled
 from converters.mcore.layout import Layout
-from converters.mcore.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS
+from converters.mcore.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS, is_plain
 from converters.rows.config_map import check_fields
 from converters.rows.expr import Value
 
@@ -28,6 +28,13 @@ _DTYPES = {"BF16": "torch.bfloat16", "F16": "torch.float16", "F32": "torch.float
 #: Fields of models that GPTModelProvider does not build.
 _OTHER_PROVIDERS = """multi_latent_attention experimental_attention_variant heterogeneous_block_specs
 block_configs""".split()
+#: Fields that are a plain value wherever they are stated.
+_STATED = ("num_query_groups", "num_moe_experts", "gated_linear_unit")
+#: A field that says whether a model has a part, and how the fields of that part begin; others mean nothing without.
+_PARTS = (
+    *(("num_moe_experts", "moe_"), ("experimental_attention_variant", "linear_")),
+    *(("multi_latent_attention", "rotary_scaling_factor"), ("multi_latent_attention", "rope_type")),
+)
 _PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
 _CHECKPOINT = "megatron.bridge.training.config.CheckpointConfig"
 _TOKENIZER = "megatron.bridge.training.tokenizers.config.TokenizerConfig"
@@ -43,23 +50,16 @@ def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
     for field in FIELDS_OF_BOTH:
         if field in model and (value := _plain(model[field])) is not _OBJECT:
             out[field] = value
-    for field in ("num_query_groups", "num_moe_experts", "gated_linear_unit"):
-        if field in model:
-            out[field] = _stated(model, field)
-    if not out.get("num_moe_experts"):
-        out = {field: value for field, value in out.items() if not field.startswith("moe_")}
-    if not out.get("multi_latent_attention"):
-        out = {field: value for field, value in out.items() if field not in ("rotary_scaling_factor", "rope_type")}
-    if not out.get("experimental_attention_variant"):
-        out = {field: value for field, value in out.items() if not field.startswith("linear_")}
+    out |= {field: _stated(model, field) for field in _STATED if field in model}
+    for part, start in _PARTS:
+        if not out.get(part):
+            out = {field: value for field, value in out.items() if not field.startswith(start)}
     if not model.get("is_hybrid_model"):
         out = {field: value for field, value in out.items() if not field.startswith("mamba_")}
     if isinstance(node := model.get("activation_func"), Mapping):
         target = str(node.get("_target_"))
         out["activation_func"] = _BY_TARGET.get(target.rpartition(".")[2], target)
-    for field in MODEL_ARGUMENTS:
-        if field in model:
-            out[f"model.{field}"] = _stated(model, field)
+    out |= {f"model.{field}": _stated(model, field) for field in MODEL_ARGUMENTS if field in model}
     if "seq_length" in model:
         out["model.max_sequence_length"] = _stated(model, "seq_length")
     if not out.get("model.rope_scaling"):
@@ -79,8 +79,8 @@ _OBJECT: Value = _Object()  # type: ignore[assignment]
 def _plain(node: object) -> Value:
     if isinstance(node, Mapping):
         args = node.get("_args_")
-        return _plain(args[0]) if isinstance(args, list) and len(args) == 1 and _is_plain(args[0]) else _OBJECT
-    return node if _is_plain(node) else _OBJECT  # type: ignore[return-value]
+        return _plain(args[0]) if isinstance(args, list) and len(args) == 1 and is_plain(args[0]) else _OBJECT
+    return node if is_plain(node) else _OBJECT  # type: ignore[return-value]
 
 
 def _stated(model: Mapping[str, object], field: str) -> Value:
@@ -88,12 +88,6 @@ def _stated(model: Mapping[str, object], field: str) -> Value:
     if (value := _plain(model[field])) is _OBJECT:
         raise UsageError(f"run_config.yaml: `model.{field}` is {model[field]!r}; a plain value was expected")
     return value
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def vocab_divisor_of(run_config: Mapping[str, object]) -> int | None:
@@ -117,20 +111,14 @@ def run_config_of(
 
     `rows` are the stored embedding's, `dtype` the weights' storage dtype; `tokenizer` is a hub name or a folder.
     """
-    special = (
-        "multi_latent_attention",
-        "experimental_attention_variant",
-        "heterogeneous_block_specs",
-        "block_configs",
-    )
-    if config.get("model.mcore_model", "gpt") != "gpt" or any(config.get(field) for field in special):
+    if config.get("model.mcore_model", "gpt") != "gpt" or any(config.get(field) for field in _OTHER_PROVIDERS):
         return None
     if config.get("activation_func") not in _ACTIVATIONS or dtype not in _DTYPES:
         return None
     size = config.get("model.vocab_size")
     padded = isinstance(size, int) and layout.padded_vocab(size) == rows
-    fields = (*FIELDS_OF_BOTH, "num_query_groups", "num_moe_experts", "gated_linear_unit")
-    model: dict[str, object] = {"_target_": _PROVIDER, **{f: config[f] for f in fields if f in config}}
+    fields = [field for field in (*FIELDS_OF_BOTH, *_STATED) if field in config]
+    model: dict[str, object] = {"_target_": _PROVIDER, **{field: config[field] for field in fields}}
     model |= {f: config[f"model.{f}"] for f in MODEL_ARGUMENTS if f"model.{f}" in config}
     model |= {
         "activation_func": {"_call_": False, "_target_": _ACTIVATIONS[str(config["activation_func"])]},

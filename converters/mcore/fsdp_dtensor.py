@@ -89,7 +89,6 @@ def parse_stored(name: str) -> Stored:
     UnsupportedError for experts that are flattened into one tensor.
     """
     bare = next(name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix))
-    bare = bare.replace(".mtp_model_layer.", ".transformer_layer.") if bare.startswith("mtp.") else bare
     half = None
     if found := _HALF.search(bare):
         bare, half = bare[: found.start()] + found[1], "wv".index(found[2])

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from converters.mcore.releases import CURRENT, PREDICTION_LAYERS, Release
+
 #: Layers of the decoder and of the multi-token-prediction block.
 _LAYER = re.compile(r"^(decoder|mtp)\.layers\.(?:(\d+)\.)?(.+)$")
 EXPERTS = "mlp.experts.experts."
@@ -53,31 +55,11 @@ def parse_key(key: str) -> Key:
     )
 
 
-#: A norm that Transformer Engine fuses into the linear behind it, as a module of its own and as fused,
-#: and the parameter whose presence in the layer shows that it is fused there.
-FUSED_NORMS: tuple[tuple[str, str, str], ...] = (
-    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.weight"),
-    ("input_layernorm.", "self_attention.in_proj.layer_norm_", "self_attention.in_proj.weight"),
-    ("input_layernorm.", "self_attention.in_proj.layer_norm_", "self_attention.in_proj.weight.query"),
-    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.weight"),
-    (
-        "self_attention.q_layernorm.",
-        "self_attention.linear_q_up_proj.layer_norm_",
-        "self_attention.linear_q_up_proj.weight",
-    ),
-    (
-        "self_attention.kv_layernorm.",
-        "self_attention.linear_kv_up_proj.layer_norm_",
-        "self_attention.linear_kv_up_proj.weight",
-    ),
-    ("norm.", "mixer.in_proj.layer_norm_", "mixer.in_proj.weight.z"),
-    ("norm.", "mixer.in_proj.layer_norm_", "mixer.in_proj.weight"),
-)
 #: Megatron Core's own local spec also calls the norm of a MoE layer by the dense layer's fused name.
 _MISNAMED = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.", "mlp.router.weight")
 
 
-def canonical_names(keys: Collection[str]) -> dict[str, str]:
+def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[str, str]:
     """Each key → its name in Transformer Engine's spelling, whichever layer spec wrote it.
 
     Norms of their own become the fused names where Transformer Engine fuses them. Law: applied to its own
@@ -91,9 +73,9 @@ def canonical_names(keys: Collection[str]) -> dict[str, str]:
         out[key] = key
         if not prefix:
             continue
-        for own, fused, witness in FUSED_NORMS:
-            if name.startswith(own) and prefix + witness in present:
-                out[key] = prefix + fused + name[len(own) :]
+        for norm in release.fused_norms:
+            if name.startswith(norm.own) and prefix + norm.witness in present:
+                out[key] = prefix + norm.fused + name[len(norm.own) :]
                 break
         else:
             fused, own, router = _MISNAMED
@@ -108,7 +90,7 @@ def _layer_prefix(key: str) -> str:
     if match is None:
         return ""
     prefix = key[: len(key) - len(match[3])]
-    for inner in ("transformer_layer.", "mtp_model_layer."):
-        if match[3].startswith(inner):
-            prefix += inner
+    inner = match[3].partition(".")[0]
+    if inner in PREDICTION_LAYERS:
+        prefix += f"{inner}."
     return prefix

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 
 from converters.errors import LayoutError
 from converters.mcore.pipeline import Stage, custom_stages, even_stages, nearest
+from converters.mcore.releases import CURRENT
 from converters.rows.expr import Value
 from converters.rows.ops import Form
+
+#: What the last pipeline stage holds beside its layers.
+_LAST = ("output_layer.", *CURRENT.final_norm.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class RankMap:
         elif key.startswith("mtp."):
             stage = self._mtp_stage
         else:
-            stage = self._last if key.startswith(("output_layer.", "decoder.final_")) else 0
+            stage = self._last if key.startswith(_LAST) else 0
         if expert is not None:
             shard += expert // max(1, self.num_experts // self.layout.ep) * self.layout.expert_tp
         return stage * self.layout.stage_ranks + shard

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from converters.errors import UnsupportedError
-from converters.mcore.keys import EXPERTS, FUSED_NORMS
+from converters.mcore.keys import EXPERTS
+from converters.mcore.releases import CURRENT, PREDICTION_LAYERS, Release
+from converters.mcore.torch_dist import has_te_state
 from converters.rows.expr import Value
 from converters.rows.ops import ATOM_NAMES
 
@@ -25,22 +27,7 @@ _GROUPED = re.compile(r"^(.*mlp\.experts\.)(linear_fc[12])\.(weight|bias)(\d+)$"
 _SEQUENTIAL = re.compile(r"^(.*mlp\.experts\.)local_experts\.(\d+)\.(linear_fc[12])\.(weight|bias)$")
 _FLAT_EXPERTS = re.compile(r"mlp\.experts\.weight[12]$")
 
-#: Modules of a layer in the order in which Megatron Core registers them.
-_ORDER = """input_layernorm self_attention.core_attention self_attention.linear_proj self_attention.out_proj
-self_attention.linear_qkv self_attention.in_proj self_attention.conv1d self_attention.out_norm
-self_attention.linear_q_proj self_attention.linear_q_down_proj self_attention.linear_q_up_proj
-self_attention.linear_kv_down_proj self_attention.linear_kv_up_proj self_attention.q_layernorm
-self_attention.k_layernorm self_attention.kv_layernorm mixer.in_proj mixer.conv1d mixer.norm mixer.out_proj
-pre_mlp_layernorm mlp.router mlp.fc1_latent_proj mlp.fc2_latent_proj mlp.experts mlp.linear_fc1 mlp.linear_fc2
-mlp.shared_experts""".split()
 _LEAVES = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
-#: Modules that are Transformer Engine's, and write a state of their own, by their last name.
-_TE_MODULES = frozenset(
-    """linear_qkv linear_proj linear_fc1 linear_fc2 linear_q_proj linear_q_down_proj linear_q_up_proj
-    linear_kv_down_proj linear_kv_up_proj in_proj out_proj eh_proj fc1_latent_proj fc2_latent_proj""".split()
-)
-#: Modules of Megatron Core's own tensor-parallel layers, whose state is None.
-_PARALLEL_LINEARS = _TE_MODULES | {"output_layer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +43,15 @@ class LocalName:
     expert: int | None
 
 
-def parse_local(name: str) -> LocalName:
-    """Parts of a state_dict name, whichever spec wrote it; UnsupportedError for experts flattened into one tensor."""
+def parse_local(name: str, release: Release = CURRENT) -> LocalName:
+    """Parts of a state_dict name, whichever spec and release wrote it, as `release` spells torch_dist keys.
+
+    UnsupportedError for experts flattened into one tensor.
+    """
     match = _LAYER.match(name)
     site, layer, param = ("", None, name) if match is None else (match[1], int(match[2]), match[3])
+    if site == "mtp":
+        param = _under(release.prediction_layer["gpt"], param)
     if _FLAT_EXPERTS.search(param):
         raise UnsupportedError(
             f"`{name}` holds all experts of a rank in one matrix, as --moe-use-legacy-grouped-gemm writes them",
@@ -72,29 +64,35 @@ def parse_local(name: str) -> LocalName:
     return LocalName(site, layer, param, None)
 
 
-def spell_local(param: str, expert: int | None, spec: Spec) -> str:
+def _under(name: str, param: str) -> str:
+    """`param` of a prediction head, with the layer in it called `name`; a hybrid head holds several, and keeps its."""
+    inner, _, rest = param.partition(".")
+    return f"{name}.{rest}" if inner in PREDICTION_LAYERS and not rest.startswith("layers.") else param
+
+
+def spell_local(param: str, expert: int | None, spec: Spec, release: Release = CURRENT) -> str:
     """The name within a layer (or outside) that a model of `spec` gives a torch_dist parameter."""
+    param = _under(release.plain_prediction_layer, param)
     if expert is not None:
         before, _, rest = param.partition(EXPERTS)
         if spec == "transformer_engine":
             return f"{before}mlp.experts.{rest}{expert}"
         return f"{before}mlp.experts.local_experts.{expert}.{rest}"
     if spec == "local":
-        for own, fused, _ in FUSED_NORMS:
-            inner = param.find(fused)
-            if inner >= 0:
-                return param[:inner] + own + param[inner + len(fused) :]
+        for norm in release.fused_norms:
+            if norm.fused in param:
+                return param.replace(norm.fused, norm.own)
     return param
 
 
 def order(param: str) -> tuple[int, str, int]:
     """Sort key that puts a layer's parameters in the order of its modules."""
     module, _, leaf = param.rpartition(".")
-    place = next((i for i, name in enumerate(_ORDER) if f".{param}".find(f".{name}.") >= 0), -1)
+    place = next((i for i, name in enumerate(CURRENT.module_order) if f".{param}".find(f".{name}.") >= 0), -1)
     return place, module, _LEAVES.index(leaf) if leaf in _LEAVES else len(_LEAVES)
 
 
-def extra_states(names: list[str], spec: Spec) -> dict[str, bool]:
+def extra_states(names: list[str], spec: Spec, release: Release = CURRENT) -> dict[str, bool]:
     """`_extra_state` names that accompany a layer's parameters `names` (already in `spec`'s spelling).
 
     True where the entry is an empty tensor, False where it is None.
@@ -103,17 +101,16 @@ def extra_states(names: list[str], spec: Spec) -> dict[str, bool]:
     for name in names:
         module = name.rpartition(".")[0]
         leaf = module.rpartition(".")[2]
-        attention = name.partition("self_attention.")
+        state = f"{module}._extra_state"
         if spec == "transformer_engine":
-            if attention[1] and ".linear_proj." in name:
-                out.setdefault(f"{attention[0]}self_attention.core_attention._extra_state", True)
-            is_norm = leaf.endswith(("layernorm", "norm")) and not module.endswith("mixer.norm")
-            if leaf in _TE_MODULES or is_norm:
-                out.setdefault(f"{module}._extra_state", True)
-            elif leaf == "output_layer":
-                out.setdefault(f"{module}._extra_state", False)
-        elif leaf in _PARALLEL_LINEARS:
-            out.setdefault(f"{module}._extra_state", False)
+            before, attention, _ = name.partition("self_attention.")
+            if attention and ".linear_proj." in name:
+                out.setdefault(f"{before}self_attention.core_attention._extra_state", True)
+            if has_te_state(module, release):
+                out.setdefault(state, True)
+                continue
+        if leaf == "output_layer" or (spec == "local" and leaf in release.te_linears):
+            out.setdefault(state, False)  # Megatron Core's own tensor-parallel linears
     return out
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from converters.errors import UsageError
 from converters.mcore.layout import Layout
+from converters.mcore.releases import CURRENT
 from converters.rows.config_map import check_fields
 from converters.rows.expr import Value
 
@@ -21,12 +22,6 @@ no_rope_freq glu_linear_offset activation_func_clamp_value mtp_num_layers multi_
 experimental_attention_variant linear_attention_freq fp32_residual_connection""".split()
 _LATENT = """q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rotary_scaling_factor mscale
 mscale_all_dim rope_type beta_fast beta_slow original_max_position_embeddings""".split()
-#: What MLATransformerConfig takes for fields that Megatron-LM has no arguments for.
-_LATENT_DEFAULTS: dict[str, Value] = {
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-}
 _EXPERTS = """moe_ffn_hidden_size moe_layer_freq moe_router_topk moe_router_pre_softmax moe_router_score_function
 moe_router_enable_expert_bias moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
 moe_router_load_balancing_type moe_aux_loss_coeff moe_router_dtype moe_grouped_gemm
@@ -62,9 +57,10 @@ NEUTRAL: Mapping[str, tuple[Value, ...]] = {
 }
 
 
-def _plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
+    """Whether a value can stand in a config: a number, a text, a flag, None, or a list of them."""
     if isinstance(value, list | tuple):
-        return all(map(_plain, value))
+        return all(map(is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
 
 
@@ -77,9 +73,8 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
 
     UsageError for values that no config has.
     """
-    hybrid = bool(
-        args.get("is_hybrid_model") or args.get("hybrid_override_pattern") or args.get("hybrid_layer_pattern")
-    )
+    pattern = args.get("hybrid_override_pattern") or args.get("hybrid_layer_pattern")
+    hybrid = bool(args.get("is_hybrid_model") or pattern)
     wanted = [*_ALWAYS]
     for names, there in (
         (_LATENT, args.get("multi_latent_attention")),
@@ -88,8 +83,8 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
         (_MAMBA, hybrid),
     ):
         wanted += names if there else []
-    out = {name: _value(args[name]) for name in wanted if name in args and _plain(args[name])}
-    if "layernorm_epsilon" not in out and _plain(args.get("norm_epsilon")):
+    out = {name: _value(args[name]) for name in wanted if name in args and is_plain(args[name])}
+    if "layernorm_epsilon" not in out and is_plain(args.get("norm_epsilon")):
         out["layernorm_epsilon"] = _value(args.get("norm_epsilon"))
     if args.get("apply_layernorm_1p"):
         out["layernorm_zero_centered_gamma"] = True
@@ -97,8 +92,7 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
         out["add_bias_linear"] = False
     heads = out.get("num_attention_heads")
     out["num_query_groups"] = _value(args.get("num_query_groups")) if args.get("group_query_attention") else heads
-    if args.get("multi_latent_attention"):
-        out = {**_LATENT_DEFAULTS, **out}
+    out |= {name: default for name, default in CURRENT.defaults.items() if name in wanted and name not in out}
     out |= _activation(args)
     if args.get("num_experts"):
         out["num_moe_experts"] = _value(args["num_experts"])
@@ -109,10 +103,10 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
         "vocab_size": args.get("vocab_size") or args.get("padded_vocab_size"),
         "max_sequence_length": args.get("max_position_embeddings"),
         "position_embedding_type": "rope" if args.get("use_rotary_position_embeddings") else position,
-        "rotary_base": args.get("rotary_base", 10000),
-        "rotary_percent": args.get("rotary_percent", 1.0),
+        "rotary_base": args.get("rotary_base", CURRENT.defaults["model.rotary_base"]),
+        "rotary_percent": args.get("rotary_percent", CURRENT.defaults["model.rotary_percent"]),
         "rope_scaling": bool(args.get("use_rope_scaling")),
-        "rope_scaling_factor": args.get("rope_scaling_factor", 8.0),
+        "rope_scaling_factor": args.get("rope_scaling_factor", CURRENT.defaults["model.rope_scaling_factor"]),
         "seq_len_interpolation_factor": args.get("rotary_seq_len_interpolation_factor"),
         "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
     }
@@ -120,8 +114,8 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
         model = {name: value for name, value in model.items() if not name.startswith(("rotary", "rope", "seq_len"))}
     if hybrid:
         model["mcore_model"] = "hybrid"
-        model["hybrid_override_pattern"] = args.get("hybrid_override_pattern") or args.get("hybrid_layer_pattern")
-    out |= {f"model.{name}": _value(value) for name, value in model.items() if _plain(value)}
+        model["hybrid_override_pattern"] = pattern
+    out |= {f"model.{name}": _value(value) for name, value in model.items() if is_plain(value)}
     check_fields(out, "the checkpoint's args")
     return out
 
@@ -168,10 +162,7 @@ def args_of(config: Mapping[str, Value], layout: Layout, padded_vocab: int | Non
 
     Law: `config_of_args(args_of(c, …))` agrees with `c` in every field it has.
     """
-    out: dict[str, object] = {}
-    for name in (*_ALWAYS, *_LATENT, *_EXPERTS, *_DELTA, *_MAMBA):
-        if name in config:
-            out[name] = config[name]
+    out: dict[str, object] = {name: config[name] for name in FIELDS_OF_BOTH if name in config}
     activation = config.get("activation_func")
     gated = bool(config.get("gated_linear_unit"))
     experts = config.get("num_moe_experts")

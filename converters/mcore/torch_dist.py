@@ -10,20 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converters.mcore.keys import parse_key
+from converters.mcore.releases import CURRENT, Release
 from converters.rows.expr import Value
 from converters.rows.ops import ATOM_NAMES
 from converters.rows.table import Row
 from converters.tensors import Shape
 
 DECODER = "decoder.layers.{L}."
-#: Modules that Transformer Engine backs, and so carry an `_extra_state` object beside their weights.
-_TE_LINEARS = frozenset(
-    """linear_qkv linear_proj linear_fc1 linear_fc2 linear_q_proj linear_q_down_proj linear_q_up_proj
-    linear_kv_down_proj linear_kv_up_proj in_proj out_proj eh_proj fc1_latent_proj fc2_latent_proj""".split()
-)
-_NORM_SUFFIXES = ("layernorm", "norm")
-#: Norms that are plain torch modules even in a Transformer Engine model.
-_TORCH_NORMS = ("mixer.norm",)
 _ATOM_LEAVES = frozenset(name for names in ATOM_NAMES.values() for name in names)
 
 
@@ -40,22 +33,15 @@ class Home:
     atoms: tuple[int, ...] | None = None
 
 
-def stacks_layers(family: str, config: Mapping[str, Value]) -> bool:
+def stacks_layers(family: str, config: Mapping[str, Value], release: Release = CURRENT) -> bool:
     """Whether decoder layers are stored as one tensor each with the layer as first dimension.
 
     Mixed layers (dense and MoE, attention and linear attention, heterogeneous blocks) and hybrid models keep
     a key per layer.
     """
-    mixed = any(
-        isinstance(config.get(field), list) or int(config.get(field) or 1) > 1  # type: ignore[arg-type]
-        for field in ("moe_layer_freq", "linear_attention_freq")
-    )
-    return (
-        family == "gpt"
-        and not mixed
-        and not config.get("heterogeneous_block_specs")
-        and not config.get("hetereogenous_dist_checkpoint")
-    )
+    patterns = [config.get(field) for field in release.layer_patterns]
+    mixed = any(isinstance(pattern, list) or int(pattern or 1) > 1 for pattern in patterns)  # type: ignore[arg-type]
+    return family in release.stacked_kinds and not mixed and not any(config.get(field) for field in release.apart)
 
 
 def layers_alike(shapes: Mapping[str, Shape]) -> bool:
@@ -94,29 +80,27 @@ def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[H
 
 def extra_states(row: Row, home: Home, family: str) -> tuple[str, ...]:
     """Names of the `_extra_state` objects that accompany a row's parameter in a model of `family`."""
-    key = home.key
-    for name in ATOM_NAMES.get(row.spec.op, ()):
-        key = key.removesuffix(f".{name}")
-    return extra_states_of(key, home.index, home.stack, hybrid=family == "hybrid")
+    return extra_states_of(home.key, home.index, home.stack, hybrid=family == "hybrid")
 
 
-def extra_states_of(key: str, index: tuple[int, ...], stack: tuple[int, ...], *, hybrid: bool) -> tuple[str, ...]:
-    """Names of the `_extra_state` objects beside the entry `index` of the key; none where its module has none.
-
-    Two are asked for by accident of Megatron Core 0.16: multi-token-prediction layers are first saved by the default
-    rule, so their attention core keeps a state that decoder layers drop, and hybrid models do not drop the output
-    layer's.
-    """
+def extra_states_of(
+    key: str, index: tuple[int, ...], stack: tuple[int, ...], *, hybrid: bool, release: Release = CURRENT
+) -> tuple[str, ...]:
+    """Names of the `_extra_state` objects beside the entry `index` of the key; none where its module has none."""
     module, _, leaf = key.rpartition(".")
     if leaf in _ATOM_LEAVES:
         module = module.rpartition(".")[0]
-    owner = module.rpartition(".")[2]
-    owners = []
-    known = owner in _TE_LINEARS or owner == "core_attention" or owner.endswith(_NORM_SUFFIXES)
-    if (known and not module.endswith(_TORCH_NORMS)) or (hybrid and module == "output_layer"):
-        owners.append(module)
-    if key.startswith("mtp.") and key.endswith(".self_attention.linear_proj.weight"):
+    with_state = module == "output_layer" and ("hybrid" if hybrid else "gpt") in release.output_state
+    owners = [module] if with_state or has_te_state(module, release) else []
+    if release.head_core_state and key.startswith("mtp.") and key.endswith(".self_attention.linear_proj.weight"):
         owners.append(module.removesuffix("linear_proj") + "core_attention")
     offset = ".".join(map(str, index)) or "0"
     shape = ".".join(map(str, stack)) or "1"
     return tuple(f"{name}._extra_state/shard_{offset}_{shape}" for name in owners)
+
+
+def has_te_state(module: str, release: Release = CURRENT) -> bool:
+    """Whether Transformer Engine backs the module of this name, and so gives it a state beside its weights."""
+    owner = module.rpartition(".")[2]
+    is_norm = owner.endswith(("layernorm", "norm")) and not module.endswith(release.torch_norms)
+    return is_norm or owner == "core_attention" or owner in release.te_linears

@@ -60,7 +60,7 @@ app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 
 def _version(asked: bool) -> None:
     if asked:
-        from mbx import __version__
+        from mbx.version import __version__
 
         out.result({"mbx": __version__}, lambda: [f"mbx {__version__}"])
         raise typer.Exit()

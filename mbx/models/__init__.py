@@ -1,4 +1,4 @@
-"""Real Megatron Core behind four doors: a CPU context, a builder, a loader and a forward pass.
+"""Real models of a checkpoint, Megatron Core's and Transformers', a decoder layer in memory at a time.
 
-Everything here imports torch, megatron and transformers inside its functions, so that importing it costs nothing.
+Importing a module of this package costs neither torch nor a model library, unless its own text says otherwise.
 """

@@ -1,4 +1,4 @@
-"""Where a forward pass runs: on a CPU under patches, or on GPUs with Transformer Engine in real fp32."""
+"""Where Megatron Core runs: on a CPU under patches, or on GPUs with Transformer Engine in real fp32, and over what."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converters.errors import DeviceError, LayoutError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 DEVICES = ("cpu", "cuda")
 #: Seconds that processes wait for each other: one of them also runs the other side of a comparison.
@@ -17,13 +23,32 @@ _PATIENCE_S = 7200.0
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How Megatron Core's side is spread over the processes that torchrun started, and what it computes in."""
+    """How a Megatron Core model is spread over processes, and what it computes in.
+
+    `vpp` counts the model chunks of a pipeline rank, `cp` the ranks that share a sequence. `etp` is the tensor
+    parallelism of expert weights, 1 by default (Megatron-LM's default follows `tp`).
+    """
 
     tp: int = 1
     pp: int = 1
     ep: int = 1
     device: str = "cpu"
     dtype: str = "fp32"
+    etp: int = 1
+    vpp: int = 1
+    cp: int = 1
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The sizes by Megatron Core's names."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp if self.vpp > 1 else None,
+            "context_parallel_size": self.cp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+        }
 
     def check(self, world: int) -> None:
         """LayoutError where the layout does not use every one of `world` processes."""
@@ -57,20 +82,20 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def megatron_on(device: str, *, tp: int = 1, pp: int = 1, ep: int = 1) -> Iterator[None]:
-    """A process group in which Megatron Core builds and runs models on `device`: torchrun's, or one of one rank.
+def megatron_on(spread: Spread) -> Iterator[None]:
+    """A process group in which Megatron Core builds and runs models of a `spread`: torchrun's, or one of one rank.
 
     On `cuda`, TF32 stays off inside the block, for Transformer Engine as well. Raises UsageError for another device
     name, DeviceError where there is no GPU or no Transformer Engine, LayoutError for a layout that does not fit.
     """
-    from mbx.models.cpu import megatron_on_cpu, process_group
-
-    if device not in DEVICES:
-        raise UsageError(f"device must be `cpu` or `cuda`, got `{device}`")
+    if spread.device not in DEVICES:
+        raise UsageError(f"device must be `cpu` or `cuda`, got `{spread.device}`")
     rank, world = world_of()
-    Spread(tp, pp, ep, device).check(world)
-    group = partial(process_group, tp=tp, pp=pp, ep=ep, rank=rank, world_size=world, timeout_s=_PATIENCE_S)
-    if device == "cpu":
+    spread.check(world)
+    group = partial(process_group, spread, rank=rank, world_size=world, timeout_s=_PATIENCE_S)
+    if spread.device == "cpu":
+        from mbx.models.megatron.core.cpu import megatron_on_cpu
+
         with megatron_on_cpu(), group():
             yield
         return
@@ -78,6 +103,57 @@ def megatron_on(device: str, *, tp: int = 1, pp: int = 1, ep: int = 1) -> Iterat
     _choose_gpu()
     with _no_tf32(), group(backend="cpu:gloo,cuda:nccl"):
         yield
+
+
+@contextlib.contextmanager
+def process_group(
+    spread: Spread = ONE_PROCESS,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    init_file: Path | None = None,
+    backend: str = "gloo",
+    seed: int = 1234,
+    timeout_s: float = 120.0,
+) -> Iterator[None]:
+    """Initialise torch.distributed and Megatron Core's parallel state, and tear both down on exit.
+
+    One process needs no network (an in-memory store); several meet at `init_file`, a path on a shared file system
+    that does not exist yet, or where torchrun's environment says. Model-parallel RNG streams start from `seed`.
+    On a CPU, enter `megatron_on_cpu` first.
+    Raises `LayoutError` where tp·pp or etp·ep·pp does not divide the world, `UsageError` where a group exists already.
+    """
+    import torch
+
+    from mbx.models.megatron.core.groups import model_parallel_cuda_manual_seed, parallel_state
+
+    tp, pp, ep, etp = spread.tp, spread.pp, spread.ep, spread.etp
+    if world_size % (tp * pp) or world_size % (etp * ep * pp):
+        raise LayoutError(
+            f"world size {world_size} is not a multiple of tp {tp} x pp {pp} and of etp {etp} x ep {ep} x pp {pp}"
+        )
+    if torch.distributed.is_initialized():
+        raise UsageError("torch.distributed is initialised already", hint="leave the other process group first")
+    from_torchrun = world_size > 1 and init_file is None
+    if from_torchrun and "MASTER_ADDR" not in os.environ:
+        raise UsageError(f"{world_size} processes need an `init_file` to meet at, or torchrun; got neither")
+
+    # torch re-exports its stores without declaring them
+    store: torch._C._distributed_c10d.Store | None = None
+    if init_file is not None:
+        store = torch.distributed.FileStore(str(init_file), world_size)  # type: ignore[attr-defined]
+    elif not from_torchrun:
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+    )
+    try:
+        parallel_state.initialize_model_parallel(**spread.sizes)
+        model_parallel_cuda_manual_seed(seed)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 def _choose_gpu() -> None:

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from mbx.models.logits import LogitDiff
-    from mbx.models.prompts import Passes
-    from mbx.verify.parity import Leg
+    from mbx.models.forward.logits import LogitDiff
+    from mbx.models.forward.prompts import Passes
+    from mbx.proof.parity import Leg
 
 #: Families measured in bf16 and FP8 as well, on a GPU.
 LOW_PRECISION = ("llama", "qwen3")
@@ -54,8 +54,8 @@ _FUSED = (
 
 def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found) -> None:
     """Everything about one family."""
+    from mbx.proof.parity import parity
     from mbx.run.job import Options, plan_hf_to_mcore, run
-    from mbx.verify.parity import parity
 
     source = checkpoint(name, tiny, work)
     job = plan_hf_to_mcore(source, work / "mcore", Options(sync=False))
@@ -105,7 +105,7 @@ def _reference(source: Path, work: Path, found: Found) -> Path:
     from _twins import write_twin
 
     from mbx.formats.hf import read_config
-    from mbx.models.equivalents import twin_of
+    from mbx.models.transformers.equivalents import twin_of
 
     twin = twin_of(read_config(source))
     if twin is None:
@@ -122,10 +122,10 @@ def forward(name: str, device: str, source: Path, work: Path, config: dict[str, 
     from converters.rows.config_spelling import canonical
     from mbx.formats.hf import read_config
     from mbx.formats.registry import open_megatron as open_torch_dist
-    from mbx.models.device import megatron_on
-    from mbx.models.parity import read_prompts
-    from mbx.models.prompts import Prompts
-    from mbx.models.rotary import lend_frequencies
+    from mbx.models.device import Spread, megatron_on
+    from mbx.models.forward.parity import read_prompts
+    from mbx.models.forward.prompts import Prompts
+    from mbx.models.megatron.rotary import lend_frequencies
     from mbx.torchfile.dcp import read_dcp
     from tests.oracles import compare_logits, loaded_model, mcore_passes
 
@@ -140,7 +140,7 @@ def forward(name: str, device: str, source: Path, work: Path, config: dict[str, 
         logits = mcore_passes(model, read.batches, vocab)
         return {at: compare_logits(reference, logits) for at, reference in references.items()}
 
-    with megatron_on(device):
+    with megatron_on(Spread(device=device)):
         found["extra_state"] = _keys(config, padded, device, read_dcp(opened.iteration).objects, opened.tensors)
         model = loaded_model(config, opened.iteration, padded_vocab=padded, device=device)
         found["loaded"] = True
@@ -185,10 +185,11 @@ def _keys(
     config: Mapping[str, Value], padded: int, device: str, objects: Mapping[str, object], tensors: Mapping[str, object]
 ) -> Found:
     """What the model asks for against what mbx wrote, by name."""
-    from mbx.models.build import build_model
+    from mbx.models.device import Spread
+    from mbx.models.megatron.build import build_model
     from tests.judge import asked_keys
 
-    model = build_model(config, padded_vocab_size=padded, device=device, use_te=device == "cuda")
+    model = build_model(config, Spread(device=device), padded_vocab_size=padded, use_te=device == "cuda")
     asked_tensors, asked_objects = asked_keys(model)
     return {
         "asked": len(asked_objects),

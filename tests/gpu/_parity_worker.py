@@ -39,10 +39,10 @@ def main() -> None:
     from mbx.formats.hf import read_config
     from mbx.formats.registry import open_megatron as open_torch_dist
     from mbx.models.device import Spread, megatron_on
-    from mbx.models.divergence import compare_traces
-    from mbx.models.models import MegatronModel, TransformersModel
-    from mbx.models.parity import read_prompts
-    from mbx.models.prompts import Prompts
+    from mbx.models.forward.divergence import compare_traces
+    from mbx.models.forward.models import MegatronModel, TransformersModel
+    from mbx.models.forward.parity import read_prompts
+    from mbx.models.forward.prompts import Prompts
     from mbx.tables import table_for
 
     torch.set_num_threads(1 if device == "cpu" else 4)
@@ -52,7 +52,7 @@ def main() -> None:
     opened = open_torch_dist(mcore)
     read = read_prompts(Prompts(), config, hf, hf_config)
     found: dict[str, Any] = {}
-    with megatron_on(device, tp=tp):
+    with megatron_on(Spread(tp=tp, device=device)):
         reference = TransformersModel(hf).trace(read.batches, vocab, Spread(tp, device=device))
         for name, (dtype, extra) in PRECISIONS.items():
             if device == "cpu" and extra:

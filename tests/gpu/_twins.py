@@ -1,11 +1,11 @@
-"""A whole checkpoint rewritten as its twin of `mbx.models.equivalents`, for code that loads a folder at once."""
+"""A whole checkpoint rewritten as its twin of `transformers.equivalents`, for code that loads a folder at once."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from mbx.models.equivalents import Twin
+from mbx.models.transformers.equivalents import Twin
 
 
 def write_twin(source: Path, out: Path, twin: Twin) -> str:

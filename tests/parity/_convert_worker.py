@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from mbx.formats.hf import read_config
-from mbx.models.build import build_model
-from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.models.device import Spread, process_group
+from mbx.models.megatron.build import build_model
+from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.tables import table_for
 from tests.judge import load_torch_dist, save_torch_dist
 from tests.oracles import hf_logits, mcore_logits
@@ -42,7 +43,7 @@ def main(rank: int, world: int, work: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
     found: dict[str, float] = {}
     store = work / "store" if world > 1 else None
-    with megatron_on_cpu(), process_group(tp=world, rank=rank, world_size=world, init_file=store):
+    with megatron_on_cpu(), process_group(Spread(tp=world), rank=rank, world_size=world, init_file=store):
         for family in families:
             hf_config = read_config(TINY / family)
             config = table_for(hf_config).config.to_mcore(hf_config)
@@ -50,7 +51,7 @@ def main(rank: int, world: int, work: Path, families: list[str]) -> None:
             ids = torch.randint(0, vocab, (2, 40), generator=torch.Generator().manual_seed(0))
             reference = hf_logits(TINY / family, ids)
             padded = -(-vocab // world) * world
-            model = build_model(config, tp=world, padded_vocab_size=padded)
+            model = build_model(config, Spread(tp=world), padded_vocab_size=padded)
             load_torch_dist(model, work / family / "iter_0000000")
 
             def distance(module: torch.nn.Module, ids=ids, vocab=vocab, reference=reference) -> float:  # type: ignore[no-untyped-def]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mbx.models.build import build_model
-from mbx.models.config import FlatConfig
+from mbx.models.megatron.build import build_model
+from mbx.models.megatron.config import FlatConfig
 from tests.oracles import mcore_logits
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from _mcore_configs import QWEN3_MOE, SMALL
 from megatron.core import dist_checkpointing, parallel_state
 from torch import nn
 
-from mbx.models.build import build_model
-from mbx.models.config import FlatConfig
-from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.models.device import Spread, process_group
+from mbx.models.megatron.build import build_model
+from mbx.models.megatron.config import FlatConfig
+from mbx.models.megatron.core.cpu import megatron_on_cpu
 from tests.judge import load_torch_dist, save_torch_dist
 
 MODELS: dict[str, tuple[FlatConfig, dict[str, int]]] = {
@@ -76,9 +77,9 @@ def build(config: FlatConfig, sizes: dict[str, int]) -> list[nn.Module]:
     """This rank's model, in as many chunks as its pipeline rank holds."""
     chunks = depth_of(config)
     if chunks == 1:
-        return [build_model(config, **sizes, dtype="bf16")]
+        return [build_model(config, Spread(**sizes, dtype="bf16"))]
     parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks)
-    return [build_model(config, **sizes, dtype="bf16", vp_stage=stage) for stage in range(chunks)]
+    return [build_model(config, Spread(**sizes, dtype="bf16"), vp_stage=stage) for stage in range(chunks)]
 
 
 def depth_of(config: FlatConfig) -> int:
@@ -174,7 +175,7 @@ def main(job: str, rank: int, world_size: int, work: Path) -> None:
     found = {}
     for name, (config, sizes) in MODELS.items():
         meeting = work / f"{job}.{name}.store"
-        with megatron_on_cpu(), process_group(**sizes, rank=rank, world_size=world_size, init_file=meeting):
+        with megatron_on_cpu(), process_group(Spread(**sizes), rank=rank, world_size=world_size, init_file=meeting):
             if job == "save":
                 save(name, config, sizes, work)
             else:

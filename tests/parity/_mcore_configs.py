@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mbx.models.config import FlatConfig
+from mbx.models.megatron.config import FlatConfig
 
 LLAMA: FlatConfig = {
     "num_layers": 4,

@@ -15,10 +15,11 @@ from _mcore_configs import GPT2, GPT_OSS, LLAMA, MLA_MOE_MTP, QWEN3_MOE, SMALL, 
 from _peers import peer_root
 
 from converters.errors import MbxError
-from mbx.models.build import build_model
-from mbx.models.config import FlatConfig
-from mbx.models.cpu import megatron_on_cpu, process_group
-from mbx.models.rotary import set_rope_frequencies
+from mbx.models.device import Spread, process_group
+from mbx.models.megatron.build import build_model
+from mbx.models.megatron.config import FlatConfig
+from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.rotary import set_rope_frequencies
 from tests.judge import load_torch_dist, save_torch_dist
 from tests.oracles import hf_logits, mcore_logits
 
@@ -37,7 +38,7 @@ def run_peers(root: Path, _work: Path, tp: int) -> dict[str, object]:
     for name, config in PEERS.items():
         stored = torch.load(root / name / "hf_logits.pt", weights_only=True)
         ids = stored["input_ids"]
-        model = build_model(config, tp=tp)
+        model = build_model(config, Spread(tp=tp))
         load_torch_dist(model, root / name / "mcore" / "iter_0000000")
         if name == "llama":
             found["llama.stock_rope"] = mcore_logits(model, ids, vocab_size=256)
@@ -73,10 +74,10 @@ def run_variants(_root: Path, work: Path, tp: int) -> dict[str, object]:
         vocab_size = int(str(config["model.vocab_size"]))
         ids = torch.arange(40).reshape(2, 20) * 5 % vocab_size
         torch.manual_seed(1)
-        saved = build_model(config, tp=tp)
+        saved = build_model(config, Spread(tp=tp))
         save_torch_dist(saved, work / name)
         torch.manual_seed(2)
-        loaded = build_model(config, tp=tp)
+        loaded = build_model(config, Spread(tp=tp))
         found[f"{name}.saved"] = mcore_logits(saved, ids, vocab_size=vocab_size)
         found[f"{name}.before"] = mcore_logits(loaded, ids, vocab_size=vocab_size)
         load_torch_dist(loaded, work / name, strict="raise_all")
@@ -137,7 +138,7 @@ def main(job: str, rank: int, world_size: int, work: Path) -> None:
     before = (torch.cuda.current_device, torch.cuda.synchronize)
     with (
         megatron_on_cpu(),
-        process_group(tp=world_size, rank=rank, world_size=world_size, init_file=meeting),
+        process_group(Spread(tp=world_size), rank=rank, world_size=world_size, init_file=meeting),
     ):
         found = run(root or Path(), work, world_size)
     found["restored"] = before == (torch.cuda.current_device, torch.cuda.synchronize)

@@ -24,8 +24,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from mbx.models.build import build_model
-from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.models.device import Spread, process_group
+from mbx.models.megatron.build import build_model
+from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.train.checkpoints.restore import allocate, count_steps
 
 CONFIG = {**QWEN3_MOE, "model.vocab_size": 250, "moe_router_dtype": None}
@@ -41,7 +42,7 @@ ROWS = 252
 def trainer(sizes: dict[str, int], seed: int) -> tuple[DistributedDataParallel, Any]:
     """A wrapped model of random weights with Megatron Core's optimizer."""
     torch.manual_seed(seed)
-    model = build_model(CONFIG, **sizes, dtype="bf16", padded_vocab_size=ROWS)
+    model = build_model(CONFIG, Spread(**sizes, dtype="bf16"), padded_vocab_size=ROWS)
     wrapping = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     wrapped = DistributedDataParallel(config=model.config, ddp_config=wrapping, module=model)
     settings = OptimizerConfig(
@@ -183,7 +184,7 @@ def main(job: str, rank: int, world: int, work: Path) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     for name in ["save"] if job == "save" else [name for name in LAYOUTS if name != "save"]:
         meeting = work / f"{name}.store"
-        with megatron_on_cpu(), process_group(**LAYOUTS[name], rank=rank, world_size=world, init_file=meeting):
+        with megatron_on_cpu(), process_group(Spread(**LAYOUTS[name]), rank=rank, world_size=world, init_file=meeting):
             save(work) if job == "save" else load(name, work)
             torch.distributed.barrier()
 

@@ -14,14 +14,14 @@ from converters.rows.config_spelling import canonical
 from fixtures.make_tiny import make
 from mbx.cli import main
 from mbx.formats.hf import read_config
-from mbx.models.bf16_noise import outside_noise
 from mbx.models.device import Spread
-from mbx.models.logits import LogitTally
-from mbx.models.models import TransformersModel
-from mbx.models.parity import Forward, compare_models
-from mbx.models.prompts import Batch, Passes, Prompts, passes
-from mbx.models.trace import Trace
-from mbx.models.transformers_side import trace_transformers
+from mbx.models.forward.bf16_noise import outside_noise
+from mbx.models.forward.logits import LogitTally
+from mbx.models.forward.models import TransformersModel
+from mbx.models.forward.parity import Forward, compare_models
+from mbx.models.forward.prompts import Batch, Passes, Prompts, passes
+from mbx.models.forward.trace import Trace
+from mbx.models.transformers.tracing import trace_transformers
 
 #: Every kind of layer that bf16 could break: dense, experts, experts with sinks, latent attention, two rotary bases.
 FAMILIES = ("llama", "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_text")

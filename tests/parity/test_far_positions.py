@@ -13,14 +13,14 @@ from _planted import copy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mbx.models.device import Spread
-from mbx.models.logits import LogitDiff
-from mbx.models.models import TransformersModel
-from mbx.models.parity import FORWARD_TOLERANCE, Forward, compare_models
-from mbx.models.prompts import Batch, Passes, Prompts, passes
-from mbx.models.rotary_floor import nudge_frequencies
-from mbx.models.shallow_transformers import PartialTransformers
-from mbx.models.trace import Trace
-from mbx.models.transformers_side import trace_transformers
+from mbx.models.forward.logits import LogitDiff
+from mbx.models.forward.models import TransformersModel
+from mbx.models.forward.parity import FORWARD_TOLERANCE, Forward, compare_models
+from mbx.models.forward.prompts import Batch, Passes, Prompts, passes
+from mbx.models.forward.rotary_floor import nudge_frequencies
+from mbx.models.forward.trace import Trace
+from mbx.models.transformers.shallow import PartialTransformers
+from mbx.models.transformers.tracing import trace_transformers
 
 VOCAB = 256
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -89,7 +89,7 @@ def compared(folder: Path, second: object) -> Forward:
 @pytest.fixture
 def downwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second library has every other frequency one unit lower; the floor is measured with all one unit higher."""
-    import mbx.models.transformers_side as side
+    import mbx.models.transformers.tracing as side
 
     turn = iter([True])
 

@@ -11,12 +11,12 @@ import torch
 from converters.mcore.layout import Layout
 from mbx.formats.hf import read_config
 from mbx.formats.registry import open_megatron as open_torch_dist
-from mbx.models.device import megatron_on
-from mbx.models.loss import CrossEntropy
-from mbx.models.prompts import Prompts
+from mbx.models.device import ONE_PROCESS, megatron_on
+from mbx.models.forward.loss import CrossEntropy
+from mbx.models.forward.prompts import Prompts
+from mbx.proof.parity import Leg, parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.tables import shipped
-from mbx.verify.parity import Leg, parity
 from tests.oracles import load_transformers, loaded_model
 
 IDS = (3, 1, 4, 1, 5, 9, 2, 6)
@@ -37,7 +37,7 @@ def test_it_is_what_each_library_says(tiny: Path, tmp_path: Path, divisor: int) 
     expected = float(theirs(ids, labels=ids).loss)
     opened = open_torch_dist(mcore)
     rows = opened.tensors["embedding.word_embeddings.weight"].shape[0]
-    with megatron_on("cpu"):
+    with megatron_on(ONE_PROCESS):
         config = shipped("llama").config.to_mcore(read_config(source))
         ours = loaded_model(config, opened.iteration, padded_vocab=rows)
         places = torch.arange(ids.shape[1] - 1).expand(len(ids), -1)

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import DifferenceError, MbxError, UsageError
-from mbx.models.config import transformer_config
+from mbx.models.device import Spread
+from mbx.models.megatron.config import transformer_config
 from tests.oracles import compare_logits
 
 Found: TypeAlias = dict[str, torch.Tensor]
@@ -126,9 +127,9 @@ def test_context_managers_leave_nothing_behind(variants: Found) -> None:
 
 def test_layouts_that_do_not_divide_are_refused() -> None:
     with pytest.raises(MbxError, match="tp 3 does not divide num_attention_heads 8"):
-        transformer_config(VARIANTS["dense"], tp=3)
+        transformer_config(VARIANTS["dense"], Spread(tp=3))
     with pytest.raises(MbxError, match="pp 3 does not divide num_layers 2"):
-        transformer_config(VARIANTS["dense"], pp=3)
+        transformer_config(VARIANTS["dense"], Spread(pp=3))
 
 
 logit_lists = st.lists(st.floats(-50, 50, width=32), min_size=12, max_size=12)

@@ -22,18 +22,18 @@ from fixtures.make_tiny import make
 from mbx.formats.files import FileSource
 from mbx.formats.hf import read_config
 from mbx.formats.registry import open_megatron as open_torch_dist
-from mbx.models.dcp_weights import TorchDistWeights
 from mbx.models.device import ONE_PROCESS, megatron_on
-from mbx.models.divergence import BorderDiff, first_divergence
-from mbx.models.logits import LogitTally
-from mbx.models.mcore_side import trace_megatron
-from mbx.models.mcore_weights import StoredWeights
-from mbx.models.parity import read_prompts
-from mbx.models.prompts import Prompts
+from mbx.models.forward.divergence import BorderDiff, first_divergence
+from mbx.models.forward.logits import LogitTally
+from mbx.models.forward.parity import read_prompts
+from mbx.models.forward.prompts import Prompts
+from mbx.models.megatron.dcp_weights import TorchDistWeights
+from mbx.models.megatron.tracing import trace_megatron
+from mbx.models.megatron.weights import StoredWeights
 from mbx.models.stored import read_box, read_rows, row_runs
-from mbx.models.transformers_side import trace_transformers
+from mbx.models.transformers.tracing import trace_transformers
+from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
-from mbx.verify.parity import Leg, ParityReport, parity
 from tests.oracles import compare_logits, load_transformers, loaded_model, mcore_passes, transformers_passes
 
 NAME = "qwen3"
@@ -63,7 +63,7 @@ def test_a_layer_at_a_time_is_the_whole_model_bit_for_bit(name: str, tmp_path: P
 
     theirs = trace_transformers(source, read.batches)
     assert torch.equal(theirs.head(0, vocab), transformers_passes(load_transformers(source), read.batches)[0])
-    with megatron_on("cpu"):
+    with megatron_on(ONE_PROCESS):
         whole = mcore_passes(loaded_model(config, opened.iteration, padded_vocab=padded[0]), read.batches, vocab)[0]
         given = opened.tensors, FileSource(opened.iteration)
         for weights in (TorchDistWeights(opened.iteration, *given), StoredWeights(*given)):

@@ -49,7 +49,7 @@ from converters.planning.exporter import plan_export  # noqa: E402
 from converters.rows.expr import Value  # noqa: E402
 from fixtures.index import Header, load_index  # noqa: E402
 from mappings import table_text  # noqa: E402
-from mbx.models.config import transformer_config  # noqa: E402
+from mbx.models.megatron.config import transformer_config  # noqa: E402
 from mbx.run.execution import run  # noqa: E402
 from mbx.run.job import Options, plan_mcore_to_hf  # noqa: E402
 from mbx.tables import shipped, table_for  # noqa: E402

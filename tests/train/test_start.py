@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from converters.errors import CoverageError
 from converters.mcore.layout import Layout
-from mbx.models.build import build_model
-from mbx.models.cpu import megatron_on_cpu, process_group
+from mbx.models.device import Spread, process_group
+from mbx.models.megatron.build import build_model
+from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.train.model.blueprint import blueprint
 from mbx.train.model.weights import load_weights, model_shards
@@ -27,7 +28,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 def parameters(folder: Path, source: Path, dtype: str = "fp32") -> dict[str, torch.Tensor]:
     plan = blueprint(parse_recipe(raw(folder / "run", model={"path": str(folder)})))
     with megatron_on_cpu(), process_group():
-        model = build_model(plan.config, dtype=dtype)
+        model = build_model(plan.config, Spread(dtype=dtype))
         load_weights(model, plan, source)
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -38,7 +39,7 @@ def test_equals_megatron_core(tmp_path: Path, family: str) -> None:
     run(plan_hf_to_mcore(folder, tmp_path / "ckpt", Options()))
     plan = blueprint(parse_recipe(raw(tmp_path / "run", model={"path": str(folder)})))
     with megatron_on_cpu(), process_group():
-        model = build_model(plan.config, dtype="bf16")
+        model = build_model(plan.config, Spread(dtype="bf16"))
         load_torch_dist(model, next((tmp_path / "ckpt").glob("iter_*")))
         oracle = {name: p.detach().clone() for name, p in model.named_parameters()}
     for source in (folder, tmp_path / "ckpt"):

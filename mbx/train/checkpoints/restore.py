@@ -10,7 +10,7 @@ import torch
 from converters.errors import StorageError
 
 if TYPE_CHECKING:
-    from megatron.core.optimizer import MegatronOptimizer
+    from mbx.models.megatron.core.training import MegatronOptimizer
 
 
 def _plain_adams(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
@@ -47,7 +47,8 @@ def random_streams() -> dict[str, object]:
     import random
 
     import numpy
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from mbx.models.megatron.core.groups import get_cuda_rng_tracker
 
     return {
         "python": random.getstate(),
@@ -62,7 +63,8 @@ def restore_random(states: Mapping[str, object]) -> None:
     import random
 
     import numpy
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from mbx.models.megatron.core.groups import get_cuda_rng_tracker
 
     random.setstate(states["python"])  # type: ignore[arg-type]
     numpy.random.set_state(states["numpy"])  # type: ignore[arg-type]

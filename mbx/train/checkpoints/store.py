@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from converters.errors import StorageError
+from converters.mcore.releases import CURRENT
 from mbx.formats import hf, torch_dist
 from mbx.formats.registry import open_megatron
 from mbx.train.checkpoints.restore import allocate, count_steps, random_streams, restore_random
@@ -31,9 +32,8 @@ from mbx.train.model.parallel import Ranks
 from mbx.train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.optimizer import MegatronOptimizer
+    from mbx.models.megatron.core.sharding import AsyncCallsQueue
+    from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
 
 
 class Store:
@@ -50,8 +50,9 @@ class Store:
 
         With `run.save_async` it returns while a process of each rank writes; `settle` finishes what is written.
         """
-        from megatron.core import dist_checkpointing
         from torch.distributed.checkpoint.api import CheckpointException
+
+        from mbx.models.megatron.core.sharding import dist_checkpointing
 
         self.settle(wait=True)  # one at a time: the tracker must not go back
         self._target = target = self.root / f"iter_{state.step:07d}"
@@ -61,9 +62,9 @@ class Store:
         torch.distributed.barrier()
         content = self._content(chunks, optimizer, loading=False)
         content |= {
-            "checkpoint_version": 3.0,
+            "checkpoint_version": CURRENT.checkpoint_version,
             "iteration": state.step,
-            "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+            "content_metadata": dict(CURRENT.content_metadata),
         }
         beside = self.recipe.run.save_async
         try:  # torch's CheckpointException derives from BaseException, so it is named
@@ -77,7 +78,7 @@ class Store:
             raise self._unwritten(error) from error
         request.add_finalize_fn(lambda: self._finish(target, state))
         if self._writers is None:
-            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+            from mbx.models.megatron.core.sharding import AsyncCallsQueue
 
             self._writers = AsyncCallsQueue()
         self._writers.schedule_async_request(request)
@@ -136,11 +137,10 @@ class Store:
         """
         from pickle import UnpicklingError
 
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.core import CheckpointingException
         from torch.distributed.checkpoint.api import CheckpointException
 
         from mbx.models.inert_load import inert_loading
+        from mbx.models.megatron.core.sharding import CheckpointingException, dist_checkpointing
 
         if not open_megatron(path).common:
             raise StorageError(f"`{path}` cannot be resumed: it has no `common.pt`")
@@ -166,15 +166,10 @@ class Store:
     def _content(
         self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, loading: bool
     ) -> dict[str, object]:
-        from megatron.core import parallel_state
-        from megatron.core.dist_checkpointing.mapping import ShardedObject
+        from mbx.models.megatron.core.sharding import ShardedObject
+        from mbx.models.megatron.weights import sharding_metadata
 
-        metadata: dict[str, object] = {
-            "singleton_local_shards": False,
-            "chained_optim_avoid_prefix": True,
-            "distrib_optim_sharding_type": "dp_reshardable",
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
+        metadata = {**sharding_metadata(), "distrib_optim_sharding_type": "dp_reshardable"}
         weights = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}  # type: ignore[operator]
         content: dict[str, object] = dict(weights)
         if self.recipe.run.save_optimizer:

@@ -22,7 +22,7 @@ def forward_step(batches: Iterator[Batch], model: nn.Module) -> tuple[torch.Tens
     batch = next(batches)
     arguments: dict[str, object] = {}
     if batch["cu_seqlens"] is not None:
-        from megatron.core.packed_seq_params import PackedSeqParams
+        from mbx.models.megatron.core.groups import PackedSeqParams
 
         ends, longest = batch["cu_seqlens"], batch["longest"]
         assert longest is not None
@@ -72,7 +72,7 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int) -> Batch:
             hidden = (owner[:, :, None] != owner[:, None, :]) | torch.ones(length, length, dtype=torch.bool).triu(1)
             extra["attention_mask"] = move(hidden[:, None])  # [b, 1, s, s], True is hidden
     if cp > 1:
-        from megatron.core.utils import get_batch_on_this_cp_rank
+        from mbx.models.megatron.core.groups import get_batch_on_this_cp_rank
 
         batch = get_batch_on_this_cp_rank(batch)
     return batch | extra

@@ -187,9 +187,13 @@ def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tupl
 
     The order is Megatron-LM's for the same seed, length and numbers of samples. Collective.
     """
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-    from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
+    from mbx.models.megatron.core.datasets import (
+        BlendedMegatronDatasetBuilder,
+        GPTDataset,
+        GPTDatasetConfig,
+        MockGPTDataset,
+        NullTokenizer,
+    )
 
     class Indexed(GPTDataset):  # type: ignore[misc]
         """Refuses documents without tokens, of which Megatron Core would count epochs without end."""

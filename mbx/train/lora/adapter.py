@@ -14,7 +14,7 @@ from converters.rows.pack import Pack
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from mbx.models.megatron.core.config import TransformerConfig
 
 COLUMN = ("ColumnParallelLinear", "TEColumnParallelLinear", "TELayerNormColumnParallelLinear")
 ROW = ("RowParallelLinear", "TERowParallelLinear")
@@ -66,7 +66,7 @@ class Adapter(nn.Module):
 
     def _own(self, value: torch.Tensor, cut: int | None) -> nn.Parameter:
         """A trainable parameter, marked as Megatron Core marks its own."""
-        from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+        from mbx.models.megatron.core.groups import set_tensor_model_parallel_attributes
 
         parameter = nn.Parameter(value)
         # of an expert: ranks of tensor parallelism hold other experts, so each counts towards the gradient's norm
@@ -84,7 +84,7 @@ class Adapter(nn.Module):
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.dropout and self.training):
             return x
-        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+        from mbx.models.megatron.core.groups import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 
         if self.expert:
             with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
@@ -97,7 +97,7 @@ class Adapter(nn.Module):
 
 def group_of(expert: bool) -> torch.distributed.ProcessGroup:
     """The ranks that a linear is cut over."""
-    from megatron.core import parallel_state
+    from mbx.models.megatron.core.groups import parallel_state
 
     found = (
         parallel_state.get_expert_tensor_parallel_group()

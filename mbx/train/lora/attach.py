@@ -133,7 +133,7 @@ def _fused(plan: Blueprint) -> frozenset[str]:
 
 
 def _slots(leaf: str, weight: torch.Tensor, plan: Blueprint, fused: bool) -> Slots:
-    from megatron.core import parallel_state
+    from mbx.models.megatron.core.groups import parallel_state
 
     rows = weight.shape[0]
     gated = leaf == "linear_fc1" and bool(plan.config.get("gated_linear_unit"))
@@ -157,7 +157,7 @@ def _slots(leaf: str, weight: torch.Tensor, plan: Blueprint, fused: bool) -> Slo
 
 def _global_name(model: nn.Module, name: str, expert: int | None = None) -> str:
     """A module's name with layers counted over the whole pipeline and experts over all ranks."""
-    from megatron.core import parallel_state
+    from mbx.models.megatron.core.groups import parallel_state
 
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
     assert layer is not None

@@ -19,7 +19,7 @@ from mbx.train.lora.layer import cut_gated
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from mbx.models.megatron.core.config import TransformerConfig
 
 
 class LoraGrouped(Adapter):
@@ -61,8 +61,8 @@ class LoraGrouped(Adapter):
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: object = None
     ) -> dict[str, object]:
         """The base under its own keys; the adapters beside it, experts a dimension behind the layers."""
-        from megatron.core import parallel_state
-        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+        from mbx.models.megatron.core.groups import parallel_state
+        from mbx.models.megatron.core.sharding import ShardedTensor
 
         content = self.base.sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[operator]
         ep, rank = (

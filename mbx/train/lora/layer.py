@@ -23,7 +23,7 @@ from mbx.train.lora.product import biases, fits, norm_of, normed, product
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from mbx.models.megatron.core.config import TransformerConfig
 
 
 class LoraLinear(Adapter):
@@ -102,7 +102,7 @@ class LoraLinear(Adapter):
 
     def _between(self, h: torch.Tensor) -> torch.Tensor:
         """What tensor parallelism needs between A and B; h: [s, b, atoms · r]."""
-        from megatron.core.tensor_parallel import mappings
+        from mbx.models.megatron.core.groups import mappings
 
         if self.tp == 1 or self.whole:
             return h
@@ -164,7 +164,7 @@ class LoraLinear(Adapter):
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: object = None
     ) -> dict[str, object]:
         """The base under its own keys, so that any checkpoint of the model fits; the adapter beside it."""
-        from megatron.core.transformer.utils import (
+        from mbx.models.megatron.core.sharding import (
             ensure_metadata_has_dp_cp_group,
             make_sharded_tensors_for_checkpoint,
         )
@@ -191,7 +191,7 @@ class LoraLinear(Adapter):
 
 def cut_gated(content: dict[str, object], names: list[str], sharded_offsets: tuple[tuple[int, int, int], ...]) -> None:
     """Say of entries that their rows are gate and up of this rank, as Megatron Core's MLP says of its own."""
-    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+    from mbx.models.megatron.core.sharding import apply_swiglu_sharded_factory
 
     for name in names:
         if name in content:

@@ -21,7 +21,7 @@ def load_peft(model: nn.Module, plan: Blueprint, folder: Path) -> None:
 
     Raises UsageError where it adapts other modules, or has another rank, scale or method, than the recipe.
     """
-    from megatron.core import parallel_state
+    from mbx.models.megatron.core.groups import parallel_state
 
     if plan.table is None:
         raise UsageError("an adapter is read by the names of a Hugging Face model", hint="model=DIR")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from mbx.models.megatron.core.config import TransformerConfig
 
 #: Bases whose forward pass is a norm (the first), or nothing, and then the product.
 _NORMED = ("TELayerNormColumnParallelLinear",)

@@ -14,9 +14,9 @@ from mbx.train.model.parallel import Ranks
 from mbx.train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.optimizer import MegatronOptimizer
     from torch import nn
+
+    from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
 
 
 def build(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> list[nn.Module]:
@@ -25,21 +25,16 @@ def build(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> list[nn.Module]:
 
 
 def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> nn.Module:
-    from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes
-
     from mbx.formats.hf import read_config
-    from mbx.models.build import build_model
-    from mbx.models.rotary import lend_frequencies
+    from mbx.models.device import Spread
+    from mbx.models.megatron.build import build_model
+    from mbx.models.megatron.core.groups import set_defaults_if_not_set_tensor_model_parallel_attributes
+    from mbx.models.megatron.rotary import lend_frequencies
 
     p = recipe.parallel
     model = build_model(
         train_config(recipe, plan, ranks),
-        tp=p.tp,
-        pp=p.pp,
-        ep=p.ep,
-        etp=p.etp,
-        dtype=recipe.train.precision,
-        device=ranks.device,
+        Spread(p.tp, p.pp, p.ep, ranks.device, recipe.train.precision, p.etp),
         use_te=ranks.te,
         padded_vocab_size=plan.padded_vocab,
         vp_stage=stage if p.vpp > 1 else None,
@@ -49,7 +44,7 @@ def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> n
     for parameter in model.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if recipe.train.precision != "fp32":
-        from megatron.core.transformer.module import Float16Module
+        from mbx.models.megatron.core.training import Float16Module
 
         half: nn.Module = Float16Module(model.config, model)
         return half
@@ -62,7 +57,7 @@ def wrap(recipe: Recipe, model: nn.Module, ranks: Ranks, *, bucketed: bool = Tru
     Chunks of an interleaved pipeline behind the first are not `bucketed`: their reduction overlaps with the others'
     computation anyway (megatron/training/training.py).
     """
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from mbx.models.megatron.core.training import DistributedDataParallel, DistributedDataParallelConfig
 
     cuda = ranks.device == "cuda"
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -87,7 +82,7 @@ def _distributed(recipe: Recipe, ranks: Ranks) -> bool:
 
 def optimizer(recipe: Recipe, chunks: Sequence[DistributedDataParallel], ranks: Ranks) -> MegatronOptimizer:
     """Megatron Core's Adam over the trainable parameters; biases and norms take no weight decay."""
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from mbx.models.megatron.core.training import OptimizerConfig, get_megatron_optimizer
 
     o, t, precision = recipe.optim, recipe.train, recipe.train.precision
     # Losses that are summed over tokens have gradients larger by their number than losses that are averaged.

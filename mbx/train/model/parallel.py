@@ -67,18 +67,21 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
     """torch.distributed and Megatron Core's parallel state, torn down on exit; on a CPU, gloo and patched names."""
     import torch
 
-    from mbx.models.cpu import megatron_on_cpu, process_group
+    from mbx.models.device import Spread, process_group
 
     p, cuda = recipe.parallel, ranks.device == "cuda"
     with contextlib.ExitStack() as stack:
         if cuda:
             torch.cuda.set_device(ranks.local_rank)
         else:
+            from mbx.models.megatron.core.cpu import megatron_on_cpu
+
             stack.enter_context(megatron_on_cpu())
             stack.enter_context(_cpu_tensors())
         backend = "nccl" if cuda else "gloo"
-        joined = partial(process_group, tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp, backend=backend)
-        stack.enter_context(joined(rank=ranks.rank, world_size=ranks.world_size, timeout_s=_TIMEOUT_S))
+        spread = Spread(p.tp, p.pp, p.ep, etp=p.etp, vpp=p.vpp, cp=p.cp)
+        joined = partial(process_group, spread, backend=backend, timeout_s=_TIMEOUT_S)
+        stack.enter_context(joined(rank=ranks.rank, world_size=ranks.world_size))
         seed_everything(recipe.train.seed)
         if recipe.train.deterministic:
             _deterministic(ranks)
@@ -89,8 +92,8 @@ def seed_everything(seed: int) -> None:
     """Random streams as Megatron-LM seeds them: a stage of the pipeline adds 100 times its number."""
     import numpy
     import torch
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from mbx.models.megatron.core.groups import model_parallel_cuda_manual_seed, parallel_state
 
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)

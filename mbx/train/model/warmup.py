@@ -49,7 +49,7 @@ def warm_up(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> None:
     """Make Megatron-LM's draws on this rank's GPU; nothing where no dropout will read the stream."""
     if ranks.device != "cuda" or not (plan.config.get("hidden_dropout") or plan.config.get("attention_dropout")):
         return
-    from megatron.core.fusions.fused_bias_dropout import bias_dropout_add_fused_train
+    from mbx.models.megatron.core.training import bias_dropout_add_fused_train
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.precision]
     shapes = draws(recipe, plan.config)

@@ -28,10 +28,10 @@ from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_checkpoint
+from mbx.proof.compare import repeats
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.tables import table_for
 from mbx.train.model.blueprint import Blueprint
-from mbx.verify.compare import repeats
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,13 +83,8 @@ def _import(plan: Blueprint, folder: Checkpoint) -> Plan:
 
 def model_shards(model: nn.Module) -> Iterator[_Shard]:
     """This rank's shards, each a view into a parameter's memory, adapters not included."""
-    from megatron.core import parallel_state
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-    metadata = {
-        "singleton_local_shards": False,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    from mbx.models.megatron.core.sharding import ShardedTensor, ShardedTensorFactory
+    from mbx.models.megatron.weights import sharded_weights
 
     def walk(value: object) -> Iterator[_Shard]:
         if isinstance(value, ShardedTensorFactory):
@@ -104,7 +99,7 @@ def model_shards(model: nn.Module) -> Iterator[_Shard]:
             for inner in value:
                 yield from walk(inner)
 
-    yield from walk(model.sharded_state_dict(metadata=metadata))  # type: ignore[operator]
+    yield from walk(sharded_weights(model))
 
 
 def _same_keys(plan: Blueprint, tensors: Mapping[str, StoredTensor], shards: list[_Shard]) -> Plan:

@@ -34,8 +34,7 @@ from mbx.train.run.stepping import GuardedStep
 from mbx.train.run.stop import Stop
 
 if TYPE_CHECKING:
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.optimizer import MegatronOptimizer
+    from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
 
 #: Dense peak in TFLOP/s of bf16 products by GPU name (NVIDIA's data sheets, without sparsity); FP8 doubles it.
 _PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
@@ -68,8 +67,8 @@ class _Trainer:
     """One run inside its session: builds everything once, then steps."""
 
     def __init__(self, prepared: Prepared, log: Log, on_step: Callable[[Step], None]) -> None:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-        from megatron.core.utils import get_model_config
+        from mbx.models.megatron.core.config import get_model_config
+        from mbx.models.megatron.core.training import get_forward_backward_func
 
         self.prepared, self.recipe, self.ranks, self.plan = prepared, prepared.recipe, prepared.ranks, prepared.plan
         self.log, self.on_step = log, on_step
@@ -198,7 +197,7 @@ class _Trainer:
 
     def _forward_backward(self, rows: Rows, step: int, *, forward_only: bool) -> torch.Tensor:
         """Run one global batch through Megatron Core's schedule; its mean loss, on the device and not waited for."""
-        from megatron.core import parallel_state as ps
+        from mbx.models.megatron.core.groups import parallel_state as ps
 
         t = self.recipe.train
         batches = [self._batches(rows, step) for _ in self.chunks]
@@ -228,7 +227,7 @@ class _Trainer:
         return total[0] / total[1].clamp(min=1)
 
     def _batches(self, rows: Rows, step: int) -> Iterator[Batch]:
-        from megatron.core import parallel_state as ps
+        from mbx.models.megatron.core.groups import parallel_state as ps
 
         t = self.recipe.train
         for micro in micro_batches(
@@ -284,7 +283,7 @@ class _Trainer:
 
 def _finalizer() -> Callable[..., None]:
     """Megatron Core's reduction of gradients over data, tensor (sequence) and pipeline (tied embedding) ranks."""
-    from megatron.core.distributed import finalize_model_grads
+    from mbx.models.megatron.core.training import finalize_model_grads
 
     function: Callable[..., None] = finalize_model_grads
     return function

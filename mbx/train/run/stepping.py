@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from megatron.core.optimizer import MegatronOptimizer
+    from mbx.models.megatron.core.training import MegatronOptimizer
 
 
 class GuardedStep:

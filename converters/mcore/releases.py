@@ -1,0 +1,124 @@
+"""What a release of Megatron Core makes of checkpoints and configs, in one place: plain data, one value a release.
+
+Nothing below or above asks for a version: code takes the fact that it needs from the release it is given. Sources: the
+package of that release, and checkpoints of Megatron-LM and Megatron-Bridge with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from converters.rows.expr import Value
+
+
+@dataclass(frozen=True, slots=True)
+class FusedNorm:
+    """A norm that Transformer Engine fuses into the linear behind it, within a layer.
+
+    `own` begins its names as a module of its own, `fused` those within the linear; `witness` is the parameter whose
+    presence shows that the layer fuses it.
+    """
+
+    own: str
+    fused: str
+    witness: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Facts of one release; `gpt` and `hybrid` are the kinds of models, as tables call them.
+
+    Names: `prediction_layer` is the layer within a prediction head (`mtp.layers.N.`) in torch_dist, by kind, and
+    `plain_prediction_layer` in a rank's own state_dict of a `gpt` model; `final_norm` the last norm's, by kind.
+    `module_order` is the order in which a layer registers its modules.
+
+    States: Transformer Engine backs `te_linears`, by their last name, and every norm but `torch_norms`; each has an
+    `_extra_state` beside its weights. `head_core_state`: the attention core of a prediction layer has one too.
+    `output_state`: kinds whose output layer has one.
+
+    Stacking: decoder layers of `stacked_kinds` are one tensor each, unless one of `layer_patterns` says that they
+    differ, or one of `apart` is set.
+
+    The common state beside the tensors says `checkpoint_version`, and by `content_metadata` how state dicts were
+    sharded: `singleton_local_shards` off keeps a gated fc1 as one `[gate; up]` tensor. `defaults` say what a config's
+    field is where its writer does not state it.
+    """
+
+    version: str
+    prediction_layer: Mapping[str, str]
+    plain_prediction_layer: str
+    final_norm: Mapping[str, str]
+    fused_norms: tuple[FusedNorm, ...]
+    module_order: tuple[str, ...]
+    te_linears: frozenset[str]
+    torch_norms: tuple[str, ...]
+    head_core_state: bool
+    output_state: frozenset[str]
+    stacked_kinds: frozenset[str]
+    layer_patterns: tuple[str, ...]
+    apart: tuple[str, ...]
+    checkpoint_version: float
+    content_metadata: Mapping[str, bool]
+    defaults: Mapping[str, Value]
+
+
+RELEASE_0_16 = Release(
+    version="0.16",
+    # A hybrid model of 0.16 has no prediction heads: its name is the one of the releases that have.
+    prediction_layer={"gpt": "transformer_layer", "hybrid": "mtp_model_layer"},
+    plain_prediction_layer="transformer_layer",
+    final_norm={"gpt": "decoder.final_layernorm", "hybrid": "decoder.final_norm"},
+    fused_norms=(
+        FusedNorm("input_layernorm.", "self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.weight"),
+        FusedNorm("input_layernorm.", "self_attention.in_proj.layer_norm_", "self_attention.in_proj.weight"),
+        FusedNorm("input_layernorm.", "self_attention.in_proj.layer_norm_", "self_attention.in_proj.weight.query"),
+        FusedNorm("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.weight"),
+        FusedNorm(
+            *("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+            "self_attention.linear_q_up_proj.weight",
+        ),
+        FusedNorm(
+            *("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+            "self_attention.linear_kv_up_proj.weight",
+        ),
+        FusedNorm("norm.", "mixer.in_proj.layer_norm_", "mixer.in_proj.weight.z"),
+        FusedNorm("norm.", "mixer.in_proj.layer_norm_", "mixer.in_proj.weight"),
+    ),
+    module_order=tuple(
+        """input_layernorm self_attention.core_attention self_attention.linear_proj self_attention.out_proj
+        self_attention.linear_qkv self_attention.in_proj self_attention.conv1d self_attention.out_norm
+        self_attention.linear_q_proj self_attention.linear_q_down_proj self_attention.linear_q_up_proj
+        self_attention.linear_kv_down_proj self_attention.linear_kv_up_proj self_attention.q_layernorm
+        self_attention.k_layernorm self_attention.kv_layernorm mixer.in_proj mixer.conv1d mixer.norm mixer.out_proj
+        pre_mlp_layernorm mlp.router mlp.fc1_latent_proj mlp.fc2_latent_proj mlp.experts mlp.linear_fc1
+        mlp.linear_fc2 mlp.shared_experts""".split()
+    ),
+    te_linears=frozenset(
+        """linear_qkv linear_proj linear_fc1 linear_fc2 linear_q_proj linear_q_down_proj linear_q_up_proj
+        linear_kv_down_proj linear_kv_up_proj in_proj out_proj eh_proj fc1_latent_proj fc2_latent_proj""".split()
+    ),
+    torch_norms=("mixer.norm",),
+    # Two by accident: prediction layers are first saved by the default rule, so their attention core keeps a state
+    # that decoder layers drop, and hybrid models do not drop the output layer's.
+    head_core_state=True,
+    output_state=frozenset({"hybrid"}),
+    stacked_kinds=frozenset({"gpt"}),
+    layer_patterns=("moe_layer_freq", "linear_attention_freq"),
+    apart=("heterogeneous_block_specs", "hetereogenous_dist_checkpoint"),  # sic
+    checkpoint_version=3.0,
+    content_metadata={"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    defaults={
+        # of MLATransformerConfig, where Megatron-LM has no arguments
+        **{"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0},
+        **{"model.rotary_base": 10000, "model.rotary_percent": 1.0, "model.rope_scaling_factor": 8.0},
+    },
+)
+
+RELEASES = (RELEASE_0_16,)
+#: The release that checkpoints are written for.
+CURRENT = RELEASE_0_16
+#: Every name of the layer within a prediction head.
+PREDICTION_LAYERS = frozenset(
+    name for release in RELEASES for name in (*release.prediction_layer.values(), release.plain_prediction_layer)
+)

@@ -1,0 +1,124 @@
+"""The two sides of a forward comparison: Transformers' model of a folder, Megatron Core's of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from converters.errors import UsageError
+from converters.rows.expr import Value
+from converters.rows.isos import inexpressible_rope
+from converters.tensors import StoredTensor
+from mbx.formats.files import FileSource
+from mbx.formats.hf import read_config
+from mbx.models.device import Spread, is_main
+from mbx.models.forward.prompts import Batch
+from mbx.models.forward.trace import Trace
+
+if TYPE_CHECKING:
+    import torch
+
+    from mbx.models.megatron.weights import StoredWeights
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersModel:
+    """Transformers' model of a Hugging Face folder."""
+
+    path: Path
+    title: str = field(default="Transformers", init=False)
+
+    def padding(self, vocab: int) -> int:
+        """No rows: Transformers' loss runs over the vocabulary alone."""
+        del vocab
+        return 0
+
+    @property
+    def note(self) -> str:
+        """Under which class Transformers runs a model that it has none for; empty where it has."""
+        from mbx.models.transformers.equivalents import twin_of
+
+        twin = twin_of(read_config(self.path))
+        return "" if twin is None else f"; {twin.note}"
+
+    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
+        """The pass, on rank 0; an empty trace elsewhere."""
+        del vocab
+        if not is_main():
+            return Trace({}, _nothing)
+        from mbx.models.transformers.tracing import trace_transformers
+
+        return trace_transformers(self.path, batches, device=spread.device)
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronModel:
+    """Megatron Core's model of a flat `config`, with the weights of a Megatron checkpoint of any format.
+
+    `tensors` by torch_dist key have their chunks below `root`; with `torch_dist`, torch's reader reads that folder.
+    `reference` and `hf_config` (v4 spelling) say which rotary frequencies the config cannot express.
+    """
+
+    config: Mapping[str, Value]
+    root: Path
+    tensors: Mapping[str, StoredTensor]
+    torch_dist: bool = True
+    reference: Path | None = None
+    hf_config: Mapping[str, Value] = field(default_factory=dict)
+    title: str = field(default="Megatron Core", init=False)
+
+    def padding(self, vocab: int) -> int:
+        """Rows of the embedding behind the vocabulary."""
+        embedding = self.tensors.get("embedding.word_embeddings.weight")
+        return 0 if embedding is None else max(0, embedding.shape[0] - vocab)
+
+    @property
+    def lent(self) -> tuple[str, ...]:
+        """Rotary constants that Megatron Core cannot express, one line each."""
+        return tuple(inexpressible_rope(self.hf_config)) if self.reference is not None else ()
+
+    @property
+    def frequencies(self) -> torch.Tensor | None:
+        """Transformers' rotary frequencies, where Megatron Core's constants differ."""
+        from mbx.models.megatron.rotary import transformers_frequencies
+
+        return transformers_frequencies(self.reference) if self.lent and self.reference is not None else None
+
+    def weights(self, source: FileSource) -> StoredWeights:
+        """The checkpoint's weights."""
+        from mbx.models.megatron.weights import StoredWeights
+
+        if not self.torch_dist:
+            return StoredWeights(self.tensors, source)
+        from mbx.models.megatron.dcp_weights import TorchDistWeights
+
+        return TorchDistWeights(self.root, self.tensors, source)
+
+    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
+        """The pass; collective, inside `megatron_on`."""
+        from mbx.models.megatron.tracing import trace_megatron
+
+        source = FileSource(self.root)
+        weights = self.weights(source)
+        found = trace_megatron(self.config, weights, batches, vocab=vocab, spread=spread, frequencies=self.frequencies)
+        return Trace(found.hidden, found.head, source.close)
+
+
+Model: TypeAlias = TransformersModel | MegatronModel
+
+
+def vocab_size(config: Mapping[str, Value]) -> int:
+    """The true vocabulary size of a Megatron Core config; UsageError where it has none."""
+    vocab = config.get("model.vocab_size")
+    if not isinstance(vocab, int):
+        raise UsageError(f"model.vocab_size is {vocab!r}; forward parity needs a number")
+    return vocab
+
+
+def _nothing(first: int, last: int) -> torch.Tensor:
+    """Logits where rank 0 has them."""
+    import torch
+
+    return torch.empty(0, last - first)

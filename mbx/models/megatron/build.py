@@ -1,0 +1,142 @@
+"""Build a Megatron Core model from a flat config (`mbx.models.megatron.config`)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+from converters.errors import LayoutError, UnsupportedError, UsageError
+from converters.rows.expr import Value
+from mbx.models.device import ONE_PROCESS, Spread
+from mbx.models.megatron.config import MODEL_PREFIX, FlatConfig, mcore_version, refuse_unknown, transformer_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mbx.models.megatron.core.config import TransformerConfig
+
+# Arguments of ours behind the same prefix: the model class, and what `family_layers` adds to a GPT model.
+_SANDWICH = ("post_layernorms", "rotary_base_local", "scale_embeddings")
+# What the installed Megatron Core has no module for: tensors of it are left in the checkpoint.
+_ABSENT = ("mtp_num_layers", "mtp_hybrid_override_pattern", "mtp_block_layers")
+_NOT_CONSTRUCTOR = ("mcore_model", "latent_layernorm_epsilon", *_ABSENT, *_SANDWICH)
+
+
+def build_model(
+    config: FlatConfig,
+    spread: Spread = ONE_PROCESS,
+    *,
+    use_te: bool = False,
+    padded_vocab_size: int | None = None,
+    vp_stage: int | None = None,
+    streamed: bool = False,
+) -> nn.Module:
+    """Build this rank's GPTModel (or MambaModel) inside an initialised process group; weights are random.
+
+    On a CPU, stay inside `megatron_on_cpu` for as long as the model is used. `padded_vocab_size` is the row count of
+    the embedding, the true `model.vocab_size` by default; it must be a multiple of the spread's tp. `vp_stage` is the
+    model chunk to build where the process group has virtual pipeline stages. The decoder layers of a `streamed` model
+    have no weights until `eviction.make_room`.
+    Raises what `transformer_config` raises, and `UnsupportedError` for a model this device or version cannot express.
+    """
+    from mbx.models.megatron.core.groups import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        raise UsageError(
+            "no process group: Megatron Core builds models inside one",
+            hint="enter `mbx.models.device.process_group()` first",
+        )
+    kind = config.get(MODEL_PREFIX + "mcore_model", "gpt")
+    if kind not in ("gpt", "hybrid"):
+        raise UsageError(f"model.mcore_model must be `gpt` or `hybrid`, got {kind!r}")
+    if kind == "hybrid" and not use_te:
+        raise UnsupportedError(
+            f"{mcore_version()} builds hybrid (Mamba) models with Transformer Engine only",
+            hint="run this leg on a GPU with Transformer Engine and mamba-ssm installed",
+        )
+    built = transformer_config(config, spread, use_te=use_te)
+    try:
+        gpt = kind == "gpt"
+        model_class, specs = _gpt_parts(config, built, use_te, vp_stage) if gpt else _hybrid_parts(config, vp_stage)
+        if streamed:
+            from mbx.models.megatron.eviction import evicting_specs
+
+            specs = evicting_specs(specs)
+        arguments = _model_arguments(config, model_class)
+        arguments["vocab_size"] = _vocab_size(config, padded_vocab_size, spread.tp)
+        arguments["pre_process"] = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        arguments["post_process"] = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        model: nn.Module = model_class(config=built, **specs, **arguments)
+    except (ValueError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
+        raise UnsupportedError(
+            f"{mcore_version()} cannot build this model on {spread.device} "
+            f"({'Transformer Engine' if use_te else 'local'} spec): {error}"
+        ) from error
+    if config.get(MODEL_PREFIX + "scale_embeddings"):
+        from mbx.models.megatron.family_layers import scale_embeddings
+
+        scale_embeddings(model, built.hidden_size)
+    latent = config.get(MODEL_PREFIX + "latent_layernorm_epsilon")
+    if isinstance(latent, float) and latent != built.layernorm_epsilon:
+        from mbx.models.megatron.family_layers import set_latent_epsilon
+
+        set_latent_epsilon(model, latent)
+    return model.to(spread.device)
+
+
+def _gpt_parts(
+    config: FlatConfig, built: TransformerConfig, use_te: bool, vp_stage: int | None
+) -> tuple[type[nn.Module], dict[str, object]]:
+    from mbx.models.megatron.core.layers import GPTModel
+    from mbx.models.megatron.specs import gpt_block_spec, mtp_block_spec
+
+    base = config.get(MODEL_PREFIX + "rotary_base_local")
+    if base is not None and (isinstance(base, bool) or not isinstance(base, int | float)):
+        raise UsageError(f"model.rotary_base_local must be a number, got {base!r}")
+    block = gpt_block_spec(
+        built,
+        use_te=use_te,
+        post_layernorms=bool(config.get(MODEL_PREFIX + "post_layernorms")),
+        rotary_base_local=base,
+        vp_stage=vp_stage,
+    )
+    return GPTModel, {
+        "transformer_layer_spec": block,
+        "mtp_block_spec": mtp_block_spec(built, block, use_te=use_te, vp_stage=vp_stage),
+        "vp_stage": vp_stage,
+    }
+
+
+def _hybrid_parts(config: FlatConfig, vp_stage: int | None) -> tuple[type[nn.Module], dict[str, object]]:
+    added = [f"`{MODEL_PREFIX}{name}`" for name in _SANDWICH if config.get(MODEL_PREFIX + name)]
+    if added:
+        raise UnsupportedError(f"{', '.join(added)}: hybrid models are built without")
+    if vp_stage is not None:
+        raise UnsupportedError(f"{mcore_version()} has no virtual pipeline stages for hybrid models")
+    from mbx.models.megatron.core.hybrid import MambaModel, mamba_stack_spec
+
+    return MambaModel, {"mamba_stack_spec": mamba_stack_spec}
+
+
+def _model_arguments(config: FlatConfig, model_class: type) -> dict[str, Value]:
+    names = {k[len(MODEL_PREFIX) :]: v for k, v in config.items() if k.startswith(MODEL_PREFIX)}
+    arguments = {k: v for k, v in names.items() if k not in _NOT_CONSTRUCTOR}
+    accepted = set(inspect.signature(model_class).parameters)
+    refuse_unknown([MODEL_PREFIX + k for k in sorted(set(arguments) - accepted)], model_class.__name__)
+    missing = [MODEL_PREFIX + k for k in ("vocab_size", "max_sequence_length") if k not in arguments]
+    if missing:
+        raise UsageError(f"the config lacks {', '.join(missing)}")
+    return arguments
+
+
+def _vocab_size(config: FlatConfig, padded: int | None, tp: int) -> int:
+    true = config[MODEL_PREFIX + "vocab_size"]
+    if not isinstance(true, int):
+        raise UsageError(f"model.vocab_size must be an integer, got {true!r}")
+    rows = true if padded is None else padded
+    if rows < true:
+        raise UsageError(f"padded vocabulary of {rows} rows is smaller than the true one of {true}")
+    if rows % tp:
+        up = -(-rows // tp) * tp
+        raise LayoutError(f"vocabulary of {rows} rows does not divide by tp {tp}", hint=f"pad it to {up} rows")
+    return rows

@@ -1,0 +1,91 @@
+"""Boxes of a torch_dist checkpoint, read by torch's own reader of distributed checkpoints.
+
+Megatron Core's `dist_checkpointing.load` is made of the same reader, but takes no model of which a layer is there at a
+time. The reader is another implementation than `mbx.formats.torch_dist`: it judges what mbx writes.
+This file defines a torch class and imports torch when imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from converters.errors import StorageError
+from converters.tensors import StoredTensor
+from mbx.formats.files import FileSource
+from mbx.models.inert_load import torch_index
+from mbx.models.megatron.weights import StoredWeights
+
+
+class _Boxes(DefaultLoadPlanner):
+    """Says where the reader puts what it reads: `boxes` by (key, number of the box)."""
+
+    def __init__(self, boxes: Mapping[tuple[str, int], torch.Tensor]) -> None:
+        super().__init__()
+        self.boxes = boxes
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """The box that an item lies in."""
+        return self.boxes[index.fqn, cast("int", index.index)]
+
+
+class TorchDistWeights(StoredWeights):
+    """The weights of a torch_dist iteration; what is asked for has to be there, objects (`_extra_state`) included.
+
+    `tensors` and `source` are the same as mbx reads them, for rows of the vocabulary.
+    """
+
+    def __init__(self, iteration: Path, tensors: Mapping[str, StoredTensor], source: FileSource) -> None:
+        super().__init__(tensors, source)
+        self.iteration = iteration
+        self.reader = FileSystemReader(str(iteration))
+        self.metadata = torch_index(iteration)
+        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+
+    def check_objects(self, names: list[str]) -> None:
+        """StorageError for objects that are not there."""
+        stored = self.metadata.state_dict_metadata
+        for name in names:
+            if not isinstance(stored.get(name), BytesStorageMetadata):
+                raise StorageError(f"the checkpoint lacks `{name}`")
+
+    def read(self, wanted: list[Any]) -> list[torch.Tensor]:
+        """The box of each sharded tensor."""
+        stored, plan = self.metadata.state_dict_metadata, list[ReadItem]()
+        boxes: dict[tuple[str, int], torch.Tensor] = {}
+        chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        places = []
+        for one in wanted:
+            found = stored.get(one.key)
+            if not isinstance(found, TensorStorageMetadata):
+                raise StorageError(f"the checkpoint lacks `{one.key}`")
+            self.check_shape(one, tuple(found.size))
+            sizes = (1,) * one.prepend_axis_num + tuple(one.local_shape)
+            mine = chunks.setdefault(one.key, [])
+            places.append((one.key, len(mine)))
+            boxes[places[-1]] = torch.empty(sizes, dtype=found.properties.dtype)
+            mine.append(ChunkStorageMetadata(torch.Size(one.global_offset), torch.Size(sizes)))
+        for key, mine in chunks.items():
+            items = create_read_items_for_chunk_list(key, cast("TensorStorageMetadata", stored[key]), mine)
+            filled = sum(item.lengths.numel() for item in items)
+            if filled != sum(box.sizes.numel() for box in mine):
+                raise StorageError(f"`{key}`: {filled} of {sum(b.sizes.numel() for b in mine)} values are stored")
+            plan += items
+        try:
+            self.reader.read_data(LoadPlan(plan), _Boxes(boxes)).wait()
+        except (OSError, ValueError, RuntimeError, EOFError) as error:
+            raise StorageError(f"torch cannot read `{self.iteration}`: {error}") from error
+        return [boxes[place].view(tuple(one.local_shape)) for place, one in zip(places, wanted, strict=True)]

@@ -1,0 +1,98 @@
+"""Megatron Core's rotary tables: at other positions, and with frequencies that its own arguments cannot express."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from converters.errors import UnsupportedError, UsageError
+from converters.rows.expr import Value
+from converters.rows.isos import inexpressible_rope
+from mbx.models.transformers.reference import transformers_config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@contextlib.contextmanager
+def rotated_at(model: nn.Module, positions: torch.Tensor | None) -> Iterator[None]:
+    """Make the rotary tables of `model` those of `positions: [s]`; mcore itself counts 0, 1, 2, … from the length."""
+    if positions is None:
+        yield
+        return
+    from mbx.models.megatron.core.layers import RotaryEmbedding
+
+    count = int(positions.max()) + 1
+
+    def lengthen(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
+        del module
+        return (count, *args[1:])
+
+    def pick(module: nn.Module, args: object, output: object) -> object:
+        del module, args
+        if isinstance(output, tuple):  # YaRN: the table and its magnitude
+            return (output[0][positions.to(output[0].device)], *output[1:])
+        table = cast("torch.Tensor", output)
+        return table[positions.to(table.device)]
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            handles += [module.register_forward_pre_hook(lengthen), module.register_forward_hook(pick)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def lend_frequencies(model: nn.Module, hf_path: Path, hf_config: Mapping[str, Value]) -> tuple[str, ...]:
+    """Give `model` Transformers' rotary frequencies where Megatron Core's constants differ; returns what differed."""
+    lent = tuple(inexpressible_rope(hf_config))
+    if lent:
+        set_rope_frequencies(model, transformers_frequencies(hf_path))
+    return lent
+
+
+def transformers_frequencies(hf_dir: Path) -> torch.Tensor:
+    """Transformers' own rotary frequencies of a checkpoint with scaled positions: [rotary_dim / 2], fp32.
+
+    Raises `UnsupportedError` where its scaling also multiplies the tables, which Megatron Core's RotaryEmbedding
+    does not, or where Transformers has no such scaling.
+    """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = transformers_config(hf_dir).get_text_config()
+    kind = (getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}).get("rope_type")
+    if kind not in ROPE_INIT_FUNCTIONS:
+        raise UnsupportedError(f"Transformers scales no rotary positions of type {kind!r}")
+    inv_freq: torch.Tensor
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    if factor != 1.0:
+        raise UnsupportedError(f"rotary scaling {kind!r} multiplies its tables by {factor}; Megatron Core does not")
+    return inv_freq
+
+
+def set_rope_frequencies(model: nn.Module, inv_freq: torch.Tensor) -> None:
+    """Give a Megatron Core model rotary frequencies that its own arguments cannot express.
+
+    `inv_freq: [rotary_dim / 2]`, radians per position, fp32. Megatron Core fixes Llama 3's constants (low 1, high 4,
+    original length 8192; `RotaryEmbedding._apply_scaling`); a model with others is compared under its own, and the
+    caller says so. Raises `UnsupportedError` where the model has no such table (learned positions, YaRN, MLA),
+    `UsageError` for another number of frequencies.
+    """
+    from mbx.models.megatron.core.layers import RotaryEmbedding
+
+    rope = getattr(model, "rotary_pos_emb", None)
+    if rope is None or type(rope) is not RotaryEmbedding:
+        raise UnsupportedError(
+            f"rotary frequencies can be set on RotaryEmbedding only, the model has {type(rope).__name__}"
+        )
+    if inv_freq.shape != rope.inv_freq.shape:
+        raise UsageError(f"inv_freq must be {list(rope.inv_freq.shape)}, got {list(inv_freq.shape)}")
+    rope.inv_freq = inv_freq.detach().to(rope.inv_freq)
+    RotaryEmbedding.forward.cache_clear()  # the cache is the class's, keyed by instance and length

@@ -1,0 +1,193 @@
+"""Layer specs: Transformer Engine's as Megatron Core has them, and a local one that spells the same names.
+
+The local spec of megatron-core 0.16.1 renames its norms to Transformer Engine's fused names for dense attention
+layers only. Checkpoints carry the Transformer Engine names, so the key maps here are per layer kind.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+from converters.errors import UnsupportedError
+from mbx.models.megatron.config import mcore_version
+
+if TYPE_CHECKING:
+    from mbx.models.megatron.core.config import TransformerConfig
+    from mbx.models.megatron.core.layers import (
+        ModuleSpec,
+        MultiTokenPredictionBlockSubmodules,
+        TransformerBlockSubmodules,
+    )
+
+
+def gpt_block_spec(
+    config: TransformerConfig,
+    *,
+    use_te: bool,
+    post_layernorms: bool = False,
+    rotary_base_local: float | None = None,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """Layer specs of this pipeline rank's decoder, dense and expert layers placed by `moe_layer_freq`.
+
+    `post_layernorms` adds a norm behind attention and behind the MLP, `rotary_base_local` gives windowed layers a
+    rotary base of their own; Megatron Core has neither (`family_layers`). `vp_stage` is the model chunk where
+    the pipeline is interleaved.
+    """
+    if config.heterogeneous_block_specs:
+        block = _heterogeneous_block_spec(config, use_te=use_te, vp_stage=vp_stage)
+    elif config.experimental_attention_variant is not None:
+        block = _variant_block_spec(config, use_te=use_te, vp_stage=vp_stage)
+    elif use_te:
+        from mbx.models.megatron.core.layers import get_gpt_decoder_block_spec
+
+        block = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=True,
+            normalization=config.normalization,
+            qk_l2_norm=config.qk_l2_norm,
+            vp_stage=vp_stage,
+        )
+    else:
+        block = _local_block_spec(config, vp_stage)
+    block.layer_specs = [deepcopy(layer) for layer in block.layer_specs]  # mcore repeats one spec object
+    if config.qk_l2_norm and config.no_rope_freq:
+        _norm_rotated_layers_only(config, block, vp_stage)
+    if post_layernorms or rotary_base_local is not None:
+        from mbx.models.megatron.family_layers import add_post_layernorms, use_two_bases
+
+        for layer in block.layer_specs:
+            if post_layernorms:
+                add_post_layernorms(layer, block.layer_norm)
+            if rotary_base_local is not None:
+                use_two_bases(layer, rotary_base_local)
+    return block
+
+
+def _norm_rotated_layers_only(
+    config: TransformerConfig, block: TransformerBlockSubmodules, vp_stage: int | None
+) -> None:
+    """Llama 4 norms queries and keys where it rotates them; `qk_l2_norm` alone does so in every layer."""
+    from mbx.models.megatron.core.layers import IdentityOp, get_transformer_layer_offset
+
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    flags = config.no_rope_freq[first : first + len(block.layer_specs)]
+    for layer, is_unrotated in zip(block.layer_specs, flags, strict=True):
+        if is_unrotated:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = IdentityOp
+
+
+def mtp_block_spec(
+    config: TransformerConfig, block: TransformerBlockSubmodules, *, use_te: bool, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """Specs of the multi-token-prediction heads on this rank, None where there are none.
+
+    Each head repeats the decoder's last layer kind, as mcore's own helper does.
+    """
+    from mbx.models.megatron.core.layers import get_gpt_mtp_block_spec
+
+    if not config.mtp_num_layers:
+        return None
+    spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te, vp_stage=vp_stage)
+    if spec is not None and not use_te:
+        from mbx.models.megatron.local_modules import LocalNorm
+
+        for layer in spec.layer_specs:
+            layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = LocalNorm
+    return spec
+
+
+def _heterogeneous_block_spec(
+    config: TransformerConfig, *, use_te: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Layers of unequal width, some without attention or MLP: mcore's own specs, on a CPU with our norms."""
+    from mbx.models.megatron.core.layers import WrappedTorchNorm, get_gpt_heterogeneous_layer_spec
+
+    block = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
+    if not use_te:
+        from mbx.models.megatron.local_modules import LocalNorm
+
+        block.layer_norm = LocalNorm
+        for layer in block.layer_specs:
+            for name in ("input_layernorm", "pre_mlp_layernorm"):
+                if getattr(layer.submodules, name) is WrappedTorchNorm:
+                    setattr(layer.submodules, name, LocalNorm)
+    return block
+
+
+def _variant_block_spec(
+    config: TransformerConfig, *, use_te: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    from mbx.models.megatron.core.layers import get_transformer_block_with_experimental_attention_variant_spec
+
+    if not use_te:
+        raise UnsupportedError(
+            f"{mcore_version()} builds experimental_attention_variant="
+            f"{config.experimental_attention_variant!r} with Transformer Engine only",
+            hint="run this leg on a GPU with Transformer Engine installed",
+        )
+    return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
+
+
+def _local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    from mbx.models.megatron.core.layers import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+        get_transformer_layer_offset,
+    )
+    from mbx.models.megatron.local_modules import LocalNorm
+
+    dense = _local_layer_spec(config, num_experts=None)
+    expert = dense if config.num_moe_experts is None else _local_layer_spec(config, num_experts=config.num_moe_experts)
+    layers = [expert if is_expert else dense for is_expert in expert_layers(config)]
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=layers[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)], layer_norm=LocalNorm
+    )
+
+
+def expert_layers(config: TransformerConfig) -> list[bool]:
+    """Which decoder layers hold experts: `moe_layer_freq` N is every N-th from layer 0, a list says it per layer."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    if isinstance(config.moe_layer_freq, int):
+        return [layer % config.moe_layer_freq == 0 for layer in range(config.num_layers)]
+    if len(config.moe_layer_freq) != config.num_layers:
+        raise UnsupportedError(
+            f"moe_layer_freq lists {len(config.moe_layer_freq)} layers, num_layers is {config.num_layers}"
+        )
+    return [bool(flag) for flag in config.moe_layer_freq]
+
+
+def _local_layer_spec(config: TransformerConfig, *, num_experts: int | None) -> ModuleSpec:
+    """mcore's local layer with norms that need no Apex, and with Transformer Engine's checkpoint names."""
+    from mbx.models.megatron.core.layers import get_gpt_layer_local_spec
+    from mbx.models.megatron.local_modules import LatentDotProductAttention, LocalNorm
+
+    spec = get_gpt_layer_local_spec(
+        num_experts=num_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+    )
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = LocalNorm
+    attention = layer.self_attention.submodules
+    # Transformer Engine fuses the norm before fc1 into it in a dense layer; before a router it stays a module.
+    keys = {} if num_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    if config.multi_latent_attention:
+        attention.core_attention = LatentDotProductAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.kv_layernorm = LocalNorm
+            keys["self_attention.q_layernorm."] = "self_attention.linear_q_up_proj.layer_norm_"
+            keys["self_attention.kv_layernorm."] = "self_attention.linear_kv_up_proj.layer_norm_"
+    else:
+        keys["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+        if config.qk_layernorm and not config.qk_l2_norm:
+            attention.q_layernorm = attention.k_layernorm = LocalNorm
+    layer.sharded_state_dict_keys_map = keys
+    return spec

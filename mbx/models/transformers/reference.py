@@ -1,0 +1,76 @@
+"""How Transformers reads a folder: under which config, decoding what, and in silence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from converters.errors import UnsupportedError
+from mbx.formats.hf import read_config
+from mbx.formats.safetensors import read_folder
+from mbx.models.transformers.equivalents import twin_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def transformers_config(hf_dir: Path) -> PreTrainedConfig:
+    """The config of a folder's model, or of its twin where Transformers has no class for it.
+
+    Raises ValueError, KeyError and others like them, as Transformers does, where it cannot read config.json.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    raw = read_config(hf_dir)
+    if (twin := twin_of(raw)) is None:
+        found = AutoConfig.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+    else:
+        found = CONFIG_MAPPING[twin.model_type].from_dict(twin.config_of(raw))
+    return cast(PreTrainedConfig, found)
+
+
+def decoding(hf_dir: Path) -> dict[str, object]:
+    """Arguments that make Transformers decode quantised weights instead of computing with them, on every device.
+
+    Raises UnsupportedError for FP8 blocks that do not divide a weight: Transformers takes the block size from the
+    ratio of the shapes there, which is not the size it was quantised with (`Fp8Dequantize._dequantize_one`, 5.23).
+    """
+    import transformers
+
+    quantization = read_config(hf_dir).get("quantization_config")
+    if not isinstance(quantization, Mapping):
+        return {}
+    method = quantization.get("quant_method")
+    if method == "mxfp4":
+        return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}  # type: ignore[attr-defined]
+    if method != "fp8":
+        return {}
+    block = quantization.get("weight_block_size")
+    if isinstance(block, Sequence) and len(block) == 2:
+        tensors = read_folder(hf_dir).tensors
+        scaled = [name.removesuffix("_scale_inv") for name in tensors if name.endswith("_scale_inv")]
+        for name in scaled:
+            shape = tensors[name].shape if name in tensors else ()
+            if any(extent % int(str(size)) for extent, size in zip(shape, block, strict=False)):
+                raise UnsupportedError(
+                    f"Transformers cannot decode `{name}`: FP8 blocks of {list(block)} do not divide {list(shape)}"
+                )
+    return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+
+
+@contextlib.contextmanager
+def silent_transformers() -> Iterator[None]:
+    """No progress bars, and no list of tensors that a class leaves unread: the cover leg accounts for those."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

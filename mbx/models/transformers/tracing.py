@@ -1,0 +1,117 @@
+"""Transformers' side of a forward comparison, one decoder layer in memory at a time.
+
+The model's own forward runs, with stand-ins for its layers that load the layer, run it and drop it: masks, rotary
+tables, scalings and norms are what the library passes, by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.errors import UnsupportedError
+from mbx.models.forward.logits import check_ids
+from mbx.models.forward.prompts import Batch
+from mbx.models.forward.rotary_floor import nudge_frequencies
+from mbx.models.forward.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
+
+if TYPE_CHECKING:
+    import torch
+
+    from mbx.models.transformers.shallow import PartialTransformers
+
+
+def trace_transformers(
+    hf_dir: Path, batches: Sequence[Batch], *, device: str = "cpu", nudged: bool = False, dtype: str = "float32"
+) -> Trace:
+    """Run the model of a Hugging Face folder in `dtype` (of torch) with eager attention, layer by layer.
+
+    `nudged` raises the rotary frequencies to the next fp32 numbers (`mbx.models.forward.rotary_floor`).
+    Raises what `PartialTransformers` raises, and UsageError for token ids outside the vocabulary.
+    """
+    import torch
+
+    from mbx.models.transformers.shallow import PartialTransformers, left_out
+
+    parts = PartialTransformers(hf_dir, getattr(torch, dtype))
+    for batch in batches:
+        check_ids(batch.ids, parts.vocab_size)
+    tokens = torch.unique(torch.cat([batch.ids.flatten() for batch in batches]))
+    frame: Any = parts.frame(tokens.tolist()).to(torch.device(device))  # type: ignore[arg-type]
+    decoder = getattr(frame, decoder_name(frame), None)
+    if decoder is None:
+        raise UnsupportedError(f"{type(frame).__name__} keeps no model apart from its output layer")
+    if nudged:
+        nudge_frequencies(frame)
+    recorder = Recorder()
+    for number, stand_in in left_out(frame, parts.layers_path):
+        stand_in.__dict__["run"] = _runner(parts, number, recorder, device)
+    outputs: list[Any] = []
+    handle = decoder.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    with torch.no_grad():
+        for batch in batches:
+            frame(torch.searchsorted(tokens, batch.ids).to(device), use_cache=False, **_places(batch, device))
+            recorder.add(FINAL, outputs[-1][0])
+    handle.remove()
+    return Trace(recorder.joined(), _head(parts, batches, outputs, device), parts.close)
+
+
+def decoder_name(model: Any) -> str:
+    """The attribute that holds the decoder: Llama 4's class keeps it elsewhere than its `base_model_prefix` says."""
+    prefix: str = model.base_model_prefix
+    return prefix if hasattr(model, prefix) else "model"
+
+
+def _places(batch: Batch, device: str) -> dict[str, torch.Tensor]:
+    """Positions other than 0, 1, 2, …, as Transformers takes them."""
+    import torch
+
+    if batch.positions is None:
+        return {}
+    # The mask says that all tokens are one sequence: Transformers takes a jump in positions for a border.
+    places = batch.positions.expand_as(batch.ids).to(device)
+    return {"position_ids": places, "attention_mask": torch.ones_like(places)}
+
+
+def _runner(parts: PartialTransformers, number: int, recorder: Recorder, device: str) -> Callable[..., Any]:
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        if number == 0:
+            recorder.add(EMBEDDING, arguments[0] if arguments else keywords["hidden_states"])
+        output = parts.layer(number).to(device)(*arguments, **keywords)
+        recorder.add(layer_name(number), output[0] if isinstance(output, tuple) else output)
+        return output
+
+    return run
+
+
+def _head(
+    parts: PartialTransformers, batches: Sequence[Batch], outputs: Sequence[Any], device: str
+) -> Callable[[int, int], torch.Tensor]:
+    """The causal model's own code behind its decoder (output layer, scaling, soft caps), on a part of the tokens."""
+    import torch
+    from torch import nn
+
+    class Replay(nn.Module):
+        """Returns what the decoder returned."""
+
+        def __init__(self, output: Any) -> None:
+            super().__init__()
+            self.output = output
+
+        def forward(self, *arguments: Any, **keywords: Any) -> Any:
+            """The recorded output, whatever is asked."""
+            del arguments, keywords
+            return self.output
+
+    def head(first: int, last: int) -> torch.Tensor:
+        model: Any = parts.frame(range(first, last)).to(torch.device(device))  # type: ignore[arg-type]
+        logits = []
+        for batch, output in zip(batches, outputs, strict=True):
+            setattr(model, decoder_name(model), Replay(output))
+            with torch.no_grad():
+                found = model(batch.ids.to(device), use_cache=False, **_places(batch, device)).logits
+            logits.append(found.float().cpu().reshape(-1, found.shape[-1]))
+        return torch.cat(logits)
+
+    return head
