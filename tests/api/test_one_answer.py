@@ -118,9 +118,8 @@ def test_every_way_in_gives_the_same_answer(
     "name", [name for name in ANSWERS if not name.startswith("lora") and not name.endswith("/hf")]
 )
 def test_the_trainer_starts_from_what_everyone_sees(kinds: Path, name: str) -> None:
-    from mbx.train.model.weights import check_source
-
     from mbx.train.model.blueprint import blueprint
+    from mbx.train.model.weights import check_source
     from mbx.train.recipe.parse import parse_recipe
 
     recipe = parse_recipe({"model": {"path": str(kinds / "hf")}, "data": {"kind": "pattern", "length": 8}})
