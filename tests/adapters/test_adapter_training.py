@@ -17,7 +17,7 @@ from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.train.checkpoints.export import export_run
 from mbx.train.lora import attach as lora
-from mbx.train.lora.layer import Slots
+from mbx.train.lora.adapter import Slots
 from mbx.train.lora.peft_folder import load_peft
 from mbx.train.model.blueprint import blueprint
 from mbx.train.model.weights import load_weights

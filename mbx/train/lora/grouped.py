@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from converters.errors import UnsupportedError
-from mbx.train.lora.layer import Adapter, Slots, cut_gated, first_factor
+from mbx.train.lora.adapter import Adapter, Slots, first_factor
+from mbx.train.lora.layer import cut_gated
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
