@@ -73,10 +73,10 @@ def mbx_run(name: str, overrides: Sequence[str], folder: Path, steps: int = WARM
     """
     import torch
 
-    from mbx.train.budget import WORKSPACES, predict
-    from mbx.train.catalogue import load_recipe
-    from mbx.train.loop import train
-    from mbx.train.prepare import prepare
+    from mbx.train.budget.predict import WORKSPACES, predict
+    from mbx.train.recipe.catalogue import load_recipe
+    from mbx.train.run.loop import train
+    from mbx.train.run.prepare import prepare
 
     if "MASTER_PORT" in os.environ:  # a rendezvous of its own for each run
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)

@@ -39,6 +39,12 @@ class MbxError(Exception):
         self.details = tuple(details)
 
 
+class Cancelled(MbxError):
+    """The caller ended the work."""
+
+    exit_code = 130
+
+
 class DifferenceError(MbxError):
     """A check ran to its end and found a difference."""
 

@@ -1,3 +1,99 @@
-"""mbx moves model weights between Hugging Face and Megatron Core, and proves that nothing was lost."""
+"""mbx moves model weights between Hugging Face and Megatron Core, and proves that nothing was lost.
 
-__version__ = "0.1.0"
+    import mbx
+
+    with mbx.open("ckpt") as ckpt:
+        ckpt.as_hf().read("model.embed_tokens.weight", slice(0, 8), to="torch")
+
+docs/api.md shows it all. What is named here is loaded when it is first used: `import mbx` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from mbx.version import __version__
+
+if TYPE_CHECKING:
+    from converters.errors import (
+        Cancelled,
+        CoverageError,
+        DeviceError,
+        LayoutError,
+        MbxError,
+        StorageError,
+        TableError,
+        UnsupportedError,
+        UsageError,
+    )
+    from converters.mcore.layout import Layout
+    from converters.rows.coverage import Waivers
+    from mbx.api import convert, diff, inspect, integrity, merge, open, plan, reshard, verify
+    from mbx.formats.checkpoint import Checkpoint
+    from mbx.formats.placement import Order, Placement
+    from mbx.formats.registry import Format, register
+    from mbx.formats.tensors import NamedTensors, Spec
+    from mbx.run.job import Job, Options
+
+#: Where each name is found.
+_HOMES = {
+    "converters.errors": (
+        *("Cancelled", "CoverageError", "DeviceError", "LayoutError", "MbxError", "StorageError", "TableError"),
+        *("UnsupportedError", "UsageError"),
+    ),
+    "converters.mcore.layout": ("Layout",),
+    "converters.rows.coverage": ("Waivers",),
+    "mbx.api": ("convert", "diff", "inspect", "integrity", "merge", "open", "plan", "reshard", "verify"),
+    "mbx.formats.checkpoint": ("Checkpoint",),
+    "mbx.formats.placement": ("Order", "Placement"),
+    "mbx.formats.registry": ("Format", "register"),
+    "mbx.formats.tensors": ("NamedTensors", "Spec"),
+    "mbx.run.job": ("Job", "Options"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Cancelled",
+    "Checkpoint",
+    "CoverageError",
+    "DeviceError",
+    "Format",
+    "Job",
+    "Layout",
+    "LayoutError",
+    "MbxError",
+    "NamedTensors",
+    "Options",
+    "Order",
+    "Placement",
+    "Spec",
+    "StorageError",
+    "TableError",
+    "UnsupportedError",
+    "UsageError",
+    "Waivers",
+    "__version__",
+    "convert",
+    "diff",
+    "inspect",
+    "integrity",
+    "merge",
+    "open",
+    "plan",
+    "register",
+    "reshard",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module `mbx` has no attribute `{name}`")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

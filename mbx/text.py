@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -23,6 +24,12 @@ def human_bytes(count: float) -> str:
 def human_memory(count: float) -> str:
     """Bytes in binary units, as memory is: `1.0 GiB`."""
     return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+
+
+def human_count(count: float) -> str:
+    """`1.24B`, `168M`: a number of parameters."""
+    power = min(4, max(0, int(math.log10(max(1.0, count * 1.0005)) // 3)))  # 999.6M is 1B at three digits
+    return f"{count / 1000**power:.3g}{('', 'K', 'M', 'B', 'T')[power]}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -7,13 +7,12 @@ rows where the target keeps them. Every source byte is read once, every target b
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from converters.casts import convert, overflown
+from converters.checksums import combine, crc32
 from converters.codecs.encode import encode_rows
-from converters.engine.crc import combine
 from converters.engine.pieces import Cutting, Geometry, Part, Piece, cut
 from converters.engine.plan import Entry, Plan, Unit
 from converters.engine.reading import Reader
@@ -213,7 +212,7 @@ class Engine:
         return [self._write(part, flat.data, progress) for part, flat in zip(parts, stored, strict=True)]
 
     def _write(self, part: Part, flat: memoryview, progress: Callable[[int], None]) -> int:
-        crc = zlib.crc32(flat)
+        crc = crc32(flat)
         self.sink.write(part.extent.chunk.file, self.sink.data_start(part.extent.chunk) + part.offset, flat)
         self._note(part, crc)
         progress(part.nbytes)

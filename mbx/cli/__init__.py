@@ -52,7 +52,7 @@ app.add_typer(verify.app, name="verify")
 app.command("diff", epilog=diff.EPILOG)(diff.diff)
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.add_typer(models.app, name="models")
-app.command("train", epilog=train.EPILOG)(train.train)
+app.add_typer(train.app, name="train")
 app.command("budget", epilog=budget.EPILOG)(budget.budget)
 app.add_typer(mlm_args.app, name="mlm-args")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
@@ -60,7 +60,7 @@ app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 
 def _version(asked: bool) -> None:
     if asked:
-        from mbx import __version__
+        from mbx.version import __version__
 
         out.result({"mbx": __version__}, lambda: [f"mbx {__version__}"])
         raise typer.Exit()

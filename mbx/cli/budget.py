@@ -28,10 +28,10 @@ def budget(
 ) -> None:
     """Predict the peak memory of a rank, by part, and what would lower it."""
     output.configure()
-    from mbx.train.budget import CONTEXT, lines, predict, suggestions
-    from mbx.train.catalogue import load_recipe
-    from mbx.train.model import blueprint
-    from mbx.train.recipe import check_world, smallest_world
+    from mbx.train.budget.predict import CONTEXT, lines, predict, suggestions
+    from mbx.train.model.blueprint import blueprint
+    from mbx.train.recipe.catalogue import load_recipe
+    from mbx.train.recipe.world import check_world, smallest_world
 
     chosen = load_recipe(recipe, overrides or ())
     dp = check_world(chosen, smallest_world(chosen) if world_size is None else world_size)

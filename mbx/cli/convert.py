@@ -12,7 +12,7 @@ import typer
 from mbx.cli import settings
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
-from mbx.cli.layout_options import Format, LayoutOptions, ToFormat
+from mbx.cli.layout_options import LayoutOptions, ToFormat
 from mbx.cli.options import Dtype, Mapping, Output, epilog
 from mbx.cli.running import Running, carry_out
 
@@ -63,7 +63,7 @@ AllowUnusedKey = Annotated[
 def hf_to_mcore(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder or hub model org/name[@revision].")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint folder to make.")],
-    format: ToFormat = Format.torch_dist,
+    format: ToFormat = "torch_dist",
     *,
     layout: LayoutOptions,
     dtype: ToDtype = None,
@@ -91,11 +91,11 @@ def hf_to_mcore(
         running.options(mapping),
         dtype=dtype and dtype.value,
         layout=layout.layout(make_vocab_size_divisible_by),
-        format=format.value,
+        format=format,
         waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
         allow_unused_keys=tuple(allow_unused_key or ()),
     )
-    _check_layout(options)
+    _check_target(options)
     if running.dry_run:
         stop_before_download(src)
     source = fetch(src)
@@ -157,8 +157,10 @@ def mcore_to_hf(
     carry_out(lambda: plan_mcore_to_hf(src, dst, options, reference), running.dry_run)
 
 
-def _check_layout(options: Options) -> None:
-    """Refuse impossible sizes before a hub model is downloaded; what the model cannot take is the plan's matter."""
+def _check_target(options: Options) -> None:
+    """Refuse impossible choices before a hub model is downloaded; what the model cannot take is the plan's matter."""
     from converters.mcore.layout import check
+    from mbx.formats.registry import format_named
 
     check(options.layout, {})
+    format_named(options.format, "mcore")

@@ -13,7 +13,7 @@ from mbx.cli.output import out
 from mbx.text import aligned, plural
 
 if TYPE_CHECKING:
-    from mbx.verify.diff import Change, Diff
+    from mbx.proof.diff import Change, Diff
 
 EPILOG = epilog(
     "mbx diff ./base ./tuned",
@@ -41,7 +41,7 @@ def diff(
     import_numpy()
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
-    from mbx.verify.diff import diff as compare
+    from mbx.proof.diff import diff as compare
 
     sides = [fetch(side).path for side in (left, right)]
     with Meter("comparing", None) as meter:

@@ -49,8 +49,8 @@ def doctor(output: Output) -> None:
 
 
 def _examine() -> dict[str, Any]:
-    from mbx import __version__
     from mbx.cli import settings
+    from mbx.version import __version__
 
     found = [{"name": s.name, "value": s.value, "origin": s.origin, "fault": _fault(s.name)} for s in settings.every()]
     packages = {}

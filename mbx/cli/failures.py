@@ -61,10 +61,20 @@ def help_text(error: typer.TyperException) -> str | None:
 
 
 def usage_failure(error: typer.TyperException) -> UsageError:
-    """A usage error in the house's form; its hint is the help of the command that was meant."""
-    command = getattr(getattr(error, "ctx", None), "command_path", "mbx")
+    """A usage error in the house's form; its hint is the help of the command that was meant, or what it lacks."""
+    context = getattr(error, "ctx", None)
+    asked, command = getattr(context, "command", None), getattr(context, "command_path", "mbx")
     fact = f"`{command}` needs a command" if help_text(error) is not None else error.format_message().rstrip(".")
-    failure = UsageError(fact, hint=f"`{command} --help`")
+    hint = f"`{command} --help`"
+    if option := getattr(error, "option_name", None):
+        fact = fact.replace(f"No such option: {option}", f"`{command}` takes no {option}")
+        for name, child in getattr(asked, "commands", {}).items():
+            if any(option in param.opts for param in child.params):
+                fact = f"{option} is for `{command} {name}`"
+    if fact.startswith("Missing argument"):
+        arguments = [param for param in getattr(asked, "params", ()) if param.param_type_name == "argument"]
+        hint = " ".join([command, *(param.metavar or param.name.upper() for param in arguments)])
+    failure = UsageError(fact, hint=hint)
     failure.__cause__ = error
     return failure
 

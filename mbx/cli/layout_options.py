@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from converters.mcore.layout import Layout
-
-
-class Format(str, Enum):
-    """How a Megatron checkpoint is stored."""
-
-    torch_dist = "torch_dist"
-    torch = "torch"
-    fsdp_dtensor = "fsdp_dtensor"
 
 
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
@@ -37,9 +28,9 @@ LastStage = Annotated[
     int | None, typer.Option("--decoder-last-pipeline-num-layers", metavar="N", help="Layers of the last stage.")
 ]
 ToFormat = Annotated[
-    Format,
+    str,
     typer.Option(
-        "--format", help="torch_dist; torch: mp_rank_* files; fsdp_dtensor: Megatron-FSDP's.", show_choices=False
+        "--format", metavar="<Format>", help="torch_dist; torch: mp_rank_* files; fsdp_dtensor: Megatron-FSDP's."
     ),
 ]
 

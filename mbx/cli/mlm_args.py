@@ -34,7 +34,8 @@ def to_recipe(
     """
     output.configure()
     from converters.errors import StorageError
-    from mbx.train import mlm_args
+    from mbx.train.recipe import mlm_args
+    from mbx.train.recipe.toml import dump_toml
 
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
@@ -45,7 +46,7 @@ def to_recipe(
         for flag in flags:
             out.message(f"{what}: {flag}")
     document = {"recipe": found.result, "skipped": list(found.skipped), "unknown": list(found.unknown)}
-    out.result(document, lambda: mlm_args.dump_toml(found.result).splitlines())
+    out.result(document, lambda: dump_toml(found.result).splitlines())
 
 
 @app.command(
@@ -61,8 +62,8 @@ def from_recipe(
     Keys that no flag expresses are listed on stderr.
     """
     output.configure()
-    from mbx.train import mlm_args
-    from mbx.train.catalogue import load_recipe
+    from mbx.train.recipe import mlm_args
+    from mbx.train.recipe.catalogue import load_recipe
 
     found = mlm_args.from_recipe(load_recipe(recipe).to_dict())
     for key in found.skipped:

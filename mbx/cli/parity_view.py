@@ -10,7 +10,7 @@ from mbx.cli.output import paint
 from mbx.text import SCREEN_WIDTH
 
 if TYPE_CHECKING:
-    from mbx.verify.parity import Difference, ParityReport
+    from mbx.proof.parity import Difference, ParityReport
 
 _SHOWN_FINDINGS = 10
 _INDENT = 20

@@ -1,118 +1,170 @@
-"""`mbx train`: run a recipe, export what it trained, draw what it did."""
+"""`mbx train`: run a recipe; its commands export what a run trained, and draw what it did."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from converters.errors import UsageError
+from converters.errors import UnsupportedError, UsageError
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
 from mbx.cli.output import out
+from mbx.text import aligned, human_count
 
 if TYPE_CHECKING:
-    from mbx.train.prepare import Prepared
-    from mbx.train.recipe import Recipe
+    from mbx.train.recipe.sections import Recipe
+    from mbx.train.run.prepare import Prepared
 
-EPILOG = epilog(
-    "mbx train --recipe llama32_1b_lora model=./Llama-3.2-1B data=chat.jsonl",
-    "torchrun --nproc-per-node 2 -m mbx train --recipe NAME parallel.tp=2",
-    "mbx train --recipe llama32_1b_lora model=DIR data=chat.jsonl --resume",
-    "mbx train export runs/llama32_1b_lora out-folder",
-    "mbx train report runs/llama32_1b_lora",
+
+class _OwnWords(TyperGroup):
+    """A group that is a command as well: words of which the first names no command of it are its own."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        ctx.allow_interspersed_args = False
+        first = (self.make_parser(ctx).parse_args(list(args))[0].get("words") or ("",))[0]
+        # a word like a command's name is left to the group, which says which one was meant
+        ctx.meta[__name__] = "=" not in first and bool(get_close_matches(first, self.commands))
+        ctx.allow_interspersed_args = not ctx.meta[__name__]
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: typer.Context) -> list[Any]:  # type: ignore[override]
+        """Before a command of the group, its options alone."""
+        return [param for param in super().get_params(ctx) if not (ctx.meta.get(__name__) and param.name == "words")]
+
+
+app = typer.Typer(
+    cls=_OwnWords,
+    invoke_without_command=True,
+    subcommand_metavar="| COMMAND [ARGS]...",
+    rich_markup_mode=None,
+    epilog=epilog(
+        "mbx train --recipe llama32_1b_lora model=./Llama-3.2-1B data=chat.jsonl",
+        "torchrun --nproc-per-node 2 -m mbx train --recipe NAME parallel.tp=2",
+        "mbx train --recipe llama32_1b_lora model=DIR data=chat.jsonl --resume",
+        "mbx train export runs/llama32_1b_lora out-folder",
+        "mbx train report runs/llama32_1b_lora",
+    ),
 )
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 
 
-@grouped
-def train(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides; or `report RUN [FILE]`, or `export RUN DST`."),
-    ] = None,
+@dataclass(frozen=True)
+class Asked:
+    """What to do with which recipe."""
+
     recipe: Annotated[
         str | None, typer.Option("--recipe", metavar="NAME", help="A shipped recipe's name or a .toml file.")
-    ] = None,
+    ] = None
     init_from: Annotated[
         str | None, typer.Option("--init-from", metavar="DIR", help="Take the first weights from here.")
+    ] = None
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its folder, exactly.")] = False
+    list: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False
+    show: Annotated[bool, typer.Option("--show", help="Print the recipe with overrides applied.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan; train nothing.")] = (
+        False
+    )
+
+
+@app.callback()
+@grouped
+def train(
+    ctx: typer.Context,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe's keys.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its folder, exactly.")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print the recipe with overrides applied.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan; train nothing.")
-    ] = False,
-    merged: Annotated[bool, typer.Option("--merged", help="With export: adapters merged into the base.")] = False,
     *,
+    asked: Asked,
     output: Output,
 ) -> None:
     """Train a model with Megatron Core, from a Hugging Face folder to one."""
     rank = int(os.environ.get("RANK", "0"))
     replace(output, quiet=output.quiet + (2 if rank else 0)).configure()  # rank 0 speaks for all
     output.hush()
-    words = words or []
-    runs = {"--recipe": recipe, "--init-from": init_from, "--resume": resume, "--show": show, "--dry-run": dry_run}
-    if words[:1] in (["report"], ["export"]) and (given := [option for option, value in runs.items() if value]):
-        raise UsageError(f"`mbx train {words[0]}` takes no {given[0]}", hint="it reads a run's folder")
-    if merged and words[:1] != ["export"]:
-        raise UsageError("--merged is for `mbx train export`", hint="mbx train export RUN DST --merged")
-    if list_:
+    if command := ctx.invoked_subcommand:
+        if idle := [field.name.replace("_", "-") for field in fields(asked) if getattr(asked, field.name)]:
+            raise UsageError(f"`mbx train {command}` takes no ‹{idle[0]}›", hint="it reads a run's folder")
+    elif asked.list:
         _list()
-    elif words[:1] == ["report"]:
-        _report(words[1:])
-    elif words[:1] == ["export"]:
-        _export(words[1:], merged=merged)
     else:
-        _train(recipe, words, init_from, resume, show=show, dry_run=dry_run)
+        _train(asked, words or [])
+
+
+@app.command(
+    "report",
+    epilog=epilog("mbx train report runs/llama32_1b_lora", "mbx train report runs/llama32_1b_lora curves.png"),
+)
+@grouped
+def report(
+    run: Run,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help=".html or .png (default: report.html in the run's folder).")
+    ] = None,
+    *,
+    output: Output,
+) -> None:
+    """Draw a run's loss, throughput, memory and learning rate."""
+    output.configure()
+    from mbx.train.run.report import write_report
+
+    path = write_report(run, file)
+    out.result({"report": str(path)}, lambda: [str(path)])
+
+
+@app.command(
+    "export",
+    epilog=epilog(
+        "mbx train export runs/llama32_1b_lora ./adapter", "mbx train export runs/llama32_1b_lora ./merged --merged"
+    ),
+)
+@grouped
+def export(
+    run: Run,
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Adapters merged into the base.")] = False,
+    *,
+    output: Output,
+) -> None:
+    """Write what a run trained: a model's folder, or a PEFT adapter."""
+    output.configure()
+    output.hush()
+    from mbx.train.checkpoints.export import export_run
+
+    path, kind = export_run(run, dst, merged=merged)
+    out.result({"export": str(path), "kind": kind}, lambda: [f"{path}: {kind}"])
 
 
 def _list() -> None:
-    from mbx.text import aligned
-    from mbx.train.catalogue import load_recipe, recipe_names
+    from mbx.train.recipe.catalogue import load_recipe, recipe_names
 
     rows = [(name, load_recipe(name).description) for name in recipe_names()]
     out.result({"recipes": [{"name": n, "description": d} for n, d in rows]}, lambda: aligned(rows))
 
 
-def _report(words: list[str]) -> None:
-    from mbx.train.report import write_report
+def _train(asked: Asked, overrides: list[str]) -> None:
+    from mbx.train.recipe.catalogue import load_recipe
 
-    if not 1 <= len(words) <= 2:
-        raise UsageError("`mbx train report` takes a run folder and, if you like, a file", hint="mbx train report RUN")
-    path = write_report(Path(words[0]), Path(words[1]) if len(words) > 1 else None)
-    out.result({"report": str(path)}, lambda: [str(path)])
-
-
-def _export(words: list[str], *, merged: bool) -> None:
-    from mbx.train.export import export_run
-
-    if len(words) != 2:
-        raise UsageError("`mbx train export` takes a run folder and a destination", hint="mbx train export RUN DST")
-    path, kind = export_run(Path(words[0]), Path(words[1]), merged=merged)
-    out.result({"export": str(path), "kind": kind}, lambda: [f"{path}: {kind}"])
-
-
-def _train(
-    name: str | None, overrides: list[str], init_from: str | None, resume: bool, *, show: bool, dry_run: bool
-) -> None:
-    from mbx.train.catalogue import load_recipe
-
-    if name is None:
+    if asked.recipe is None:
         raise UsageError("no recipe is named", hint="mbx train --list shows them; --recipe NAME takes one")
-    recipe = load_recipe(name, overrides)
-    if show:
-        out.result(recipe.to_dict(), lambda: _shown(recipe))
+    recipe = load_recipe(asked.recipe, overrides)
+    if asked.show:
+        from mbx.train.recipe.toml import dump_toml
+
+        out.result(recipe.to_dict(), lambda: dump_toml(recipe.to_dict()).splitlines())
         return
-    from mbx.train.loop import train
-    from mbx.train.prepare import prepare
+    from mbx.train.run.loop import train
+    from mbx.train.run.prepare import prepare
 
     recipe = _fetched(recipe)
-    prepared = prepare(recipe, init_from, resume, dry=dry_run)
-    if dry_run:
-        out.result(_planned(prepared), lambda: _plan_lines(prepared))
+    prepared = prepare(recipe, asked.init_from, asked.resume, dry=asked.dry_run)
+    if asked.dry_run:
+        _show_plan(prepared)
         return
     done = train(prepared, live=out.shows_progress)
     last = done.losses[-1] if done.losses else None
@@ -131,67 +183,34 @@ def _fetched(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, path=str(fetch(recipe.model.path).path)))
 
 
-def _shown(recipe: Recipe) -> list[str]:
-    lines = [f"name = {recipe.name!r}", f"description = {recipe.description!r}"]
-    for section, values in recipe.to_dict().items():
-        if isinstance(values, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
-    return lines
+def _show_plan(prepared: Prepared) -> None:
+    from mbx.train.budget.predict import lines, predict, suggestions
 
-
-def _toml(value: object) -> str:
-    import json
-
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
-
-
-def _planned(prepared: Prepared) -> dict[str, object]:
-    from converters.errors import UnsupportedError
-    from mbx.train.budget import predict
-
+    recipe, ranks, plan = prepared.recipe, prepared.ranks, prepared.plan
+    p, t = recipe.parallel, recipe.train
+    axes = ", ".join(f"{axis} {getattr(p, axis)}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp"))
+    said = [
+        prepared.start.why,
+        f"{t.steps} steps of {t.global_batch} x {recipe.data.length} tokens in {t.precision}"
+        + ("" if recipe.fp8.recipe == "none" else f", FP8 {recipe.fp8.recipe}"),
+        f"{ranks.world_size} process(es) on {ranks.device}: {axes}, dp {ranks.dp}",
+    ]
+    memory: dict[str, object]
     try:
-        budget = predict(prepared.recipe, prepared.plan, prepared.ranks.dp)
-        memory: dict[str, object] = {
-            "parameters": budget.counts.base,
-            "adapters": budget.counts.adapters,
+        budget = predict(recipe, plan, ranks.dp)
+    except UnsupportedError as error:
+        memory = {"memory_unknown": error.fact}
+        said.append(error.fact)
+    else:
+        c = budget.counts
+        memory = {
+            "parameters": c.base,
+            "adapters": c.adapters,
             "memory_bytes": dict(budget.parts),
             "memory_total_bytes": budget.total,
         }
-    except UnsupportedError as error:
-        memory = {"memory_unknown": error.fact}
-    return {
-        "start": prepared.start.why,
-        "world_size": prepared.ranks.world_size,
-        "dp": prepared.ranks.dp,
-        "device": prepared.ranks.device,
-        **memory,
-        "recipe": prepared.recipe.to_dict(),
-    }
-
-
-def _plan_lines(prepared: Prepared) -> list[str]:
-    recipe, ranks = prepared.recipe, prepared.ranks
-    axes = ", ".join(f"{axis} {getattr(recipe.parallel, axis)}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp"))
-    return [
-        prepared.start.why,
-        f"{recipe.train.steps} steps of {recipe.train.global_batch} x {recipe.data.length} tokens in "
-        f"{recipe.train.precision}" + ("" if recipe.fp8.recipe == "none" else f", FP8 {recipe.fp8.recipe}"),
-        f"{ranks.world_size} process(es) on {ranks.device}: {axes}, dp {ranks.dp}",
-        *_budget_lines(prepared),
-    ]
-
-
-def _budget_lines(prepared: Prepared) -> list[str]:
-    from converters.errors import UnsupportedError
-    from mbx.train.budget import lines, predict, suggestions
-    from mbx.train.model import human
-
-    try:
-        budget = predict(prepared.recipe, prepared.plan, prepared.ranks.dp)
-    except UnsupportedError as error:
-        return [error.fact]
-    c, tips = budget.counts, suggestions(prepared.recipe, prepared.plan, prepared.ranks.dp)
-    weights = f"{human(c.base)} weights a rank" + (f", {human(c.adapters)} of adapters" if c.adapters else "")
-    return [weights, *lines(budget, tips)]
+        adapters = f", {human_count(c.adapters)} of adapters" if c.adapters else ""
+        said.append(f"{human_count(c.base)} weights a rank{adapters}")
+        said += lines(budget, suggestions(recipe, plan, ranks.dp))
+    place = {"start": prepared.start.why, "world_size": ranks.world_size, "dp": ranks.dp, "device": ranks.device}
+    out.result({**place, **memory, "recipe": recipe.to_dict()}, lambda: said)

@@ -85,7 +85,7 @@ def parity(
     from mbx.cli.source import fetch
     from mbx.models.device import is_main
     from mbx.models.forward.prompts import Prompts
-    from mbx.verify.parity import parity as compare
+    from mbx.proof.parity import parity as compare
 
     sides = [fetch(side).path for side in (first, second)]
     if forward or loss:
@@ -108,7 +108,7 @@ def parity(
             out.warning("this process compared nothing: rank 0 has the report, and ranks are for --forward and --loss")
         raise typer.Exit(0)
     if html is not None:
-        from mbx.verify.report_html import write
+        from mbx.proof.report.html import write
 
         write(report, html, flag)
     doc = document(report, forward=forward)
@@ -134,8 +134,9 @@ def ci(
     output.configure()
     import_numpy()
     from mbx.cli.source import fetch
-    from mbx.verify import ci_report
-    from mbx.verify.ci import read_checks, run_checks
+    from mbx.proof.ci import report as ci_report
+    from mbx.proof.ci.checks import read_checks
+    from mbx.proof.ci.matrix import run_checks
 
     output.hush()
     results = run_checks(
@@ -170,7 +171,7 @@ def integrity(
     output.configure()
     import_numpy()
     from mbx.cli.progress import Meter
-    from mbx.verify.integrity import check
+    from mbx.proof.integrity import check
 
     with Meter("checking", None) as meter:
         report = check(folder, workers=settings.number("workers", workers), progress=meter.advance)

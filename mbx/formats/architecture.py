@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converters.errors import CoverageError, LayoutError, MbxError, StorageError, UnsupportedError, UsageError
 from converters.mcore.bridge_config import config_of_run_config
@@ -17,8 +18,10 @@ from converters.rows.expr import Value
 from converters.rows.table import Table
 from mappings import table_names
 from mbx.formats import hf
-from mbx.formats.checkpoint import Checkpoint
 from mbx.tables import shipped, table_for
+
+if TYPE_CHECKING:
+    from mbx.formats.checkpoint import Checkpoint
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 #: The table that is taken where several describe the model alike: the one most tools know.
@@ -76,6 +79,25 @@ def architecture_of(
     table, config = _fitting(held, opened, mapping)
     note = f"config.json was made from {origin} with the table `{table.name}`; there is no tokenizer to copy"
     return Architecture(config, table, None, (note, *corrected))
+
+
+def architecture_name(opened: Checkpoint) -> str | None:
+    """What a checkpoint calls its architecture; None where nothing says it. StorageError for a damaged config.json."""
+    if opened.spelling == "peft":
+        return None
+    folder = opened.home if opened.spelling == "hf" else opened.home / "hf"
+    if opened.config or (folder / hf.CONFIG).is_file():
+        return _named(opened.config or hf.read_config(folder))
+    try:
+        return _named(architecture_of(opened).config)
+    except MbxError:
+        return None
+
+
+def _named(config: Mapping[str, Value]) -> str | None:
+    names = config.get("architectures")
+    named = ", ".join(map(str, names)) if isinstance(names, list) and names else config.get("model_type")
+    return None if named is None else str(named)
 
 
 def stated(opened: Checkpoint, mapping: str | None = None) -> Stated:

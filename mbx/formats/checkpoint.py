@@ -8,17 +8,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
+
+from converters.codecs import quantization_of
 from converters.mcore.layout import Layout
 from converters.rows.expr import Value
-from converters.tensors import StoredTensor
+from converters.stored import read_box
+from converters.tensors import Shape, StoredTensor
 from mbx.formats.files import FileSource
+from mbx.formats.tensors import NamedTensors, Spec
 
 #: Whose names tensors go by: Hugging Face's, Megatron Core's canonical keys (torch_dist's), or PEFT's.
 Spelling = Literal["hf", "mcore", "peft"]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTensors):
     """An opened checkpoint: headers are read, tensors are not. Every format answers with one.
 
     `path` is what was named, `home` the folder that the files of `tensors` are relative to, `root` the folder with
@@ -55,6 +61,42 @@ class Checkpoint:
     left_out: tuple[str, ...] = ()
     other_state: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     state: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors as `spelling` has them."""
+        return tuple(self.tensors)
+
+    def as_hf(self, *, mapping: str | None = None) -> NamedTensors:
+        """The same model under Hugging Face's names, whatever lies on the disk; values of a codec are decoded.
+
+        `mapping` is a table of your own. Raises what a conversion would: UnsupportedError where no table knows the
+        architecture, CoverageError where tensors or settings are left over.
+        """
+        from mbx.formats.views import hf_view
+
+        if self.spelling == "hf" and quantization_of(self.config) is None:
+            return self
+        return hf_view(self, mapping)
+
+    def as_mcore(self, *, mapping: str | None = None) -> NamedTensors:
+        """The same model under Megatron Core's canonical keys, layers and experts stacked as torch_dist has them."""
+        from mbx.formats.views import mcore_view
+
+        return self if self.spelling == "mcore" else mcore_view(self, mapping)
+
+    @property
+    def architecture(self) -> str | None:
+        """The model's class or type, by config.json or else by Megatron's sidecars; None where nothing says it."""
+        from mbx.formats.architecture import architecture_name
+
+        return architecture_name(self)
+
+    def _spec(self, name: str) -> Spec | None:
+        tensor = self.tensors.get(name)
+        return None if tensor is None else Spec(name, tensor.dtype, tensor.shape)
+
+    def _read(self, name: str, offsets: Shape, sizes: Shape) -> npt.NDArray[np.uint8]:
+        return read_box(self.tensors[name], self.source, offsets, sizes)
 
     @property
     def iteration(self) -> Path:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.errors import MbxError, StorageError, UnsupportedError
-from converters.rows.expr import Value
 from converters.tensors import StoredTensor
 from mbx.formats import hf
 from mbx.formats.adapter_facts import AdapterFacts, describe
@@ -103,7 +102,8 @@ def summarize(path: Path) -> Summary:
         opened = _salvaged(found)
     architecture, table = None, None
     try:
-        architecture, table = _model(opened)
+        architecture = opened.architecture
+        table = _table(opened, architecture)
     except MbxError as error:
         faults.append(error.fact)
     beside = opened.hf if opened.hf is not None and opened.hf.is_dir() else None
@@ -140,29 +140,17 @@ def _salvaged(found: Sniffed) -> Checkpoint:
     return Checkpoint(found.path, found.format.name, spelling, home, tensors, hf=beside)
 
 
-def _model(opened: Checkpoint) -> tuple[str | None, str | None]:
-    """Architecture and table, by config.json or else by Megatron's own sidecars; None where they do not tell."""
-    if opened.spelling == "peft":
-        return None, None
+def _table(opened: Checkpoint, architecture: str | None) -> str | None:
+    """The table that covers a checkpoint, by its config.json or else by Megatron's sidecars; None where none does."""
+    if architecture is None:
+        return None
     folder = opened.home if opened.spelling == "hf" else opened.home / "hf"
-    if (folder / hf.CONFIG).is_file():
-        config = hf.read_config(folder)
-        try:
-            return _named(config), table_for(config).name if _named(config) else None
-        except UnsupportedError:
-            return _named(config), None
     try:
-        found = architecture_of(opened)
-    except MbxError:
-        return None, None
-    return _named(found.config), found.table.name
-
-
-def _named(config: Mapping[str, Value]) -> str | None:
-    """The architecture that a config names."""
-    names = config.get("architectures")
-    named = ", ".join(map(str, names)) if isinstance(names, list) and names else config.get("model_type")
-    return None if named is None else str(named)
+        if (folder / hf.CONFIG).is_file():
+            return table_for(hf.read_config(folder)).name
+        return architecture_of(opened).table.name
+    except UnsupportedError:
+        return None
 
 
 def _adapter(opened: Checkpoint) -> AdapterFacts | None:

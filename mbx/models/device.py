@@ -22,7 +22,8 @@ _PATIENCE_S = 7200.0
 class Spread:
     """How a Megatron Core model is spread over processes, and what it computes in.
 
-    `etp` is the tensor parallelism of expert weights, 1 by default (Megatron-LM's default follows `tp`).
+    `vpp` counts the model chunks of a pipeline rank, `cp` the ranks that share a sequence. `etp` is the tensor
+    parallelism of expert weights, 1 by default (Megatron-LM's default follows `tp`).
     UsageError for a device or dtype that is not known.
     """
 
@@ -32,6 +33,8 @@ class Spread:
     device: str = "cpu"
     dtype: str = "fp32"
     etp: int = 1
+    vpp: int = 1
+    cp: int = 1
 
     def __post_init__(self) -> None:
         for name, value, known in (("device", self.device, DEVICES), ("dtype", self.dtype, DTYPES)):
@@ -39,11 +42,13 @@ class Spread:
                 raise UsageError(f"{name} must be one of {', '.join(known)}, got `{value}`")
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int | None]:
         """The sizes by Megatron Core's names."""
         return {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
+            "virtual_pipeline_model_parallel_size": self.vpp if self.vpp > 1 else None,
+            "context_parallel_size": self.cp,
             "expert_model_parallel_size": self.ep,
             "expert_tensor_parallel_size": self.etp,
         }

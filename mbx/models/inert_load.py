@@ -37,7 +37,7 @@ from mbx.torchfile.pickles import global_finder
 from mbx.torchfile.torch_values import TORCH_NAMES, TensorStub
 from mbx.untrusted.names import inside
 
-#: Classes of NumPy's arrays and scalars, in which random states are saved (`mbx/train/restore.py`).
+#: Classes of NumPy's arrays and scalars, in which random states are saved (`mbx/train/checkpoints/restore.py`).
 _NUMPY = tuple(
     f"{module}.{name}"
     for module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy")
@@ -52,7 +52,9 @@ _TE_RECIPES = tuple(
         "QParams",
     )
 )
-_EXTRA_STATE = frozenset((*_TE_RECIPES, "torch.storage._load_from_bytes", "_io.BytesIO", "io.BytesIO"))
+#: Megatron Core's own recipe, of delayed scaling.
+_CORE_RECIPES = ("megatron.core.extensions.transformer_engine.TEDelayedScaling",)
+_EXTRA_STATE = frozenset((*_TE_RECIPES, *_CORE_RECIPES, "torch.storage._load_from_bytes", "_io.BytesIO", "io.BytesIO"))
 _OBJECTS = frozenset((*_NUMPY, "_io.BytesIO", "io.BytesIO", "builtins.bytearray", "builtins.complex"))
 _PICKLE_START = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 

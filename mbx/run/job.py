@@ -77,6 +77,10 @@ class Job:
     origin: Mapping[str, str | None] = field(default_factory=dict)
     sidecars: Sidecars | None = None
 
+    def run(self, progress: Progress = lambda _: None) -> Outcome:
+        """Carry the job out, as this machine's only process; `progress` is called with bytes as they are written."""
+        return run(self, progress)
+
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """The target's tensors, each chunk in its place."""

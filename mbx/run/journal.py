@@ -25,8 +25,8 @@ from converters.engine.pieces import Cutting
 from converters.engine.plan import Plan
 from converters.errors import StorageError, UsageError
 from converters.tensors import StoredTensor
-from mbx import __version__
 from mbx.formats.files import os_failure
+from mbx.version import __version__
 
 FOLDER = ".mbx"
 _HEADER = "run.json"

@@ -7,18 +7,18 @@ Three lists cover the folder: `tensors` their chunks, `containers` all that stan
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.checksums import crc32
 from converters.errors import StorageError, spelt
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor, nbytes_of
-from mbx import __version__
 from mbx.formats.hf import MANIFEST
 from mbx.untrusted.names import is_inside
+from mbx.version import __version__
 
 if TYPE_CHECKING:
     from mbx.run.job import Job
@@ -66,7 +66,7 @@ def gap_crc(read: Read, file: str, spans: list[Span], size: int) -> int:
         for at in range(start, start + nbytes, _BLOCK):
             view = memoryview(buffer)[: min(_BLOCK, start + nbytes - at)]
             read(file, at, view)
-            crc = zlib.crc32(view, crc)
+            crc = crc32(view, crc)
     return crc
 
 

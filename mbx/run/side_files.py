@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.checksums import crc32
 from converters.errors import CoverageError
 from converters.tensors import StoredTensor
 from mbx.formats import hf, torch_dist
@@ -91,7 +91,7 @@ def write_file(path: Path, blocks: Iterable[bytes], *, sync: bool) -> int:
         with path.open("wb") as stream:
             for block in blocks:
                 stream.write(block)
-                crc = zlib.crc32(block, crc)
+                crc = crc32(block, crc)
             stream.flush()
             if sync:
                 os.fsync(stream.fileno())

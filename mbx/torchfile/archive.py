@@ -8,11 +8,11 @@ and caffe2/serialize/inline_container.cc.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.checksums import crc32
 from converters.errors import StorageError
 from converters.tensors import Shape, nbytes_of
 from mbx.torchfile.pickle_machine import MAX_PICKLE_BYTES
@@ -205,7 +205,7 @@ def _pack_records(records: dict[str, bytes]) -> tuple[bytes, list[ArchiveEntry]]
     entries: list[ArchiveEntry] = []
     for short, content in records.items():
         name = f"archive/{short}"
-        crc = zlib.crc32(content)
+        crc = crc32(content)
         entries.append(ArchiveEntry(name, len(body), len(content), crc))
         body += pack_local(name.encode(), crc, len(content), 1, len(body), late_crc=False, zip64=False)
         body += content

@@ -7,10 +7,10 @@ the CRC-32 of each storage comes last; `frames` gives what surrounds the data on
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from converters.checksums import crc32
 from mbx.torchfile.pickles import dump_plain
 from mbx.torchfile.zip_format import (
     CENTRAL,
@@ -42,7 +42,7 @@ class ArchiveLayout:
         """(byte offset, bytes) of everything but the data; `crcs[i]` is the CRC-32 of storage `i`."""
         entries, at = [], 0
         for short, content in self.records:
-            name, crc = f"{self.folder}/{short}", zlib.crc32(content)
+            name, crc = f"{self.folder}/{short}", crc32(content)
             header = pack_local(name.encode(), crc, len(content), 1, at, late_crc=False, zip64=False)
             yield at, header + content
             entries.append(ArchiveEntry(name, at, len(content), crc))

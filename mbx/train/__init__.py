@@ -1,4 +1,4 @@
 """A small trainer on Megatron Core that starts from, and ends with, a Hugging Face folder.
 
-Read `loop.py` from top to bottom; its neighbours each do one thing it names.
+Read `run/loop.py` from top to bottom; its neighbours each do one thing it names.
 """

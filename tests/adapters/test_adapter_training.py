@@ -15,16 +15,16 @@ from converters.errors import UnsupportedError, UsageError
 from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
-from mbx.train.export import export_run
-from mbx.train.loop import train
+from mbx.train.checkpoints.export import export_run
 from mbx.train.lora import attach as lora
 from mbx.train.lora.layer import Slots
 from mbx.train.lora.peft_folder import load_peft
-from mbx.train.model import blueprint
-from mbx.train.prepare import prepare
-from mbx.train.recipe import parse_recipe
-from mbx.train.sections import Lora
-from mbx.train.weights import load_weights
+from mbx.train.model.blueprint import blueprint
+from mbx.train.model.weights import load_weights
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.recipe.sections import Lora
+from mbx.train.run.loop import train
+from mbx.train.run.prepare import prepare
 from tests.oracles import compare_logits, mcore_logits
 
 DENSE = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.errors import UsageError
-from mbx.train.catalogue import load_recipe
-from mbx.train.mlm_args import FLAGS, SKIPPED, dump_toml, from_recipe, split_flags, to_recipe
-from mbx.train.recipe import parse_recipe
+from mbx.train.recipe.catalogue import load_recipe
+from mbx.train.recipe.mlm_args import FLAGS, SKIPPED, from_recipe, split_flags, to_recipe
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.recipe.toml import dump_toml
 
 COMMAND = """torchrun --nproc-per-node 8 pretrain_gpt.py \\
     --num-layers 32 --hidden-size 4096 --num-attention-heads 32 --group-query-attention --num-query-groups 8 \\

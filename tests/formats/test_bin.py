@@ -15,8 +15,8 @@ from converters.errors import StorageError
 from converters.mcore.layout import Layout
 from mbx.formats import hf
 from mbx.formats.bin_weights import read_bin_folder
+from mbx.proof.parity import parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.verify.parity import parity
 
 PLAIN = Options(sync=False)
 

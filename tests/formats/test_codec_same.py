@@ -18,8 +18,8 @@ from converters.errors import CoverageError, DeviceError, MbxError, StorageError
 from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
 from mbx.formats.hf import LAYOUT, SCALES, open_hf
+from mbx.proof.integrity import check
 from mbx.run.job import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.verify.integrity import check
 from tests.formats._quantised import FOLDERS, change, quantised, tensors
 from tests.formats._runs import convert, dying_at, in_child, tree
 

@@ -11,8 +11,8 @@ import pytest
 
 from converters.errors import StorageError
 from converters.mcore.layout import Layout
+from mbx.proof.integrity import Report, check
 from mbx.run.manifest import read
-from mbx.verify.integrity import Report, check
 from tests.formats._runs import convert
 
 

@@ -22,13 +22,13 @@ from converters.mcore.megatron_args import TRAINING, args_of, config_of_args, la
 from fixtures.make_tiny import make
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_megatron as open_any
+from mbx.proof.parity import parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.run.reshard import plan_mcore_to_mcore
 from mbx.tables import table_for
 from mbx.torchfile.archive_layout import lay_out, pack_wide_directory
 from mbx.torchfile.torch_values import TensorStub, row_major
 from mbx.torchfile.zip_format import ArchiveEntry, read_directory
-from mbx.verify.parity import parity
 
 State = dict[str, torch.Tensor | None]
 DENSE = Options(sync=False)

@@ -13,7 +13,7 @@ import pytest
 
 from converters.tensors import StoredTensor
 from mbx.formats.safetensors import build_header
-from mbx.verify.integrity import check
+from mbx.proof.integrity import check
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20

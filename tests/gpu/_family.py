@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from mbx.models.forward.logits import LogitDiff
     from mbx.models.forward.prompts import Passes
-    from mbx.verify.parity import Leg
+    from mbx.proof.parity import Leg
 
 #: Families measured in bf16 and FP8 as well, on a GPU.
 LOW_PRECISION = ("llama", "qwen3")
@@ -54,8 +54,8 @@ _FUSED = (
 
 def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found) -> None:
     """Everything about one family."""
+    from mbx.proof.parity import parity
     from mbx.run.job import Options, plan_hf_to_mcore, run
-    from mbx.verify.parity import parity
 
     source = checkpoint(name, tiny, work)
     job = plan_hf_to_mcore(source, work / "mcore", Options(sync=False))

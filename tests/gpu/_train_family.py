@@ -21,10 +21,10 @@ BF16 = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 
 def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found) -> None:
     """Everything about one family."""
-    from mbx.train.export import export_run
-    from mbx.train.loop import train
-    from mbx.train.prepare import prepare
-    from mbx.train.recipe import parse_recipe
+    from mbx.train.checkpoints.export import export_run
+    from mbx.train.recipe.parse import parse_recipe
+    from mbx.train.run.loop import train
+    from mbx.train.run.prepare import prepare
 
     source = checkpoint(name, tiny, work)
     bf16 = device == "cuda" and name in BF16

@@ -120,11 +120,11 @@ def main(out: Path) -> None:
     """One rank of a world."""
     import torch
 
-    from mbx.train.data import Examples
-    from mbx.train.log import Step
-    from mbx.train.loop import train
-    from mbx.train.prepare import prepare
-    from mbx.train.recipe import parse_recipe
+    from mbx.train.data.rows import Examples
+    from mbx.train.recipe.parse import parse_recipe
+    from mbx.train.run.log import Step
+    from mbx.train.run.loop import train
+    from mbx.train.run.prepare import prepare
 
     torch.set_num_threads(1)
     rank = os.environ["RANK"]

@@ -99,9 +99,9 @@ def raw(name: str, work: Path, tiny: Path, device: str, sections: dict[str, dict
 
 def packed_jobs(work: Path, tiny: Path, device: str) -> list[Job]:
     """The same chats in rows of their own, in packed rows, and in packed rows two at a time; a step sees them all."""
-    from mbx.train.data import pack
-    from mbx.train.examples import read_examples
-    from mbx.train.sections import Data
+    from mbx.train.data.examples import read_examples
+    from mbx.train.data.rows import pack
+    from mbx.train.recipe.sections import Data
 
     file = work / "chats.jsonl"
     answers = [" ".join(str(n) for n in range(start, start + 3 + 2 * start)) for start in range(12)]

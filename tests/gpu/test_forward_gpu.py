@@ -1,4 +1,4 @@
-"""`mbx.verify.parity` on one GPU: Transformer Engine in fp32 against Transformers; needs `-m gpu`."""
+"""`mbx.proof.parity` on one GPU: Transformer Engine in fp32 against Transformers; needs `-m gpu`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mbx.models.device import Spread
+from mbx.proof.parity import parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
-from mbx.verify.parity import parity
 
 HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
 pytestmark = [

@@ -27,7 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from mbx.models.device import Spread, process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
-from mbx.train.restore import allocate, count_steps
+from mbx.train.checkpoints.restore import allocate, count_steps
 
 CONFIG = {**QWEN3_MOE, "model.vocab_size": 250, "moe_router_dtype": None}
 LAYOUTS = {

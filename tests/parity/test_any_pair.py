@@ -1,4 +1,4 @@
-"""`mbx.verify.parity` for every pair of formats and layouts: equal ones pass, and one changed value is found."""
+"""`mbx.proof.parity` for every pair of formats and layouts: equal ones pass, and one changed value is found."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from _stores import changed_hf, changed_mcore, per_layer, read_hf, read_mcore, w
 from converters.errors import MbxError
 from converters.mcore.layout import Layout
 from fixtures.make_tiny import NAMES, make
+from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.run.reshard import plan_mcore_to_mcore
-from mbx.verify.parity import Leg, ParityReport, parity
 
 NAME = "qwen3"
 FC1 = "decoder.layers.mlp.linear_fc1.weight"

@@ -19,7 +19,7 @@ from converters.causes import Suspect, find_cause
 from converters.causes.row_orders import Heads, Structure, arrangements
 from converters.rows.pack import Pack
 from fixtures.make_tiny import make
-from mbx.verify.parity import ParityReport, parity
+from mbx.proof.parity import ParityReport, parity
 
 NAME = "qwen3"
 LAYERS, HEADS, GROUPS, DIM, HIDDEN = 4, 8, 4, 16, 32
@@ -232,8 +232,8 @@ def test_a_tensor_larger_than_the_budget_is_read_in_blocks(tmp_path: Path) -> No
     """Rows beyond the budget are made again when asked for: the same sentence, in a fraction of the memory."""
     from mbx.formats.files import FileSource
     from mbx.formats.registry import open_checkpoint as open_side
-    from mbx.verify.cause_search import Detective
-    from mbx.verify.comparison import pair_sides
+    from mbx.proof.cause_search import Detective
+    from mbx.proof.comparison import pair_sides
 
     torch.manual_seed(0)
     big = torch.randn(3000, 1024).bfloat16()

@@ -14,8 +14,9 @@ from converters.errors import MbxError, UsageError
 from converters.mcore.layout import Layout
 from fixtures.make_tiny import NAMES, make
 from mbx.cli import main
-from mbx.verify.ci import Check, Result, described, read_checks, run_checks
-from mbx.verify.ci_report import junit, markdown
+from mbx.proof.ci.checks import Check, described, read_checks
+from mbx.proof.ci.matrix import Result, run_checks
+from mbx.proof.ci.report import junit, markdown
 
 NAME = "qwen3"
 FC1 = "decoder.layers.mlp.linear_fc1.weight"

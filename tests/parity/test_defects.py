@@ -16,9 +16,9 @@ from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
 from mappings import table_text
 from mbx.models.forward.prompts import Prompts
+from mbx.proof.parity import ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.run.reshard import plan_mcore_to_mcore
-from mbx.verify.parity import ParityReport, parity
 
 LEGS = ("cover", "config", "weights", "forward")
 SHORT = Prompts(num_prompts=1, num_tokens=24)

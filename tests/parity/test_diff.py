@@ -11,7 +11,7 @@ from _planted import convert
 from _stores import Tensors, changed_hf, changed_mcore, read_hf
 
 from mbx.cli import main
-from mbx.verify.diff import diff
+from mbx.proof.diff import diff
 
 NAME = "qwen3"
 FC1 = "decoder.layers.mlp.linear_fc1.weight"

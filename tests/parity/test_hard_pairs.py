@@ -20,13 +20,13 @@ from fixtures.wrapped import make_wrapped
 from mbx.cli import main
 from mbx.formats.hf import KEPT
 from mbx.formats.summary import summarize as examine
+from mbx.proof.diff import diff
+from mbx.proof.integrity import check
+from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.execution import run
 from mbx.run.job import Options
 from mbx.run.manifest import MANIFEST
 from mbx.run.reshard import plan_mcore_to_mcore
-from mbx.verify.diff import diff
-from mbx.verify.integrity import check
-from mbx.verify.parity import Leg, ParityReport, parity
 
 EMBEDDING = "embedding.word_embeddings.weight"
 NORM = "decoder.layers.mlp.linear_fc1.layer_norm_weight"

@@ -14,9 +14,9 @@ from mbx.formats.registry import open_megatron as open_torch_dist
 from mbx.models.device import ONE_PROCESS, megatron_on
 from mbx.models.forward.loss import CrossEntropy
 from mbx.models.forward.prompts import Prompts
+from mbx.proof.parity import Leg, parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.tables import shipped
-from mbx.verify.parity import Leg, parity
 from tests.oracles import load_transformers, loaded_model
 
 IDS = (3, 1, 4, 1, 5, 9, 2, 6)

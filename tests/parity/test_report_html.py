@@ -18,8 +18,8 @@ from _stores import changed_mcore
 from converters.errors import StorageError
 from mbx.cli import main
 from mbx.models.forward.divergence import BorderDiff
-from mbx.verify.parity import ParityReport, parity
-from mbx.verify.report_html import page, write
+from mbx.proof.parity import ParityReport, parity
+from mbx.proof.report.html import page, write
 
 NAME = "qwen3"
 FC1, FINAL = "decoder.layers.mlp.linear_fc1.weight", "decoder.final_layernorm.weight"

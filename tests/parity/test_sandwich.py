@@ -13,7 +13,7 @@ from converters.errors import UnsupportedError
 from fixtures.make_tiny import make
 from mappings import table_text
 from mbx.models.megatron.config import transformer_config
-from mbx.verify.parity import Leg, parity
+from mbx.proof.parity import Leg, parity
 
 SCALE, POST = '"model.scale_embeddings" = true', '"model.post_layernorms" = true'
 NEEDS = {"gemma": (SCALE,), "gemma3_text": (SCALE, POST), "glm4": (POST,)}

@@ -32,8 +32,8 @@ from mbx.models.megatron.tracing import trace_megatron
 from mbx.models.megatron.weights import StoredWeights
 from mbx.models.stored import read_box, read_rows, row_runs
 from mbx.models.transformers.tracing import trace_transformers
+from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
-from mbx.verify.parity import Leg, ParityReport, parity
 from tests.oracles import compare_logits, load_transformers, loaded_model, mcore_passes, transformers_passes
 
 NAME = "qwen3"

@@ -1,4 +1,4 @@
-"""`mbx.verify.parity` sees every planted defect, in the leg that should see it, and calls nothing passed unseen."""
+"""`mbx.proof.parity` sees every planted defect, in the leg that should see it, and calls nothing passed unseen."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from mbx.models.device import Spread
 from mbx.models.forward.models import MegatronModel, TransformersModel, vocab_size
 from mbx.models.forward.parity import compare_models, read_prompts
 from mbx.models.forward.prompts import Prompts
+from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import shipped
-from mbx.verify.parity import Leg, ParityReport, parity
 
 NAME = "qwen3"
 QKV, FC1 = "decoder.layers.self_attention.linear_qkv.weight", "decoder.layers.mlp.linear_fc1.weight"

@@ -23,8 +23,8 @@ from converters.mcore.bridge_config import config_of_run_config
 from fixtures.make_tiny import make
 from mbx.formats.architecture import architecture_of
 from mbx.formats.registry import open_megatron as open_any
+from mbx.proof.parity import parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
-from mbx.verify.parity import parity
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES: dict[str, dict[str, Any]] = json.loads((ROOT / "fixtures/bridge/run_configs.json").read_text(encoding="utf-8"))

@@ -14,9 +14,9 @@ from mappings import table_text
 from mbx.models.forward.prompts import Batch
 from mbx.models.transformers.equivalents import TWINS
 from mbx.models.transformers.tracing import trace_transformers
+from mbx.proof.legs import Leg
+from mbx.proof.parity import parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
-from mbx.verify.legs import Leg
-from mbx.verify.parity import parity
 from tests.oracles import compare_logits
 
 #: Checkpoint, its table, and what the leg says of the comparison.

@@ -18,9 +18,9 @@ from converters.rows.config_spelling import canonical
 from converters.rows.coverage import Waivers
 from fixtures.wrapped import WRAPPED, make_wrapped
 from mbx.formats.hf import MANIFEST, read_config
+from mbx.proof.parity import parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import table_for
-from mbx.verify.parity import parity
 
 CASES = [("gemma3", "v4"), ("gemma3", "v5"), ("llama4", "v4"), ("qwen3_5", "v4"), ("qwen3_5_moe", "v4")]
 

@@ -38,9 +38,9 @@ def raw(run_dir: Path, **sections: dict[str, object]) -> Raw:
 
 def run_here(recipe: Raw, **arguments: object) -> list[float]:
     """Losses of a run in this process. A signal that ended the run was meant for the tests, so it ends them."""
-    from mbx.train.loop import train
-    from mbx.train.prepare import prepare
-    from mbx.train.recipe import parse_recipe
+    from mbx.train.recipe.parse import parse_recipe
+    from mbx.train.run.loop import train
+    from mbx.train.run.prepare import prepare
 
     done = train(prepare(parse_recipe(recipe), **arguments), live=False)  # type: ignore[arg-type]
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -144,10 +144,10 @@ def main(out: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from mbx.train.log import Step
-    from mbx.train.loop import train
-    from mbx.train.prepare import prepare
-    from mbx.train.recipe import parse_recipe
+    from mbx.train.recipe.parse import parse_recipe
+    from mbx.train.run.log import Step
+    from mbx.train.run.loop import train
+    from mbx.train.run.prepare import prepare
 
     results = []
     for number, job in enumerate(json.loads(out.with_suffix(".jobs").read_text())):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from _trainings import Raw, raw, run_here, run_to_its_kill, start_world
 
-from mbx.train.run_state import latest
+from mbx.train.checkpoints.state import latest
 
 
 def recipe(run_dir: Path, **run: object) -> Raw:

@@ -14,12 +14,13 @@ from fixtures.make_tiny import make
 from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
-from mbx.train.budget import Budget, predict, suggestions
-from mbx.train.catalogue import load_recipe
-from mbx.train.counts import count
+from mbx.train.budget.counts import count
+from mbx.train.budget.predict import Budget, predict, suggestions
 from mbx.train.lora import attach as lora
-from mbx.train.model import Blueprint, blueprint
-from mbx.train.recipe import Recipe, parse_recipe
+from mbx.train.model.blueprint import Blueprint, blueprint
+from mbx.train.recipe.catalogue import load_recipe
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.recipe.sections import Recipe
 
 MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_router_topk": 2}
 

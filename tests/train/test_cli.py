@@ -150,7 +150,7 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_show_prints_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dataclasses import replace
 
-    from mbx.train.catalogue import load_recipe
+    from mbx.train.recipe.catalogue import load_recipe
 
     main(["train", "--recipe", "llama32_1b_lora", "--show"])
     (tmp_path / "mine.toml").write_text(capsys.readouterr().out)

@@ -12,12 +12,12 @@ import pytest
 from _trainings import QWEN3, Raw, raw, run_here
 
 from converters.errors import CoverageError, MbxError, StorageError, UnsupportedError, UsageError
-from mbx.train.export import export_run
-from mbx.train.log import METRICS, chart
-from mbx.train.prepare import prepare
-from mbx.train.recipe import parse_recipe
-from mbx.train.report import read_metrics, write_report
-from mbx.train.run_state import latest
+from mbx.train.checkpoints.export import export_run
+from mbx.train.checkpoints.state import latest
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.run.log import METRICS, chart
+from mbx.train.run.prepare import prepare
+from mbx.train.run.report import read_metrics, write_report
 
 
 def short(folder: Path, steps: int = 2, **sections: dict[str, object]) -> Raw:
@@ -183,7 +183,7 @@ def test_adapters_need_targets(tmp_path: Path) -> None:
 
 
 def test_linears_with_a_norm_behind_take_no_adapter(tmp_path: Path) -> None:
-    from mbx.train.catalogue import load_recipe
+    from mbx.train.recipe.catalogue import load_recipe
 
     given = ["model.init=random", "data.kind=pattern", "run.save=false", f"run.dir={tmp_path}", "run.device=cpu"]
     with pytest.raises(UnsupportedError, match="norm behind linear_proj") as caught:
@@ -201,7 +201,7 @@ def test_a_base_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_families_that_need_transformer_engine_are_planned_but_not_run(tmp_path: Path) -> None:
-    from mbx.train.catalogue import load_recipe
+    from mbx.train.recipe.catalogue import load_recipe
 
     for name in ("gpt_oss_20b_pretrain", "nemotron_h_8b_pretrain"):
         recipe = load_recipe(

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.errors import StorageError, UsageError
-from mbx.train.data import Pattern, example_rows, megatron_rows, micro_batches, pack
-from mbx.train.examples import Example, read_examples
-from mbx.train.sections import Data
+from mbx.train.data.examples import Example, read_examples
+from mbx.train.data.rows import Pattern, example_rows, megatron_rows, micro_batches, pack
+from mbx.train.recipe.sections import Data
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from converters.errors import UsageError
 from fixtures.make_tiny import make
 from mbx.formats import hf
+from mbx.formats.peft import CONFIG, WEIGHTS
 from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.run.job import Options, plan_hf_to_mcore, run
-from mbx.train.export import export_run
-from mbx.train.lora.peft_folder import CONFIG, WEIGHTS
-from mbx.train.model import blueprint
-from mbx.train.recipe import parse_recipe
-from mbx.train.run_state import RECIPE
+from mbx.train.checkpoints.export import export_run
+from mbx.train.checkpoints.state import RECIPE
+from mbx.train.model.blueprint import blueprint
+from mbx.train.recipe.parse import parse_recipe
 from tests.judge import load_torch_dist
 from tests.oracles import compare_logits, hf_logits, mcore_logits
 
@@ -47,7 +47,7 @@ def fp32_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch(recipe: Raw, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and labels of one global batch, [8, 32]."""
-    from mbx.train.data import Pattern
+    from mbx.train.data.rows import Pattern
 
     rows = [Pattern(251, 32, 1234).row(8 * step + n) for n in range(8)]
     return tuple(torch.stack([torch.from_numpy(getattr(r, x)) for r in rows]) for x in ("tokens", "labels"))  # type: ignore[return-value]

@@ -15,11 +15,12 @@ from mbx.models.device import process_group
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.rotary import transformers_frequencies
 from mbx.tables import shipped
-from mbx.train.build_config import gpu_config
-from mbx.train.model import blueprint, build
-from mbx.train.parallel import Ranks
-from mbx.train.prepare import prepare
-from mbx.train.recipe import parse_recipe
+from mbx.train.model.blueprint import blueprint
+from mbx.train.model.build import build
+from mbx.train.model.config import gpu_config
+from mbx.train.model.parallel import Ranks
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.run.prepare import prepare
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, dp=1, device="cpu", te=False)
 REFUSED = {name: why for name in table_names() if (why := shipped(name).unsupported)}

@@ -9,9 +9,9 @@ from _trainings import ROOT
 
 from benchmarks import figures
 from benchmarks.train_gpu import budget_cases, lora_overrides, throughput_overrides
-from mbx.train.budget import GIB, predict
-from mbx.train.catalogue import load_recipe
-from mbx.train.model import blueprint
+from mbx.train.budget.predict import GIB, predict
+from mbx.train.model.blueprint import blueprint
+from mbx.train.recipe.catalogue import load_recipe
 
 #: What a budget may be off, of `max_memory_allocated`.
 TOLERANCE = 0.05

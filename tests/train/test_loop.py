@@ -13,15 +13,15 @@ import pytest
 from _trainings import QWEN3, raw, run_here
 
 from converters.errors import DeviceError, DifferenceError, LayoutError, MbxError, UsageError
-from mbx.train.data import Pattern, Row
-from mbx.train.fp8 import check_capability, fp8_config
-from mbx.train.log import METRICS, Log, Step, chart, line
-from mbx.train.loop import train
-from mbx.train.model import first_microbatch
-from mbx.train.prepare import prepare
-from mbx.train.recipe import parse_recipe
-from mbx.train.report import read_metrics, write_report
-from mbx.train.sections import Fp8
+from mbx.train.data.rows import Pattern, Row
+from mbx.train.model.build import first_microbatch
+from mbx.train.model.fp8 import check_capability, fp8_config
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.recipe.sections import Fp8
+from mbx.train.run.log import METRICS, Log, Step, chart, line
+from mbx.train.run.loop import train
+from mbx.train.run.prepare import prepare
+from mbx.train.run.report import read_metrics, write_report
 
 
 def test_accumulation_changes_nothing(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.train.lora import attach as lora
-from mbx.train.model import blueprint
-from mbx.train.recipe import parse_recipe
+from mbx.train.model.blueprint import blueprint
+from mbx.train.recipe.parse import parse_recipe
 
 
 class TELayerNormColumnParallelLinear(nn.Module):

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from converters.errors import StorageError, UsageError
-from mbx.train.catalogue import load_recipe, recipe_names
-from mbx.train.recipe import all_keys, check_world, parse_recipe, smallest_world
+from mbx.train.recipe.catalogue import load_recipe, recipe_names
+from mbx.train.recipe.parse import all_keys, parse_recipe
+from mbx.train.recipe.toml import dump_toml
+from mbx.train.recipe.world import check_world, smallest_world
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_parse_and_plan(name: str) -> None:
-    from mbx.train.model import blueprint
+    from mbx.train.model.blueprint import blueprint
 
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.description
@@ -27,7 +29,7 @@ def test_shipped_shapes_are_those_of_the_hub() -> None:
     import json
 
     from mbx.tables import table_for
-    from mbx.train.catalogue import load_recipe
+    from mbx.train.recipe.catalogue import load_recipe
 
     index = Path(__file__).resolve().parents[2] / "fixtures" / "index"
     pairs = {
@@ -61,7 +63,7 @@ def test_models_list_the_methods_that_fit() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_any_shipped_recipe_can_be_cut_short(name: str) -> None:
-    from mbx.train.schedule import learning_rate
+    from mbx.train.run.schedule import learning_rate
 
     recipe = load_recipe(name, ["steps=4"])
     assert learning_rate(recipe.optim, 0, 4) == recipe.optim.lr, "no warm-up swallows a run of four steps"
@@ -202,3 +204,11 @@ def test_interleaved_stages_need_full_rounds() -> None:
     with pytest.raises(UsageError, match="multiple of parallel.pp 2 micro-batches") as caught:
         check_world(recipe, 2)
     assert caught.value.hint == "train.global_batch=10"
+
+
+def test_any_recipe_comes_back_from_its_toml(tmp_path: Path) -> None:
+    said = 'a "b" \\ \n \x7f 🙂'
+    recipe = load_recipe("llama32_1b_lora", ["name=mine", f"description={said}", "model.shape.model.x=1"])
+    (tmp_path / "mine.toml").write_text(dump_toml(recipe.to_dict()), encoding="utf-8")
+    again = load_recipe(str(tmp_path / "mine.toml"))
+    assert again == recipe and again.description == said

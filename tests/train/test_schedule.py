@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbx.train.schedule import learning_rate, warmup_steps
-from mbx.train.sections import Optim
+from mbx.train.recipe.sections import Optim
+from mbx.train.run.schedule import learning_rate, warmup_steps
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from mbx.cli import main
 from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
-from mbx.train.catalogue import load_recipe, recipe_names
-from mbx.train.export import export_run
-from mbx.train.loop import train
-from mbx.train.prepare import prepare
-from mbx.train.run_state import latest
+from mbx.train.checkpoints.export import export_run
+from mbx.train.checkpoints.state import latest
+from mbx.train.recipe.catalogue import load_recipe, recipe_names
+from mbx.train.run.loop import train
+from mbx.train.run.prepare import prepare
 from tests.judge import load_torch_dist
 from tests.oracles import compare_logits, hf_logits, mcore_logits
 

@@ -17,9 +17,9 @@ from mbx.models.device import Spread, process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.run.job import Options, plan_hf_to_mcore, run
-from mbx.train.model import blueprint
-from mbx.train.recipe import parse_recipe
-from mbx.train.weights import load_weights, model_shards
+from mbx.train.model.blueprint import blueprint
+from mbx.train.model.weights import load_weights, model_shards
+from mbx.train.recipe.parse import parse_recipe
 from tests.judge import load_torch_dist
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]

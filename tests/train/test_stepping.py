@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mbx.train.stepping import GuardedStep
+from mbx.train.run.stepping import GuardedStep
 
 
 class Float16OptimizerWithFloat16Params:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from _trainings import raw, run_here
 
-from mbx.train.run_state import latest
-from mbx.train.stop import Stop
+from mbx.train.checkpoints.state import latest
+from mbx.train.run.stop import Stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -39,9 +39,9 @@ def test_it_says_what_it_does(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ctrl_c_saves_and_the_run_resumes(tmp_path: Path) -> None:
-    from mbx.train.loop import train
-    from mbx.train.prepare import prepare
-    from mbx.train.recipe import parse_recipe
+    from mbx.train.recipe.parse import parse_recipe
+    from mbx.train.run.loop import train
+    from mbx.train.run.prepare import prepare
 
     def recipe(name: str) -> dict[str, dict[str, object]]:
         return raw(tmp_path / name, train={"steps": 5, "micro_batch": 2, "global_batch": 4, "deterministic": True})
@@ -60,9 +60,9 @@ def test_ctrl_c_saves_and_the_run_resumes(tmp_path: Path) -> None:
 def test_aborting_leaves_no_checkpoint(tmp_path: Path) -> None:
     """Ctrl-C twice in one step: nothing is saved, and the tracker names nothing."""
 
-    from mbx.train.loop import train
-    from mbx.train.prepare import prepare
-    from mbx.train.recipe import parse_recipe
+    from mbx.train.recipe.parse import parse_recipe
+    from mbx.train.run.loop import train
+    from mbx.train.run.prepare import prepare
 
     def twice(step: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)

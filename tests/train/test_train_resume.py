@@ -10,7 +10,7 @@ import pytest
 from _trainings import QWEN3, Raw, raw, run_here, run_to_its_kill, start_world
 
 from converters.errors import StorageError, UsageError
-from mbx.train.log import METRICS
+from mbx.train.run.log import METRICS
 
 
 def recipe(run_dir: Path) -> Raw:

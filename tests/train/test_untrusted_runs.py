@@ -14,7 +14,7 @@ from _trainings import Raw, raw, run_here
 from converters.errors import StorageError
 from converters.tensors import StoredTensor
 from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
-from mbx.train.run_state import latest
+from mbx.train.checkpoints.state import latest
 
 
 def short(folder: Path, steps: int) -> Raw:

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from mbx.train.catalogue import load_recipe
-from mbx.train.model import blueprint
-from mbx.train.parallel import Ranks
-from mbx.train.schedule import warmup_steps
-from mbx.train.warmup import draws, warm_up
+from mbx.train.model.blueprint import blueprint
+from mbx.train.model.parallel import Ranks
+from mbx.train.model.warmup import draws, warm_up
+from mbx.train.recipe.catalogue import load_recipe
+from mbx.train.run.schedule import warmup_steps
 
 CPU = Ranks(rank=0, world_size=1, local_rank=0, dp=1, device="cpu", te=False)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from converters.engine.crc import combine
+from converters.checksums import combine
 from converters.engine.plan import Draft
 from converters.errors import LayoutError
 from converters.mcore.cuts import Cut, cuts_of

@@ -25,10 +25,8 @@ FlatConfig: TypeAlias = Mapping[str, Value]
 
 MODEL_PREFIX = "model."
 # Set by the layout, the dtype or the device, never by a model's config.
-_OWNED = (
-    *ONE_PROCESS.sizes,
-    *("params_dtype", "pipeline_dtype", "bf16", "fp16", "use_cpu_initialization", "transformer_impl"),
-)
+_OWNED = """tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size
+expert_tensor_parallel_size params_dtype pipeline_dtype bf16 fp16 use_cpu_initialization transformer_impl""".split()
 # Speed, not mathematics: kernels and dispatch that exist on CUDA only. A CPU build turns them off.
 _CUDA_ONLY: dict[str, Value] = {
     **dict.fromkeys(
@@ -93,7 +91,7 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
     if on_cpu and values.get("fp8") is not None:
         raise UnsupportedError(f"fp8={values['fp8']!r} needs a GPU with Transformer Engine", hint="build without fp8")
 
-    arguments: dict[str, object] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **values}
+    arguments: dict[str, object] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **spread.sizes, **values}
     if "activation_func" in values:
         arguments["activation_func"] = _activation(values["activation_func"])
     if values.get("window_size") is not None:
@@ -107,7 +105,6 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
     else:
         arguments.setdefault("gradient_accumulation_fusion", False)  # True needs Apex
     arguments.update(
-        **spread.sizes,
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
         bf16=dtype == "bf16",

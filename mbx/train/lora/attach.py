@@ -15,12 +15,11 @@ from converters.adapters.sites import ADAPTABLE, is_weight, spellings
 from converters.errors import LayoutError, StorageError, UnsupportedError, UsageError
 from converters.rows.config_map import environment
 from converters.rows.pack import Pack
-from mbx.train.lora.grouped import GROUPED_COLUMN, GROUPED_ROW, LoraGrouped
-from mbx.train.lora.layer import COLUMN, ROW, WHOLE, LoraLinear, Slots
+from mbx.train.lora.grouped import LoraGrouped
+from mbx.train.lora.layer import COLUMN, GROUPED_COLUMN, GROUPED_ROW, ROW, WHOLE, LoraLinear, Slots
 from mbx.train.lora.product import ends_checkpoint
-from mbx.train.model import Blueprint, as_int
-from mbx.train.recipe import Recipe
-from mbx.train.sections import Lora
+from mbx.train.model.blueprint import Blueprint, as_int
+from mbx.train.recipe.sections import Lora, Recipe
 
 __all__ = ["LoraGrouped", "LoraLinear", "adapters", "attach", "base_of", "check_lora", "only_adapters"]
 

@@ -14,17 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from converters.errors import UnsupportedError
-from mbx.train.lora.layer import Slots, cut_gated, first_factor, group_of
-from mbx.train.sections import Lora
+from mbx.train.lora.layer import Adapter, Slots, cut_gated, first_factor
+from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.config import TransformerConfig
 
-GROUPED_COLUMN = ("TEColumnParallelGroupedLinear",)
-GROUPED_ROW = ("TERowParallelGroupedLinear",)
 
-
-class LoraGrouped(nn.Module):
+class LoraGrouped(Adapter):
     """Frozen grouped experts and their adapters; `seeds` draw each expert's A.
 
     `lora_a`: [experts, atoms · r, in]; `lora_b{i}`: [experts, rows of atom i, r]; whole, as the experts are
@@ -34,33 +31,14 @@ class LoraGrouped(nn.Module):
     def __init__(
         self, base: nn.Module, lora: Lora, slots: Slots, config: TransformerConfig, seeds: Sequence[int]
     ) -> None:
-        super().__init__()
+        super().__init__(base, lora, slots, config, expert=True)
         if lora.dora:
             raise UnsupportedError("DoRA on grouped experts is not supported", hint="lora.dora=false")
-        self.base, self.slots, self.config = base, slots, config
-        self.rank, self.scale, self.dropout = lora.rank, lora.alpha / lora.rank, lora.dropout
-        self.row_parallel, self.group = type(base).__name__ in GROUPED_ROW, group_of(True)
-        weight = base.weight0
-        assert isinstance(weight, torch.Tensor)
-        rows = slots.atoms * lora.rank
-        self.lora_a = self._own(torch.stack([first_factor(weight, rows, seed, None) for seed in seeds]))
+        weight, rows = self.weight, slots.atoms * lora.rank
+        self.lora_a = self._own(torch.stack([first_factor(weight, rows, seed, None) for seed in seeds]), None)
         for atom in range(slots.atoms):
             b = torch.zeros(len(seeds), slots.rows(atom), lora.rank, dtype=weight.dtype, device=weight.device)
-            self.register_parameter(f"lora_b{atom}", self._own(b))
-
-    def _own(self, value: torch.Tensor) -> nn.Parameter:
-        from mbx.models.megatron.core.groups import set_tensor_model_parallel_attributes
-
-        parameter = nn.Parameter(value)
-        # ranks of tensor parallelism hold other experts, so each counts towards the gradient's norm
-        set_tensor_model_parallel_attributes(parameter, True, 0, 1)
-        if hasattr(self.base.weight0, "allreduce"):
-            parameter.allreduce = self.base.weight0.allreduce  # type: ignore[attr-defined]
-        return parameter
-
-    def b(self, atom: int) -> nn.Parameter:
-        """B's of one atom."""
-        return self.get_parameter(f"lora_b{atom}")
+            self.register_parameter(f"lora_b{atom}", self._own(b, None))
 
     def forward(
         self, x: torch.Tensor, m_splits: Sequence[int] | torch.Tensor
@@ -74,14 +52,6 @@ class LoraGrouped(nn.Module):
             ranks = torch.chunk(F.linear(tokens, self.lora_a[expert]), self.slots.atoms, dim=1)
             parts.append(torch.cat([F.linear(h, b[expert]) for h, b in zip(ranks, factors, strict=True)], dim=1))
         return torch.add(y, torch.cat(parts), alpha=self.scale), bias
-
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.dropout and self.training):
-            return x
-        from mbx.models.megatron.core.groups import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
-
-        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-            return F.dropout(x, self.dropout)
 
     def backward_dw(self) -> None:
         """Nothing: the base is frozen."""

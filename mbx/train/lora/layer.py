@@ -22,13 +22,15 @@ from torch import nn
 
 from converters.rows.pack import Pack
 from mbx.train.lora.product import biases, fits, norm_of, normed, product
-from mbx.train.sections import Lora
+from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.config import TransformerConfig
 
 COLUMN = ("ColumnParallelLinear", "TEColumnParallelLinear", "TELayerNormColumnParallelLinear")
 ROW = ("RowParallelLinear", "TERowParallelLinear")
+GROUPED_COLUMN = ("TEColumnParallelGroupedLinear",)
+GROUPED_ROW = ("TERowParallelGroupedLinear",)
 #: Whole on every rank of tensor parallelism.
 WHOLE = ("TELinear",)
 
@@ -53,29 +55,74 @@ class Slots:
         return self.pack.groups * self.pack.sizes[atom]
 
 
-class LoraLinear(nn.Module):
+class Adapter(nn.Module):
+    """What adapters of one linear and of grouped experts share: `scale` is alpha / r, `group` the ranks of a cut."""
+
+    whole = dora = False
+
+    def __init__(self, base: nn.Module, lora: Lora, slots: Slots, config: TransformerConfig, expert: bool) -> None:
+        super().__init__()
+        self.base, self.slots, self.config, self.expert = base, slots, config, expert
+        self.rank, self.scale, self.dropout = lora.rank, lora.alpha / lora.rank, lora.dropout
+        self.row_parallel, self.group = type(base).__name__ in (*ROW, *GROUPED_ROW), group_of(expert)
+        self.tp = self.group.size()
+        self.sequence_parallel = self.tp > 1 and config.sequence_parallel
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight; of grouped experts the first's."""
+        weight = self.base.weight0 if hasattr(self.base, "weight0") else self.base.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def _own(self, value: torch.Tensor, cut: int | None) -> nn.Parameter:
+        """A trainable parameter, marked as Megatron Core marks its own."""
+        from mbx.models.megatron.core.groups import set_tensor_model_parallel_attributes
+
+        parameter = nn.Parameter(value)
+        # of an expert: ranks of tensor parallelism hold other experts, so each counts towards the gradient's norm
+        set_tensor_model_parallel_attributes(parameter, cut is not None or self.expert, cut or 0, 1)
+        if hasattr(self.weight, "allreduce"):  # False under expert parallelism: gradients of other ranks' experts
+            parameter.allreduce = self.weight.allreduce  # type: ignore[attr-defined]
+        if cut is None and self.sequence_parallel:
+            parameter.sequence_parallel = True  # type: ignore[attr-defined]  # each rank sees its tokens: sum gradients
+        return parameter
+
+    def b(self, atom: int) -> nn.Parameter:
+        """B of one atom."""
+        return self.get_parameter(f"lora_b{atom}")
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.dropout and self.training):
+            return x
+        from mbx.models.megatron.core.groups import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+
+        if self.expert:
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                return F.dropout(x, self.dropout)
+        if self.row_parallel or self.sequence_parallel:  # each rank holds other values: other masks
+            with get_cuda_rng_tracker().fork():
+                return F.dropout(x, self.dropout)
+        return F.dropout(x, self.dropout)
+
+
+class LoraLinear(Adapter):
     """A frozen Megatron Core linear and its adapter.
 
     `lora_a`: [atoms · r, in], cut by columns under a row-parallel base. `lora_b{i}`: [rows of atom i, r], cut by rows
-    under a column-parallel one. `lora_m{i}` (DoRA): [rows of atom i]. `scale` is alpha / r.
+    under a column-parallel one. `lora_m{i}` (DoRA): [rows of atom i].
     """
 
     def __init__(
         self, base: nn.Module, lora: Lora, slots: Slots, config: TransformerConfig, seed: int, expert: bool = False
     ) -> None:
-        super().__init__()
-        self.base, self.slots, self.config, self.expert = base, slots, config, expert
-        self.rank, self.scale, self.dropout = lora.rank, lora.alpha / lora.rank, lora.dropout
-        self.row_parallel, self.whole = type(base).__name__ in ROW, type(base).__name__ in WHOLE
-        self.group = group_of(expert)
-        self.tp = self.group.size()
-        self.sequence_parallel = config.sequence_parallel and self.tp > 1
+        super().__init__(base, lora, slots, config, expert)
+        self.whole = type(base).__name__ in WHOLE
         # a fused norm hides the input of the product; Transformer Engine hands it out on request
         self.fused_norm = hasattr(base, "return_layernorm_output")
         if self.fused_norm:
             base.return_layernorm_output = True  # type: ignore[assignment]
-        weight = base.weight
-        assert isinstance(weight, torch.Tensor)
+        weight = self.weight
         a = first_factor(weight, slots.atoms * lora.rank, seed, self.group if self.row_parallel else None)
         # experts clamp their first product in place, which the output of a node of its own does not allow
         self.joins_base = not expert and fits(base, tp=self.tp, quantized=bool(config.fp8 or config.fp4))
@@ -91,23 +138,6 @@ class LoraLinear(nn.Module):
             for atom in range(slots.atoms):
                 m = torch.cat(norm[atom :: slots.atoms]).to(weight.dtype)
                 self.register_parameter(f"lora_m{atom}", self._own(m, cut))
-
-    def _own(self, value: torch.Tensor, cut: int | None) -> nn.Parameter:
-        """A trainable parameter, marked as Megatron Core marks its own."""
-        from mbx.models.megatron.core.groups import set_tensor_model_parallel_attributes
-
-        parameter = nn.Parameter(value)
-        # of an expert: ranks of tensor parallelism hold other experts, so each counts towards the gradient's norm
-        set_tensor_model_parallel_attributes(parameter, cut is not None or self.expert, cut or 0, 1)
-        if hasattr(self.base.weight, "allreduce"):  # False under expert parallelism: gradients of other ranks' experts
-            parameter.allreduce = self.base.weight.allreduce  # type: ignore[attr-defined]
-        if cut is None and self.sequence_parallel:
-            parameter.sequence_parallel = True  # type: ignore[attr-defined]  # each rank sees its tokens: sum gradients
-        return parameter
-
-    def b(self, atom: int) -> nn.Parameter:
-        """B of one atom."""
-        return self.get_parameter(f"lora_b{atom}")
 
     def forward(self, x: torch.Tensor, *arguments: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base's output with the adapter's added, and the base's bias where the caller adds it."""
@@ -128,8 +158,7 @@ class LoraLinear(nn.Module):
 
     def _run_joined(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same output from one node; see `mbx.train.lora.product`."""
-        weight = self.base.weight
-        assert isinstance(weight, torch.Tensor)
+        weight = self.weight
         added, deferred = biases(self.base)
         seen = x if self.norm is None else normed(x, self.base, self.norm)
         factors = [self.b(i) for i in range(self.slots.atoms)]
@@ -150,19 +179,6 @@ class LoraLinear(nn.Module):
             return result[0], result[1], result[2]
         (y, normed), bias = result
         return y, bias, normed
-
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.dropout and self.training):
-            return x
-        from mbx.models.megatron.core.groups import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
-
-        if self.expert:
-            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-                return F.dropout(x, self.dropout)
-        if self.row_parallel or self.sequence_parallel:  # each rank holds other values: other masks
-            with get_cuda_rng_tracker().fork():
-                return F.dropout(x, self.dropout)
-        return F.dropout(x, self.dropout)
 
     def _between(self, h: torch.Tensor) -> torch.Tensor:
         """What tensor parallelism needs between A and B; h: [s, b, atoms · r]."""
@@ -204,8 +220,7 @@ class LoraLinear(nn.Module):
 
         |W + s B A|² = |W|² + 2 s ⟨W Aᵀ, B⟩ + s² ⟨B A Aᵀ, B⟩ by rows; a row-parallel base sums over its ranks.
         """
-        weight = self.base.weight
-        assert isinstance(weight, torch.Tensor)
+        weight = self.weight
         a, b = self.lora_a.float(), self._joined().float()
         square = weight.float().square().sum(1)
         cross, gram = weight.float() @ a.t(), a @ a.t()
@@ -218,8 +233,7 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> torch.Tensor:
         """`W + s B A` (DoRA: scaled to its magnitudes) in fp32, this rank's part: [out, in]."""
-        weight = self.base.weight
-        assert isinstance(weight, torch.Tensor)
+        weight = self.weight
         total = weight.float() + self.scale * self._joined().float() @ self.lora_a.float()
         if self.dora:
             m = self._join([self.get_parameter(f"lora_m{i}") for i in range(self.slots.atoms)]).float()

@@ -1,4 +1,4 @@
-"""Adapters of a run as Hugging Face PEFT folders, and adapters of any folder in a run's model."""
+"""Adapters of any folder in a run's model."""
 
 from __future__ import annotations
 
@@ -8,40 +8,12 @@ import torch
 from torch import nn
 
 from converters.adapters.sites import Adapted
-from converters.engine.lowrank import Factors, Site, factors_of, slot_rows
-from converters.errors import StorageError, UsageError
-from mbx.formats import hf
-from mbx.formats.adapter_folder import Adapter, Base, open_adapter, open_base
+from converters.engine.lowrank import Factors, factors_of, slot_rows
+from converters.errors import UsageError
+from mbx.formats.adapter_folder import Adapter, Base, open_adapter
 from mbx.formats.files import FileSource
-from mbx.formats.peft import CONFIG, WEIGHTS
-from mbx.run.adapters import plan_adapter_to_hf
-from mbx.run.job import Options, run
-from mbx.run.merge import plan_merge
-from mbx.train.lora.attach import LoraLinear, Placed, adapters
-from mbx.train.model import Blueprint
-from mbx.train.run_state import latest
-
-__all__ = ["CONFIG", "WEIGHTS", "export_peft", "load_peft", "merge_run"]
-
-
-def export_peft(run_dir: Path, target: Path) -> Path:
-    """Write the adapters of a run's last checkpoint as a PEFT folder at `target`; no model is built."""
-    found = _last(run_dir)
-    return run(plan_adapter_to_hf(found, target, Options(), open_base(found / "hf"))).target
-
-
-def merge_run(run_dir: Path, base: Path, target: Path) -> Path:
-    """Write `base` with the adapters of a run's last checkpoint merged in fp32."""
-    return run(plan_merge(base, _last(run_dir), target, Options())).target
-
-
-def _last(run_dir: Path) -> Path:
-    found = latest(run_dir)
-    if found is None:
-        raise StorageError(f"`{run_dir}` holds no checkpoint")
-    if not (found / "hf" / hf.CONFIG).is_file():
-        raise UsageError(f"`{found}` was trained without a Hugging Face folder, whose names an adapter needs")
-    return found
+from mbx.train.lora.attach import Placed, adapters
+from mbx.train.model.blueprint import Blueprint
 
 
 def load_peft(model: nn.Module, plan: Blueprint, folder: Path) -> None:
@@ -80,12 +52,11 @@ def load_peft(model: nn.Module, plan: Blueprint, folder: Path) -> None:
 def _check(placed: Placed, found: Adapted, adapter: Adapter) -> None:
     """UsageError where an adapter's rank, method or scale is not the recipe's."""
     layer = placed.layer
-    dora = isinstance(layer, LoraLinear) and layer.dora
     for site in found.sites:
-        if (site.rank, site.m is not None) != (layer.rank, dora):
+        if (site.rank, site.m is not None) != (layer.rank, layer.dora):
             raise UsageError(
                 f"`{adapter.path}` has r={site.rank}, use_dora={site.m is not None} on `{placed.weight}`; the recipe "
-                f"asks for lora.rank={layer.rank}, lora.dora={str(dora).lower()}"
+                f"asks for lora.rank={layer.rank}, lora.dora={str(layer.dora).lower()}"
             )
         if (scale := adapter.scales[site.b, site.index]) != layer.scale:
             raise UsageError(
@@ -111,7 +82,7 @@ def _fill(placed: Placed, found: Adapted | None, adapter: Adapter, factors: Fact
         a, _ = factors_of(factors, first)
         placed.a[n * rank : (n + 1) * rank].copy_(_mine(a, layer.row_parallel, 1, placed))
         b, m = _rows(found, atoms, factors)
-        cut = not layer.row_parallel and not (isinstance(layer, LoraLinear) and layer.whole)
+        cut = not layer.row_parallel and not layer.whole
         placed.b[n].copy_(_mine(b, cut, 0, placed, len(atoms)))
         if placed.m and m is not None:
             placed.m[n].copy_(_mine(m, cut, 0, placed, len(atoms)))
@@ -120,18 +91,11 @@ def _fill(placed: Placed, found: Adapted | None, adapter: Adapter, factors: Fact
 def _rows(found: Adapted, atoms: tuple[int, ...], factors: Factors) -> tuple[torch.Tensor, torch.Tensor | None]:
     """B and m of some atoms: as they are for one, in Megatron Core's order for all of a weight."""
     order = dict(zip(found.form.order(), found.form.mcore_pack().slots(), strict=True))
-    parts: list[tuple[Site, int]] = [(site, atom) for atom in atoms if (site := found.site_of(atom)) is not None]
-    b = torch.cat(
-        [factors_of(factors, site)[1][torch.from_numpy(slot_rows(site.rows()[atom]))] for site, atom in parts]
-    )
-    m = None
-    if parts[0][0].m is not None:
-        m = torch.cat(
-            [
-                factors.matrix(site.m or "", site.index)[torch.from_numpy(slot_rows(site.rows()[atom])), 0]
-                for site, atom in parts
-            ]
-        )
+    sites = [(site, atom) for atom in atoms if (site := found.site_of(atom)) is not None]
+    parts = [(site, torch.from_numpy(slot_rows(site.rows()[atom]))) for site, atom in sites]
+    b, m = torch.cat([factors_of(factors, site)[1][rows] for site, rows in parts]), None
+    if sites[0][0].m is not None:
+        m = torch.cat([factors.matrix(site.m or "", site.index)[rows, 0] for site, rows in parts])
     if len(atoms) > 1:
         back = torch.argsort(torch.cat([torch.from_numpy(slot_rows(order[atom])) for atom in atoms]))
         b, m = b[back], None if m is None else m[back]

@@ -1,0 +1,200 @@
+"""mbx in Python: open any checkpoint, plan and carry out conversions, and prove them. `import mbx` offers all of it.
+
+A source is a folder or a hub model, `org/name[@revision]`, which is downloaded first. Nothing here prints. `progress`
+is called with the bytes that were done since the last call, from several threads; `cancel`, once set, ends the call
+with `Cancelled`, and what a conversion has written by then is removed or kept for `resume` as on any failure. Every
+expected failure is an `MbxError`, whose fact, hint and details are data.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+
+from converters.errors import Cancelled, UsageError
+from mbx.formats.adapter_folder import open_base, stated_base
+from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.hub import resolve
+from mbx.formats.registry import open_checkpoint, sniff
+from mbx.formats.summary import Summary, summarize
+from mbx.proof.diff import Diff
+from mbx.proof.diff import diff as diff_checkpoints
+from mbx.proof.integrity import Report as IntegrityReport
+from mbx.proof.integrity import check as check_integrity
+from mbx.proof.parity import ParityReport, parity
+from mbx.run.adapters import plan_adapter_to_hf, plan_adapter_to_mcore
+from mbx.run.execution import Outcome
+from mbx.run.job import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf
+from mbx.run.merge import plan_merge
+from mbx.run.reshard import plan_mcore_to_mcore
+
+if TYPE_CHECKING:
+    from mbx.formats.adapter_folder import Base
+
+Source = str | os.PathLike[str]
+Progress = Callable[[int], None]
+
+
+def _silent(nbytes: int) -> None:
+    """No progress."""
+
+
+def open(source: Source, *, weights: bool = True) -> Checkpoint:
+    """Open a checkpoint of any format; headers are read and no tensor.
+
+    `weights=False` downloads of a hub model only what lies beside its weights. Raises StorageError for what is no
+    checkpoint, or not a whole one, UnsupportedError for one that is not read.
+    """
+    return open_checkpoint(_folder(source, weights=weights))
+
+
+def inspect(source: Source) -> Summary:
+    """What a checkpoint is and holds, whole or damaged; StorageError for a path that is no checkpoint at all."""
+    return summarize(_folder(source))
+
+
+def plan(
+    source: Source,
+    target: Source,
+    options: Options | None = None,
+    *,
+    hf_config: Source | None = None,
+    base: Source | None = None,
+) -> Job:
+    """Plan a conversion to the other side; headers are read, nothing is written. The job's `run` carries it out.
+
+    Hugging Face → Megatron Core or back, by what the source is; an adapter's factors likewise, and then `base` names
+    its model, where the adapter does not. `hf_config` is a folder with config.json and tokenizer for a Megatron
+    checkpoint that carries none. Raises UnsupportedError without a table, CoverageError for tensors or config keys
+    left over, LayoutError for a layout that does not fit.
+    """
+    options, path, into = options or Options(), _folder(source), Path(target)
+    found = sniff(path)
+    if found.format.spelling == "peft":
+        return plan_adapter_to_mcore(path, into, options, _base(path, base))
+    if found.format.spelling == "hf":
+        return plan_hf_to_mcore(path, into, options)
+    if base is not None:
+        return plan_adapter_to_hf(path, into, options, _base(path, base))
+    reference = None if hf_config is None else _folder(hf_config, weights=False)
+    return plan_mcore_to_hf(path, into, options, reference)
+
+
+def convert(
+    source: Source,
+    target: Source,
+    options: Options | None = None,
+    *,
+    hf_config: Source | None = None,
+    base: Source | None = None,
+    progress: Progress = _silent,
+    cancel: Event | None = None,
+) -> Outcome:
+    """`plan`, carried out: the target appears whole, under its name, or not at all."""
+    job = plan(source, target, options, hf_config=hf_config, base=base)
+    return job.run(_watched(progress, cancel))
+
+
+def reshard(
+    source: Source,
+    target: Source,
+    options: Options | None = None,
+    *,
+    vocab_divisor: int | None = None,
+    with_optimizer: bool = False,
+    progress: Progress = _silent,
+    cancel: Event | None = None,
+) -> Outcome:
+    """Write a Megatron checkpoint under another layout or format (`options.layout`, `options.format`).
+
+    Values stay as they are. `vocab_divisor` is make-vocab-size-divisible-by, the source's own by default;
+    `with_optimizer` takes the optimizer's state along, from torch_dist to torch_dist.
+    """
+    path, into = _folder(source), Path(target)
+    job = plan_mcore_to_mcore(
+        path, into, options or Options(), vocab_divisor=vocab_divisor, with_optimizer=with_optimizer
+    )
+    return job.run(_watched(progress, cancel))
+
+
+def merge(
+    base: Source,
+    adapter: Source,
+    target: Source,
+    options: Options | None = None,
+    *,
+    to: str | None = None,
+    progress: Progress = _silent,
+    cancel: Event | None = None,
+) -> Outcome:
+    """Write `base` with an adapter merged in fp32, rounded once; `to` is "hf" or "mcore", by default as the base."""
+    job = plan_merge(_folder(base), Path(adapter), Path(target), options or Options(), to=to)
+    return job.run(_watched(progress, cancel))
+
+
+def verify(
+    first: Source,
+    second: Source,
+    *,
+    forward: bool = False,
+    loss: bool = False,
+    dtype: str | None = None,
+    mapping: str | None = None,
+    progress: Progress = _silent,
+    cancel: Event | None = None,
+) -> ParityReport:
+    """Whether two checkpoints of any format and layout are the same model, in legs that are reported apart.
+
+    `forward` and `loss` run both in Transformers and Megatron Core, on the CPU. `dtype` declares a cast that a
+    conversion was asked for. Differences are findings of the report, not errors.
+    """
+    watched = _watched(progress, cancel)
+    sides = _folder(first), _folder(second)
+    return parity(*sides, forward=forward, loss=loss, dtype=dtype, mapping=mapping, progress=watched)
+
+
+def diff(
+    left: Source,
+    right: Source,
+    *,
+    mapping: str | None = None,
+    progress: Progress = _silent,
+    cancel: Event | None = None,
+) -> Diff:
+    """What changed between two checkpoints of any format, tensor by tensor."""
+    return diff_checkpoints(_folder(left), _folder(right), mapping=mapping, progress=_watched(progress, cancel))
+
+
+def integrity(folder: Source, *, progress: Progress = _silent, cancel: Event | None = None) -> IntegrityReport:
+    """Whether every byte of a checkpoint is still what mbx wrote; StorageError where it has no manifest."""
+    return check_integrity(Path(folder), progress=_watched(progress, cancel))
+
+
+def _folder(source: Source, *, weights: bool = True) -> Path:
+    """The folder of a source, downloaded where it is a hub model."""
+    return resolve(os.fspath(source), weights=weights).path
+
+
+def _base(adapter: Path, base: Source | None) -> Base:
+    """The model of an adapter: the one that is named, or else that the adapter names."""
+    name = stated_base(adapter) if base is None else base
+    if name is None:
+        raise UsageError(f"`{adapter}` does not name its base model", hint="give ‹base›")
+    return replace(open_base(_folder(name, weights=False)), path=Path(name))
+
+
+def _watched(progress: Progress, cancel: Event | None) -> Progress:
+    """`progress`, which also ends the work once `cancel` is set."""
+    if cancel is None:
+        return progress
+
+    def advance(nbytes: int) -> None:
+        if cancel.is_set():
+            raise Cancelled("cancelled")
+        progress(nbytes)
+
+    return advance

@@ -1,0 +1,86 @@
+"""A checkpoint under the other side's names: what a conversion would write, read by region and written nowhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.codecs import quantization_of
+from converters.codecs.decode import decoded_view
+from converters.engine.plan import Plan
+from converters.engine.planned import PlannedTensors
+from converters.errors import UsageError
+from converters.mcore.layout import Layout
+from converters.planning.exporter import plan_export
+from converters.planning.importer import plan_import
+from converters.planning.pairing import pair_by_name
+from converters.tensors import Shape
+from mbx.formats import hf
+from mbx.formats.architecture import architecture_of
+from mbx.formats.tensors import NamedTensors, Spec
+from mbx.tables import table_for
+
+if TYPE_CHECKING:
+    from mbx.formats.checkpoint import Checkpoint
+
+_MAX_MEMORY = 1 << 30
+
+
+class View(NamedTensors):
+    """The tensors that `plan` makes of a checkpoint; all threads' reads take `max_memory` together."""
+
+    def __init__(self, plan: Plan, opened: Checkpoint, max_memory: int = _MAX_MEMORY) -> None:
+        self.plan = plan
+        self._made = PlannedTensors(plan, opened.source, max_memory)
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, in the order of the plan."""
+        return tuple(self._made.drafts)
+
+    def _spec(self, name: str) -> Spec | None:
+        draft = self._made.drafts.get(name)
+        return None if draft is None else Spec(name, draft.dtype, draft.shape)
+
+    def _read(self, name: str, offsets: Shape, sizes: Shape) -> npt.NDArray[np.uint8]:
+        return self._made.read(name, offsets, sizes)
+
+
+def hf_view(opened: Checkpoint, mapping: str | None = None) -> View:
+    """A checkpoint's tensors under Hugging Face's names, decoded where a codec stores them.
+
+    Raises what the conversion would: UnsupportedError without a table, CoverageError for tensors left over.
+    """
+    if opened.spelling == "hf":
+        plain, encoded = decoded_view(opened.tensors, quantization_of(opened.config))
+        return View(replace(pair_by_name(plain, plain).plan, encoded=encoded), opened)
+    _require_model(opened)
+    found = architecture_of(opened, mapping)
+    files = None if found.reference is None else hf.recorded_layout(found.reference)
+    quantization = quantization_of(found.config)
+    if files is not None and quantization is not None:
+        files = hf.decoded_layout(files, quantization)
+    recorded = None if files is None else {n: tensor for file in files for n, tensor in file.tensors.items()}
+    kept = {} if found.reference is None else hf.kept_tensors(opened.home, found.reference)
+    fields = found.table.config.to_mcore(found.config)
+    return View(plan_export(found.table, fields, opened.tensors, recorded=recorded, kept=kept), opened)
+
+
+def mcore_view(opened: Checkpoint, mapping: str | None = None) -> View:
+    """A Hugging Face checkpoint's tensors under Megatron Core's keys, stacked as a torch_dist checkpoint has them.
+
+    Raises what the conversion would: UnsupportedError without a table, CoverageError for tensors left over.
+    """
+    _require_model(opened)
+    table = table_for(opened.config, mapping)
+    return View(plan_import(table, opened.config, opened.tensors, Layout()), opened)
+
+
+def _require_model(opened: Checkpoint) -> None:
+    if opened.spelling == "peft":
+        raise UsageError(
+            f"`{opened.path}` is an adapter: its tensors have names of their own",
+            hint="merge it into its base first",
+        )

@@ -1,0 +1,1 @@
+"""`mbx verify ci`: a matrix of conversion checks."""

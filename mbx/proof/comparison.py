@@ -1,0 +1,199 @@
+"""Two opened checkpoints, made comparable: one plan that makes the tensors of one from those of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from converters.codecs import quantization_of
+from converters.codecs.decode import Encoded, decoded_view
+from converters.engine.plan import Draft, Plan, requested_dtype
+from converters.errors import UnsupportedError, UsageError
+from converters.mcore.cuts import VOCAB
+from converters.mcore.keys import parse_key
+from converters.mcore.layout import Layout
+from converters.planning.importer import plan_import
+from converters.planning.pairing import Pairing, pair_by_name, pair_by_table, same_units
+from converters.protocols import Source
+from converters.rows.expr import Value
+from converters.rows.table import Table
+from converters.tensors import StoredTensor
+from mbx.formats.architecture import known_config
+from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.hf import kept_tensors
+from mbx.proof.respelling import respelt
+from mbx.tables import table_for
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """`plan` makes the tensors `actual` of `right` from those of `left`, the two sides in the order of the plan.
+
+    `swapped` says that the user named them the other way round. `equal` are tensors that have to repeat another one of
+    their side, as (whether on the right side, name, the other's name). `repeated` are those that one side may lack:
+    they repeat another, are recomputed, or belong to a model around this one. `fields` is the Megatron Core config as
+    far as it is known. `limits` are the rows that are the vocabulary; what follows is padding.
+    """
+
+    left: Checkpoint
+    right: Checkpoint
+    plan: Plan
+    actual: Mapping[str, StoredTensor]
+    left_only: tuple[str, ...]
+    right_only: tuple[str, ...]
+    repeated: tuple[str, ...]
+    fields: Mapping[str, Value]
+    limits: Mapping[str, int]
+    equal: tuple[tuple[bool, str, str], ...] = ()
+    swapped: bool = False
+
+    @property
+    def nouns(self) -> tuple[str, str]:
+        """What to call the two sides of the plan."""
+        if self.left.spelling != self.right.spelling:
+            return "the folder", "the checkpoint"
+        return ("the second", "the first") if self.swapped else ("the first", "the second")
+
+
+def pair_sides(
+    first: Checkpoint,
+    second: Checkpoint,
+    source: Mapping[int, Source],
+    mapping: str | None = None,
+    dtype: str | None = None,
+) -> Pair:
+    """Pair two checkpoints; `source` reads each by its `id`, `dtype` is a cast that the first was declared to undergo.
+
+    Raises MbxError where no table covers them, as a conversion would, and for a cast between two of one kind.
+    """
+    for side in (first, second):
+        if side.spelling == "peft":
+            raise UnsupportedError(
+                f"`{side.path}` is an adapter: what is compared are whole models",
+                hint=f"mbx convert merge BASE {side.path} DST",
+            )
+    if first.spelling == second.spelling and dtype is not None:
+        raise UsageError(
+            f"‹dtype› {dtype} declares a cast between a folder and a Megatron checkpoint; both sides are of one kind",
+            hint="leave it out: the report says whether values of two dtypes agree",
+        )
+    if first.spelling == second.spelling == "mcore":
+        return _mcore_pair(first, second, source, mapping)
+    if first.spelling == second.spelling == "hf":
+        return _hf_pair(first, second, mapping)
+    folder, checkpoint = (first, second) if first.spelling == "hf" else (second, first)
+    table = table_for(folder.config, mapping)
+    plan = plan_import(table, folder.config, folder.tensors, Layout(), dtype=requested_dtype(dtype))
+    wanted = [draft.name for draft in plan.drafts]
+    actual = respelt(checkpoint.tensors, wanted, source[id(checkpoint)])
+    known = set(wanted)
+    carried = _carried(checkpoint, plan.ledger.beside)
+    return Pair(
+        folder,
+        checkpoint,
+        _with_carried(plan, carried),
+        {**actual, **carried},
+        tuple(name for name in wanted if name not in actual),
+        tuple(name for name in actual if name not in known),
+        tuple(name for name in plan.ledger.beside if name not in carried),
+        plan.config,
+        _limits(plan.config, actual),
+        tuple((False, name, other) for name, other in plan.equal),
+        swapped=first.spelling == "mcore",
+    )
+
+
+def _carried(checkpoint: Checkpoint, beside: tuple[str, ...]) -> dict[str, StoredTensor]:
+    """Of the tensors `beside` the folder's text model (a vision tower), those that travel with the checkpoint."""
+    kept = {} if checkpoint.hf is None or not beside else kept_tensors(checkpoint.home, checkpoint.hf)
+    return {name: kept[name] for name in beside if name in kept}
+
+
+def _with_carried(plan: Plan, carried: Mapping[str, StoredTensor]) -> Plan:
+    """`plan` that also makes what travels with a checkpoint, as it is."""
+    own = [plan.sources[name] for name in carried]
+    units = [unit for tensor in own for unit in same_units(tensor, carried[tensor.name], 0)]
+    drafts = tuple(Draft(tensor.name, tensor.dtype, tensor.shape, ()) for tensor in own)
+    return replace(plan, drafts=(*plan.drafts, *drafts), units=(*plan.units, *units))
+
+
+def _mcore_pair(first: Checkpoint, second: Checkpoint, source: Mapping[int, Source], mapping: str | None) -> Pair:
+    if mapping is not None:
+        table_for({}, mapping)  # known_config would go on without a table that is not there
+    fields = known_config(first, mapping)[0] or known_config(second, mapping)[0]
+    actual = respelt(second.tensors, first.tensors, source[id(second)])
+    found = pair_by_name(first.tensors, actual, lambda name: parse_key(name).depth, fields)
+    return _pair(first, second, found, actual, fields)
+
+
+def _hf_pair(first: Checkpoint, second: Checkpoint, mapping: str | None) -> Pair:
+    left, right = first.tensors, second.tensors
+    try:
+        table: Table | None = table_for(first.config, mapping)
+    except UnsupportedError:
+        table = None
+    fields = {} if table is None else table.config.to_mcore(first.config, allow_unused=first.config)
+    if table is None or _same_headers(left, right):
+        found = pair_by_name(left, right, config=fields)
+        found = replace(found, plan=replace(found.plan, table=table))
+        return _pair(first, second, found, right, fields)
+    mine, mine_encoded = _decoded(first)
+    other, other_encoded = _decoded(second)
+    if mine_encoded and other_encoded:
+        raise UnsupportedError(
+            "both folders are quantised, and differently: neither can be held against the other",
+            hint="compare each with the folder it was made from",
+        )
+    if other_encoded:
+        pair = _by_table(table, fields, second, first, other, mine, other_encoded)
+        return replace(pair, swapped=True)
+    return _by_table(table, fields, first, second, mine, other, mine_encoded)
+
+
+def _by_table(
+    table: Table,
+    fields: Mapping[str, Value],
+    left: Checkpoint,
+    right: Checkpoint,
+    mine: Mapping[str, StoredTensor],
+    other: Mapping[str, StoredTensor],
+    encoded: Mapping[str, Encoded],
+) -> Pair:
+    return _pair(left, right, pair_by_table(table, fields, mine, other, encoded), other, fields)
+
+
+def _decoded(side: Checkpoint) -> tuple[dict[str, StoredTensor], dict[str, Encoded]]:
+    return decoded_view(side.tensors, quantization_of(side.config))
+
+
+def _same_headers(left: Mapping[str, StoredTensor], right: Mapping[str, StoredTensor]) -> bool:
+    return left.keys() == right.keys() and all(left[name].dtype == right[name].dtype for name in left)
+
+
+def _pair(
+    left: Checkpoint,
+    right: Checkpoint,
+    found: Pairing,
+    actual: Mapping[str, StoredTensor],
+    fields: Mapping[str, Value],
+) -> Pair:
+    limits = _limits(fields, actual) if left.spelling == "mcore" else {}
+    for name in VOCAB & found.plan.sources.keys() & actual.keys() if left.spelling == "mcore" else ():
+        limits.setdefault(name, min(found.plan.sources[name].shape[0], actual[name].shape[0]))
+    return Pair(
+        left,
+        right,
+        found.plan,
+        actual,
+        found.left_only,
+        found.right_only,
+        found.repeated,
+        fields,
+        limits,
+        found.equal,
+    )
+
+
+def _limits(fields: Mapping[str, Value], tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
+    size = fields.get("model.vocab_size")
+    return {name: size for name in VOCAB if name in tensors} if isinstance(size, int) else {}

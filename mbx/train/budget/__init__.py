@@ -1,0 +1,1 @@
+"""The memory a rank will need, counted before anything runs."""

@@ -1,0 +1,105 @@
+"""Memory a rank will need, part by part, before anything runs.
+
+A step is largest in one of a few phases (`activations.py`); the total is that of the largest, on top of what lasts:
+weights, gradients, optimizer state. docs/training.md holds the derivation and the measured errors. Bytes throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from converters.errors import UnsupportedError
+from mbx.train.budget.activations import BYTES, Load, phases
+from mbx.train.budget.counts import Counts, count
+from mbx.train.budget.shape import shape_of
+from mbx.train.model.blueprint import Blueprint
+from mbx.train.recipe.sections import Recipe
+
+GIB = 1 << 30
+#: CUDA context, NCCL and cuBLAS handles on an H200: outside PyTorch's allocator, inside the GPU's memory.
+CONTEXT = 600 << 20
+#: cuBLAS workspaces that PyTorch (32 MiB) and Transformer Engine (32 MiB + 1 KiB) allocate on Hopper.
+WORKSPACES = 64 << 20
+#: fp32 state a weight: Adam's two moments; one momentum buffer, which the fused SGD keeps even at momentum 0.
+_STATE = {"adam": 8, "sgd": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Predicted bytes of the rank that needs most, by part, in the `phase` that needs most."""
+
+    parts: Mapping[str, int]
+    counts: Counts
+    stage: int
+    phase: str
+
+    @property
+    def total(self) -> int:
+        """Bytes PyTorch's allocator will hand out at the peak; compares with `max_memory_allocated`."""
+        return sum(self.parts.values())
+
+
+def predict(recipe: Recipe, plan: Blueprint, dp: int) -> Budget:
+    """The budget of the pipeline stage that needs most."""
+    stages = [_stage(recipe, plan, dp, stage) for stage in range(recipe.parallel.pp)]
+    return max(stages, key=lambda budget: budget.total)
+
+
+def _stage(recipe: Recipe, plan: Blueprint, dp: int, stage: int) -> Budget:
+    c, p, t = count(recipe, plan, stage), recipe.parallel, recipe.train
+    trained = c.adapters if recipe.lora.rank else c.base
+    shared = dp * p.cp if p.distributed_optimizer else 1
+    experts = 0 if recipe.lora.rank else c.experts
+    expert_shared = max(1, dp * p.cp * p.tp // (p.ep * p.etp)) if p.distributed_optimizer else 1
+    state = _STATE[recipe.optim.optimizer] + (0 if t.precision == "fp32" else 4)  # the fp32 copy that is stepped
+    lasting = {
+        "weights": (c.base + c.adapters) * BYTES[t.precision],
+        "gradients": trained * 4,
+        "optimizer": math.ceil((trained - experts) * state / shared + experts * state / expert_shared),
+        "fp8 copies": c.linears * 2 if recipe.fp8.recipe != "none" else 0,
+        "workspaces": WORKSPACES,
+    }
+    load = Load(recipe, plan, shape_of(plan.config), t.micro_batch * recipe.data.length // p.cp)
+    found = phases(load, stage, dp)
+    phase = max(found, key=lambda name: sum(found[name].values()))
+    parts = {**lasting, **found[phase]}
+    return Budget({name: value for name, value in parts.items() if value}, c, stage, phase)
+
+
+def suggestions(recipe: Recipe, plan: Blueprint, dp: int) -> list[tuple[str, int]]:
+    """Single changes that would lower the peak by 0.01 GiB or more, with the bytes each saves, most first."""
+    here, p, t = predict(recipe, plan, dp).total, recipe.parallel, recipe.train
+    groups = plan.config.get("num_query_groups") or plan.config.get("num_attention_heads")
+    options: list[tuple[str, str, str | int, bool]] = [
+        ("train", "recompute", "full", t.recompute != "full"),
+        ("train", "micro_batch", t.micro_batch // 2, t.micro_batch > 1),
+        ("lora", "rank", 16, not recipe.lora.rank),
+        ("fp8", "recipe", "none", recipe.fp8.recipe != "none"),
+        ("parallel", "tp", 2 * p.tp, isinstance(groups, int) and groups % (2 * p.tp) == 0),
+    ]
+    found = []
+    for section, key, value, possible in options:
+        if not possible:
+            continue
+        changed = replace(recipe, **{section: replace(getattr(recipe, section), **{key: value})})
+        layout = replace(plan.layout, tp=changed.parallel.tp)
+        try:
+            saved = here - predict(changed, replace(plan, layout=layout), dp).total
+        except UnsupportedError:
+            continue
+        found.append((f"{section}.{key}={value}", saved))
+    return sorted((tip for tip in found if tip[1] >= GIB / 100), key=lambda item: -item[1])
+
+
+def lines(budget: Budget, tips: list[tuple[str, int]]) -> list[str]:
+    """The budget as a table, in GiB."""
+    width = max(len(name) for name in budget.parts)
+    rows = [f"{name:<{width}}  {value / GIB:8.2f} GiB" for name, value in budget.parts.items()]
+    rows.append(
+        f"{'total':<{width}}  {budget.total / GIB:8.2f} GiB  in the backward pass of {budget.phase}"
+        f" (on a GPU about {CONTEXT / GIB:.1f} GiB of CUDA context more)"
+    )
+    rows += [f"{name} would save {saved / GIB:.2f} GiB" for name, saved in tips]
+    return rows

@@ -1,0 +1,1 @@
+"""What a run leaves behind: checkpoints to resume from, and what is exported from them."""

@@ -1,0 +1,91 @@
+"""What a run's checkpoint says of the run beside its tensors: the recipe, and where its loop stood."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.errors import StorageError, UsageError
+from mbx.formats.torch_dist import TRACKER, find_iteration
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.recipe.sections import Recipe
+
+STATE = "mbx_train.json"
+RECIPE = "recipe.json"
+#: Recipe keys, or whole sections, that must not change under resume: with them, step N would not be the step N of
+#: the run, or its optimizer state would not be the checkpoint's.
+_FIXED = (
+    *("data", "lora", "model.path", "model.shape", "model.vocab_divisor", "optim.optimizer", "run.save_optimizer"),
+    *("train.global_batch", "train.seed", "train.per_token_loss", "train.precision"),
+    *(f"parallel.{axis}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "distributed_optimizer")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopState:
+    """What the loop knows besides tensors. Rows are counted by `step`, so nothing else places the data.
+
+    `base` is where the run's first weights came from: an adapter run reads them there again. Empty if random.
+    `world_size`: processes of the run.
+    """
+
+    step: int
+    mean_loss: float
+    base: str
+    world_size: int
+
+
+def latest(run: Path) -> Path | None:
+    """The checkpoint that a run's tracker names; None without a tracker. A damaged tracker is a StorageError."""
+    if not (run / TRACKER).is_file():
+        return None
+    return find_iteration(run)
+
+
+def finished(run: Path) -> list[Path]:
+    """Checkpoints of a run that were written to their end, oldest first, whatever its tracker says."""
+    return sorted(path.parent for path in run.glob(f"iter_*/{STATE}"))
+
+
+def read_state(path: Path) -> LoopState:
+    """The loop's state in the checkpoint at `path`; StorageError where it is not one of `mbx train`."""
+    try:
+        loop = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return LoopState(int(loop["step"]), float(loop["mean_loss"]), str(loop["base"]), int(loop["world_size"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {STATE}: {error}") from error
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe that the checkpoint at `path` was trained by; keys that are newer than it have their defaults."""
+    try:
+        return parse_recipe(json.loads((path / RECIPE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, UsageError) as error:
+        raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {RECIPE}: {error}") from error
+
+
+def check_continues(recipe: Recipe, path: Path) -> None:
+    """UsageError where `recipe` does not continue the run whose checkpoint lies at `path`."""
+    before, now = (_fixed(one) for one in (read_recipe(path), recipe))
+    if changed := [key for key in now if before[key] != now[key]]:
+        raise UsageError(
+            f"‹resume›: the recipe changed in {', '.join(changed)}; the run would not be the same run",
+            hint="repeat the run's own recipe and overrides, or start another with ‹init-from› and run.dir=NAME",
+            details=[f"{key}: {before[key]!r} became {now[key]!r}" for key in changed],
+        )
+
+
+def check_world(path: Path, world_size: int) -> None:
+    """UsageError where the run whose checkpoint lies at `path` had another number of processes."""
+    if (before := read_state(path).world_size) != world_size:
+        raise UsageError(
+            f"‹resume›: the run had {before} process(es), now there are {world_size}",
+            hint=f"torchrun --nproc-per-node {before} -m mbx train … ‹resume›",
+        )
+
+
+def _fixed(recipe: Recipe) -> dict[str, object]:
+    """Values that must not change, paths spelt alike: ./x/ is x."""
+    values = {k: v for k, v in recipe.flat().items() if k in _FIXED or k.partition(".")[0] in _FIXED}
+    return {k: str(Path(v)) if isinstance(v, str) and v and k.endswith("path") else v for k, v in values.items()}

@@ -1,0 +1,1 @@
+"""From files of documents and chats to micro-batches on a device."""

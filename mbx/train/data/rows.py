@@ -1,0 +1,241 @@
+"""Rows of tokens: packed examples, text laid end to end, Megatron Core's own datasets.
+
+Row `i` of a run depends on the recipe alone, so a run resumes by counting. Every rank holds the same rows and takes
+its own share of each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.errors import StorageError, UsageError
+from mbx.train.data.examples import Example, Tokens
+from mbx.train.recipe.sections import Data
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a micro-batch; all arrays are [length].
+
+    `mask`: 1 where the label counts. `lengths`: tokens of each packed segment, padding included as the last one;
+    empty where the row is one sequence.
+    """
+
+    tokens: Tokens
+    labels: Tokens
+    mask: npt.NDArray[np.float32]
+    positions: Tokens
+    lengths: tuple[int, ...] = ()
+
+
+class Rows(Protocol):
+    """An endless, addressable sequence of rows."""
+
+    def row(self, index: int) -> Row:
+        """Row `index` of the run."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Rows that count up in steps of their own: a sequence any model learns within a few steps."""
+
+    vocab: int
+    length: int
+    seed: int
+
+    def row(self, index: int) -> Row:
+        """Row `index`: start and step drawn from the seed and the index."""
+        rng = np.random.default_rng((self.seed, index))
+        start, step = int(rng.integers(self.vocab)), int(rng.integers(1, 4))
+        stream = (start + step * np.arange(self.length + 1)) % self.vocab
+        return _plain(stream.astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Rows of examples, shuffled anew each epoch; `packs[r]` lists the examples of row `r`.
+
+    `packed`: rows hold several examples, whose attention must be kept apart.
+    """
+
+    examples: Sequence[Example]
+    packs: Sequence[Sequence[int]]
+    length: int
+    pad: int
+    shuffle: bool
+    seed: int
+    packed: bool
+
+    def row(self, index: int) -> Row:
+        """Row `index` of the run, epochs one after the other."""
+        at = _place(index, len(self.packs), self.seed if self.shuffle else None)
+        tokens = np.full(self.length, self.pad, np.int64)
+        labels = np.full(self.length, self.pad, np.int64)
+        mask, positions = np.zeros(self.length, np.float32), np.zeros(self.length, np.int64)
+        lengths, start = [], 0
+        for number in self.packs[at]:
+            example = self.examples[number]
+            count = len(example.tokens) - 1
+            place = slice(start, start + count)
+            tokens[place], labels[place] = example.tokens[:-1], example.tokens[1:]
+            mask[place], positions[place] = example.learn[1:], np.arange(count)
+            lengths.append(count)
+            start += count
+        if start < self.length:
+            positions[start:] = np.arange(self.length - start)
+            lengths.append(self.length - start)
+        return Row(tokens, labels, mask, positions, tuple(lengths) if self.packed else ())
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Rows cut from all documents laid end to end, each closed by an end token; the row order is shuffled."""
+
+    tokens: Tokens
+    length: int
+    shuffle: bool
+    seed: int
+
+    def row(self, index: int) -> Row:
+        """Row `index`: `length + 1` consecutive tokens."""
+        at = _place(index, (len(self.tokens) - 1) // self.length, self.seed if self.shuffle else None)
+        return _plain(self.tokens[at * self.length : (at + 1) * self.length + 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Megatron:
+    """Rows of a Megatron Core GPTDataset, in its order."""
+
+    dataset: Sequence[Mapping[str, torch.Tensor]]
+
+    def row(self, index: int) -> Row:
+        """Sample `index`."""
+        sample = self.dataset[index]
+        tokens, labels, mask, positions = (
+            sample[name].numpy() for name in ("tokens", "labels", "loss_mask", "position_ids")
+        )
+        return Row(tokens.astype(np.int64), labels.astype(np.int64), mask.astype(np.float32), positions)
+
+
+def _place(index: int, count: int, seed: int | None) -> int:
+    """Where row `index` of a run stands among `count`, which each epoch shuffles anew; None: in order."""
+    epoch, at = divmod(index, count)
+    return at if seed is None else int(np.random.default_rng((seed, epoch)).permutation(count)[at])
+
+
+def _plain(stream: Tokens) -> Row:
+    count = len(stream) - 1
+    return Row(stream[:-1], stream[1:], np.ones(count, np.float32), np.arange(count))
+
+
+def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Fill rows of `length` with items of `sizes`, longest first into the fullest row that has room.
+
+    Every item is in one row; the result depends on the sizes alone.
+    """
+    rooms: dict[int, list[int]] = {}  # free tokens -> rows
+    rows: list[list[int]] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        size = sizes[item]
+        best = min((room for room in rooms if room >= size), default=None)
+        if best is None:
+            row, best = len(rows), length
+            rows.append([])
+        else:
+            row = rooms[best].pop()
+            if not rooms[best]:
+                del rooms[best]
+        rows[row].append(item)
+        rooms.setdefault(best - size, []).append(row)
+    return rows
+
+
+def example_rows(data: Data, examples: Sequence[Example], pad: int) -> Rows:
+    """Rows of `examples` as `data` asks: a stream for text, packed or single rows otherwise."""
+    if data.kind == "text":
+        stream = np.concatenate([example.tokens for example in examples])
+        if len(stream) <= data.length:
+            raise UsageError(f"the text has {len(stream)} tokens, fewer than one row of data.length {data.length}")
+        return Stream(stream, data.length, data.shuffle, data.seed)
+    kept = [example for example in examples if len(example.tokens) > 1]
+    sizes = [len(example.tokens) - 1 for example in kept]
+    packs = pack(sizes, data.length) if data.pack else [[i] for i in range(len(kept))]
+    return Examples(kept, packs, data.length, pad, data.shuffle, data.seed, data.pack)
+
+
+def check_indexed(data: Data) -> None:
+    """StorageError where one of the two files that `data.path` is short for is not there."""
+    for suffix in (".idx", ".bin"):
+        if not Path(data.path + suffix).is_file():
+            raise StorageError(
+                f"`{data.path}{suffix}` does not exist", hint="data.path is the files' path without .bin and .idx"
+            )
+
+
+def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tuple[Rows, Rows | None]:
+    """Train and validation rows of Megatron Core's GPTDataset over `.bin`/`.idx` files, or of its mock documents.
+
+    The order is Megatron-LM's for the same seed, length and numbers of samples. Collective.
+    """
+    from mbx.models.megatron.core.datasets import (
+        BlendedMegatronDatasetBuilder,
+        GPTDataset,
+        GPTDatasetConfig,
+        MockGPTDataset,
+        NullTokenizer,
+    )
+
+    class Indexed(GPTDataset):  # type: ignore[misc]
+        """Refuses documents without tokens, of which Megatron Core would count epochs without end."""
+
+        def _get_num_tokens_per_epoch(self) -> int:
+            found: int = super()._get_num_tokens_per_epoch()
+            if not found:
+                raise StorageError(
+                    f"`{data.path}` has no tokens for {self.index_split.name}, of data.split={data.split}",
+                    hint="data.split=1,0,0 trains on everything",
+                )
+            return found
+
+    mock = data.kind == "mock"
+    if not mock:
+        check_indexed(data)
+    config = GPTDatasetConfig(
+        random_seed=data.seed,
+        sequence_length=data.length,
+        blend=None if mock else ([data.path], None),
+        split=None if mock else data.split,
+        path_to_cache=None,
+        tokenizer=NullTokenizer(data.null_vocab_size or vocab - 1),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    # every rank builds its own: the index of a mock or a memory-mapped file is cheap
+    train, valid, _ = BlendedMegatronDatasetBuilder(
+        MockGPTDataset if mock else Indexed, [num_train, num_eval, 0], lambda: True, config
+    ).build()
+    if train is None:
+        raise UsageError(f"data.split={data.split} leaves no documents to train on", hint="data.split=1,0,0")
+    return Megatron(train), None if valid is None else Megatron(valid)
+
+
+def micro_batches(
+    rows: Rows, step: int, *, global_batch: int, micro_batch: int, dp: int, dp_rank: int
+) -> Iterator[list[Row]]:
+    """This rank's micro-batches of 0-based `step`: rows are dealt to ranks as Megatron-LM's sampler deals them."""
+    first = step * global_batch
+    for start in range(first, first + global_batch, micro_batch * dp):
+        mine = start + dp_rank * micro_batch
+        yield [rows.row(index) for index in range(mine, mine + micro_batch)]

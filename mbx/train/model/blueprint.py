@@ -1,0 +1,119 @@
+"""What is known of a model before it is built: its config, its table, its layout, its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.errors import LayoutError, StorageError, UsageError, spelt
+from converters.mcore.layout import Layout
+from converters.mcore.layout import check as check_layout
+from converters.rows.expr import Value
+from converters.rows.table import Table
+from mbx.train.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """What is known of the model before it is built.
+
+    `config`: flat Megatron Core config, the recipe's changes included. `hf`: the Hugging Face folder, if the recipe
+    names one, and `table` its mapping table. `padded_vocab`: rows of the embedding.
+    """
+
+    config: Mapping[str, Value]
+    table: Table | None
+    hf: Path | None
+    layout: Layout
+
+    @property
+    def vocab(self) -> int:
+        """True vocabulary size."""
+        return as_int(self.config, "model.vocab_size")
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding, padding included."""
+        return self.layout.padded_vocab(self.vocab)
+
+
+def as_int(config: Mapping[str, Value], key: str) -> int:
+    """An integer of a flat config; UsageError where it is absent or not one."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"the model's config lacks the integer `{key}`, got {value!r}")
+    return value
+
+
+def blueprint(recipe: Recipe) -> Blueprint:
+    """Read the model's config from its folder, or take the recipe's shape; UsageError where they do not fit."""
+    from mbx.formats import hf
+    from mbx.tables import table_for
+
+    m = recipe.model
+    folder = Path(m.path) if m.path else None
+    table: Table | None = None
+    config: dict[str, Value]
+    if folder is not None:
+        if not folder.is_dir():
+            raise StorageError(
+                f"model.path `{folder}` is no folder", hint="model.path=DIR names a Hugging Face folder"
+            )
+        raw = hf.read_config(folder)
+        table = table_for(raw, m.mapping or None)
+        config = table.config.to_mcore(raw)
+    elif m.shape:
+        config = dict(m.shape)
+    else:
+        raise UsageError(f"recipe `{recipe.name}` has no model", hint="model=DIR names a Hugging Face folder")
+    config.update(recipe.model.config)
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "model.vocab_size"):
+        if as_int(config, key) < 1:
+            raise UsageError(f"the model's config says {key} = {config[key]}", hint="it must be at least 1")
+    layout = _layout(recipe, config)
+    positions = as_int(config, "model.max_sequence_length")
+    if recipe.data.length > positions:
+        raise UsageError(f"data.length {recipe.data.length} exceeds the model's {positions} positions")
+    if recipe.data.length % recipe.parallel.tp and recipe.parallel.sequence_parallel:
+        raise LayoutError(
+            f"data.length {recipe.data.length} does not divide by tp {recipe.parallel.tp} (sequence parallel)"
+        )
+    if recipe.data.length % (2 * recipe.parallel.cp) and recipe.parallel.cp > 1:
+        raise LayoutError(f"data.length {recipe.data.length} is not a multiple of 2 x cp {recipe.parallel.cp}")
+    return Blueprint(config, table, folder, layout)
+
+
+def _layout(recipe: Recipe, config: Mapping[str, Value]) -> Layout:
+    """The recipe's layout; LayoutError, in a recipe's words, where the model does not take it."""
+    p = recipe.parallel
+    layout = Layout(p.tp, p.pp, recipe.model.vocab_divisor, vpp=p.vpp, ep=p.ep, etp=p.etp)
+    try:
+        check_layout(layout, config)
+    except LayoutError as error:
+        fact, *details = (spelt(text, "parallel.{}".format) for text in (error.fact, *error.details))
+        hint = error.hint if error.hint and "‹pipeline-layout›" not in error.hint else None  # a recipe has no such key
+        hint = hint and spelt(hint.replace("› ", "›="), "parallel.{}".format)
+        raise LayoutError(fact, hint=hint, details=details) from error
+    return layout
+
+
+def load_tokenizer(plan: Blueprint) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; UsageError where it has none."""
+    if plan.hf is None:
+        raise UsageError("this kind of data needs a tokenizer", hint="model=DIR names a folder that has one")
+    from transformers import AutoTokenizer
+
+    if not any((plan.hf / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise UsageError(f"`{plan.hf}` has no tokenizer", hint="copy tokenizer.json and tokenizer_config.json there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(plan.hf, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"the tokenizer of `{plan.hf}` cannot be read: {error}") from error
+    if len(tokenizer) > plan.vocab:
+        raise UsageError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {plan.vocab}")
+    return tokenizer

@@ -1,0 +1,60 @@
+"""The flat config the trainer builds from: the model's own, and what the recipe and the device add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from converters.rows.expr import Value
+from mbx.train.model.fp8 import fp8_config
+from mbx.train.model.parallel import Ranks
+from mbx.train.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from mbx.train.model.blueprint import Blueprint
+
+
+def train_config(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> dict[str, Value]:
+    """The flat config the trainer builds from: the model's, and what the recipe says of parallelism and precision."""
+    config = {**(gpu_config(plan.config) if ranks.te else {}), **plan.config}
+    p, tr = recipe.parallel, recipe.train
+    config["calculate_per_token_loss"] = tr.per_token_loss
+    config["context_parallel_size"] = p.cp
+    config["deterministic_mode"] = tr.deterministic
+    if p.vpp > 1:
+        config["virtual_pipeline_model_parallel_size"] = p.vpp
+        # Sends and receives one by one: with two stages, both of a batch's would go to the same rank and be mixed up
+        # (megatron/training/arguments.py refuses the batch there).
+        config |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    if sequence_parallel(recipe, ranks):
+        config["sequence_parallel"] = True
+    if tr.recompute == "full":
+        config |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif tr.recompute == "selective":
+        config |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return config | fp8_config(recipe.fp8)
+
+
+def sequence_parallel(recipe: Recipe, ranks: Ranks) -> bool:
+    """Whether ranks of tensor parallelism share the tokens between the products; gloo cannot scatter sums."""
+    p = recipe.parallel
+    return p.tp > 1 and p.sequence_parallel and ranks.device == "cuda"
+
+
+def gpu_config(config: Mapping[str, Value]) -> dict[str, Value]:
+    """Fused kernels for a GPU with Transformer Engine: same mathematics, less memory and traffic.
+
+    What the model's config or the recipe says about them wins.
+    """
+    # grouped experts with biases refuse it (megatron/core/transformer/moe/experts.py, TEGroupedMLP)
+    experts_with_bias = bool(config.get("num_moe_experts")) and bool(config.get("add_bias_linear", True))
+    fused: dict[str, Value] = {
+        "bias_dropout_fusion": not experts_with_bias,
+        "cross_entropy_loss_fusion": True,  # one kernel that turns logits into their gradient in place
+        "cross_entropy_fusion_impl": "te",
+    }
+    if config.get("gated_linear_unit") and config.get("activation_func") == "silu":
+        fused["bias_activation_fusion"] = True
+    if config.get("model.position_embedding_type") == "rope" and not config.get("multi_latent_attention"):
+        fused["apply_rope_fusion"] = True
+    return fused

@@ -1,0 +1,120 @@
+"""The shipped recipes and the user's own files, and `a.b=value` overrides on top."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal, get_origin
+
+from converters.errors import StorageError, UsageError
+from mbx.train.recipe.parse import SECTIONS, field_types, parse_recipe, unknown_key
+from mbx.train.recipe.sections import Recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+#: `model=…` and `data=…` on a command line mean these keys.
+_SHORT = {"model": "model.path", "data": "data.path", "steps": "train.steps", "lr": "optim.lr", "lora": "lora.rank"}
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes: whole files, and every MODEL_METHOD of `model.MODEL` and `method.METHOD`.
+
+    A model's file may have a table `methods` of those that fit, each with what it changes for it; without, all fit.
+    """
+    stems = [path.name.removesuffix(".toml") for path in FOLDER.glob("*.toml")]
+    whole = [stem for stem in stems if "." not in stem]
+    models = [stem.removeprefix("model.") for stem in stems if stem.startswith("model.")]
+    methods = [stem.removeprefix("method.") for stem in stems if stem.startswith("method.")]
+    return sorted(whole + [f"{model}_{method}" for model in models for method in _methods(model, methods)])
+
+
+def _methods(model: str, known: list[str]) -> list[str]:
+    fitting = _toml(FOLDER / f"model.{model}.toml").get("methods", known)
+    assert isinstance(fitting, list | dict)
+    return list(fitting)
+
+
+def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe `name` (shipped, or a `.toml` file) with `a.b=value` overrides; UsageError for what is wrong."""
+    raw = _raw(name)
+    for override in overrides:
+        _apply(raw, override)
+    raw.setdefault("name", Path(name).stem if name.endswith(".toml") else name)
+    return parse_recipe(raw)
+
+
+def _raw(name: str) -> dict[str, object]:
+    if name.endswith(".toml"):
+        return _toml(Path(name))
+    if (FOLDER / f"{name}.toml").is_file() and "." not in name:
+        return _toml(FOLDER / f"{name}.toml")
+    if name not in recipe_names():
+        close = get_close_matches(name, recipe_names(), n=3)
+        raise UsageError(
+            f"there is no recipe `{name}`",
+            hint=f"did you mean {', '.join(close)}?" if close else "`mbx train ‹list›` shows all",
+        )
+    model, _, method = name.rpartition("_")
+    how, what = _toml(FOLDER / f"method.{method}.toml"), _toml(FOLDER / f"model.{model}.toml")
+    methods = what.pop("methods", {})
+    assert isinstance(methods, dict)
+    own = methods.get(method, {})
+    merged: dict[str, object] = {"description": f"{what.pop('title')}: {how.pop('title')}"}
+    for key in (*how, *what, *own):  # the model's file has the last word, field by field
+        merged[key] = {**_section(how, key), **_section(what, key), **_section(own, key)}
+    return merged
+
+
+def _section(raw: Mapping[str, object], key: str) -> dict[str, object]:
+    section = raw.get(key, {})
+    assert isinstance(section, dict)
+    return section
+
+
+def _toml(path: Path) -> dict[str, object]:
+    try:
+        parsed: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return parsed
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"cannot read the recipe `{path}`: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"recipe `{path}`: {error}") from error
+
+
+def _apply(raw: dict[str, object], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise UsageError(f"`{override}` is no override", hint="overrides read section.key=value")
+    key = _SHORT.get(key, key)
+    section, dot, rest = key.partition(".")
+    if not dot:
+        if key not in ("name", "description"):
+            raise unknown_key(key)
+        raw[key] = text
+        return
+    if section not in SECTIONS:
+        raise unknown_key(key)
+    table = raw.setdefault(section, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"`{section}` is a section, got {table!r}", hint=f"write {section}.FIELD=value")
+    kinds, (field, dot, inner) = field_types(section), rest.partition(".")
+    kind = kinds.get(rest)
+    if dot and get_origin(kinds.get(field)) is Mapping:
+        table, kind, rest = table.setdefault(field, {}), None, inner
+        if not isinstance(table, dict):
+            raise UsageError(f"`{section}.{field}` must be a table, got {table!r}")
+    table[rest] = text if kind is str or get_origin(kind) is Literal else _value(text)
+
+
+def _value(text: str) -> object:
+    """A TOML value where it parses as one, else the text itself."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text

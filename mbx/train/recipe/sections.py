@@ -1,0 +1,206 @@
+"""A recipe and its sections: dataclasses whose fields are the keys, whose types say what a key takes, and whose
+docstrings explain them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from converters.rows.expr import Value
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Lowest and highest value of a number; one that is `below` its highest does not reach it."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    below: bool = False
+
+
+Size: TypeAlias = Annotated[int, Range(1)]
+Number: TypeAlias = Annotated[int, Range(0)]
+Seed: TypeAlias = Annotated[int, Range(0, 2**31 - 1)]  # NumPy's, with what is added for each stage
+Amount: TypeAlias = Annotated[float, Range(0)]
+Share: TypeAlias = Annotated[float, Range(0, 1)]
+ShareBelowOne: TypeAlias = Annotated[float, Range(0, 1, below=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is trained.
+
+    `path`: a Hugging Face folder; its `config.json` and tokenizer count. `init`: `pretrained` reads its weights,
+    `random` draws new ones. `shape`: flat Megatron Core config used where no path is given. `config`: flat config
+    keys set on top of either (kernels, MoE dispatch, dropout). `vocab_divisor`: the embedding is padded to a
+    multiple of this times `parallel.tp`.
+    """
+
+    path: str = ""
+    init: Literal["pretrained", "random"] = "pretrained"
+    mapping: str = ""
+    vocab_divisor: Size = 1
+    shape: Mapping[str, Value] = field(default_factory=dict)
+    config: Mapping[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Where samples come from.
+
+    `kind`: `chat` (JSONL with `messages`), `completion` (JSONL with `prompt` and `completion`), `text` (JSONL with
+    `text`, or plain .txt), `indexed` (Megatron `.bin`/`.idx`, path without suffix), `mock` (Megatron Core's mock
+    documents), `pattern` (a sequence any model learns). `length`: tokens of a row. `pack`: several examples a row.
+    `too_long`: an example longer than a row is an `error`, or is `drop`ped or `truncate`d. `null_vocab_size`: for
+    `mock`, the vocabulary without its end-of-document token, as Megatron-LM's NullTokenizer counts.
+    """
+
+    kind: Literal["chat", "completion", "text", "indexed", "mock", "pattern"] = "chat"
+    path: str = ""
+    eval_path: str = ""
+    length: Size = 2048
+    pack: bool = True
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    shuffle: bool = True
+    seed: Seed = 1234
+    split: str = "969,30,1"
+    null_vocab_size: Number = 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows hold several examples, whose attention is kept apart."""
+        return self.pack and self.kind in ("chat", "completion")
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """How long and how large. `global_batch` and `micro_batch` are in rows of `data.length` tokens.
+
+    `per_token_loss`: every token of a global batch weighs the same; otherwise every micro-batch does, as in
+    Megatron-LM. `spike_factor`: stop when the loss exceeds this times its running mean; 0 never stops.
+    """
+
+    steps: Size = 100
+    micro_batch: Size = 1
+    global_batch: Size = 8
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    seed: Seed = 1234
+    deterministic: bool = False
+    per_token_loss: bool = True
+    eval_every: Number = 0
+    eval_steps: Size = 8
+    spike_factor: Amount = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Optim:
+    """Adam with decoupled weight decay (or plain SGD), and the learning rate over steps.
+
+    Warm-up takes `warmup_fraction` of the run's steps, so that a shortened run still fits; `warmup_steps` from 0 on
+    counts them instead.
+    """
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: Amount = 1e-5
+    min_lr: Amount = 0.0
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_fraction: Share = 0.0
+    warmup_steps: Annotated[int, Range(-1)] = -1
+    decay_steps: Number = 0
+    weight_decay: Amount = 0.01
+    beta1: ShareBelowOne = 0.9
+    beta2: ShareBelowOne = 0.95
+    eps: Amount = 1e-8
+    clip: Amount = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """Sizes of the parallel axes; data parallelism is what remains of the world.
+
+    `vpp`: model chunks of a pipeline rank, whose stages are then interleaved.
+    """
+
+    tp: Size = 1
+    pp: Size = 1
+    vpp: Size = 1
+    cp: Size = 1
+    ep: Size = 1
+    etp: Size = 1
+    sequence_parallel: bool = True
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Low-rank adapters on a frozen base; rank 0 trains every weight. The update is `alpha / rank · B A`."""
+
+    rank: Number = 0
+    alpha: float = 32.0
+    dropout: ShareBelowOne = 0.0
+    dora: bool = False
+    targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8:
+    """Transformer Engine's FP8: `none`, `delayed`, `tensorwise` (current scaling), `blockwise`, `mxfp8`."""
+
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where a run lives and what it leaves behind.
+
+    `save`: whether it leaves checkpoints at all. `save_every` 0 saves at the end only; `keep` 0 keeps all.
+    `save_async`: a process beside the training writes them; the tracker moves when it is done.
+    """
+
+    dir: str = "runs/{recipe}"
+    save: bool = True
+    save_every: Number = 0
+    save_async: bool = False
+    keep: Number = 2
+    save_optimizer: bool = True
+    tensorboard: bool = False
+    wandb: str = ""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["auto", "te", "local"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One training run."""
+
+    name: str = "custom"
+    description: str = ""
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    optim: Optim = Optim()
+    parallel: Parallel = Parallel()
+    lora: Lora = Lora()
+    fp8: Fp8 = Fp8()
+    run: Run = Run()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return Path(self.run.dir.replace("{recipe}", self.name))
+
+    def flat(self) -> dict[str, object]:
+        """Every value by its dotted key."""
+        sections = {f.name: section for f in fields(self) if is_dataclass(section := getattr(self, f.name))}
+        return {f"{name}.{f.name}": getattr(s, f.name) for name, s in sections.items() for f in fields(s)}
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, as TOML and JSON have them."""
+        return asdict(self)

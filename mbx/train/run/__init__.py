@@ -1,0 +1,1 @@
+"""The run itself: checked, stepped, logged."""

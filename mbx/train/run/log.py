@@ -1,0 +1,195 @@
+"""What a run says: one line and one JSON record a step, TensorBoard and W&B where installed, a live view on a TTY."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from converters.errors import UsageError, spelt
+from mbx.train.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+METRICS = "metrics.jsonl"
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step's figures. `step` counts from 1; `tflops` and `mfu` are per GPU; `memory_gib` is this rank's peak.
+
+    `mfu` is against the dense peak of the GPU at the run's precision, 0 where it is not known.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    step_s: float
+    tokens_per_s: float
+    tflops: float
+    mfu: float
+    memory_gib: float
+
+
+class _Writer(Protocol):
+    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Log:
+    """The main rank's log; other ranks' calls do nothing."""
+
+    def __init__(self, recipe: Recipe, *, main: bool, live: bool = True) -> None:
+        self.main, self.total, self.name = main, recipe.train.steps, recipe.name
+        self.path = recipe.run_dir / METRICS
+        self._writers: list[_Writer] = []
+        self._losses: deque[float] = deque(maxlen=60)
+        self._live: Live | None = None
+        if not main:
+            return
+        self._made = not recipe.run_dir.exists()
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():  # a record that was being written when its process ended: the next has its own line
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+        if recipe.run.tensorboard:
+            self._writers.append(_tensorboard(recipe.run_dir))
+        if recipe.run.wandb:
+            self._writers.append(_Wandb(recipe))
+        if live and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), refresh_per_second=4, transient=False)
+            self._live.start()
+
+    def message(self, text: str) -> None:
+        """A line for the reader."""
+        if self.main:
+            sys.stderr.write(spelt(text) + "\n")
+            sys.stderr.flush()
+
+    def step(self, s: Step) -> None:
+        """Record one step everywhere."""
+        if not self.main:
+            return
+        self._record({"kind": "step", **asdict(s)})
+        for writer in self._writers:
+            for name in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "memory_gib"):
+                writer.add_scalar(f"train/{name}", getattr(s, name), s.step)
+        self._losses.append(s.loss)
+        if self._live is not None:
+            self._draw(s)
+        else:
+            self.message(line(s, self.total))
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Record a validation loss."""
+        if not self.main:
+            return
+        self._record({"kind": "eval", "step": step, "loss": loss})
+        for writer in self._writers:
+            writer.add_scalar("eval/loss", loss, step)
+        self.message(f"step {step}: validation loss {loss:.4f}")
+
+    def note(self, **record: object) -> None:
+        """Record something that is not a step, such as predicted memory."""
+        if self.main:
+            self._record(record)
+
+    def _record(self, record: dict[str, object]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a write to a full disk names no file
+            error.filename = str(self.path)
+            raise
+
+    def close(self) -> None:
+        """Close writers and the live view; the folder of a run that ended before its first step goes."""
+        if not self.main:
+            return
+        if self._live is not None:
+            self._live.stop()
+        for writer in self._writers:
+            writer.close()
+        if self._made and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+
+    def _draw(self, s: Step) -> None:
+        from rich.panel import Panel
+
+        assert self._live is not None
+        done = int(30 * s.step / self.total)
+        left = (self.total - s.step) * s.step_s
+        ahead = f"{s.step}/{self.total}, {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left"
+        text = f"{'█' * done}{'░' * (30 - done)} {ahead}\n{line(s, self.total)}\n{chart(list(self._losses))}"
+        self._live.update(Panel(text, title=f"mbx train: {self.name}"))
+
+
+def check_writers(recipe: Recipe) -> None:
+    """UsageError where the recipe logs to a package that is not installed."""
+    for key, asked, package in (
+        ("run.tensorboard", recipe.run.tensorboard, "tensorboard"),
+        ("run.wandb", bool(recipe.run.wandb), "wandb"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{key} is set, but {package} is not installed", hint=f"pip install {package}")
+
+
+def line(s: Step, total: int) -> str:
+    """The log line of one step."""
+    mfu = f" ({s.mfu:.1%} MFU)" if s.mfu else ""
+    return (
+        f"step {s.step:>{len(str(total))}}/{total}  loss {s.loss:.4f}  lr {s.lr:.3g}  grad {s.grad_norm:.3f}  "
+        f"{s.tokens_per_s:,.0f} tok/s  {s.tflops:.1f} TFLOP/s{mfu}  {s.memory_gib:.1f} GiB  {s.step_s:.2f} s"
+    )
+
+
+def chart(losses: list[float], height: int = 6) -> str:
+    """The last losses as columns of `height` lines between their extremes, which stand at the left."""
+    finite = [x for x in losses if math.isfinite(x)]
+    if not finite:
+        return ""
+    low, high = min(finite), max(finite)
+    top = height * len(_BARS) - 1
+    # in eighths of a line
+    levels = [1 + int((x - low) / (high - low or 1.0) * top) if math.isfinite(x) else 0 for x in losses]
+    rows = []
+    for row in reversed(range(height)):
+        label = f"{high:9.3f} " if row == height - 1 else f"{low:9.3f} " if row == 0 else " " * 10
+        filled = (min(len(_BARS), max(0, level - row * len(_BARS))) for level in levels)
+        rows.append(label + "".join(_BARS[n - 1] if n else " " for n in filled).rstrip())
+    return "\n".join(rows)
+
+
+def _tensorboard(folder: Path) -> _Writer:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: _Writer = SummaryWriter(str(folder / "tensorboard"))
+    return writer
+
+
+class _Wandb:
+    """Weights & Biases behind the two calls of a TensorBoard writer."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        import wandb  # type: ignore[import-not-found,unused-ignore]
+
+        self._run = wandb.init(project=recipe.run.wandb, name=recipe.name, config=recipe.to_dict())
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._run.log({tag: value}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
