@@ -92,14 +92,6 @@ def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[H
     return (Home(key, index, stack),)
 
 
-def extra_states(row: Row, home: Home, family: str) -> tuple[str, ...]:
-    """Names of the `_extra_state` objects that accompany a row's parameter in a model of `family`."""
-    key = home.key
-    for name in ATOM_NAMES.get(row.spec.op, ()):
-        key = key.removesuffix(f".{name}")
-    return extra_states_of(key, home.index, home.stack, hybrid=family == "hybrid")
-
-
 def extra_states_of(key: str, index: tuple[int, ...], stack: tuple[int, ...], *, hybrid: bool) -> tuple[str, ...]:
     """Names of the `_extra_state` objects beside the entry `index` of the key; none where its module has none.
 
