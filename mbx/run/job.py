@@ -10,7 +10,7 @@ from pathlib import Path
 
 from converters.engine.plan import Plan, requested_dtype
 from converters.mcore.layout import Layout
-from converters.planning.exporter import HfTensor, plan_export
+from converters.planning.exporter import HfTensor, Origin, plan_export
 from converters.planning.importer import plan_import
 from converters.rows.coverage import Waivers
 from converters.rows.expr import Value
@@ -179,10 +179,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
         table,
         table.config.to_mcore(config, allow_unused=options.allow_unused_keys),
         opened.tensors,
-        recorded=recorded,
-        kept={**kept, **codes.beside},
-        encode=codes.encode,
-        scales=codes.scales,
+        Origin(recorded, {**kept, **codes.beside}, codes.encode, codes.scales),
         dtype=requested_dtype(options.dtype),
         exact_norms=options.exact_norms,
         waivers=options.waivers,
