@@ -93,7 +93,7 @@ def _need_group() -> None:
     if not torch.distributed.is_initialized():
         raise UsageError(
             "Megatron Core reads and writes torch_dist inside a process group; none is initialised",
-            hint="enter `mbx.models.megatron.core.cpu.process_group()` first",
+            hint="enter `mbx.models.megatron.processes.process_group()` first",
         )
 
 

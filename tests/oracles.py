@@ -10,9 +10,9 @@ import torch
 
 from converters.errors import DifferenceError, StorageError, UnsupportedError, UsageError
 from converters.rows.expr import Value
-from mbx.models.forward.logits import LogitDiff, LogitTally, check_ids
-from mbx.models.forward.prompts import Batch
+from mbx.models.forward.logits import LogitDiff, LogitTally
 from mbx.models.megatron.rotary import rotated_at
+from mbx.models.prompts import Batch, check_ids
 from mbx.models.transformers.reference import decoding, silent_transformers
 
 if TYPE_CHECKING:

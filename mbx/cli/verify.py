@@ -84,7 +84,7 @@ def parity(
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
     from mbx.models.device import is_main
-    from mbx.models.forward.prompts import Prompts
+    from mbx.models.prompts import Prompts
     from mbx.proof.parity import parity as compare
 
     sides = [fetch(side).path for side in (first, second)]

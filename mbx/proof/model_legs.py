@@ -14,7 +14,7 @@ from converters.rows.isos import inexpressible_rope
 from mbx.formats.architecture import stated
 from mbx.formats.checkpoint import Checkpoint
 from mbx.models.device import Spread
-from mbx.models.forward.prompts import Passes, Prompts
+from mbx.models.prompts import Passes, Prompts
 from mbx.proof.comparison import Pair
 from mbx.proof.legs import Leg, Status
 
@@ -40,7 +40,7 @@ def model_legs(
     """The legs of `names`, of `forward` and `loss`, and the differences behind each layer if they were compared.
 
     Both come from the same passes. A model that cannot be run makes legs that did not run. Raises what
-    `mbx.models.forward.prompts.passes` raises, and DeviceError.
+    `mbx.models.prompts.passes` raises, and DeviceError.
     """
 
     def all_legs(status: Status, summary: str, details: tuple[str, ...] = ()) -> tuple[Leg, ...]:

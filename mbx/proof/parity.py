@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_checkpoint
 from mbx.models.device import ONE_PROCESS, Spread, is_main
-from mbx.models.forward.prompts import DRAWN, Prompts
+from mbx.models.prompts import DRAWN, Prompts
 from mbx.proof import config_leg, legs
 from mbx.proof.compare import Reading
 from mbx.proof.comparison import pair_sides

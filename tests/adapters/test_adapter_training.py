@@ -12,9 +12,9 @@ from _peft_made import ATTENTION, CASES, EXPERTS, Made, adapt
 from torch import nn
 
 from converters.errors import UnsupportedError, UsageError
-from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.train.checkpoints.export import export_run
 from mbx.train.lora import attach as lora
 from mbx.train.lora.adapter import Slots

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mbx.models.forward.logits import LogitDiff
-    from mbx.models.forward.prompts import Passes
+    from mbx.models.prompts import Passes
     from mbx.proof.parity import Leg
 
 #: Families measured in bf16 and FP8 as well, on a GPU.
@@ -122,10 +122,11 @@ def forward(name: str, device: str, source: Path, work: Path, config: dict[str, 
     from converters.rows.config_spelling import canonical
     from mbx.formats.hf import read_config
     from mbx.formats.registry import open_megatron as open_torch_dist
-    from mbx.models.device import Spread, megatron_on
+    from mbx.models.device import Spread
     from mbx.models.forward.parity import read_prompts
-    from mbx.models.forward.prompts import Prompts
+    from mbx.models.megatron.processes import megatron_on
     from mbx.models.megatron.rotary import lend_frequencies
+    from mbx.models.prompts import Prompts
     from mbx.torchfile.dcp import read_dcp
     from tests.oracles import compare_logits, loaded_model, mcore_passes
 

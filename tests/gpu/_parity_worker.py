@@ -38,11 +38,12 @@ def main() -> None:
     from converters.rows.config_spelling import canonical
     from mbx.formats.hf import read_config
     from mbx.formats.registry import open_megatron as open_torch_dist
-    from mbx.models.device import Spread, megatron_on
+    from mbx.models.device import Spread
     from mbx.models.forward.divergence import compare_traces
     from mbx.models.forward.models import MegatronModel, TransformersModel
     from mbx.models.forward.parity import read_prompts
-    from mbx.models.forward.prompts import Prompts
+    from mbx.models.megatron.processes import megatron_on
+    from mbx.models.prompts import Prompts
     from mbx.tables import table_for
 
     torch.set_num_threads(1 if device == "cpu" else 4)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from mbx.formats.hf import read_config
-from mbx.models.device import Spread, process_group
+from mbx.models.device import Spread
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.tables import table_for
 from tests.judge import load_torch_dist, save_torch_dist
 from tests.oracles import hf_logits, mcore_logits

@@ -16,10 +16,11 @@ from _mcore_configs import QWEN3_MOE, SMALL
 from megatron.core import dist_checkpointing, parallel_state
 from torch import nn
 
-from mbx.models.device import Spread, process_group
+from mbx.models.device import Spread
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.config import FlatConfig
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from tests.judge import load_torch_dist, save_torch_dist
 
 MODELS: dict[str, tuple[FlatConfig, dict[str, int]]] = {

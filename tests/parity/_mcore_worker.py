@@ -15,10 +15,11 @@ from _mcore_configs import GPT2, GPT_OSS, LLAMA, MLA_MOE_MTP, QWEN3_MOE, SMALL, 
 from _peers import peer_root
 
 from converters.errors import MbxError
-from mbx.models.device import Spread, process_group
+from mbx.models.device import Spread
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.config import FlatConfig
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.models.megatron.rotary import set_rope_frequencies
 from tests.judge import load_torch_dist, save_torch_dist
 from tests.oracles import hf_logits, mcore_logits

@@ -24,9 +24,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from mbx.models.device import Spread, process_group
+from mbx.models.device import Spread
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.train.checkpoints.restore import allocate, count_steps
 
 CONFIG = {**QWEN3_MOE, "model.vocab_size": 250, "moe_router_dtype": None}

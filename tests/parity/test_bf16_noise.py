@@ -19,8 +19,8 @@ from mbx.models.forward.bf16_noise import outside_noise
 from mbx.models.forward.logits import LogitTally
 from mbx.models.forward.models import TransformersModel
 from mbx.models.forward.parity import Forward, compare_models
-from mbx.models.forward.prompts import Batch, Passes, Prompts, passes
-from mbx.models.forward.trace import Trace
+from mbx.models.prompts import Batch, Passes, Prompts, passes
+from mbx.models.trace import Trace
 from mbx.models.transformers.tracing import trace_transformers
 
 #: Every kind of layer that bf16 could break: dense, experts, experts with sinks, latent attention, two rotary bases.

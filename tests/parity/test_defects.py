@@ -15,7 +15,7 @@ from _stores import changed_hf, changed_mcore, per_layer, read_mcore, write_mcor
 from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
 from mappings import table_text
-from mbx.models.forward.prompts import Prompts
+from mbx.models.prompts import Prompts
 from mbx.proof.parity import ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.run.reshard import plan_mcore_to_mcore

@@ -16,11 +16,10 @@ from mbx.models.device import Spread
 from mbx.models.forward.logits import LogitDiff
 from mbx.models.forward.models import TransformersModel
 from mbx.models.forward.parity import FORWARD_TOLERANCE, Forward, compare_models
-from mbx.models.forward.prompts import Batch, Passes, Prompts, passes
-from mbx.models.forward.rotary_floor import nudge_frequencies
-from mbx.models.forward.trace import Trace
+from mbx.models.prompts import Batch, Passes, Prompts, passes
+from mbx.models.trace import Trace
 from mbx.models.transformers.shallow import PartialTransformers
-from mbx.models.transformers.tracing import trace_transformers
+from mbx.models.transformers.tracing import nudge_frequencies, trace_transformers
 
 VOCAB = 256
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

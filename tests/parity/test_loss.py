@@ -11,9 +11,10 @@ import torch
 from converters.mcore.layout import Layout
 from mbx.formats.hf import read_config
 from mbx.formats.registry import open_megatron as open_torch_dist
-from mbx.models.device import ONE_PROCESS, megatron_on
+from mbx.models.device import ONE_PROCESS
 from mbx.models.forward.loss import CrossEntropy
-from mbx.models.forward.prompts import Prompts
+from mbx.models.megatron.processes import megatron_on
+from mbx.models.prompts import Prompts
 from mbx.proof.parity import Leg, parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.tables import shipped

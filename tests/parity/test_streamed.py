@@ -22,14 +22,15 @@ from fixtures.make_tiny import make
 from mbx.formats.files import FileSource
 from mbx.formats.hf import read_config
 from mbx.formats.registry import open_megatron as open_torch_dist
-from mbx.models.device import ONE_PROCESS, megatron_on
+from mbx.models.device import ONE_PROCESS
 from mbx.models.forward.divergence import BorderDiff, first_divergence
 from mbx.models.forward.logits import LogitTally
 from mbx.models.forward.parity import read_prompts
-from mbx.models.forward.prompts import Prompts
 from mbx.models.megatron.dcp_weights import TorchDistWeights
+from mbx.models.megatron.processes import megatron_on
 from mbx.models.megatron.tracing import trace_megatron
 from mbx.models.megatron.weights import StoredWeights
+from mbx.models.prompts import Prompts
 from mbx.models.stored import read_box, read_rows, row_runs
 from mbx.models.transformers.tracing import trace_transformers
 from mbx.proof.parity import Leg, ParityReport, parity

@@ -22,7 +22,7 @@ from mbx.formats.registry import open_megatron as open_torch_dist
 from mbx.models.device import Spread
 from mbx.models.forward.models import MegatronModel, TransformersModel, vocab_size
 from mbx.models.forward.parity import compare_models, read_prompts
-from mbx.models.forward.prompts import Prompts
+from mbx.models.prompts import Prompts
 from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import shipped

@@ -21,9 +21,9 @@ from converters.rows.table import RowSpec, Table
 from converters.tensors import Chunk, Shape, StoredTensor
 from fixtures.index import Header
 from mbx.formats.hf import MANIFEST
-from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.run.job import Job, Options, plan_hf_to_mcore, run
 from tests.judge import load_torch_dist
 from tests.oracles import compare_logits, hf_logits, mcore_logits

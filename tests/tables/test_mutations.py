@@ -29,9 +29,9 @@ from fixtures.index import load_config  # noqa: E402
 from fixtures.make_tiny import make  # noqa: E402
 from mappings import table_names, table_text  # noqa: E402
 from mbx.formats.safetensors import read_folder  # noqa: E402
-from mbx.models.device import process_group  # noqa: E402
 from mbx.models.megatron.build import build_model  # noqa: E402
 from mbx.models.megatron.core.cpu import megatron_on_cpu  # noqa: E402
+from mbx.models.megatron.processes import process_group  # noqa: E402
 from mbx.run.job import Options, plan_hf_to_mcore, run  # noqa: E402
 from mbx.tables import table_for  # noqa: E402
 from tests.judge import load_torch_dist  # noqa: E402

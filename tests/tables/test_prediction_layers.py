@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from fixtures.make_tiny import make
 from mappings import table_text
-from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from tests.judge import load_torch_dist
 from tests.oracles import compare_logits, load_transformers

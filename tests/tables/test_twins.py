@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from fixtures.make_tiny import make
 from fixtures.wrapped import WRAPPED, make_wrapped
 from mappings import table_text
-from mbx.models.forward.prompts import Batch
+from mbx.models.prompts import Batch
 from mbx.models.transformers.equivalents import TWINS
 from mbx.models.transformers.tracing import trace_transformers
 from mbx.proof.legs import Leg

@@ -11,9 +11,9 @@ from _trainings import ROOT, raw
 from converters.errors import UnsupportedError
 from fixtures.index import published_parameters
 from fixtures.make_tiny import make
-from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.train.budget.counts import count
 from mbx.train.budget.predict import Budget, predict, suggestions
 from mbx.train.lora import attach as lora

@@ -191,8 +191,8 @@ def test_megatron_datasets(tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    from mbx.models.device import process_group
     from mbx.models.megatron.core.cpu import megatron_on_cpu
+    from mbx.models.megatron.processes import process_group
 
     builder = IndexedDatasetBuilder(str(tmp_path / "d.bin"), dtype=np.int32)
     for n in range(40):

@@ -16,9 +16,9 @@ from converters.errors import UsageError
 from fixtures.make_tiny import make
 from mbx.formats import hf
 from mbx.formats.peft import CONFIG, WEIGHTS
-from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.train.checkpoints.export import export_run
 from mbx.train.checkpoints.state import RECIPE

@@ -11,8 +11,8 @@ from _trainings import raw
 from converters.errors import DeviceError, UnsupportedError
 from fixtures.make_tiny import make
 from mappings import table_names
-from mbx.models.device import process_group
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.models.megatron.rotary import transformers_frequencies
 from mbx.tables import shipped
 from mbx.train.model.blueprint import blueprint

@@ -10,9 +10,9 @@ from _trainings import raw
 from torch import nn
 
 from converters.errors import UnsupportedError
-from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.train.lora import attach as lora
 from mbx.train.model.blueprint import blueprint
 from mbx.train.recipe.parse import parse_recipe

@@ -12,9 +12,9 @@ from _trainings import ROOT
 from converters.errors import UnsupportedError
 from fixtures.make_tiny import make
 from mbx.cli import main
-from mbx.models.device import process_group
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.train.checkpoints.export import export_run
 from mbx.train.checkpoints.state import latest
 from mbx.train.recipe.catalogue import load_recipe, recipe_names

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from converters.errors import CoverageError
 from converters.mcore.layout import Layout
-from mbx.models.device import Spread, process_group
+from mbx.models.device import Spread
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.train.model.blueprint import blueprint
 from mbx.train.model.weights import load_weights, model_shards

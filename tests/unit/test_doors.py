@@ -32,7 +32,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "line", ["from megatron.core import parallel_state", "def late() -> None:\n    import megatron.core"]
 )
-@pytest.mark.parametrize("file", ["mbx/train/loop.py", "mbx/models/megatron/build.py"])
+@pytest.mark.parametrize("file", ["mbx/train/run/loop.py", "mbx/models/megatron/build.py"])
 def test_a_planted_import_breaks_the_contract(copy: Path, file: str, line: str) -> None:
     whole = (copy / file).read_text(encoding="utf-8")
     (copy / file).write_text(f"{whole}\n\n{line}\n", encoding="utf-8")

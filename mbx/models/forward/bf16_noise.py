@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from converters.errors import UnsupportedError
 from mbx.models.forward.divergence import vocab_parts
 from mbx.models.forward.logits import Bf16Noise, LogitDiff
-from mbx.models.forward.prompts import Passes
-from mbx.models.forward.trace import Head
+from mbx.models.prompts import Passes
+from mbx.models.trace import Head
 
 if TYPE_CHECKING:
     from mbx.models.forward.models import TransformersModel
-    from mbx.models.forward.trace import Trace
+    from mbx.models.trace import Trace
 
 
 def with_bf16_noise(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from converters.errors import DifferenceError
 from mbx.models.device import is_main
 from mbx.models.forward.logits import LogitDiff, LogitTally
-from mbx.models.forward.trace import Trace
+from mbx.models.trace import Trace
 
 if TYPE_CHECKING:
     import torch

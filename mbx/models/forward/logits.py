@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converters.errors import DifferenceError, UsageError
+from converters.errors import DifferenceError
 
 if TYPE_CHECKING:
     import torch
@@ -134,12 +134,3 @@ class LogitTally:
             largest=tuple(largest.tolist()),
             other_top1=tuple(torch.nonzero(~same).flatten().tolist()),
         )
-
-
-def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Refuse ids that are not a non-empty [b, s] or lie outside the vocabulary, with a UsageError."""
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise UsageError(f"input_ids must be a non-empty [batch, sequence], got {list(input_ids.shape)}")
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= vocab_size:
-        raise UsageError(f"input_ids span [{low}, {high}], outside a vocabulary of {vocab_size}")

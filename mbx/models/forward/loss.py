@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from mbx.models.forward.models import Model
-    from mbx.models.forward.prompts import Batch
-    from mbx.models.forward.trace import Trace
+    from mbx.models.prompts import Batch
+    from mbx.models.trace import Trace
 
 #: Largest difference of two fp32 losses, in nats, that rounding explains.
 LOSS_TOLERANCE = 1e-4

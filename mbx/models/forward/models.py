@@ -14,8 +14,8 @@ from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
 from mbx.formats.hf import read_config
 from mbx.models.device import Spread, is_main
-from mbx.models.forward.prompts import Batch
-from mbx.models.forward.trace import Trace
+from mbx.models.prompts import Batch
+from mbx.models.trace import Trace
 
 if TYPE_CHECKING:
     from mbx.models.megatron.weights import StoredWeights

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.rows.expr import Value
-from mbx.models.device import Spread, is_main, megatron_on
+from mbx.models.device import Spread, is_main
 from mbx.models.forward.bf16_noise import with_bf16_noise
 from mbx.models.forward.divergence import BorderDiff, compare_traces, first_divergence
 from mbx.models.forward.logits import LogitDiff
 from mbx.models.forward.loss import Losses, compare_losses
 from mbx.models.forward.models import MegatronModel, Model, TransformersModel, vocab_size
-from mbx.models.forward.prompts import Passes, Prompts, passes
 from mbx.models.forward.rotary_floor import with_far_limit
+from mbx.models.megatron.processes import megatron_on
+from mbx.models.prompts import Passes, Prompts, passes
 
 #: Largest difference of two fp32 logits that rounding explains on models of a few layers.
 FORWARD_TOLERANCE = 1e-4
@@ -104,7 +105,7 @@ class Forward:
 def read_prompts(
     prompts: Prompts, config: Mapping[str, Value], hf_path: Path, hf_config: Mapping[str, Value]
 ) -> Passes:
-    """`prompts` as passes for the model of `config`; raises what `mbx.models.forward.prompts.passes` raises."""
+    """`prompts` as passes for the model of `config`; raises what `mbx.models.prompts.passes` raises."""
     longest = config.get("model.max_sequence_length")
     return passes(
         prompts,

@@ -7,31 +7,16 @@ another device. Behind position 8192 the angles then differ by up to 1e-3, in ev
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mbx.models.forward.divergence import vocab_parts
 from mbx.models.forward.logits import FarLimit, LogitDiff
-from mbx.models.forward.prompts import Passes
+from mbx.models.prompts import Passes
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from mbx.models.forward.models import TransformersModel
-    from mbx.models.forward.trace import Trace
-
-
-def nudge_frequencies(model: nn.Module) -> int:
-    """Raise every rotary frequency of a Transformers model to the next fp32 number; returns how many there were."""
-    import torch
-
-    count = 0
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq"):
-            buffer.copy_(torch.nextafter(buffer, torch.full_like(buffer, math.inf)))
-            count += buffer.numel()
-    return count
+    from mbx.models.trace import Trace
 
 
 def with_far_limit(

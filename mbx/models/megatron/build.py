@@ -44,7 +44,7 @@ def build_model(
     if not parallel_state.model_parallel_is_initialized():
         raise UsageError(
             "no process group: Megatron Core builds models inside one",
-            hint="enter `mbx.models.device.process_group()` first",
+            hint="enter `mbx.models.megatron.processes.process_group()` first",
         )
     kind = config.get(MODEL_PREFIX + "mcore_model", "gpt")
     if kind not in ("gpt", "hybrid"):

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from converters.errors import StorageError
 from converters.rows.expr import Value
 from mbx.models.device import Spread
-from mbx.models.forward.logits import check_ids
-from mbx.models.forward.prompts import Batch
-from mbx.models.forward.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
 from mbx.models.megatron.rotary import rotated_at, set_rope_frequencies
 from mbx.models.megatron.weights import StoredWeights
+from mbx.models.prompts import Batch, check_ids
 from mbx.models.stored import row_runs
+from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
 
 if TYPE_CHECKING:
     import torch

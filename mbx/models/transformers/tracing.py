@@ -6,18 +6,18 @@ tables, scalings and norms are what the library passes, by construction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import UnsupportedError
-from mbx.models.forward.logits import check_ids
-from mbx.models.forward.prompts import Batch
-from mbx.models.forward.rotary_floor import nudge_frequencies
-from mbx.models.forward.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
+from mbx.models.prompts import Batch, check_ids
+from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from mbx.models.transformers.shallow import PartialTransformers
 
@@ -61,6 +61,18 @@ def decoder_name(model: Any) -> str:
     """The attribute that holds the decoder: Llama 4's class keeps it elsewhere than its `base_model_prefix` says."""
     prefix: str = model.base_model_prefix
     return prefix if hasattr(model, prefix) else "model"
+
+
+def nudge_frequencies(model: nn.Module) -> int:
+    """Raise every rotary frequency of a Transformers model to the next fp32 number; returns how many there were."""
+    import torch
+
+    count = 0
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.copy_(torch.nextafter(buffer, torch.full_like(buffer, math.inf)))
+            count += buffer.numel()
+    return count
 
 
 def _places(batch: Batch, device: str) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from converters.mcore.layout import Layout
 from mappings import table_names
 from mbx.formats.registry import sniff
 from mbx.models.device import Spread
-from mbx.models.forward.prompts import DRAWN
+from mbx.models.prompts import DRAWN
 from mbx.proof.ci.checks import Check, described
 from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run

@@ -67,7 +67,8 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
     """torch.distributed and Megatron Core's parallel state, torn down on exit; on a CPU, gloo and patched names."""
     import torch
 
-    from mbx.models.device import Spread, process_group
+    from mbx.models.device import Spread
+    from mbx.models.megatron.processes import process_group
 
     p, cuda = recipe.parallel, ranks.device == "cuda"
     with contextlib.ExitStack() as stack:
