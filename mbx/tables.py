@@ -12,6 +12,7 @@ from converters.rows.expr import Value
 from converters.rows.parse import parse_table
 from converters.rows.table import Table
 from mappings import table_names, table_text
+from mbx.untrusted.small_files import SETTINGS, read_text
 
 
 @cache
@@ -30,7 +31,7 @@ def shipped(name: str) -> Table:
 def from_file(path: Path) -> Table:
     """A user's own table."""
     try:
-        return parse_table(path.stem, path.read_text(encoding="utf-8"))
+        return parse_table(path.stem, read_text(path, SETTINGS))
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"cannot read the table `{path}`: {error}") from error
 

@@ -13,7 +13,6 @@ from converters.rows.expr import Value
 from mbx.models.forward.logits import LogitDiff, LogitTally, check_ids
 from mbx.models.forward.prompts import Batch
 from mbx.models.megatron.rotary import rotated_at
-from mbx.models.megatron.tracing import gather_vocab
 from mbx.models.transformers.reference import decoding, silent_transformers
 
 if TYPE_CHECKING:
@@ -71,6 +70,7 @@ def mcore_logits(
     `UsageError` for token ids outside the vocabulary.
     """
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import mappings
 
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         raise UnsupportedError("forward parity runs one pipeline stage; got pipeline_model_parallel_size > 1")
@@ -99,7 +99,7 @@ def mcore_logits(
         handle.remove()
         model.train(was_training)
     logits = outputs[0].transpose(0, 1)  # [s, b, vocab / tp] -> [b, s, vocab / tp]
-    logits = gather_vocab(logits.contiguous())
+    logits = mappings.gather_from_tensor_model_parallel_region(logits)
     if logits.shape[-1] < vocab_size:
         raise DifferenceError(
             f"Megatron Core gives {logits.shape[-1]} logits a position, the vocabulary has {vocab_size}"

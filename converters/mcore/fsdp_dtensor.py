@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from converters.errors import UnsupportedError
-from converters.mcore.keys import EXPERTS, parse_key
+from converters.mcore.keys import EXPERTS, ONE_EXPERT, parse_key
 from converters.mcore.local import parse_local, spell_local
 from converters.tensors import Shape
 
@@ -21,7 +21,6 @@ PREFIX = "model.module."
 #: `model.` alone is torch's own FSDP2, which Megatron-LM calls torch_dcp.
 _PREFIXES = (PREFIX, "model.")
 _HALF = re.compile(r"(\.linear_fc1\.(?:weight|bias)\d*)_([wv])$")
-_ONE_EXPERT = re.compile(r"mlp\.experts\.experts\.(\d+)\.")
 _GLU = re.compile(r"\.linear_fc1\.(?:weight|bias)\d*$")
 
 
@@ -99,7 +98,7 @@ def parse_stored(name: str) -> Stored:
 
 def is_apart(name: str) -> bool:
     """Whether a torch_dist key is one of those that `singleton_local_shards` writes: an expert's, or a half's."""
-    return _HALF.search(name) is not None or _ONE_EXPERT.search(name) is not None
+    return _HALF.search(name) is not None or ONE_EXPERT.search(name) is not None
 
 
 def parse_apart(name: str) -> Stored:
@@ -110,6 +109,6 @@ def parse_apart(name: str) -> Stored:
     half = expert = None
     if found := _HALF.search(name):
         name, half = name[: found.start()] + found[1], "wv".index(found[2])
-    if found := _ONE_EXPERT.search(name):
+    if found := ONE_EXPERT.search(name):
         name, expert = name[: found.start()] + EXPERTS + name[found.end() :], int(found[1])
     return Stored(name, expert, half)

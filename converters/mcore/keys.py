@@ -11,7 +11,7 @@ from converters.mcore.releases import CURRENT, PREDICTION_LAYERS, Release
 #: Layers of the decoder and of the multi-token-prediction block.
 _LAYER = re.compile(r"^(decoder|mtp)\.layers\.(?:(\d+)\.)?(.+)$")
 EXPERTS = "mlp.experts.experts."
-_ONE_EXPERT = re.compile(r"mlp\.experts\.experts\.(\d+)\.")
+ONE_EXPERT = re.compile(r"mlp\.experts\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def parse_key(key: str) -> Key:
         None if number is None else int(number),
         param,
         stacked,
-        EXPERTS in param and not _ONE_EXPERT.search(param),
+        EXPERTS in param and not ONE_EXPERT.search(param),
     )
 
 

@@ -36,6 +36,14 @@ MODEL_ARGUMENTS = (
     *("vocab_size", "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling"),
     *("rope_scaling_factor", "seq_len_interpolation_factor", "share_embeddings_and_output_weights"),
 )
+#: Some of them, and what Megatron-LM calls them.
+_MODEL = {
+    "max_sequence_length": "max_position_embeddings",
+    **{name: name for name in ("rotary_base", "rotary_percent", "rope_scaling_factor")},
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+}
+#: Flags that say whether an MLP is gated, and by which activation; a plain gelu without any.
+_ACTIVATIONS = {"swiglu": (True, "silu"), "quick_geglu": (True, "quick_gelu"), "squared_relu": (False, "squared_relu")}
 #: Fields that training sets and no weight or forward pass depends on. A sequence length is one: Megatron-Bridge
 #: states the training's, and under rotary positions nothing else depends on it.
 TRAINING = frozenset(
@@ -93,7 +101,8 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
     heads = out.get("num_attention_heads")
     out["num_query_groups"] = _value(args.get("num_query_groups")) if args.get("group_query_attention") else heads
     out |= {name: default for name, default in CURRENT.defaults.items() if name in wanted and name not in out}
-    out |= _activation(args)
+    gated, activation = next((found for arg, found in _ACTIVATIONS.items() if args.get(arg)), (False, "gelu"))
+    out |= {"gated_linear_unit": gated, "activation_func": activation}
     if args.get("num_experts"):
         out["num_moe_experts"] = _value(args["num_experts"])
         if out.get("moe_ffn_hidden_size") is None:
@@ -101,13 +110,9 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
     position = args.get("position_embedding_type", "learned_absolute")
     model: dict[str, object] = {
         "vocab_size": args.get("vocab_size") or args.get("padded_vocab_size"),
-        "max_sequence_length": args.get("max_position_embeddings"),
         "position_embedding_type": "rope" if args.get("use_rotary_position_embeddings") else position,
-        "rotary_base": args.get("rotary_base", CURRENT.defaults["model.rotary_base"]),
-        "rotary_percent": args.get("rotary_percent", CURRENT.defaults["model.rotary_percent"]),
+        **{name: args.get(arg, CURRENT.defaults.get(f"model.{name}")) for name, arg in _MODEL.items()},
         "rope_scaling": bool(args.get("use_rope_scaling")),
-        "rope_scaling_factor": args.get("rope_scaling_factor", CURRENT.defaults["model.rope_scaling_factor"]),
-        "seq_len_interpolation_factor": args.get("rotary_seq_len_interpolation_factor"),
         "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
     }
     if position == "none":
@@ -118,16 +123,6 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
     out |= {f"model.{name}": _value(value) for name, value in model.items() if is_plain(value)}
     check_fields(out, "the checkpoint's args")
     return out
-
-
-def _activation(args: Mapping[str, object]) -> dict[str, Value]:
-    if args.get("swiglu"):
-        return {"gated_linear_unit": True, "activation_func": "silu"}
-    if args.get("quick_geglu"):
-        return {"gated_linear_unit": True, "activation_func": "quick_gelu"}
-    if args.get("squared_relu"):
-        return {"gated_linear_unit": False, "activation_func": "squared_relu"}
-    return {"gated_linear_unit": False, "activation_func": "gelu"}
 
 
 def layout_of_args(args: Mapping[str, object]) -> Layout:
@@ -163,31 +158,23 @@ def args_of(config: Mapping[str, Value], layout: Layout, padded_vocab: int | Non
     Law: `config_of_args(args_of(c, …))` agrees with `c` in every field it has.
     """
     out: dict[str, object] = {name: config[name] for name in FIELDS_OF_BOTH if name in config}
-    activation = config.get("activation_func")
-    gated = bool(config.get("gated_linear_unit"))
-    experts = config.get("num_moe_experts")
+    activation, gated = config.get("activation_func"), bool(config.get("gated_linear_unit"))
     out |= {
         "num_query_groups": config.get("num_query_groups") or config.get("num_attention_heads"),
         "group_query_attention": config.get("num_query_groups") not in (None, config.get("num_attention_heads")),
-        "swiglu": gated and activation == "silu",
-        "quick_geglu": gated and activation == "quick_gelu",
-        "squared_relu": activation == "squared_relu",
+        **{arg: activation == name and gated >= is_gated for arg, (is_gated, name) in _ACTIVATIONS.items()},
         "openai_gelu": False,
         "apply_layernorm_1p": bool(config.get("layernorm_zero_centered_gamma")),
         "norm_epsilon": config.get("layernorm_epsilon"),
-        "num_experts": experts,
+        "num_experts": config.get("num_moe_experts"),
         "vocab_size": config.get("model.vocab_size"),
         "padded_vocab_size": padded_vocab,
-        "max_position_embeddings": config.get("model.max_sequence_length"),
         "seq_length": config.get("model.max_sequence_length"),
         "position_embedding_type": config.get("model.position_embedding_type", "rope"),
         "add_position_embedding": True,
         "use_rotary_position_embeddings": False,
-        "rotary_base": config.get("model.rotary_base", 10000),
-        "rotary_percent": config.get("model.rotary_percent", 1.0),
         "use_rope_scaling": bool(config.get("model.rope_scaling")),
-        "rope_scaling_factor": config.get("model.rope_scaling_factor", 8.0),
-        "rotary_seq_len_interpolation_factor": config.get("model.seq_len_interpolation_factor"),
+        **{arg: config.get(f"model.{name}", CURRENT.defaults.get(f"model.{name}")) for name, arg in _MODEL.items()},
         "untie_embeddings_and_output_weights": not config.get("model.share_embeddings_and_output_weights"),
         "hybrid_override_pattern": config.get("model.hybrid_override_pattern"),
         "is_hybrid_model": config.get("model.mcore_model") == "hybrid",

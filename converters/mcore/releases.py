@@ -14,15 +14,24 @@ from converters.rows.expr import Value
 
 @dataclass(frozen=True, slots=True)
 class FusedNorm:
-    """A norm that Transformer Engine fuses into the linear behind it, within a layer.
+    """A norm that Transformer Engine fuses into the `linear` behind it, within a layer.
 
-    `own` begins its names as a module of its own, `fused` those within the linear; `witness` is the parameter whose
-    presence shows that the layer fuses it.
+    `own` begins its names as a module of its own; `atom` is the first part of a linear that is stored in parts.
     """
 
     own: str
-    fused: str
-    witness: str
+    linear: str
+    atom: str = ""
+
+    @property
+    def fused(self) -> str:
+        """How its names within the linear begin."""
+        return f"{self.linear}.layer_norm_"
+
+    @property
+    def witness(self) -> str:
+        """The parameter whose presence in a layer shows that the norm is fused there."""
+        return f"{self.linear}.weight{self.atom}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +79,14 @@ RELEASE_0_16 = Release(
     plain_prediction_layer="transformer_layer",
     final_norm={"gpt": "decoder.final_layernorm", "hybrid": "decoder.final_norm"},
     fused_norms=(
-        FusedNorm("input_layernorm.", "self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.weight"),
-        FusedNorm("input_layernorm.", "self_attention.in_proj.layer_norm_", "self_attention.in_proj.weight"),
-        FusedNorm("input_layernorm.", "self_attention.in_proj.layer_norm_", "self_attention.in_proj.weight.query"),
-        FusedNorm("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.weight"),
-        FusedNorm(
-            *("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
-            "self_attention.linear_q_up_proj.weight",
-        ),
-        FusedNorm(
-            *("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
-            "self_attention.linear_kv_up_proj.weight",
-        ),
-        FusedNorm("norm.", "mixer.in_proj.layer_norm_", "mixer.in_proj.weight.z"),
-        FusedNorm("norm.", "mixer.in_proj.layer_norm_", "mixer.in_proj.weight"),
+        FusedNorm("input_layernorm.", "self_attention.linear_qkv"),
+        FusedNorm("input_layernorm.", "self_attention.in_proj"),
+        FusedNorm("input_layernorm.", "self_attention.in_proj", ".query"),
+        FusedNorm("pre_mlp_layernorm.", "mlp.linear_fc1"),
+        FusedNorm("self_attention.q_layernorm.", "self_attention.linear_q_up_proj"),
+        FusedNorm("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj"),
+        FusedNorm("norm.", "mixer.in_proj", ".z"),
+        FusedNorm("norm.", "mixer.in_proj"),
     ),
     module_order=tuple(
         """input_layernorm self_attention.core_attention self_attention.linear_proj self_attention.out_proj

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from converters.adapters.megatron import MARKS
 from converters.tensors import Shape
-from mbx.formats.adapter_folder import BESIDE, read_json, stated
+from mbx.formats.adapter_folder import BESIDE, stated
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.peft import CONFIG
+from mbx.untrusted.small_files import read_json
 
 _PEFT = re.compile(r"^base_model\.model\.(.+?)((?:\.base_layer)*)\.lora_(A|B|magnitude_vector)(?:\.weight)?$")
 _A = re.compile(r"^(.+?)\.(?:adapter\.(?:adapter_(\w+)\.)?linear_in\.weight|lora_a)$")

@@ -8,7 +8,6 @@ CKPT/iter_0000000/{__R_N.distcp, .metadata, …, peft/, hf/config.json}
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.peft import CONFIG, WEIGHTS
 from mbx.formats.registry import Sniffed, find, instead, sniff
 from mbx.tables import table_for
+from mbx.untrusted.small_files import read_json
 
 #: Folder of an adapter checkpoint for what lay beside PEFT's tensors.
 BESIDE = "peft"
@@ -201,14 +201,3 @@ def stated(opened: Checkpoint) -> dict[str, Value]:
 def common_rank(adapted: tuple[Adapted, ...]) -> int:
     """The rank that most adapters have."""
     return Counter(site.rank for found in adapted for site in found.sites).most_common(1)[0][0]
-
-
-def read_json(path: Path) -> dict[str, Value]:
-    """A JSON object; StorageError where the file is none."""
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"`{path}` cannot be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise StorageError(f"`{path}` is not a JSON object")
-    return loaded

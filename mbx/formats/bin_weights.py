@@ -6,7 +6,6 @@ archive of a dict of tensors, which may share storages.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from converters.errors import StorageError
@@ -14,6 +13,8 @@ from converters.tensors import Chunk, StoredTensor
 from mbx.torchfile.archive import load_archive
 from mbx.torchfile.torch_values import TensorStub
 from mbx.untrusted.names import is_inside
+from mbx.untrusted.small_files import INDEX as INDEX_BYTES
+from mbx.untrusted.small_files import read_json
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -50,7 +51,7 @@ def read_bin_folder(folder: Path) -> tuple[dict[str, StoredTensor], tuple[str, .
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path, INDEX_BYTES)["weight_map"]
         found = {str(key): str(file) for key, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"`{path}` is damaged: {error}") from error

@@ -14,6 +14,7 @@ from converters.errors import DeviceError, StorageError
 from converters.tensors import Chunk
 from mbx.torchfile.archive import ArchiveFrame, file_reader, locate_tensor, tensor_archive
 from mbx.untrusted.names import create
+from mbx.untrusted.small_files import open_regular
 
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 #: Bytes written at once. Linux gives a longer write larger pages (ext4 since 6.16), which are seldom the ones just
@@ -56,7 +57,7 @@ class FileSource:
             with self._lock:
                 if (fd := self._descriptors.get(file)) is None:
                     try:
-                        fd = self._descriptors[file] = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC)
+                        fd = self._descriptors[file] = open_regular(self.root / file)
                     except OSError as error:
                         raise os_failure(error, f"cannot open `{self.root / file}`") from error
         return fd

@@ -29,6 +29,8 @@ from mbx.formats.sidecars import read_run_config
 from mbx.torchfile.archive import file_reader, object_archive, read_object
 from mbx.torchfile.dcp import DcpCheckpoint, build_dcp_metadata, read_dcp, read_index
 from mbx.torchfile.torch_values import Namespace
+from mbx.untrusted.small_files import open_regular
+from mbx.untrusted.values import check_bounded
 
 #: Entries of Megatron-LM's state_dict that are objects of the checkpoint.
 _OBJECTS = ("args", "checkpoint_version", "iteration", "num_floating_point_operations_so_far")
@@ -111,12 +113,13 @@ def _objects(iteration: Path, dcp: DcpCheckpoint) -> dict[str, object]:
         if name not in dcp.objects:
             continue
         file, start, length = dcp.objects[name]
-        fd = os.open(iteration / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        fd = open_regular(iteration / file)
         try:
             value, _ = read_object(file_reader(fd, start), length, unknown="opaque", source=f"{iteration / file}")
         finally:
             os.close(fd)
         out[name] = value.values if isinstance(value, Namespace) else value
+    check_bounded(out, f"`{iteration}`: its objects")
     return out
 
 

@@ -24,7 +24,9 @@ from mbx.formats.bin_weights import has_bin_weights, read_bin_folder, safetensor
 from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.placement import Order, Placement
 from mbx.formats.safetensors import build_header, parse_header, read_folder, read_header
-from mbx.untrusted.names import inside
+from mbx.untrusted.names import inside, leads_out
+from mbx.untrusted.small_files import INDEX as INDEX_BYTES
+from mbx.untrusted.small_files import open_regular, read_json
 
 CONFIG = "config.json"
 LAYOUT = "mbx_layout.json"
@@ -71,18 +73,12 @@ class HuggingFace:
 
 def read_config(folder: Path) -> dict[str, Value]:
     """`config.json` of a folder; StorageError when it is absent or not a JSON object."""
-    path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(folder / CONFIG)
     except FileNotFoundError:
         raise StorageError(f"`{folder}` has no `{CONFIG}`") from None
     except NotADirectoryError:
         raise StorageError(f"`{folder}` is a file; a Hugging Face folder was expected") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"`{path}` cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise StorageError(f"`{path}` is not a JSON object")
-    return config
 
 
 def open_hf(path: Path) -> Checkpoint:
@@ -105,15 +101,23 @@ def has_weights(folder: Path) -> bool:
 
 
 def side_files(path: Path) -> list[str]:
-    """Names of everything in a folder that is not weights: tokenizer, chat template, code, config."""
-    return sorted(
-        p.name
-        for p in path.iterdir()
-        if p.is_file()
-        and not p.name.startswith(".")
-        and not p.name.endswith(_WEIGHT_SUFFIXES)
-        and p.name not in (MANIFEST, LAYOUT, BIN_INDEX)
-    )
+    """Names of everything in a folder that is not weights: tokenizer, chat template, code, config.
+
+    Links that lead out of it are left out: what they lead to is not the model's, and would travel with it.
+    """
+    return sorted(p.name for p in _beside(path) if not leads_out(p))
+
+
+def links_out(path: Path) -> list[str]:
+    """Names that `side_files` leaves out."""
+    return sorted(p.name for p in _beside(path) if leads_out(p))
+
+
+def _beside(path: Path) -> Iterator[Path]:
+    for p in path.iterdir():
+        hidden = p.name.startswith(".") or p.name.endswith(_WEIGHT_SUFFIXES)
+        if p.is_file() and not hidden and p.name not in (MANIFEST, LAYOUT, BIN_INDEX):
+            yield p
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -134,7 +138,7 @@ def record_layout(folder: Checkpoint) -> str:
             header = build_header(held, {"format": "pt"})[8:].decode("utf-8")
             files.append({"file": safetensors_name(name), "header": header})
             continue
-        with (folder.path / name).open("rb") as stream:
+        with open(open_regular(folder.path / name), "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             files.append({"file": name, "header": stream.read(length).decode("utf-8")})
     return json.dumps({"files": files})
@@ -158,7 +162,9 @@ def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:
     if not path.is_file():
         return tuple(_weight_file(p) for p in sorted(folder.glob("*.safetensors"))) or None
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = read_json(path, INDEX_BYTES)["files"]
+        if not isinstance(files, list):
+            raise TypeError("`files` is no list")
         out, named = [], set[str]()
         for entry in files:
             header = str(entry["header"]).encode()

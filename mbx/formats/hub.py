@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from converters.errors import DeviceError, StorageError, UsageError
+from mbx.untrusted.small_files import INDEX, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -216,7 +216,7 @@ def _require_shards(repo_id: str, folder: Path) -> None:
     index = folder / INDEX_FILE
     if not index.is_file():
         return
-    shards = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+    shards = set(read_json(index, INDEX).get("weight_map", {}).values())
     missing = sorted(shard for shard in shards if not (folder / shard).is_file())
     if missing:
         raise StorageError(

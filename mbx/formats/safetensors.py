@@ -12,15 +12,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
 from converters.errors import StorageError
 from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
 from mbx.untrusted.names import is_inside
+from mbx.untrusted.small_files import open_regular, read_small
 
 #: The library's own limit; checked before anything of that size is read.
 MAX_HEADER_BYTES = 100_000_000
+#: Missing files that an error names.
+_SHOWN = 100
 _MAX_DIMS = 64
 _MAX_DIM = 1 << 62
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -58,7 +62,7 @@ def read_header(path: Path) -> SafetensorsFile:
     not valid, an unknown dtype, and data that overlap, leave a hole or do not fit the shape.
     """
     try:
-        with path.open("rb") as file:
+        with open(open_regular(path), "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             length = file.read(8)
             if len(length) < 8:
@@ -237,10 +241,7 @@ def _find_index(folder: Path) -> Path | None:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        size = path.stat().st_size
-        if size > MAX_HEADER_BYTES:
-            raise StorageError(f"{path}: {size} bytes; at most {MAX_HEADER_BYTES} are read")
-        raw = path.read_bytes()
+        raw = read_small(path, MAX_HEADER_BYTES)
     except OSError as exc:
         raise StorageError(f"{path}: cannot be read: {exc.strerror}") from exc
     given = _load_json(raw, str(path)).get("weight_map")
@@ -268,12 +269,20 @@ def _unindexed_shards(folder: Path) -> list[str]:
         )
     if "model.safetensors" in names:  # the file Transformers reads; others beside it are adapters and copies
         return ["model.safetensors"]
-    expected: set[str] = set()
+    sets: dict[tuple[str, str], set[int]] = {}
     for name in names:
-        match = _NUMBERED.fullmatch(name)
-        if match and int(match[3]) <= 99_999:
-            expected.update(f"{match[1]}-{i:05d}-of-{match[3]}.safetensors" for i in range(1, int(match[3]) + 1))
-    return sorted({*names, *expected})
+        if match := _NUMBERED.fullmatch(name):
+            sets.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (stem, count), found in sets.items():
+        missing = (number for number in range(1, int(count) + 1) if number not in found)
+        if (lacks := int(count) - len(found)) > 0:
+            shown = [f"{stem}-{number:05d}-of-{count}.safetensors" for number in islice(missing, _SHOWN)]
+            raise StorageError(
+                f"{folder}: {lacks} of {int(count)} shards are missing: {shown[0]}",
+                hint="download the missing files",
+                details=shown,
+            )
+    return names
 
 
 def _check_index(path: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:

@@ -18,8 +18,9 @@ from mbx.torchfile.archive import file_reader, load_archive, read_object
 from mbx.torchfile.archive_layout import lay_out
 from mbx.torchfile.dcp import StoredObject
 from mbx.torchfile.torch_values import Namespace, TensorStub
+from mbx.untrusted.small_files import open_regular
+from mbx.untrusted.values import check_bounded
 
-_MAX_YAML_BYTES = 4 << 20
 _COMMON_OBJECT = "common_state/shard_0_1"
 
 
@@ -33,7 +34,7 @@ def common_of(iteration: Path, objects: Mapping[str, StoredObject]) -> dict[str,
         loaded, _ = load_archive(iteration / "common.pt", unknown="opaque")
     elif _COMMON_OBJECT in objects:
         file, start, length = objects[_COMMON_OBJECT]
-        fd = os.open(iteration / file, os.O_RDONLY)
+        fd = open_regular(iteration / file)
         try:
             loaded, _ = read_object(file_reader(fd, start), length, unknown="opaque", source=f"{iteration / file}")
         finally:
@@ -42,7 +43,9 @@ def common_of(iteration: Path, objects: Mapping[str, StoredObject]) -> dict[str,
             loaded = loaded[0]
     if not isinstance(loaded, dict):
         raise StorageError(f"`{iteration}`: the common state is a {type(loaded).__name__}; a dict was expected")
-    return {str(key): value.values if isinstance(value, Namespace) else value for key, value in loaded.items()}
+    common = {str(key): value.values if isinstance(value, Namespace) else value for key, value in loaded.items()}
+    check_bounded(common, f"`{iteration}`: the common state")
+    return common
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +123,9 @@ def read_run_config(iteration: Path) -> dict[str, object] | None:
     path = iteration / "run_config.yaml"
     if not path.is_file():
         return None
-    import yaml
+    from mbx.untrusted.yaml_files import read_yaml
 
-    try:
-        if (size := path.stat().st_size) > _MAX_YAML_BYTES:
-            raise StorageError(f"`{path}` has {size} bytes; at most {_MAX_YAML_BYTES} are read")
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise StorageError(f"`{path}` cannot be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise StorageError(f"`{path}` is not a mapping")
-    return {str(key): value for key, value in loaded.items()}
+    return read_yaml(path)
 
 
 def train_state_archive(iteration: int) -> bytes:

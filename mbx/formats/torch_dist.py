@@ -25,6 +25,7 @@ from mbx.formats.placement import Framing, Order, Placement
 from mbx.formats.sidecars import common_of, read_run_config
 from mbx.torchfile.archive import extra_state_archive, object_archive
 from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
+from mbx.untrusted.small_files import POINTER, read_json, read_small
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = "iter_0000000"
@@ -73,7 +74,7 @@ def find_iteration(path: Path) -> Path | None:
     tracker = path / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    text = read_small(tracker, POINTER).decode("utf-8", "replace").strip()
     name = "release" if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else None
     if name is None:
         raise StorageError(f"`{tracker}` says {text[:40]!r}; an iteration number was expected")
@@ -98,7 +99,7 @@ def open_torch_dist(path: Path, iteration: Path) -> Checkpoint:
     if not metadata.is_file():
         raise StorageError(f"`{iteration}` has no `metadata.json`: the checkpoint was not finished")
     try:
-        backend = json.loads(metadata.read_text(encoding="utf-8")).get("sharded_backend")
+        backend = read_json(metadata).get("sharded_backend")
     except (ValueError, AttributeError) as error:
         raise StorageError(f"`{metadata}` is not valid JSON: {error}") from error
     if backend != "torch_dist":

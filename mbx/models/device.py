@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from converters.errors import DeviceError, LayoutError, UsageError
 
-if TYPE_CHECKING:
-    import torch
-
 DEVICES = ("cpu", "cuda")
+DTYPES = ("fp32", "bf16", "fp16")
 #: Seconds that processes wait for each other: one of them also runs the other side of a comparison.
 _PATIENCE_S = 7200.0
 
@@ -27,6 +24,7 @@ class Spread:
 
     `vpp` counts the model chunks of a pipeline rank, `cp` the ranks that share a sequence. `etp` is the tensor
     parallelism of expert weights, 1 by default (Megatron-LM's default follows `tp`).
+    UsageError for a device or dtype that is not known.
     """
 
     tp: int = 1
@@ -37,6 +35,11 @@ class Spread:
     etp: int = 1
     vpp: int = 1
     cp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("device", self.device, DEVICES), ("dtype", self.dtype, DTYPES)):
+            if value not in known:
+                raise UsageError(f"{name} must be one of {', '.join(known)}, got `{value}`")
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -85,11 +88,9 @@ def is_main() -> bool:
 def megatron_on(spread: Spread) -> Iterator[None]:
     """A process group in which Megatron Core builds and runs models of a `spread`: torchrun's, or one of one rank.
 
-    On `cuda`, TF32 stays off inside the block, for Transformer Engine as well. Raises UsageError for another device
-    name, DeviceError where there is no GPU or no Transformer Engine, LayoutError for a layout that does not fit.
+    On `cuda`, TF32 stays off inside the block, for Transformer Engine as well. Raises DeviceError where
+    there is no GPU or no Transformer Engine, LayoutError for a layout that does not fit.
     """
-    if spread.device not in DEVICES:
-        raise UsageError(f"device must be `cpu` or `cuda`, got `{spread.device}`")
     rank, world = world_of()
     spread.check(world)
     group = partial(process_group, spread, rank=rank, world_size=world, timeout_s=_PATIENCE_S)
@@ -134,18 +135,17 @@ def process_group(
         )
     if torch.distributed.is_initialized():
         raise UsageError("torch.distributed is initialised already", hint="leave the other process group first")
-    from_torchrun = world_size > 1 and init_file is None
-    if from_torchrun and "MASTER_ADDR" not in os.environ:
+    if world_size > 1 and init_file is None and "MASTER_ADDR" not in os.environ:
         raise UsageError(f"{world_size} processes need an `init_file` to meet at, or torchrun; got neither")
 
-    # torch re-exports its stores without declaring them
-    store: torch._C._distributed_c10d.Store | None = None
-    if init_file is not None:
-        store = torch.distributed.FileStore(str(init_file), world_size)  # type: ignore[attr-defined]
-    elif not from_torchrun:
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    alone = world_size == 1 and init_file is None
     torch.distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        backend,
+        store=torch.distributed.HashStore() if alone else None,  # type: ignore[attr-defined]  # torch does not declare it
+        init_method=None if init_file is None else f"file://{init_file.resolve()}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
     )
     try:
         parallel_state.initialize_model_parallel(**spread.sizes)

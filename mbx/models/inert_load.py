@@ -36,6 +36,7 @@ from mbx.torchfile.pickle_plain import load_storage
 from mbx.torchfile.pickles import global_finder
 from mbx.torchfile.torch_values import TORCH_NAMES, TensorStub
 from mbx.untrusted.names import inside
+from mbx.untrusted.small_files import open_regular
 
 #: Classes of NumPy's arrays and scalars, in which random states are saved (`mbx/train/checkpoints/restore.py`).
 _NUMPY = tuple(
@@ -52,6 +53,7 @@ _TE_RECIPES = tuple(
         "QParams",
     )
 )
+
 #: Megatron Core's own recipe, of delayed scaling.
 _CORE_RECIPES = ("megatron.core.extensions.transformer_engine.TEDelayedScaling",)
 _EXTRA_STATE = frozenset((*_TE_RECIPES, *_CORE_RECIPES, "torch.storage._load_from_bytes", "_io.BytesIO", "io.BytesIO"))
@@ -138,7 +140,7 @@ def _check_objects(iteration: Path) -> None:
     try:
         for name, (file, start, length) in read_dcp(iteration).objects.items():
             if file not in files:
-                files[file] = os.open(iteration / file, os.O_RDONLY | os.O_CLOEXEC)
+                files[file] = open_regular(iteration / file)
             _check_object(name, files[file], start, length, f"{iteration / file}: `{name}`")
     finally:
         for descriptor in files.values():

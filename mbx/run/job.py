@@ -25,6 +25,7 @@ from mbx.run.commit import check_target
 from mbx.run.execution import Outcome, Progress, run
 from mbx.run.export_codec import PLAIN, codes_of
 from mbx.tables import table_for
+from mbx.untrusted.small_files import SETTINGS, read_small
 
 DEFAULT_MAX_MEMORY = 1 << 30
 DEFAULT_MAX_SHARD = 5 * 10**9
@@ -128,7 +129,7 @@ def plan_hf_to_mcore(
         waivers=options.waivers,
         allow_unused_keys=options.allow_unused_keys,
     )
-    plan = replace(plan, notes=(*plan.notes, *_idle(options, plan, table, config)))
+    plan = replace(plan, notes=(*plan.notes, *_idle(options, plan, table, config), *not_followed(folder.home)))
     tokenizer = (origin or {}).get("repo_id") or str(source.resolve())
     has_tokenizer = any(map(hf.is_tokenizer_file, folder.side_files))
     sidecars = megatron_sidecars(plan, options.format, 0, tokenizer=tokenizer if has_tokenizer else None)
@@ -141,6 +142,11 @@ def plan_hf_to_mcore(
     if (index := hf.bin_index(folder)) is not None:
         texts[f"{at}hf/{hf.INDEX}"] = index
     return Job(plan, source, target, folder.home, sides, texts, options, placed, origin or {}, sidecars)
+
+
+def not_followed(folder: Path) -> list[str]:
+    """What lies in a folder and does not travel, in words."""
+    return [f"not carried: `{name}`, a link that leads out of `{folder}`" for name in hf.links_out(folder)]
 
 
 def _idle(options: Options, plan: Plan, table: Table, config: Mapping[str, Value]) -> list[str]:
@@ -182,6 +188,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
         waivers=options.waivers,
     )
     left_out = [f"not carried: {what}" for what in opened.left_out]
+    left_out += [] if reference is None else not_followed(reference)
     idle = _idle(options, plan, table, config)
     kept_codes = []
     if options.dtype is not None and plan.reencoded:
@@ -205,7 +212,7 @@ def _config_file(
     if found.reference is None:
         texts[hf.CONFIG] = config_text(found.config, [draft.dtype for draft in plan.drafts])
         return
-    original = (found.reference / hf.CONFIG).read_bytes()
+    original = read_small(found.reference / hf.CONFIG, SETTINGS)
     if (edited := edited_config(original, options.dtype, options.codec)) != original:
         texts[hf.CONFIG] = edited
         sides.pop(hf.CONFIG, None)

@@ -26,12 +26,15 @@ from converters.engine.plan import Plan
 from converters.errors import StorageError, UsageError
 from converters.tensors import StoredTensor
 from mbx.formats.files import os_failure
+from mbx.untrusted.small_files import INDEX, read_json, read_small
 from mbx.version import __version__
 
 FOLDER = ".mbx"
 _HEADER = "run.json"
 _LOGS = "*.log"
 _FORMAT = 1
+#: Of a log, which has a line a piece.
+_MOST_BYTES = 1 << 30
 #: Target files are flushed this often, so that a crashed machine loses no more work than this.
 _MARK_EVERY_S = 30.0
 
@@ -113,7 +116,7 @@ def read(partial: Path) -> tuple[Header, dict[int, tuple[int, ...]]] | None:
     if not path.is_file():
         return None
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path, INDEX)
         cutting = Cutting(int(stored["piece_bytes"]), int(stored["whole_bytes"]))
         marks = {str(file): (int(size), int(when)) for file, (size, when) in stored["stamps"].items()}
         header = Header(str(stored["digest"]), cutting, marks)
@@ -218,7 +221,7 @@ def _logs(partial: Path) -> list[Path]:
 def _read_log(path: Path, *, trusted: bool) -> dict[int, tuple[int, ...]]:
     """Pieces in one log, up to its first damaged line."""
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = read_small(path, _MOST_BYTES).splitlines(keepends=True)
     except OSError as error:
         raise os_failure(error, f"cannot read `{path}`") from error
     pieces: list[tuple[int, int, tuple[int, ...]]] = []

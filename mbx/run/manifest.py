@@ -18,6 +18,7 @@ from converters.rows.expr import Value
 from converters.tensors import StoredTensor, nbytes_of
 from mbx.formats.hf import MANIFEST
 from mbx.untrusted.names import is_inside
+from mbx.untrusted.small_files import read_json
 from mbx.version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 20
 _LISTS = ("tensors", "containers", "files")
+#: A manifest has a line a tensor, with every chunk of it.
+_MOST_BYTES = 1 << 30
 #: Fills a buffer from a byte of a file, as `Source.read_into`.
 Read = Callable[[str, int, memoryview], None]
 
@@ -125,7 +128,7 @@ def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint that mbx made; StorageError when there is none, or it is not valid."""
     path = folder / MANIFEST
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path, _MOST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise StorageError(
             f"`{folder}` has no `{MANIFEST}`", hint="only checkpoints that mbx wrote can be checked"

@@ -20,6 +20,7 @@ from mbx.run.commit import check_target
 from mbx.run.export_codec import PLAIN
 from mbx.run.job import Job, Options, edited_config, plan_hf_to_mcore, plan_mcore_to_hf
 from mbx.run.reshard import plan_mcore_to_mcore
+from mbx.untrusted.small_files import SETTINGS, read_small
 
 KINDS = ("hf", "mcore")
 
@@ -118,7 +119,7 @@ def _copied(base: Path, target: Path, options: Options, opened: Base, adapter: A
     texts = dict(placed.texts)
     sides = {name: folder.home / name for name in folder.side_files if name not in texts}
     if encoded:
-        texts[hf.CONFIG] = edited_config((base / hf.CONFIG).read_bytes(), None, PLAIN)
+        texts[hf.CONFIG] = edited_config(read_small(base / hf.CONFIG, SETTINGS), None, PLAIN)
         del sides[hf.CONFIG]
     origin = {"adapter": str(adapter.path)}
     return Job(plan, base, target, base, sides, texts, options, placed, origin)

@@ -24,6 +24,7 @@ from mbx.formats.sidecars import megatron_sidecars
 from mbx.run.commit import check_target
 from mbx.run.job import Job, Options
 from mbx.text import plural
+from mbx.untrusted.names import leads_out
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -78,7 +79,7 @@ def plan_mcore_to_mcore(
         for folder in ("hf", "tokenizer")
         if (opened.iteration / folder).is_dir()
         for path in sorted((opened.iteration / folder).iterdir())
-        if path.is_file()
+        if path.is_file() and not leads_out(path)
     }
     texts = {**sidecars.texts, **{f"{sidecars.folder}/{name}": text for name, text in placed.texts.items()}}
     return Job(plan, source, target, opened.iteration, sides, texts, options, placed, {}, sidecars)

@@ -13,6 +13,7 @@ from converters.tensors import StoredTensor
 from mbx.formats import hf, torch_dist
 from mbx.formats.files import FileSink, FileSource, os_failure
 from mbx.run import manifest
+from mbx.untrusted.small_files import open_regular
 
 if TYPE_CHECKING:
     from mbx.run.job import Job
@@ -76,7 +77,7 @@ def write_side_files(job: Job, root: Path, source: FileSource) -> dict[str, int]
 
 def _blocks(path: Path) -> Iterator[bytes]:
     try:
-        with path.open("rb") as stream:
+        with open(open_regular(path), "rb") as stream:
             while block := stream.read(_BLOCK):
                 yield block
     except OSError as error:

@@ -29,6 +29,7 @@ from mbx.torchfile.zip_format import (
     pack_local,
     read_directory,
 )
+from mbx.untrusted.small_files import open_regular
 
 __all__ = [
     "ArchiveEntry",
@@ -132,7 +133,7 @@ def load_archive(path: Path, *, unknown: Unknown = "refuse") -> tuple[object, di
     Raises StorageError when the file cannot be read or is not a sound torch.save archive.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        fd = open_regular(path)
     except OSError as exc:
         raise StorageError(f"{path}: cannot be opened: {exc.strerror}") from exc
     try:

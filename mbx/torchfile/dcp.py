@@ -21,6 +21,7 @@ from mbx.torchfile.dcp_metadata import (
 from mbx.torchfile.pickle_machine import MAX_PICKLE_BYTES
 from mbx.torchfile.tiling import Box, tiling_fault
 from mbx.untrusted.names import is_inside
+from mbx.untrusted.small_files import read_small
 
 METADATA_NAME = ".metadata"
 
@@ -68,10 +69,7 @@ def read_index(folder: Path) -> DcpMetadata:
     """A DCP folder's `.metadata` as it stands; nothing that it names is run. StorageError where it cannot be read."""
     path = folder / METADATA_NAME
     try:
-        size = path.stat().st_size
-        if size > MAX_PICKLE_BYTES:
-            raise StorageError(f"{path}: {size} bytes; at most {MAX_PICKLE_BYTES} are read")
-        raw = path.read_bytes()
+        raw = read_small(path, MAX_PICKLE_BYTES)
     except FileNotFoundError as exc:
         raise StorageError(
             f"{folder}: no {METADATA_NAME}", hint="name the checkpoint's iteration folder, such as iter_0000000"

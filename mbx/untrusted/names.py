@@ -29,6 +29,15 @@ def inside(relative: object, source: str) -> str:
     return relative
 
 
+def leads_out(path: Path) -> bool:
+    """Whether a path is a link that leads out of its folder; a hub cache's links to its own blobs do not count."""
+    if not path.is_symlink():
+        return False
+    home, real = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    owners = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    return not any(real.is_relative_to(owner) for owner in owners)
+
+
 def create(root: Path, relative: str) -> int:
     """A descriptor to write `relative` below `root`, folders made as needed; what the file holds is kept.
 

@@ -17,6 +17,7 @@ from converters.errors import StorageError
 from converters.tensors import nbytes_of
 from mbx.formats.legacy.assembly import Shard
 from mbx.torchfile.archive import file_reader, read_directory
+from mbx.untrusted.small_files import open_regular
 
 _BLOCK = 8 << 20
 
@@ -91,7 +92,7 @@ class Copies:
     def _fd(self, file: str) -> int:
         if file not in self._open:
             try:
-                self._open[file] = os.open(self.iteration / file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._open[file] = open_regular(self.iteration / file)
             except OSError as error:
                 raise StorageError(f"`{self.iteration / file}` cannot be opened: {error.strerror}") from error
         return self._open[file]

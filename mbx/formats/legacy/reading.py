@@ -28,6 +28,7 @@ from mbx.formats.legacy.assembly import Assembly, Shard
 from mbx.formats.legacy.copies import Copies, Copy
 from mbx.torchfile.archive import load_archive
 from mbx.torchfile.torch_values import Namespace, TensorStub
+from mbx.untrusted.values import check_bounded
 
 WEIGHTS = "model_optim_rng.pt"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -120,7 +121,10 @@ def _load(path: Path) -> tuple[dict[str, object], dict[str, tuple[int, int]]]:
     loaded, storages = load_archive(path, unknown="opaque")
     if not isinstance(loaded, dict):
         raise StorageError(f"`{path}` holds a {type(loaded).__name__}; a dict was expected")
-    return {str(key): value for key, value in loaded.items()}, storages
+    top = {str(key): value for key, value in loaded.items()}
+    if isinstance(args := top.get("args"), Namespace):
+        check_bounded(args.values, f"`{path}`: its args")
+    return top, storages
 
 
 def _read_first(iteration: Path) -> dict[str, object]:

@@ -18,8 +18,6 @@ from mbx.models.forward.prompts import Batch
 from mbx.models.forward.trace import Trace
 
 if TYPE_CHECKING:
-    import torch
-
     from mbx.models.megatron.weights import StoredWeights
 
 
@@ -47,7 +45,9 @@ class TransformersModel:
         """The pass, on rank 0; an empty trace elsewhere."""
         del vocab
         if not is_main():
-            return Trace({}, _nothing)
+            import torch
+
+            return Trace({}, lambda first, last: torch.empty(0, last - first))
         from mbx.models.transformers.tracing import trace_transformers
 
         return trace_transformers(self.path, batches, device=spread.device)
@@ -79,13 +79,6 @@ class MegatronModel:
         """Rotary constants that Megatron Core cannot express, one line each."""
         return tuple(inexpressible_rope(self.hf_config)) if self.reference is not None else ()
 
-    @property
-    def frequencies(self) -> torch.Tensor | None:
-        """Transformers' rotary frequencies, where Megatron Core's constants differ."""
-        from mbx.models.megatron.rotary import transformers_frequencies
-
-        return transformers_frequencies(self.reference) if self.lent and self.reference is not None else None
-
     def weights(self, source: FileSource) -> StoredWeights:
         """The checkpoint's weights."""
         from mbx.models.megatron.weights import StoredWeights
@@ -98,11 +91,13 @@ class MegatronModel:
 
     def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
         """The pass; collective, inside `megatron_on`."""
+        from mbx.models.megatron.rotary import transformers_frequencies
         from mbx.models.megatron.tracing import trace_megatron
 
         source = FileSource(self.root)
         weights = self.weights(source)
-        found = trace_megatron(self.config, weights, batches, vocab=vocab, spread=spread, frequencies=self.frequencies)
+        frequencies = transformers_frequencies(self.reference) if self.reference and self.lent else None
+        found = trace_megatron(self.config, weights, batches, vocab=vocab, spread=spread, frequencies=frequencies)
         return Trace(found.hidden, found.head, source.close)
 
 
@@ -115,10 +110,3 @@ def vocab_size(config: Mapping[str, Value]) -> int:
     if not isinstance(vocab, int):
         raise UsageError(f"model.vocab_size is {vocab!r}; forward parity needs a number")
     return vocab
-
-
-def _nothing(first: int, last: int) -> torch.Tensor:
-    """Logits where rank 0 has them."""
-    import torch
-
-    return torch.empty(0, last - first)

@@ -58,22 +58,17 @@ class Forward:
     def figures(self) -> tuple[tuple[str, float], ...]:
         """The figures of `summary` by name; those of the bf16 noise where it was measured."""
         diff, noise = self.diff, self.diff.noise
-        found: tuple[tuple[str, float], ...] = (
-            ("max_abs", diff.max_abs),
-            ("tolerance", diff.tolerance),
-            ("mean_kl_nats", diff.kl),
-            ("top1_agreement", diff.top1_agreement),
-            ("positions", diff.num_positions),
-        )
-        if noise is None:
-            return found
-        return (
-            *found,
-            ("bf16_noise", noise.largest),
-            ("near_positions", noise.num_positions),
-            ("outside_noise", noise.outside),
-            ("top1_agreement_outside_noise", noise.agreement),
-        )
+        found = {
+            "max_abs": diff.max_abs,
+            "tolerance": diff.tolerance,
+            "mean_kl_nats": diff.kl,
+            "top1_agreement": diff.top1_agreement,
+            "positions": diff.num_positions,
+        }
+        if noise is not None:
+            found |= {"bf16_noise": noise.largest, "near_positions": noise.num_positions}
+            found |= {"outside_noise": noise.outside, "top1_agreement_outside_noise": noise.agreement}
+        return tuple(found.items())
 
     @property
     def details(self) -> tuple[str, ...]:

@@ -99,7 +99,11 @@ def passes(
     start = original_context(hf_config) if prompts.far else None
     if start is None:
         return Passes(tuple(plain), origin)
-    far = [Batch(ids, _far_positions(ids.shape[1], start)) for ids in batches if ids.shape[1] > 1]
+    far = []
+    for ids in batches:
+        length, near = ids.shape[1], ids.shape[1] // 2
+        if length > 1:
+            far.append(Batch(ids, torch.cat([torch.arange(near), torch.arange(start, start + length - near)])))
     return Passes(tuple(plain + far), f"{origin}, near and from position {start}")
 
 
@@ -112,13 +116,6 @@ def original_context(hf_config: Mapping[str, Value]) -> int | None:
         if isinstance(value, int):
             return value
     return None
-
-
-def _far_positions(length: int, start: int) -> torch.Tensor:
-    import torch
-
-    near = length // 2
-    return torch.cat([torch.arange(near), torch.arange(start, start + length - near)])
 
 
 def _tokenized(text_file: Path, hf_path: Path) -> list[int]:

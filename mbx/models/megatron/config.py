@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from converters.errors import DeviceError, LayoutError, UnsupportedError, UsageError
 from converters.rows.expr import Value
-from mbx.models.device import ONE_PROCESS, Spread
+from mbx.models.device import DTYPES, ONE_PROCESS, Spread
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +25,8 @@ FlatConfig: TypeAlias = Mapping[str, Value]
 
 MODEL_PREFIX = "model."
 # Set by the layout, the dtype or the device, never by a model's config.
-_OWNED = (
-    *ONE_PROCESS.sizes,
-    *("params_dtype", "pipeline_dtype", "bf16", "fp16", "use_cpu_initialization", "transformer_impl"),
-)
+_OWNED = """tensor_model_parallel_size pipeline_model_parallel_size expert_model_parallel_size
+expert_tensor_parallel_size params_dtype pipeline_dtype bf16 fp16 use_cpu_initialization transformer_impl""".split()
 # Speed, not mathematics: kernels and dispatch that exist on CUDA only. A CPU build turns them off.
 _CUDA_ONLY: dict[str, Value] = {
     **dict.fromkeys(
@@ -63,9 +61,7 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
     from mbx.models.megatron.core import config as core
 
     dtype, on_cpu = spread.dtype, spread.device == "cpu"
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if dtype not in dtypes:
-        raise UsageError(f"dtype must be one of {', '.join(dtypes)}, got `{dtype}`")
+    torch_dtype = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))[dtype]
     _check_te(spread.device, use_te)
     _check_layout(config, spread)
 
@@ -86,11 +82,16 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
             f"{', '.join(f'`{name}`' for name in owned)} follow from the layout, dtype and device",
             hint="pass them as arguments instead of config keys",
         )
-    _refuse_ignored(values, mla=mla, use_te=use_te)
+    if mla and values.get("softmax_scale") is not None:
+        raise UnsupportedError(
+            f"{mcore_version()} computes the softmax scale of MLA itself and ignores `softmax_scale`"
+        )
+    if values.get("moe_latent_size") is not None and not use_te:
+        raise UnsupportedError(f"{mcore_version()} builds `moe_latent_size` with Transformer Engine only")
     if on_cpu and values.get("fp8") is not None:
         raise UnsupportedError(f"fp8={values['fp8']!r} needs a GPU with Transformer Engine", hint="build without fp8")
 
-    arguments: dict[str, object] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **values}
+    arguments: dict[str, object] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **spread.sizes, **values}
     if "activation_func" in values:
         arguments["activation_func"] = _activation(values["activation_func"])
     if values.get("window_size") is not None:
@@ -104,9 +105,8 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
     else:
         arguments.setdefault("gradient_accumulation_fusion", False)  # True needs Apex
     arguments.update(
-        **spread.sizes,
-        params_dtype=dtypes[dtype],
-        pipeline_dtype=dtypes[dtype],
+        params_dtype=torch_dtype,
+        pipeline_dtype=torch_dtype,
         bf16=dtype == "bf16",
         fp16=dtype == "fp16",
         use_cpu_initialization=on_cpu,
@@ -171,8 +171,6 @@ def _check_te(device: str, use_te: bool) -> None:
 
     import torch
 
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"device must be `cpu` or `cuda`, got `{device}`")
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device `cuda` is not available", hint="use device `cpu`")
     if use_te and (device == "cpu" or importlib.util.find_spec("transformer_engine") is None):
@@ -200,16 +198,6 @@ def refuse_unknown(names: list[str], owner: str) -> None:
             f"{mcore_version()} has no {owner} field {', '.join(f'`{name}`' for name in names)}",
             hint="a newer megatron-core may have it, or the mapping table misspells it",
         )
-
-
-def _refuse_ignored(values: Mapping[str, Value], *, mla: bool, use_te: bool) -> None:
-    """Fields the installed Megatron Core would accept and then not act on in this kind of build."""
-    if mla and values.get("softmax_scale") is not None:
-        raise UnsupportedError(
-            f"{mcore_version()} computes the softmax scale of MLA itself and ignores `softmax_scale`"
-        )
-    if values.get("moe_latent_size") is not None and not use_te:
-        raise UnsupportedError(f"{mcore_version()} builds `moe_latent_size` with Transformer Engine only")
 
 
 def mcore_version() -> str:

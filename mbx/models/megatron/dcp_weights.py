@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -31,15 +31,15 @@ from mbx.models.megatron.weights import StoredWeights
 
 
 class _Boxes(DefaultLoadPlanner):
-    """Says where the reader puts what it reads: `boxes` by (key, number of the box)."""
+    """Says where the reader puts what it reads: `boxes` by (key, offsets)."""
 
-    def __init__(self, boxes: Mapping[tuple[str, int], torch.Tensor]) -> None:
+    def __init__(self, boxes: Mapping[tuple[str, torch.Size | None], torch.Tensor]) -> None:
         super().__init__()
         self.boxes = boxes
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """The box that an item lies in."""
-        return self.boxes[index.fqn, cast("int", index.index)]
+        return self.boxes[index.fqn, index.offset]
 
 
 class TorchDistWeights(StoredWeights):
@@ -64,25 +64,21 @@ class TorchDistWeights(StoredWeights):
 
     def read(self, wanted: list[Any]) -> list[torch.Tensor]:
         """The box of each sharded tensor."""
-        stored, plan = self.metadata.state_dict_metadata, list[ReadItem]()
-        boxes: dict[tuple[str, int], torch.Tensor] = {}
-        chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        plan: list[ReadItem] = []
+        boxes: dict[tuple[str, torch.Size | None], torch.Tensor] = {}
         places = []
         for one in wanted:
-            found = stored.get(one.key)
+            found = self.metadata.state_dict_metadata.get(one.key)
             if not isinstance(found, TensorStorageMetadata):
                 raise StorageError(f"the checkpoint lacks `{one.key}`")
             self.check_shape(one, tuple(found.size))
-            sizes = (1,) * one.prepend_axis_num + tuple(one.local_shape)
-            mine = chunks.setdefault(one.key, [])
-            places.append((one.key, len(mine)))
+            sizes = torch.Size((1,) * one.prepend_axis_num + tuple(one.local_shape))
+            box = ChunkStorageMetadata(torch.Size(one.global_offset), sizes)
+            items = create_read_items_for_chunk_list(one.key, found, [box])
+            if (filled := sum(item.lengths.numel() for item in items)) != sizes.numel():
+                raise StorageError(f"`{one.key}`: {filled} of {sizes.numel()} values are stored")
+            places.append((one.key, box.offsets))
             boxes[places[-1]] = torch.empty(sizes, dtype=found.properties.dtype)
-            mine.append(ChunkStorageMetadata(torch.Size(one.global_offset), torch.Size(sizes)))
-        for key, mine in chunks.items():
-            items = create_read_items_for_chunk_list(key, cast("TensorStorageMetadata", stored[key]), mine)
-            filled = sum(item.lengths.numel() for item in items)
-            if filled != sum(box.sizes.numel() for box in mine):
-                raise StorageError(f"`{key}`: {filled} of {sum(b.sizes.numel() for b in mine)} values are stored")
             plan += items
         try:
             self.reader.read_data(LoadPlan(plan), _Boxes(boxes)).wait()

@@ -35,14 +35,20 @@ def gpt_block_spec(
     rotary base of their own; Megatron Core has neither (`family_layers`). `vp_stage` is the model chunk where
     the pipeline is interleaved.
     """
+    from mbx.models.megatron.core import layers
+
     if config.heterogeneous_block_specs:
         block = _heterogeneous_block_spec(config, use_te=use_te, vp_stage=vp_stage)
     elif config.experimental_attention_variant is not None:
-        block = _variant_block_spec(config, use_te=use_te, vp_stage=vp_stage)
+        if not use_te:
+            raise UnsupportedError(
+                f"{mcore_version()} builds experimental_attention_variant={config.experimental_attention_variant!r} "
+                "with Transformer Engine only",
+                hint="run this leg on a GPU with Transformer Engine installed",
+            )
+        block = layers.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
     elif use_te:
-        from mbx.models.megatron.core.layers import get_gpt_decoder_block_spec
-
-        block = get_gpt_decoder_block_spec(
+        block = layers.get_gpt_decoder_block_spec(
             config,
             use_transformer_engine=True,
             normalization=config.normalization,
@@ -115,20 +121,6 @@ def _heterogeneous_block_spec(
                 if getattr(layer.submodules, name) is WrappedTorchNorm:
                     setattr(layer.submodules, name, LocalNorm)
     return block
-
-
-def _variant_block_spec(
-    config: TransformerConfig, *, use_te: bool, vp_stage: int | None
-) -> TransformerBlockSubmodules:
-    from mbx.models.megatron.core.layers import get_transformer_block_with_experimental_attention_variant_spec
-
-    if not use_te:
-        raise UnsupportedError(
-            f"{mcore_version()} builds experimental_attention_variant="
-            f"{config.experimental_attention_variant!r} with Transformer Engine only",
-            hint="run this leg on a GPU with Transformer Engine installed",
-        )
-    return get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
 
 
 def _local_block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from converters.errors import StorageError
 from converters.rows.expr import Value
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _EMBEDDING, _OUTPUT, _BIAS = "embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"
 
+_T = TypeVar("_T")
 #: Bytes of parameters that are filled at a time.
 _BATCH_BYTES = 1 << 28
 _TIED = "model.share_embeddings_and_output_weights"
@@ -70,7 +71,7 @@ def trace_megatron(
     for handle in handles:
         handle.remove()
     tied = bool(config.get(_TIED, False))
-    return Trace(_on_rank_0(recorder.joined()), _Head(model, weights, finals, vocab, tied, spread))
+    return Trace(_in_order(recorder.joined()), _Head(model, weights, finals, tied, spread))
 
 
 def _frame(config: Mapping[str, Value], weights: StoredWeights, tokens: list[int], spread: Spread) -> nn.Module:
@@ -172,16 +173,21 @@ def _through_stages(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, s
         torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
 
 
-def _on_rank_0(hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The states that any rank recorded, in the order of the model; on rank 0."""
+def _gathered(mine: _T, nothing: _T) -> list[_T]:
+    """What every rank has, on rank 0; an empty list elsewhere."""
     import torch
 
     world = torch.distributed.get_world_size()
     if world == 1:
-        return hidden
-    parts: list[dict[str, torch.Tensor]] | None = [{}] * world if torch.distributed.get_rank() == 0 else None
-    torch.distributed.gather_object(hidden, parts, dst=0)
-    found = {border: states for part in reversed(parts or []) for border, states in part.items()}
+        return [mine]
+    parts = [nothing] * world if torch.distributed.get_rank() == 0 else None
+    torch.distributed.gather_object(mine, parts, dst=0)
+    return parts or []
+
+
+def _in_order(hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The states that any rank recorded, in the order of the model; on rank 0."""
+    found = {border: states for part in reversed(_gathered(hidden, {})) for border, states in part.items()}
     layers = sorted((border for border in found if border not in (EMBEDDING, FINAL)), key=lambda b: int(b.split()[1]))
     return {border: found[border] for border in (EMBEDDING, *layers, FINAL) if border in found}
 
@@ -193,7 +199,6 @@ class _Head:
     model: nn.Module
     weights: StoredWeights
     finals: Sequence[torch.Tensor]
-    vocab: int
     tied: bool
     spread: Spread
 
@@ -208,15 +213,12 @@ class _Head:
             logits = self._logits(first, last)
         if self.spread.pp == 1:
             return logits
-        world = torch.distributed.get_world_size()
-        parts: list[torch.Tensor] | None = None
-        if torch.distributed.get_rank() == 0:
-            parts = [torch.empty(0)] * world
-        torch.distributed.gather_object(logits, parts, dst=0)
-        return next((part for part in parts or [] if part.numel()), logits)
+        return next((part for part in _gathered(logits, torch.empty(0)) if part.numel()), logits)
 
     def _logits(self, first: int, last: int) -> torch.Tensor:
         import torch
+
+        from mbx.models.megatron.core.groups import mappings
 
         layer = cast("Any", self.model).output_layer
         share = -(-(last - first) // self.spread.tp)
@@ -232,20 +234,6 @@ class _Head:
         parts = []
         with torch.no_grad():
             for states in self.finals:
-                found = gather_vocab(layer(states, weight=weight)[0].transpose(0, 1).contiguous())
-                parts.append(found[..., : last - first].float().cpu().reshape(-1, last - first))
+                found = mappings.gather_from_tensor_model_parallel_region(layer(states, weight=weight)[0])
+                parts.append(found.transpose(0, 1)[..., : last - first].float().cpu().reshape(-1, last - first))
         return torch.cat(parts)
-
-
-def gather_vocab(logits: torch.Tensor) -> torch.Tensor:
-    """Concatenate vocabulary shards over the tensor-parallel group: [b, s, vocab/tp] → [b, s, vocab]."""
-    import torch
-
-    from mbx.models.megatron.core.groups import parallel_state
-
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    if tp == 1:
-        return logits
-    shards = [torch.empty_like(logits) for _ in range(tp)]
-    torch.distributed.all_gather(shards, logits, group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(shards, dim=-1)

@@ -26,15 +26,6 @@ if TYPE_CHECKING:
 Config: TypeAlias = Mapping[str, Any]
 
 
-def _same(config: Config) -> dict[str, Any]:
-    return dict(config)
-
-
-def _same_layer(config: Config, number: int, layer: Weights) -> Weights:
-    del config, number
-    return layer
-
-
 @dataclass(frozen=True, slots=True)
 class Twin:
     """How to read a checkpoint as a `model_type` that Transformers has, and what to say of it.
@@ -47,8 +38,8 @@ class Twin:
     note: str
     names: Mapping[str, str]
     without: tuple[str, ...] = ()
-    config: Callable[[Config], dict[str, Any]] = _same
-    layer: Callable[[Config, int, Weights], Weights] = _same_layer
+    config: Callable[[Config], dict[str, Any]] = dict
+    layer: Callable[[Config, int, Weights], Weights] = lambda config, number, layer: layer
 
     def config_of(self, config: Config) -> dict[str, Any]:
         """config.json of the twin, without the repository's own code."""

@@ -29,6 +29,7 @@ from converters.errors import StorageError, UsageError
 from converters.mcore.layout import Layout
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.text import parse_memory
+from mbx.untrusted.small_files import SETTINGS, read_text
 
 LEGS = ("cover", "config", "weights", "round-trip", "forward", "loss")
 _LAYOUT_TYPES = {field.name: str if field.name == "pipeline" else int for field in fields(Layout)}
@@ -78,7 +79,7 @@ def read_checks(path: Path) -> tuple[Check, ...]:
     else:
         import tomli as tomllib
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(read_text(path, SETTINGS))
     except FileNotFoundError:
         raise StorageError(f"there is no `{path}`", hint="docs/ci.md has one to start from") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from converters.errors import StorageError, UsageError
 from mbx.formats.torch_dist import TRACKER, find_iteration
 from mbx.train.recipe.parse import parse_recipe
 from mbx.train.recipe.sections import Recipe
+from mbx.untrusted.small_files import read_json
 
 STATE = "mbx_train.json"
 RECIPE = "recipe.json"
@@ -51,7 +51,7 @@ def finished(run: Path) -> list[Path]:
 def read_state(path: Path) -> LoopState:
     """The loop's state in the checkpoint at `path`; StorageError where it is not one of `mbx train`."""
     try:
-        loop = json.loads((path / STATE).read_text(encoding="utf-8"))
+        loop = read_json(path / STATE)
         return LoopState(int(loop["step"]), float(loop["mean_loss"]), str(loop["base"]), int(loop["world_size"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {STATE}: {error}") from error
@@ -60,7 +60,7 @@ def read_state(path: Path) -> LoopState:
 def read_recipe(path: Path) -> Recipe:
     """The recipe that the checkpoint at `path` was trained by; keys that are newer than it have their defaults."""
     try:
-        return parse_recipe(json.loads((path / RECIPE).read_text(encoding="utf-8")))
+        return parse_recipe(read_json(path / RECIPE))
     except (OSError, ValueError, AttributeError, UsageError) as error:
         raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {RECIPE}: {error}") from error
 

@@ -11,6 +11,7 @@ from typing import Literal, get_origin
 from converters.errors import StorageError, UsageError
 from mbx.train.recipe.parse import SECTIONS, field_types, parse_recipe, unknown_key
 from mbx.train.recipe.sections import Recipe
+from mbx.untrusted.small_files import SETTINGS, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -79,7 +80,7 @@ def _section(raw: Mapping[str, object], key: str) -> dict[str, object]:
 
 def _toml(path: Path) -> dict[str, object]:
     try:
-        parsed: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
+        parsed: dict[str, object] = tomllib.loads(read_text(path, SETTINGS))
         return parsed
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"cannot read the recipe `{path}`: {error}") from error

@@ -1,0 +1,38 @@
+"""Values of strangers: lists and mappings that share their parts can be small to store and endless to walk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from converters.errors import StorageError
+
+#: Values in all, each counted as often as a walk meets it: Megatron-LM's args have a few hundred.
+_MOST_VALUES = 1_000_000
+_DEEPEST = 100
+
+
+def check_bounded(value: object, source: str) -> None:
+    """StorageError, naming `source`, for a value that a walk would not be done with: shared parts, cycles, depth."""
+    _weigh(value, source, {}, 0)
+
+
+def _weigh(value: object, source: str, known: dict[int, int], depth: int) -> int:
+    """How many values a walk of `value` meets; each container is looked at once, whoever shares it."""
+    if isinstance(value, Mapping):
+        parts = [*value.keys(), *value.values()]
+    elif isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes | bytearray):
+        parts = list(value)
+    else:
+        return 1
+    if (weight := known.get(id(value))) is not None:
+        if not weight:
+            raise StorageError(f"{source}: a value that contains itself")
+        return weight
+    if depth > _DEEPEST:
+        raise StorageError(f"{source}: values nested deeper than {_DEEPEST}")
+    known[id(value)] = 0  # being looked at
+    weight = 1 + sum(_weigh(part, source, known, depth + 1) for part in parts)
+    if weight > _MOST_VALUES:
+        raise StorageError(f"{source}: more than {_MOST_VALUES} values, most of them repeated")
+    known[id(value)] = weight
+    return weight
