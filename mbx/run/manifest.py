@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from converters.checksums import crc32
 from converters.errors import StorageError, spelt
-from converters.rows.expr import Value
 from converters.tensors import StoredTensor, nbytes_of
 from mbx import __version__
-from mbx.formats.hf import MANIFEST
+from mbx.formats.files import MANIFEST as MANIFEST
 from mbx.untrusted.names import is_inside
 
 if TYPE_CHECKING:
+    from converters.rows.expr import Value
     from mbx.run.job import Job
 
 _BLOCK = 1 << 20
