@@ -16,6 +16,15 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 MIN_MEMORY = 16 << 20
 
 
+#: Who asks, in a URL, and tokens of the hub.
+_SECRETS = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{8,}")
+
+
+def redacted(text: str) -> str:
+    """`text` without passwords in URLs and without hub tokens."""
+    return _SECRETS.sub("…", text)
+
+
 def human_bytes(count: float) -> str:
     """Bytes in decimal units, as disks and safetensors shards are sold: `1.24 GB`."""
     return _scaled(count, 1000, ("B", "kB", "MB", "GB", "TB", "PB"))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TextIO
 
 from converters.errors import MbxError, spelt
+from mbx.text import redacted
 
 _SHOWN_DETAILS = 10
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2"}
@@ -77,7 +78,7 @@ class Output:
         """Report a failure and return its exit code; with --json, as the one document unless there was one."""
         code = error.exit_code if exit_code is None else exit_code
         if os.environ.get("MBX_DEBUG") == "1":
-            traceback.print_exception(error, file=sys.stderr)
+            sys.stderr.write(redacted("".join(traceback.format_exception(error))))
         if self.json and not self._answered:
             parts = {"fact": error.fact, "hint": error.hint, "details": list(error.details), "exit_code": code}
             self._answer({"error": parts})
@@ -100,7 +101,7 @@ class Output:
         if self._answered:
             raise AssertionError("a command printed two JSON documents")
         self._answered = True
-        text = in_flags(json.dumps(document, indent=1, ensure_ascii=False))
+        text = redacted(in_flags(json.dumps(document, indent=1, ensure_ascii=False)))
         sys.stdout.write("\n".join(map(_as_json, text.split("\n"))) + "\n")
 
 
@@ -157,7 +158,7 @@ def _safe(line: str) -> str:
 
 def _write(stream: TextIO, line: str) -> None:
     """One line; where the stream's encoding lacks a character, its plain spelling."""
-    line = _safe(in_flags(line))
+    line = _safe(redacted(in_flags(line)))
     encoding = stream.encoding or "utf-8"
     try:
         line.encode(encoding)

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from converters.errors import DeviceError, StorageError, UsageError
+from mbx.text import redacted
 from mbx.untrusted.small_files import INDEX, read_json
 
 if TYPE_CHECKING:
@@ -257,7 +258,8 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     def failed(fact: str, hint: str, error: Exception) -> StorageError:
-        return StorageError(fact, hint=hint, details=[line for line in str(error).splitlines() if line.strip()])
+        details = [redacted(line) for line in str(error).splitlines() if line.strip()]
+        return StorageError(redacted(fact), hint=redacted(hint), details=details)
 
     where = constants.ENDPOINT
     at = f"`{repo_id}`" + (f" at revision `{revision}`" if revision else "")
