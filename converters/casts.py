@@ -15,6 +15,7 @@ from converters.tensors import DTYPE_BITS
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint16]
 
 #: Dtypes cast here; any other goes by way of torch.
 _NUMPY: dict[str, np.dtype[np.generic]] = {
@@ -24,6 +25,9 @@ _NUMPY: dict[str, np.dtype[np.generic]] = {
     "F64": np.dtype(np.float64),
 }
 _WORDS = 1 << 16
+_GROUP = 8
+#: Values whose exceptions are looked up at once.
+_MANY = 1 << 20
 #: Values cast at once: what the steps of a cast hand on stays in a core's own cache.
 _BLOCK = 1 << 17
 
@@ -45,10 +49,8 @@ def convert(data: Bytes, source: str, target: str, shift: int = 0, out: Bytes | 
         out = np.empty(values.size * _NUMPY[target].itemsize, np.uint8)
     cast = out.reshape(-1).view(_NUMPY[target])
     if "F16" in (source, target) and values.itemsize == 2 and values.size > _WORDS:
-        table = _table(source, target, shift)
-        for at in range(0, values.size, _BLOCK):
-            # Clipping changes no index, and spares NumPy a copy of the result.
-            np.take(table, values[at : at + _BLOCK].view(np.uint16), out=cast[at : at + _BLOCK], mode="clip")
+        from_table = _halve if (source, target, shift) == ("BF16", "F16", 0) else _look_up
+        from_table(_table(source, target, shift), values.view(np.uint16), cast)
     else:
         _cast(values, source, target, shift, cast)
     return out.reshape(-1)
@@ -57,10 +59,12 @@ def convert(data: Bytes, source: str, target: str, shift: int = 0, out: Bytes | 
 def overflown(cast: Bytes, values: Bytes, source: str) -> int:
     """How many finite `values` (of dtype `source`) became infinite in `cast`, of F16: all beyond 65504."""
     words, count = cast.reshape(-1).view(np.uint16), 0
-    item = DTYPE_BITS[source] // 8
-    for at in range(0, words.size, _BLOCK):
-        block = words[at : at + _BLOCK]
-        if (found := block & np.uint16(0x7FFF) == np.uint16(0x7C00)).any():
+    item, spare = DTYPE_BITS[source] // 8, np.empty(min(_WORDS, words.size), np.uint16)
+    for at in range(0, words.size, _WORDS):
+        block = words[at : at + _WORDS]
+        doubled = np.multiply(block, 2, out=spare[: block.size])  # the sign falls off
+        if doubled.max() >= 2 * 0x7C00:
+            found = doubled == 2 * 0x7C00
             there = values.reshape(-1)[at * item : (at + block.size) * item]
             count += int((found & np.isfinite(convert(there, source, "F64").view(np.float64))).sum())
     return count
@@ -83,6 +87,42 @@ def _table(source: str, target: str, shift: int) -> npt.NDArray[np.generic]:
     table = np.empty(_WORDS, _NUMPY[target])
     _cast(words.view(_NUMPY[source]), source, target, shift, table)
     return table
+
+
+def _look_up(table: npt.NDArray[np.generic], words: Words, cast: npt.NDArray[np.generic]) -> None:
+    for at in range(0, words.size, _BLOCK):
+        # Clipping changes no index, and spares NumPy a copy of the result.
+        np.take(table, words[at : at + _BLOCK], out=cast[at : at + _BLOCK], mode="clip")
+
+
+def _halve(table: npt.NDArray[np.generic], words: Words, cast: npt.NDArray[np.generic]) -> None:
+    """bf16 to fp16 by arithmetic, in three quarters of the time; the table is for what fp16 has no normal number for.
+
+    A number that is normal in both keeps its sign, its exponent, biased by 112 less, and its 7 bits of mantissa, which
+    3 zeros follow: of sign S and magnitude M it becomes S + 8 (M - 112 * 128), which is S + M + 7 (M - 0x4000) in 16
+    bits. Magnitudes from 113 * 128 on, for 30 exponents, are such numbers.
+    """
+    whole, half = words.size // _GROUP * _GROUP, cast.view(np.uint16)
+    spare, odd = np.empty(_WORDS, np.uint16), np.empty(min(_MANY, whole), bool)
+    for first in range(0, whole, _MANY):
+        last = min(first + _MANY, whole)
+        for at in range(first, last, _WORDS):
+            block, into = (array[at : min(at + _WORDS, last)] for array in (words, half))
+            sevenfold = spare[: block.size]
+            np.bitwise_and(block, 0x7FFF, out=sevenfold)
+            np.subtract(sevenfold, 113 << 7, out=into)  # what is too small wraps around
+            np.greater_equal(into, 30 << 7, out=odd[at - first : at - first + block.size])
+            sevenfold -= 0x4000
+            sevenfold *= 7
+            np.add(block, sevenfold, out=into)
+        # NumPy finds the true ones of many at two nanoseconds each: look at eight at a time.
+        block, into = words[first:last].reshape(-1, _GROUP), half[first:last].reshape(-1, _GROUP)
+        groups = np.flatnonzero(odd[: last - first].view(np.uint64) != 0)
+        if groups.size > len(block) // 4:
+            _look_up(table, words[first:last], cast[first:last])
+        elif groups.size:
+            into[groups] = table.view(np.uint16)[block[groups]]
+    _look_up(table, words[whole:], cast[whole:])
 
 
 def _cast(

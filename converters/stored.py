@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from converters.errors import StorageError
 from converters.protocols import Source
-from converters.tensors import DTYPE_BITS, Shape, StoredTensor
+from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
 
 Bytes = npt.NDArray[np.uint8]
 #: The most that is read around what is wanted, in one call.
@@ -50,22 +50,25 @@ def fill_box(tensor: StoredTensor, source: Source, offsets: Shape, out: Bytes) -
     got = 0
     ends = tuple(first + size for first, size in zip(offsets, out.shape[:-1], strict=True))
     for chunk in tensor.chunks:
-        held = list(zip(offsets, ends, chunk.offsets, chunk.sizes, strict=True))
-        if any(at >= end or first >= at + size for first, end, at, size in held):
+        if not _meets(chunk, offsets, ends):
             continue
-        corner = [max(first, at) for first, _, at, _ in held]
-        part = out[
-            tuple(
-                slice(low - first, min(end, at + size) - first)
-                for low, (first, end, at, size) in zip(corner, held, strict=True)
-            )
-        ]
-        strides = tuple(math.prod(chunk.sizes[dim:]) * out.shape[-1] for dim in range(1, len(held) + 1))
-        skip = sum((low - at) * stride for low, at, stride in zip(corner, chunk.offsets, strides, strict=True))
+        low = tuple(map(max, offsets, chunk.offsets))
+        high = (min(end, at + size) for end, at, size in zip(ends, chunk.offsets, chunk.sizes, strict=True))
+        part = out[tuple(slice(a - first, b - first) for a, b, first in zip(low, high, offsets, strict=True))]
+        strides = tuple(math.prod(chunk.sizes[dim:]) * out.shape[-1] for dim in range(1, len(low) + 1))
+        skip = sum((a - at) * stride for a, at, stride in zip(low, chunk.offsets, strides, strict=True))
         read_strided(source, chunk.file, source.data_start(chunk) + skip, (*strides, 1), part)
         got += part.size
     if got != out.size:
         raise StorageError(f"`{tensor.name}`: {got} of {out.size} bytes of what was asked for are stored")
+
+
+def _meets(chunk: Chunk, offsets: Shape, ends: Shape) -> bool:
+    # A loop, not any(): tensors of many experts have thousands of chunks, and most part in the first dimension.
+    for first, end, at, size in zip(offsets, ends, chunk.offsets, chunk.sizes, strict=True):
+        if at >= end or first >= at + size:
+            return False
+    return True
 
 
 def fresh(nbytes: int) -> Bytes:

@@ -9,20 +9,22 @@ Source: `sharded_state_dict` in peft/{adapter_wrapper,utils,canonical_lora,dora_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from converters.adapters.sites import ADAPTABLE, MEMBERS, Adapted, form_of, is_weight
 from converters.engine.lowrank import Site
 from converters.engine.plan import row_form
 from converters.errors import CoverageError, UnsupportedError
-from converters.mcore.torch_dist import Home, homes, stacks_layers
+from converters.mcore.torch_dist import Home, homes
+from converters.planning.join import Joiner
 from converters.rows.expr import Env, Value
 from converters.rows.ops import Form
 from converters.rows.pack import Pack
 from converters.rows.table import Row, Table
 from converters.tensors import StoredTensor
 
-_A, _B, _M = "linear_in.weight", "linear_out.weight", "weight_magnitude"
+#: Keys of A, B and m.
+_Names = tuple[str, str, str]
 #: What shows that a key belongs to an adapter.
 MARKS = (".adapter.", ".lora_")
 
@@ -31,7 +33,7 @@ def read_megatron(
     table: Table, config: Mapping[str, Value], env: Env, tensors: Mapping[str, StoredTensor]
 ) -> tuple[Adapted, ...]:
     """Adapters by the rows of `table`; CoverageError for tensors that adapt nothing, or do not fit."""
-    reader = _Reader(table, config, env, tensors)
+    reader = _Reader(Joiner.at(table, config), tensors)
     found = [got for row in table.expand(env, None) if is_weight(row) and (got := reader.match(row))]
     if left := sorted(set(tensors) - reader.used):
         raise CoverageError(
@@ -45,63 +47,43 @@ def read_megatron(
 class _Reader:
     """Matches rows with keys; `used` are the keys that a row took."""
 
-    def __init__(
-        self, table: Table, config: Mapping[str, Value], env: Env, tensors: Mapping[str, StoredTensor]
-    ) -> None:
-        self.tensors, self.dims = tensors, table.dims_at(env)
-        self.stacked = stacks_layers(table.family, config)
-        self.layers, self.experts = table.num_layers(env), table.num_experts(env)
+    def __init__(self, joiner: Joiner, tensors: Mapping[str, StoredTensor]) -> None:
+        self.joiner, self.tensors = joiner, tensors
         self.used: set[str] = set()
 
     def match(self, row: Row) -> Adapted | None:
         if row.spec.op not in ADAPTABLE:
             return None
-        for stacked in (self.stacked, not self.stacked):
-            (home,) = homes(row, stacked, self.layers, self.experts)
-            found = self._plain(row, home) or self._members(row, home) or self._trained(row, home)
-            if found is not None:
-                return found
+        for stacked in (self.joiner.stacked, not self.joiner.stacked):
+            (home,) = homes(row, stacked, self.joiner.layers, self.joiner.experts)
+            for names, whole, shared in self._spellings(row, _module(home)):
+                if names:
+                    return self._adapted(row, home, names, whole=whole, parts=len(names) if shared else 1)
         return None
 
-    def _plain(self, row: Row, home: Home) -> Adapted | None:
-        base = _module(home) + "adapter."
-        if base + _A not in self.tensors:
-            return None
-        b = self._tensor(base + _B, home)
-        form = row_form(row, self.dims, b.shape[len(home.stack)])
-        return Adapted(row, form, (self._site(base, home, form.order(), form.mcore_pack()),))
-
-    def _members(self, row: Row, home: Home) -> Adapted | None:
-        bases = {n: f"{_module(home)}adapter.{name}." for n, name in enumerate(MEMBERS.get(row.spec.op, ()))}
-        held = {n: base for n, base in bases.items() if base + _A in self.tensors}
-        if not held:
-            return None
-        rows = {n: self._tensor(base + _B, home).shape[len(home.stack)] for n, base in held.items()}
-        form = form_of(row, self.dims, rows)
-        sites = [self._site(base, home, form.hf[n][1], form.hf_packs()[n]) for n, base in held.items()]
-        return Adapted(row, form, tuple(sites))
-
-    def _trained(self, row: Row, home: Home) -> Adapted | None:
-        base = _module(home)
-        if f"{base}lora_a" not in self.tensors:
-            return None
-        count = sum(f"{base}lora_b{n}" in self.tensors for n in range(len(row.hf)))
-        rows = {n: self._tensor(f"{base}lora_b{n}", home).shape[len(home.stack)] for n in range(count)}
+    def _spellings(self, row: Row, module: str) -> Iterator[tuple[dict[int, _Names], bool, bool]]:
+        """Keys by number of the Hugging Face tensor, whether they are the whole linear's, and share one A."""
+        base = f"{module}adapter."
+        yield self._held({0: _factors(base)}), True, False
+        members = enumerate(MEMBERS.get(row.spec.op, ()))
+        yield self._held({n: _factors(f"{base}{name}.") for n, name in members}), False, False
+        count = sum(f"{module}lora_b{n}" in self.tensors for n in range(len(row.hf)))
+        names = {n: (f"{module}lora_a", f"{module}lora_b{n}", f"{module}lora_m{n}") for n in range(count)}
         # one adapter for all atoms: its rows lie as the linear's do
-        form = row_form(row, self.dims, rows[0]) if count == 1 else form_of(row, self.dims, rows)
-        sites = []
-        for n in range(count):
-            names = f"{base}lora_a", f"{base}lora_b{n}", f"{base}lora_m{n}"
-            atoms, pack = (form.order(), form.mcore_pack()) if count == 1 else (form.hf[n][1], form.hf_packs()[n])
-            sites.append(self._named(names, home, atoms, pack, n, count))
+        yield self._held(names), count == 1, True
+
+    def _held(self, names: Mapping[int, _Names]) -> dict[int, _Names]:
+        return {n: own for n, own in names.items() if own[0] in self.tensors}
+
+    def _adapted(self, row: Row, home: Home, names: Mapping[int, _Names], *, whole: bool, parts: int) -> Adapted:
+        rows = {n: self._tensor(own[1], home).shape[len(home.stack)] for n, own in names.items()}
+        dims = self.joiner.dims
+        form = row_form(row, dims, rows[0]) if whole else form_of(row, dims, rows)
+        lying = {0: (form.order(), form.mcore_pack())} if whole else dict(enumerate(_members(form)))
+        sites = [self._named(own, home, *lying[n], n if parts > 1 else 0, parts) for n, own in names.items()]
         return Adapted(row, form, tuple(sites))
 
-    def _site(self, base: str, home: Home, atoms: tuple[int, ...], pack: Pack) -> Site:
-        return self._named((base + _A, base + _B, base + _M), home, atoms, pack, 0, 1)
-
-    def _named(
-        self, names: tuple[str, str, str], home: Home, atoms: tuple[int, ...], pack: Pack, part: int, parts: int
-    ) -> Site:
+    def _named(self, names: _Names, home: Home, atoms: tuple[int, ...], pack: Pack, part: int, parts: int) -> Site:
         a, b = (self._tensor(name, home) for name in names[:2])
         m = self._tensor(names[2], home).name if names[2] in self.tensors else None
         rows, inputs = a.shape[len(home.stack) :]
@@ -131,6 +113,16 @@ def _module(home: Home) -> str:
     return home.key.removesuffix("weight")
 
 
+def _factors(base: str) -> _Names:
+    return f"{base}linear_in.weight", f"{base}linear_out.weight", f"{base}weight_magnitude"
+
+
+def _members(form: Form) -> Iterator[tuple[tuple[int, ...], Pack]]:
+    """Atoms of each Hugging Face tensor, and how they lie there."""
+    for (_, atoms), pack in zip(form.hf, form.hf_packs(), strict=True):
+        yield atoms, pack
+
+
 def megatron_sites(adapted: Adapted, home: Home, *, fused: bool) -> tuple[Site, ...]:
     """Sites of the same adapters under Megatron-Bridge's names, at the place `home` of their weight.
 
@@ -150,7 +142,7 @@ def megatron_sites(adapted: Adapted, home: Home, *, fused: bool) -> tuple[Site, 
         return (_named_site(base, adapted, form, home, form.order(), form.mcore_pack()),)
     return tuple(
         _named_site(f"{base}{members[n]}.", adapted, form, home, atoms, pack)
-        for n, ((_, atoms), pack) in enumerate(zip(form.hf, form.hf_packs(), strict=True))
+        for n, (atoms, pack) in enumerate(_members(form))
         if adapted.site_of(atoms[0]) is not None
     )
 
@@ -158,5 +150,5 @@ def megatron_sites(adapted: Adapted, home: Home, *, fused: bool) -> tuple[Site, 
 def _named_site(base: str, adapted: Adapted, form: Form, home: Home, atoms: tuple[int, ...], pack: Pack) -> Site:
     source = adapted.site_of(atoms[0])
     assert source is not None
-    m = None if source.m is None else base + _M
-    return Site(base + _A, base + _B, m, atoms, pack, source.rank, source.inputs, home.index, home.stack)
+    a, b, m = _factors(base)
+    return Site(a, b, None if source.m is None else m, atoms, pack, source.rank, source.inputs, home.index, home.stack)

@@ -3,91 +3,65 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from converters.adapters.sites import Adapted, is_weight
 from converters.engine.lowrank import LowRank, Part
-from converters.engine.plan import Draft, Entry, Plan, Unit, row_form
-from converters.engine.regions import Move, Region, matrix
+from converters.engine.plan import Draft, Plan, Unit, as_it_is
+from converters.engine.regions import matrix
 from converters.errors import CoverageError, UnsupportedError
-from converters.mcore.layout import Layout
-from converters.mcore.torch_dist import Home, homes
-from converters.rows.config_map import environment
-from converters.rows.coverage import Ledger
+from converters.planning.join import Joiner, Place
 from converters.rows.expr import Value
-from converters.rows.pack import Slot
-from converters.rows.table import Row, Table
+from converters.rows.table import Table
 from converters.tensors import Shape, StoredTensor
 
 #: Tensor and entry of its leading dimensions.
-Place = tuple[str, Shape]
+Spot = tuple[str, Shape]
 
 
 def updates_of(
     table: Table,
     config: Mapping[str, Value],
     adapted: Sequence[Adapted],
-    scales: Mapping[Place, float],
+    scales: Mapping[Spot, float],
     targets: Mapping[str, Shape],
     *,
     megatron: bool,
-) -> dict[Place, LowRank]:
+) -> dict[Spot, LowRank]:
     """The update of each entry of a target, whose tensors have the shapes `targets`.
 
     `scales` are by the name and the entry of B. The target has torch_dist keys where `megatron`, else Hugging Face
     names. Raises CoverageError for an adapter of a weight that the target does not hold, or holds in another shape.
     """
-    env = environment(config)
-    dims, layers, experts = table.dims_at(env), table.num_layers(env), table.num_experts(env)
-    rows = {row.mcore: row for row in table.expand(env, None if megatron else targets) if is_weight(row)}
-    parts: dict[Place, list[Part]] = {}
-    turned: dict[Place, bool] = {}
+    joiner = Joiner.at(table, config)
+    rows = {row.mcore: row for row in table.expand(joiner.env, None if megatron else targets) if is_weight(row)}
+    updates: dict[Spot, tuple[list[Part], bool]] = {}
     for found in adapted:
         row = rows.get(found.row.mcore, found.row)
-        total = found.form.mcore_pack().rows
-        form = row_form(row, dims, total)
-        if form.columns:
+        joined = joiner.join(row, found.form.mcore_pack().rows, keys=joiner.homes(row, targets))
+        if joined.form.columns:
             raise UnsupportedError(
                 f"`{row.mcore}` (op {row.spec.op}) is not merged: halves of its columns are swapped"
             )
-        places: list[tuple[Place, dict[int, Slot], bool]] = []
-        if megatron:
-            for home in _present(row, layers, experts, targets):
-                atoms = form.order() if home.atoms is None else home.atoms
-                rows_of = form.mcore_pack().slots()
-                if home.atoms is not None:
-                    rows_of = tuple(Slot.whole(form.atoms[atom]) for atom in atoms)
-                places.append(((home.key, home.index), dict(zip(atoms, rows_of, strict=True)), False))
-        else:
-            stacked = row.spec.stacked and row.expert is not None
-            for name, pack, (_, members) in zip(row.hf, form.hf_packs(), form.hf, strict=True):
-                index = (row.expert,) if stacked and row.expert is not None else ()
-                places.append(((name, index), dict(zip(members, pack.slots(), strict=True)), row.spec.transpose))
-        for place, slots, transposed in places:
-            for atom, slot in slots.items():
+        if megatron and any(place.tensor not in targets for place in joined.mcore):
+            raise CoverageError(f"the adapter updates `{row.mcore}`, which the base does not hold")
+        for place in joined.mcore if megatron else joined.hf:
+            for atom, slot in place.slots.items():
                 if (site := found.site_of(atom)) is not None:
-                    _check(place, targets, site.inputs, sum(slot.rows for slot in slots.values()), transposed)
-                    parts.setdefault(place, []).append(Part(atom, slot, site, scales[site.b, site.index]))
-                    turned[place] = transposed
-    return {place: LowRank(tuple(held), turned[place]) for place, held in parts.items()}
+                    _check(place, targets, site.inputs)
+                    parts, _ = updates.setdefault((place.tensor, place.index), ([], place.transposed))
+                    parts.append(Part(atom, slot, site, scales[site.b, site.index]))
+    return {spot: LowRank(tuple(parts), transposed) for spot, (parts, transposed) in updates.items()}
 
 
-def _present(row: Row, layers: int, experts: int, targets: Collection[str]) -> tuple[Home, ...]:
-    for stacked in (True, False):
-        found = homes(row, stacked, layers, experts)
-        if all(home.key in targets for home in found):
-            return found
-    raise CoverageError(f"the adapter updates `{row.mcore}`, which the base does not hold")
-
-
-def _check(place: Place, targets: Mapping[str, Shape], inputs: int, rows: int, transposed: bool) -> None:
+def _check(place: Place, targets: Mapping[str, Shape], inputs: int) -> None:
     """CoverageError unless an entry has the shape of its update; behind a vocabulary there may be padding."""
-    name, index = place
+    name, wanted = place.tensor, (inputs, place.rows) if place.transposed else (place.rows, inputs)
     if name not in targets:
         raise CoverageError(f"the adapter updates `{name}`, which the base does not hold")
-    got, wanted = matrix(targets[name], len(index)), (inputs, rows) if transposed else (rows, inputs)
-    padded = name == "output_layer.weight" and got[0] > rows
+    got = matrix(targets[name], len(place.index))
+    padded = name == "output_layer.weight" and got[0] > place.rows
     if got[1] != wanted[1] or not (padded or got[0] == wanted[0]):
         raise CoverageError(f"`{name}` is {list(got)}; the adapter updates a matrix of {list(wanted)}")
 
@@ -96,7 +70,7 @@ def plan_copy(
     table: Table,
     config: Mapping[str, Value],
     sources: Mapping[str, StoredTensor],
-    updates: Mapping[Place, LowRank],
+    updates: Mapping[Spot, LowRank],
     replaced: Mapping[str, StoredTensor],
 ) -> Plan:
     """Plan that writes Hugging Face tensors under their own names; `replaced` take their values from other tensors.
@@ -106,29 +80,19 @@ def plan_copy(
     """
     if unknown := [name for name in replaced if name not in sources]:
         raise CoverageError(f"the adapter replaces `{unknown[0]}`, which the base does not hold", details=unknown)
-    drafts, units = [], []
+    drafts, units = [], list[Unit]()
     depths = {name: len(index) for name, index in updates}
     for name, tensor in sources.items():
-        drafts.append(Draft(name, tensor.dtype, tensor.shape, ((0, tuple(0 for _ in tensor.shape), tensor.shape),)))
+        drafts.append(Draft.whole(name, tensor.dtype, tensor.shape))
         origin, depth = replaced.get(name, tensor), depths.get(name, 0)
         if origin.shape != tensor.shape:
             raise CoverageError(f"`{name}` is {list(tensor.shape)}, and the adapter's own {list(origin.shape)}")
-        slot = Slot.whole(matrix(tensor.shape, depth)[0])
-        for index in product(*map(range, tensor.shape[:depth])):
-            move = Move(Region(origin.name, index, slot), Region(name, index, slot))
-            units.append(Unit(name, (move,), (Entry(name, index),)))
+        units += as_it_is(origin.name, name, tensor.shape[:depth], matrix(tensor.shape, depth)[0])
     kept = {name: tensor for name, tensor in sources.items() if name not in replaced}
-    return Plan(
-        direction="merge",
-        table=table,
-        config=config,
-        layout=Layout(),
-        sources=kept | {tensor.name: tensor for tensor in replaced.values()},
-        drafts=tuple(drafts),
-        units=tuple(units),
-        ledger=Ledger(consumed=len(sources), produced=len(drafts)),
+    used = kept | {tensor.name: tensor for tensor in replaced.values()}
+    changed = [(origin.dtype, sources[name].dtype) for name, origin in replaced.items()]
+    return replace(
+        Plan.of_all("merge", config, used, drafts, units, table=table),
         updates=updates,
-        dtype_changes=Counter(
-            (origin.dtype, sources[n].dtype) for n, origin in replaced.items() if origin.dtype != sources[n].dtype
-        ),
+        dtype_changes=Counter(pair for pair in changed if pair[0] != pair[1]),
     )

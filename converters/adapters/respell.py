@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from converters.adapters.megatron import megatron_sites
 from converters.adapters.peft_names import PREFIX, peft_sites
@@ -14,9 +15,9 @@ from converters.engine.regions import Move, Region
 from converters.errors import CoverageError, UnsupportedError
 from converters.mcore.layout import Layout, RankMap
 from converters.mcore.layout import check as check_layout
-from converters.mcore.torch_dist import homes, stacks_layers
-from converters.planning.placing import place_boxes
-from converters.rows.config_map import environment
+from converters.mcore.torch_dist import homes
+from converters.planning.join import Joiner
+from converters.planning.placing import Target
 from converters.rows.coverage import Ledger
 from converters.rows.expr import Value
 from converters.rows.ops import Form
@@ -44,30 +45,23 @@ def plan_to_megatron(
     has no place there, LayoutError where the layout does not fit.
     """
     check_layout(layout, config)
-    env = environment(config)
-    layers, experts = table.num_layers(env), table.num_experts(env)
-    stackable = _stackable(adapted, layers) if stacks_layers(table.family, config) else frozenset()
+    joiner = Joiner.at(table, config)
+    stackable = _stackable(adapted, joiner.layers) if joiner.stacked else frozenset()
     pairs: Pairs = []
     for found in adapted:
-        places = homes(found.row, found.row.spec.param in stackable, layers, experts)
+        places = homes(found.row, found.row.spec.param in stackable, joiner.layers, joiner.experts)
         pairs.append((found, megatron_sites(found, places[0], fused=fused)))
     carrier = _Carrier(sources)
     carrier.carry(pairs)
-    ranks = RankMap(layout, config)
-    cuts = {name: cut for found, sites in pairs for site in sites for name, cut in _cuts(found, site)}
-    drafts = []
     for name, target in carrier.targets.items():
-        target.check(name)
-        boxes = place_boxes(
-            name,
-            target.shape[target.depth :],
-            target.shape[: target.depth],
-            cuts[name],
-            layout,
-            ranks,
-            sorted(target.entries),
-        )
-        drafts.append(Draft(name, target.dtype, target.shape, boxes))
+        if target.gaps:
+            size = math.prod(target.stack)
+            raise CoverageError(
+                f"`{name}` needs {size} adapters (layers, experts); {len(target.entries)} are there",
+                hint="experts are adapted all together or not at all",
+            )
+    ranks = RankMap(layout, config)
+    drafts = [target.draft(name, layout, ranks) for name, target in carrier.targets.items()]
     return carrier.plan("adapter-to-mcore", table, config, layout, drafts)
 
 
@@ -84,14 +78,14 @@ def _stackable(adapted: Iterable[Adapted], layers: int) -> frozenset[str]:
     )
 
 
-def _cuts(found: Adapted, site: Site) -> list[tuple[str, Form]]:
-    """How tensor parallelism cuts a site's tensors: B's rows with the weight's, A's columns with the weight's."""
-    whole = len(site.atoms) == len(found.form.atoms)
-    rows = found.form if whole and len(found.row.hf) > 1 else Form((site.pack.rows,), ((1, (0,)),))
+def _cut(found: Adapted, site: Site, factor: str) -> Form:
+    """How tensor parallelism cuts a factor: the rows of B and m with the weight's, A's columns with the weight's."""
     along = found.form.cut
-    b = Form(rows.atoms, rows.hf, rows.mcore_groups, rows.mcore_order, 0 if along == 0 else None)
-    a = Form((site.rank,), ((1, (0,)),), cut=1 if along == 1 else None)
-    return [(site.a, a), (site.b, b)] + ([] if site.m is None else [(site.m, b)])
+    if factor == "a":
+        return Form((site.rank,), ((1, (0,)),), cut=1 if along == 1 else None)
+    whole = len(site.atoms) == len(found.form.atoms) and len(found.row.hf) > 1
+    rows = found.form if whole else Form((site.pack.rows,), ((1, (0,)),))
+    return replace(rows, cut=0 if along == 0 else None, columns=False)
 
 
 def plan_to_peft(
@@ -106,8 +100,7 @@ def plan_to_peft(
     `recorded` are the names of the PEFT folder they once came from. Without it an adapter of a whole expert linear is
     written as one of the parameter that holds all experts where the table knows that, else by projection.
     """
-    env = environment(config)
-    dims, experts = table.dims_at(env), table.num_experts(env)
+    joiner = Joiner.at(table, config)
     chosen = [(found, spelt(table, found, recorded)) for found in adapted]
     owners: dict[str, list[str]] = {}
     for _, row in chosen:
@@ -117,14 +110,14 @@ def plan_to_peft(
                 names.append(row.hf[0])
     pairs: Pairs = []
     for found, row in chosen:
-        form = row_form(row, dims, found.form.mcore_pack().rows)
+        form = row_form(row, joiner.dims, found.form.mcore_pack().rows)
         beside = owners.get(row.hf[0].rpartition(".")[0], [row.hf[0]])
         nested = len(beside) - 1 - beside.index(row.hf[0]) if row.spec.stacked else 0
-        pairs.append((found, peft_sites(row, form, found, experts, nested)))
+        pairs.append((found, peft_sites(row, form, found, joiner.experts, nested)))
     carrier = _Carrier(sources)
     carrier.carry(pairs)
     drafts = [
-        Draft(name, target.dtype, target.shape, ((0, tuple(0 for _ in target.shape), target.shape),))
+        Draft.whole(name, target.dtype, (*target.stack, *target.shape))
         for name, target in sorted(carrier.targets.items())
     ]
     return carrier.plan("adapter-to-hf", table, config, Layout(), drafts)
@@ -148,37 +141,31 @@ def spelt(table: Table, found: Adapted, recorded: Collection[str] | None) -> Row
     return together if one or apart is None else apart
 
 
+def _tensor_of(site: Site, factor: str) -> tuple[str, Shape]:
+    """Name and shape of the tensor of a factor: "a", "b" or "m"."""
+    if factor == "m":
+        assert site.m is not None
+        return site.m, site.m_shape
+    return (site.a, site.a_shape) if factor == "a" else (site.b, site.b_shape)
+
+
 @dataclass(slots=True)
-class _Target:
-    """A target tensor; the first `depth` dimensions are a stack, of which `entries` are filled."""
+class _Carried:
+    """A unit in the making."""
 
-    dtype: str
-    shape: Shape
-    depth: int
-    entries: set[Shape] = field(default_factory=set)
-
-    def check(self, name: str) -> None:
-        """CoverageError where the stack has gaps."""
-        size = 1
-        for extent in self.shape[: self.depth]:
-            size *= extent
-        if len(self.entries) != size:
-            raise CoverageError(
-                f"`{name}` needs {size} adapters (layers, experts); {len(self.entries)} are there",
-                hint="experts are adapted all together or not at all",
-            )
+    name: str
+    moves: list[Move] = field(default_factory=list)
+    entries: dict[Entry, None] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
 class _Carrier:
     """Collects the units that carry factors from site to site."""
 
-    def __init__(self, sources: Mapping[str, StoredTensor]) -> None:
-        self.sources = sources
-        self.targets: dict[str, _Target] = {}
-        self.equal: dict[tuple[str, str], None] = {}
-        self._moves: dict[tuple[object, ...], list[Move]] = {}
-        self._entries: dict[tuple[object, ...], dict[Entry, None]] = {}
-        self._names: dict[tuple[object, ...], str] = {}
+    sources: Mapping[str, StoredTensor]
+    targets: dict[str, Target] = field(default_factory=dict)
+    equal: dict[tuple[str, str], None] = field(default_factory=dict)
+    _carried: dict[tuple[object, ...], _Carried] = field(default_factory=dict)
 
     def carry(self, pairs: Pairs) -> None:
         for found, sites in pairs:
@@ -200,85 +187,74 @@ class _Carrier:
                         f"`{target.a}` is one A for {', '.join(found.row.hf)}, which have factors of their own"
                     )
                 self.equal[origin.a, first.a] = None
-            self._b(found, origin, target, atom)
+            here, there = origin.rows()[atom], target.rows()[atom]
+            if not (origin.experts or target.experts):
+                self._add(found, "b", origin, target, [(here, there)])
+            elif (origin.pack, origin.atoms) != (target.pack, target.atoms):
+                self._add(found, "b", origin, target, _by_element(origin, target, here, there), by_element=True)
+            elif atom == target.atoms[0]:
+                # whole columns of B, and B seen by columns: rank r of this expert is column `r * experts + expert`
+                ends = [(_by_column(origin), _by_column(target))]
+                self._add(found, "b", origin, target, ends, transposed=True)
             if target.m is not None and origin.m is not None:
-                self._m(found, origin, target, atom)
-        source = Region(first.a, first.index, first.a_slot)
-        self._add(
-            found,
-            target.a,
-            target,
-            target.a_shape,
-            first.a,
-            first,
-            Move(source, Region(target.a, target.index, target.a_slot)),
-            1,
-        )
-
-    def _m(self, found: Adapted, origin: Site, target: Site, atom: int) -> None:
-        assert origin.m is not None and target.m is not None
-        move = Move(
-            Region(origin.m, origin.index, origin.rows()[atom]), Region(target.m, target.index, target.rows()[atom])
-        )
-        self._add(found, target.m, target, target.m_shape, origin.m, origin, move, 1)
-
-    def _b(self, found: Adapted, origin: Site, target: Site, atom: int) -> None:
-        here, there = origin.rows()[atom], target.rows()[atom]
-        if not (origin.experts or target.experts):
-            moves = [Move(Region(origin.b, origin.index, here), Region(target.b, target.index, there))]
-            fold = 1
-        elif (origin.pack, origin.atoms) == (target.pack, target.atoms):
-            # whole columns of B, and B seen by columns: rank r of this expert is column `r * experts + expert`
-            if atom != target.atoms[0]:
-                return
-            move = Move(
-                Region(origin.b, origin.index, _by_column(origin), transposed=True),
-                Region(target.b, target.index, _by_column(target), transposed=True),
-            )
-            moves, fold = [move], 1
-        else:
-            moves, fold = _by_element(origin, target, here, there), target.b_shape[-1]
-        for move in moves:
-            self._add(found, target.b, target, target.b_shape, origin.b, origin, move, fold)
+                self._add(found, "m", origin, target, [(here, there)])
+        self._add(found, "a", first, target, [(first.a_slot, target.a_slot)])
 
     def _add(
-        self, found: Adapted, name: str, target: Site, shape: Shape, source: str, origin: Site, move: Move, fold: int
+        self,
+        found: Adapted,
+        factor: str,
+        origin: Site,
+        target: Site,
+        ends: Sequence[tuple[Slot, Slot]],
+        *,
+        transposed: bool = False,
+        by_element: bool = False,
     ) -> None:
-        known = self.targets.setdefault(name, _Target(self.sources[source].dtype, shape, len(target.stack)))
-        if (known.shape, known.dtype) != (shape, self.sources[source].dtype):
+        """Rows of a factor, as (from, to): of it turned round, or of its elements one by one."""
+        (source, _), (name, shape) = (_tensor_of(site, factor) for site in (origin, target))
+        dtype, depth = self.sources[source].dtype, len(target.stack)
+        form = _cut(found, target, factor)
+        known = self.targets.setdefault(name, Target(dtype, shape[:depth], shape[depth:], form))
+        if ((*known.stack, *known.shape), known.dtype) != (shape, dtype):
             raise CoverageError(
-                f"`{name}` would have shapes {list(known.shape)} and {list(shape)}, or two dtypes: adapters that are "
-                "stored together must be alike"
+                f"`{name}` would have shapes {[*known.stack, *known.shape]} and {list(shape)}, or two dtypes: "
+                "adapters that are stored together must be alike"
             )
         known.entries.add(target.index)
+        widths = [site.b_shape[-1] if by_element else 1 for site in (origin, target)]
         # experts that share a source tensor are carried together, so that it is read once
         key = (name, target.index[:-1], source) if origin.experts else (name, target.index)
-        self._names.setdefault(key, f"{found.row.mcore} ← {source}")
-        self._moves.setdefault(key, []).append(move)
-        self._entries.setdefault(key, {})[Entry(name, target.index, fold)] = None
+        carried = self._carried.setdefault(key, _Carried(f"{found.row.mcore} ← {source}"))
+        carried.moves += [
+            Move(
+                Region(source, origin.index, here, transposed, widths[0]),
+                Region(name, target.index, there, transposed, widths[1]),
+            )
+            for here, there in ends
+        ]
+        carried.entries[Entry(name, target.index, widths[1])] = None
 
     def plan(
         self, direction: str, table: Table, config: Mapping[str, Value], layout: Layout, drafts: list[Draft]
     ) -> Plan:
         """The plan of everything carried."""
-        units = [Unit(self._names[key], tuple(moves), tuple(self._entries[key])) for key, moves in self._moves.items()]
-        used = {move.source.tensor for moves in self._moves.values() for move in moves}
+        carried = self._carried.values()
+        units = tuple(Unit(unit.name, tuple(unit.moves), tuple(unit.entries)) for unit in carried)
+        used = {move.source.tensor for unit in carried for move in unit.moves} | {name for name, _ in self.equal}
         return Plan(
             direction=direction,
             table=table,
             config=config,
             layout=layout,
-            sources={name: tensor for name, tensor in self.sources.items() if name in used or self._repeats(name)},
+            sources={name: tensor for name, tensor in self.sources.items() if name in used},
             drafts=tuple(drafts),
-            units=tuple(units),
+            units=units,
             ledger=Ledger(
                 consumed=len(self.sources), produced=len(drafts), repeated=tuple(name for name, _ in self.equal)
             ),
             equal=tuple(self.equal),
         )
-
-    def _repeats(self, name: str) -> bool:
-        return any(name == other for other, _ in self.equal)
 
 
 def _by_column(site: Site) -> Slot:
@@ -286,16 +262,15 @@ def _by_column(site: Site) -> Slot:
     return Slot(site.expert, 1, site.experts, site.rank) if site.experts else Slot.whole(site.rank)
 
 
-def _by_element(origin: Site, target: Site, here: Slot, there: Slot) -> list[Move]:
-    """Moves of one atom's elements, column by column: rows and columns are both in another order."""
-    moves = []
+def _by_element(origin: Site, target: Site, here: Slot, there: Slot) -> list[tuple[Slot, Slot]]:
+    """One atom's elements, column by column: rows and columns are both in another order."""
+    ends: list[tuple[Slot, Slot]] = []
     for rank in range(target.rank):
-        ends = []
-        for site, slot in ((origin, here), (target, there)):
-            width = site.b_shape[-1]
-            column = rank * site.experts + site.expert if site.experts else rank
-            ends.append([Region(site.b, site.index, part, fold=width) for part in columns(slot, width, column)])
-        if len(ends[0]) != len(ends[1]):
+        left, right = (
+            columns(slot, site.b_shape[-1], rank * site.experts + site.expert if site.experts else rank)
+            for site, slot in ((origin, here), (target, there))
+        )
+        if len(left) != len(right):
             raise UnsupportedError(f"`{origin.b}` and `{target.b}` lay out their rows in ways that do not meet")
-        moves += [Move(left, right) for left, right in zip(*ends, strict=True)]
-    return moves
+        ends += zip(left, right, strict=True)
+    return ends

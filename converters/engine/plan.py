@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING
 
 from converters.codecs.decode import Encoded
-from converters.engine.regions import Move
+from converters.engine.regions import Move, Region
 from converters.errors import CoverageError, UsageError
 from converters.mcore.layout import Layout
 from converters.rows.coverage import Ledger
 from converters.rows.expr import Value
 from converters.rows.ops import Dims, Form, form
+from converters.rows.pack import Slot
 from converters.rows.table import Row, Table
 from converters.tensors import Shape, StoredTensor, nbytes_of
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 #: Dtypes of tensors that stand for themselves; others are codes of some codec.
 STORABLE = frozenset(("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL"))
-_FLOATS = frozenset(("BF16", "F16", "F32", "F64"))
+FLOATS = frozenset(("BF16", "F16", "F32", "F64"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,11 @@ class Draft:
     dtype: str
     shape: Shape
     boxes: tuple[tuple[int, Shape, Shape], ...]
+
+    @classmethod
+    def whole(cls, name: str, dtype: str, shape: Shape) -> Draft:
+        """A tensor in one box."""
+        return cls(name, dtype, shape, ((0, (0,) * len(shape), shape),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,15 @@ class Unit:
     entries: tuple[Entry, ...]
     shift: int = 0
     original: str | None = None
+
+
+def as_it_is(source: str, target: str, stack: Shape, rows: int) -> list[Unit]:
+    """Units that carry the first `rows` rows of each entry of a stack to the same entry of another tensor."""
+    slot = Slot.whole(rows)
+    return [
+        Unit(target, (Move(Region(source, index, slot), Region(target, index, slot)),), (Entry(target, index),))
+        for index in product(*map(range, stack))
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +109,22 @@ class Plan:
     scales: Mapping[str, StoredTensor] = field(default_factory=dict)
     updates: Mapping[tuple[str, Shape], LowRank] = field(default_factory=dict)
 
+    @classmethod
+    def of_all(
+        cls,
+        direction: str,
+        config: Mapping[str, Value],
+        sources: Mapping[str, StoredTensor],
+        drafts: Sequence[Draft],
+        units: Sequence[Unit],
+        *,
+        table: Table | None = None,
+        layout: Layout | None = None,
+    ) -> Plan:
+        """A plan that uses all of `sources`, waives nothing and changes no dtype."""
+        ledger = Ledger(consumed=len(sources), produced=len(drafts))
+        return cls(direction, table, config, layout or Layout(), sources, tuple(drafts), tuple(units), ledger)
+
     @property
     def stored_sources(self) -> Iterator[StoredTensor]:
         """Every tensor that a run reads, an encoded one by its parts."""
@@ -114,7 +146,7 @@ class Plan:
 
 def target_dtype(row: Row, source: str, requested: str | None) -> str:
     """Storage dtype on the Megatron Core side for a row whose source tensor has dtype `source`."""
-    if source not in _FLOATS:
+    if source not in FLOATS:
         return source
     if row.spec.dtype is not None:
         return row.spec.dtype

@@ -45,16 +45,9 @@ class Reader:
             return buffers.take("strip", 1, nbytes).reshape(-1)
 
         for move in moves:
-            runs = move.runs()
-            last = int(np.searchsorted(runs.target, row + rows))
-            first = max(0, int(np.searchsorted(runs.target, row, side="right")) - 1)
-            for i in range(first, last):
-                start = max(row, int(runs.target[i]))
-                stop = min(row + rows, int(runs.target[i] + runs.length[i]))
-                if start < stop:
-                    origin = int(runs.source[i]) + start - int(runs.target[i])
-                    self._read(move.source, origin, out[start - row : stop - row], strip)
-                    filled += stop - start
+            for origin, at, count in move.runs().within(row, rows):
+                self._read(move.source, origin, out[at - row : at - row + count], strip)
+                filled += count
         if filled < rows:
             _zero_gaps(moves, out, row, rows)
         return out

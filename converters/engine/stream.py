@@ -16,7 +16,9 @@ from converters.codecs.encode import encode_rows
 from converters.engine.pieces import Cutting, Geometry, Part, Piece, cut
 from converters.engine.plan import Entry, Plan, Unit
 from converters.engine.reading import Reader
-from converters.engine.workers import Buffers, Matrix, MemoryGate, PieceQueue, lean_threads, start
+from converters.engine.relay import Relay
+from converters.engine.threads import lean_threads, start
+from converters.engine.workers import Buffers, Matrix, MemoryGate, PieceQueue
 from converters.errors import StorageError, UsageError
 from converters.protocols import Sink, Source
 from converters.tensors import DTYPE_BITS, StoredTensor, nbytes_of
@@ -53,6 +55,7 @@ class Engine:
         self.gate = MemoryGate(Cutting.for_memory(max_memory, self.workers).whole_bytes)
         self.geometry = Geometry(plan, targets)
         self.reader = Reader(self.geometry, source)
+        self.relay = Relay(self.geometry, source, sink)
         self.factors = self._factors(source)
         self.pieces = cut(self.geometry, self.cutting)
         self.crcs = {name: [0] * len(tensor.chunks) for name, tensor in targets.items()}
@@ -150,8 +153,14 @@ class Engine:
     def _carry(self, piece: Piece, buffers: Buffers, progress: Callable[[int], None]) -> list[int]:
         unit = piece.unit
         if piece.entry is not None:
-            data = self.reader.gather(unit, piece.entry, piece.row, piece.rows, buffers)
-            return self._put(unit, piece.entry, piece.row, data, buffers, progress)
+            entry, row, rows = piece.entry, piece.row, piece.rows
+            if (stretches := self.relay.stretches(unit, entry, row, rows)) is not None:
+                crcs = []
+                for part in self.geometry.entry_parts(entry, row, rows):
+                    crcs.append(self._written(part, self.relay.carry(stretches, part, buffers), progress))
+                return crcs
+            data = self.reader.gather(unit, entry, row, rows, buffers)
+            return self._put(unit, entry, row, data, buffers, progress)
         loaded = self.reader.load(unit)
         crcs = []
         for entry in unit.entries:
@@ -214,6 +223,9 @@ class Engine:
     def _write(self, part: Part, flat: memoryview, progress: Callable[[int], None]) -> int:
         crc = crc32(flat)
         self.sink.write(part.extent.chunk.file, self.sink.data_start(part.extent.chunk) + part.offset, flat)
+        return self._written(part, crc, progress)
+
+    def _written(self, part: Part, crc: int, progress: Callable[[int], None]) -> int:
         self._note(part, crc)
         progress(part.nbytes)
         return crc

@@ -78,11 +78,6 @@ def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[H
     return (Home(key, index, stack),)
 
 
-def extra_states(row: Row, home: Home, family: str) -> tuple[str, ...]:
-    """Names of the `_extra_state` objects that accompany a row's parameter in a model of `family`."""
-    return extra_states_of(home.key, home.index, home.stack, hybrid=family == "hybrid")
-
-
 def extra_states_of(
     key: str, index: tuple[int, ...], stack: tuple[int, ...], *, hybrid: bool, release: Release = CURRENT
 ) -> tuple[str, ...]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 
 from converters.codecs.decode import Encoded
-from converters.engine.plan import Draft, Entry, Plan, Unit, row_form
-from converters.engine.regions import Move, Region, matrix
-from converters.errors import CoverageError, UnsupportedError
-from converters.mcore.layout import Layout
-from converters.rows.config_map import environment
-from converters.rows.coverage import Ledger
+from converters.engine.plan import Draft, Plan, Unit, as_it_is
+from converters.engine.regions import matrix
+from converters.errors import UnsupportedError
+from converters.planning.join import Joiner, moves, one_dtype
 from converters.rows.expr import Value
-from converters.rows.ops import Dims, Form
-from converters.rows.pack import Slot
 from converters.rows.table import Row, Table
-from converters.tensors import Shape, StoredTensor
+from converters.tensors import StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +42,7 @@ def pair_by_name(
     drafts = tuple(Draft(name, left[name].dtype, left[name].shape, ()) for name in shared)
     units = [unit for name in shared for unit in same_units(left[name], right[name], depth(name))]
     return Pairing(
-        _plan({name: left[name] for name in shared}, drafts, units, None, config or {}),
+        Plan.of_all("compare", config or {}, {name: left[name] for name in shared}, drafts, units),
         tuple(name for name in left if name not in right),
         tuple(name for name in right if name not in left),
     )
@@ -62,12 +57,7 @@ def same_units(left: StoredTensor, right: StoredTensor, depth: int) -> list[Unit
     if left.shape[:depth] != right.shape[:depth] or len(mine) != len(other) or mine[1:] != other[1:]:
         return []
     kept = min(matrix(left.shape, depth)[0], matrix(right.shape, depth)[0])
-    slot = Slot.whole(kept)
-    return [
-        Unit(right.name, (Move(Region(left.name, index, slot), Region(right.name, index, slot)),), (entry,))
-        for index in product(*map(range, left.shape[:depth]))
-        for entry in (Entry(right.name, index),)
-    ]
+    return as_it_is(left.name, right.name, left.shape[:depth], kept)
 
 
 def pair_by_table(
@@ -84,127 +74,75 @@ def pair_by_table(
     does not fit a tensor.
     """
     same = {name for name in left if name in right and left[name].shape == right[name].shape}
-    planner = _ByRow(table, config, left, right, same)
-    same |= planner.by_name
-    plain = [unit for name in left if name in same for unit in same_units(left[name], right[name], 0)]
-    made = [name for name in right if name in same or name in planner.made]
-    drafts = tuple(
-        Draft(n, left[n].dtype, left[n].shape, ()) if n in same else Draft(n, planner.made[n], right[n].shape, ())
-        for n in made
-    )
-    used = same | planner.used
-    plan = _plan({n: t for n, t in left.items() if n in used}, drafts, [*plain, *planner.units], table, config)
-    plan = _with_encoded(plan, encoded)
+    joiner = Joiner.at(table, config)
+    mine, other = (list(table.expand(joiner.env, names)) for names in (left, right))
+    spare = {name for row in (*mine, *other) if row.spec.drop or row.same_as for name in row.hf}
+    by_name, respelt = _pairs(mine, other, left, right, same)
+    same |= by_name
+    units = [unit for name in left if name in same for unit in same_units(left[name], right[name], 0)]
+    used, dtypes = set(same), {name: left[name].dtype for name in same}
+    for source, target in respelt:
+        dtype = one_dtype(source, [left[name] for name in source.hf])
+        units.append(_respelt(joiner, source, target, left, right))
+        used.update(source.hf)
+        dtypes.update(dict.fromkeys(target.hf, dtype))
+    drafts = tuple(Draft(n, dtypes[n], (left if n in same else right)[n].shape, ()) for n in right if n in dtypes)
+    sources = {n: t for n, t in left.items() if n in used}
+    plan = Plan.of_all("compare", config, sources, drafts, units, table=table)
     left_over = [name for name in left if name not in used]
-    right_over = [name for name in right if name not in set(made)]
+    right_over = [name for name in right if name not in dtypes]
     return Pairing(
-        plan,
-        tuple(name for name in left_over if name not in planner.spare),
-        tuple(name for name in right_over if name not in planner.spare),
-        tuple(name for name in (*left_over, *right_over) if name in planner.spare),
-        tuple(planner.equal),
+        replace(plan, encoded={name: whole for name, whole in encoded.items() if name in sources}),
+        tuple(name for name in left_over if name not in spare),
+        tuple(name for name in right_over if name not in spare),
+        tuple(name for name in (*left_over, *right_over) if name in spare),
+        tuple(
+            (tensors is right, row.hf[0], row.same_as)
+            for rows, tensors in ((mine, left), (other, right))
+            for row in rows
+            if row.same_as is not None and row.same_as in tensors and row.hf[0] in tensors
+        ),
     )
 
 
-def _plan(
-    sources: Mapping[str, StoredTensor],
-    drafts: tuple[Draft, ...],
-    units: list[Unit],
-    table: Table | None,
-    config: Mapping[str, Value],
-) -> Plan:
-    return Plan(
-        direction="compare",
-        table=table,
-        config=config,
-        layout=Layout(),
-        sources=sources,
-        drafts=drafts,
-        units=tuple(units),
-        ledger=Ledger(consumed=len(sources), produced=len(drafts)),
+def _pairs(
+    mine: Iterable[Row],
+    other: Iterable[Row],
+    left: Collection[str],
+    right: Collection[str],
+    same: Collection[str],
+) -> tuple[set[str], list[tuple[Row, Row]]]:
+    """Names to pair as they are though their shapes differ, and rows that the two sides spell differently."""
+    known = {row.mcore: row for row in mine if not (row.spec.drop or row.same_as)}
+    by_name: set[str] = set()
+    respelt = []
+    for row in other:
+        source = known.get(row.mcore)
+        if row.spec.drop or row.same_as or source is None or all(name in same for name in row.hf):
+            continue
+        if not all(name in left for name in source.hf) or not all(name in right for name in row.hf):
+            continue
+        # Spelt alike, and of another shape: a finding, not another spelling.
+        if (source.spec, source.hf) == (row.spec, row.hf):
+            by_name.update(row.hf)
+        else:
+            respelt.append((source, row))
+    return by_name, respelt
+
+
+def _respelt(
+    joiner: Joiner, source: Row, target: Row, left: Mapping[str, StoredTensor], right: Mapping[str, StoredTensor]
+) -> Unit:
+    """Atoms that go straight from the tensors of one spelling to those of another."""
+    origins, places = (
+        joiner.from_hf(row, [tensors[name] for name in row.hf]) for row, tensors in ((source, left), (target, right))
     )
-
-
-def _with_encoded(plan: Plan, encoded: Mapping[str, Encoded]) -> Plan:
-    return replace(plan, encoded={name: value for name, value in encoded.items() if name in plan.sources})
-
-
-class _ByRow:
-    """Pairs rows that the two sides spell differently: atoms go straight from one Hugging Face tensor to another."""
-
-    def __init__(
-        self,
-        table: Table,
-        config: Mapping[str, Value],
-        left: Mapping[str, StoredTensor],
-        right: Mapping[str, StoredTensor],
-        same: Collection[str],
-    ) -> None:
-        self.left, self.right = left, right
-        env = environment(config)
-        self.dims: Dims = table.dims_at(env)
-        self.experts = table.num_experts(env)
-        self.units: list[Unit] = []
-        self.used: set[str] = set()
-        self.by_name: set[str] = set()
-        self.made: dict[str, str] = {}
-        rows = list(table.expand(env, left)), list(table.expand(env, right))
-        self.spare = {name for side in rows for row in side if row.spec.drop or row.same_as for name in row.hf}
-        self.equal = [
-            (side is rows[1], row.hf[0], row.same_as)
-            for side, tensors in zip(rows, (left, right), strict=True)
-            for row in side
-            if row.same_as in tensors and row.hf[0] in tensors and row.same_as is not None
-        ]
-        mine = {row.mcore: row for row in rows[0] if not (row.spec.drop or row.same_as)}
-        for row in rows[1]:
-            if row.spec.drop or row.same_as or all(name in same for name in row.hf):
-                continue
-            other = mine.get(row.mcore)
-            if other is None or not all(n in left for n in other.hf) or not all(n in right for n in row.hf):
-                continue
-            if other.spec == row.spec:  # spelt alike, and of another shape: a finding, not another spelling
-                self.by_name.update(row.hf)
-            else:
-                self._add(other, row)
-
-    def _add(self, source: Row, target: Row) -> None:
-        dtypes = {self.left[name].dtype for name in source.hf}
-        if len(dtypes) > 1:
-            raise CoverageError(f"`{source.mcore}`: {', '.join(source.hf)} have different dtypes: {sorted(dtypes)}")
-        origins, places = self._regions(source, self.left), self._regions(target, self.right)
-        if origins.keys() != places.keys():
-            raise UnsupportedError(
-                f"`{source.mcore}` is made of {', '.join(source.hf)} on one side and of {', '.join(target.hf)} on the "
-                "other, which the table does not bring together"
-            )
-        moves = tuple(Move(origins[atom], places[atom]) for atom in origins)
-        entries = tuple(Entry(name, _entry(target)) for name in target.hf)
-        self.units.append(Unit(source.mcore, moves, entries, source.spec.shift - target.spec.shift))
-        self.used.update(source.hf)
-        self.made.update(dict.fromkeys(target.hf, dtypes.pop()))
-
-    def _regions(self, row: Row, tensors: Mapping[str, StoredTensor]) -> dict[int, Region]:
-        shapes = [self._logical(row, tensors[name].shape) for name in row.hf]
-        rows = sum(shape[0] if shape else 1 for shape in shapes)
-        form: Form = row_form(row, self.dims, rows)
-        if form.columns:
-            raise UnsupportedError(f"`{row.mcore}`: halves of columns are not compared between two spellings")
-        out = {}
-        for name, shape, pack, (_, members) in zip(row.hf, shapes, form.hf_packs(), form.hf, strict=True):
-            if (shape[0] if shape else 1) != pack.rows:
-                raise CoverageError(f"`{name}` has shape {list(tensors[name].shape)}; {pack.rows} rows were expected")
-            for atom, slot in zip(members, pack.slots(), strict=True):
-                out[atom] = Region(name, _entry(row), slot, row.spec.transpose)
-        return out
-
-    def _logical(self, row: Row, shape: Shape) -> Shape:
-        if row.spec.stacked:
-            if shape[:1] != (self.experts,):
-                raise CoverageError(f"`{row.hf[0]}` has shape {list(shape)}; {self.experts} experts were expected")
-            shape = shape[1:]
-        return shape[::-1] if row.spec.transpose else shape
-
-
-def _entry(row: Row) -> tuple[int, ...]:
-    return (row.expert,) if row.spec.stacked and row.expert is not None else ()
+    if origins.form.columns or places.form.columns:
+        raise UnsupportedError(f"`{source.mcore}`: halves of columns are not compared between two spellings")
+    if len(origins.form.atoms) != len(places.form.atoms):
+        raise UnsupportedError(
+            f"`{source.mcore}` is made of {', '.join(source.hf)} on one side and of {', '.join(target.hf)} on the "
+            "other, which the table does not bring together"
+        )
+    filled = tuple(place.entry for place in places.hf)
+    return Unit(source.mcore, moves(origins.hf, places.hf), filled, source.spec.shift - target.spec.shift)

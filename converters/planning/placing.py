@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import product
 
+from converters.engine.plan import Draft
 from converters.engine.regions import matrix
 from converters.mcore.keys import parse_key
 from converters.mcore.layout import Box, Layout, RankMap, boxes
@@ -13,6 +16,30 @@ from converters.tensors import Shape
 
 #: Rank, offsets and sizes of a box.
 Placed = tuple[int, Shape, Shape]
+
+
+@dataclass(slots=True)
+class Target:
+    """A tensor that rows fill entry by entry: `shape` is that of one, in leading dimensions `stack`.
+
+    `form` says how tensor parallelism cuts an entry.
+    """
+
+    dtype: str
+    stack: Shape
+    shape: Shape
+    form: Form
+    entries: set[Shape] = field(default_factory=set)
+
+    @property
+    def gaps(self) -> int:
+        """Entries of the stack that are not filled."""
+        return math.prod(self.stack) - len(self.entries)
+
+    def draft(self, key: str, layout: Layout, ranks: RankMap) -> Draft:
+        """The tensor under `layout`, a box an entry and shard."""
+        placed = place_boxes(key, self.shape, self.stack, self.form, layout, ranks, sorted(self.entries))
+        return Draft(key, self.dtype, (*self.stack, *self.shape), placed)
 
 
 def place_boxes(
@@ -50,7 +77,5 @@ def in_dimensions(shape: Shape, box: Box) -> tuple[Shape, Shape]:
         return (), ()
     if len(shape) == 1:
         return (box.row,), (box.rows,)
-    inner = 1
-    for extent in shape[2:]:
-        inner *= extent
+    inner = math.prod(shape[2:])
     return (box.row, box.col // inner, *(0 for _ in shape[2:])), (box.rows, box.cols // inner, *shape[2:])

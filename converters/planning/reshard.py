@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 
-from converters.engine.plan import Draft, Entry, Plan, Unit
-from converters.engine.regions import Move, Region, matrix
+from converters.engine.plan import Draft, Plan, Unit, as_it_is
+from converters.engine.regions import matrix
 from converters.errors import LayoutError
 from converters.mcore.cuts import VOCAB, cuts_of, form_of
 from converters.mcore.keys import parse_key
@@ -15,9 +16,7 @@ from converters.mcore.layout import check as check_layout
 from converters.mcore.optimizer_state import is_state, weight_of
 from converters.mcore.torch_dist import extra_states_of
 from converters.planning.placing import place_boxes
-from converters.rows.coverage import Ledger
 from converters.rows.expr import Value
-from converters.rows.pack import Slot
 from converters.tensors import Shape, StoredTensor
 
 
@@ -42,7 +41,8 @@ def plan_reshard(
     shapes = {key: tensor.shape for key, tensor in sources.items() if not is_state(key)}
     cuts = cuts_of(shapes, cut=layout.tp > 1 or layout.expert_tp > 1)
     ranks = RankMap(layout, with_counts(config, shapes))
-    drafts, units, states = [], [], list(objects)
+    drafts, states = [], list(objects)
+    units: list[Unit] = []
     for key, tensor in sources.items():
         weight = weight_of(key)
         depth = parse_key(weight).depth
@@ -51,27 +51,12 @@ def plan_reshard(
         placed = place_boxes(weight, inner, stack, form, layout, ranks)
         drafts.append(Draft(key, tensor.dtype, (*stack, *inner), placed))
         kept = min(matrix(tensor.shape, depth)[0], matrix(inner, 0)[0])
-        slot = Slot.whole(kept)
-        for index in product(*map(range, stack)):
-            move = Move(Region(key, index, slot), Region(key, index, slot))
-            units.append(Unit(key, (move,), (Entry(key, index),)))
-            states += (
-                ()
-                if weight != key
-                else extra_states_of(key, index, stack, hybrid="decoder.final_norm.weight" in sources)
-            )
-    return Plan(
-        direction="reshard",
-        table=None,
-        config=config,
-        layout=layout,
-        sources=dict(sources),
-        drafts=tuple(drafts),
-        units=tuple(units),
-        ledger=Ledger(consumed=len(sources), produced=len(drafts)),
-        objects=tuple(dict.fromkeys(states)),
-        notes=notes,
-    )
+        units += as_it_is(key, key, stack, kept)
+        if weight == key:
+            for index in product(*map(range, stack)):
+                states += extra_states_of(key, index, stack, hybrid="decoder.final_norm.weight" in sources)
+    plan = Plan.of_all("reshard", config, dict(sources), drafts, units, layout=layout)
+    return replace(plan, objects=tuple(dict.fromkeys(states)), notes=notes)
 
 
 def _inner(key: str, shape: Shape, padded_vocab: int | None) -> Shape:

@@ -7,6 +7,7 @@ atoms differently is index algebra on rows, computed by `runs`, and touches no v
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -82,6 +83,15 @@ class Runs:
     def shortest(self) -> int:
         """Rows of the shortest run."""
         return int(self.length.min()) if len(self.length) else 0
+
+    def within(self, row: int, rows: int) -> Iterator[tuple[int, int, int]]:
+        """What the runs bring to target rows `[row, row + rows)`: (source row, target row, number of rows)."""
+        last = int(np.searchsorted(self.target, row + rows))
+        for i in range(max(0, int(np.searchsorted(self.target, row, side="right")) - 1), last):
+            start = max(row, int(self.target[i]))
+            stop = min(row + rows, int(self.target[i] + self.length[i]))
+            if start < stop:
+                yield int(self.source[i]) + start - int(self.target[i]), start, stop - start
 
 
 @lru_cache(maxsize=4096)

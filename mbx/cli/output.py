@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TextIO
 
@@ -15,8 +16,9 @@ from converters.errors import MbxError, spelt
 _SHOWN_DETAILS = 10
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2"}
 _PLAIN = {"→": "->", "↔": "<->", "…": "...", "≤": "<=", "×": "x", "Δ": "d", "–": "-", "✓": "+", "✗": "x"}
-#: Control characters that are no tab, line break or colour of `paint`.
-_CONTROLS = re.compile(r"\x1b(?!\[\d*m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]")
+#: What `paint` coloured and nobody wrote yet: no other colour is let through.
+_painted: Counter[str] = Counter()
+_COLOURED = re.compile(rf"\x1b\[(?:{'|'.join(_COLOURS.values())})m.*?\x1b\[0m", re.S)
 
 #: What `--json` prints: values that json.dumps takes.
 Document = Mapping[str, object]
@@ -91,13 +93,15 @@ class Output:
 
     def error_text(self, text: str) -> None:
         """Text for a human who asked wrongly, such as the help of a command."""
-        _write(sys.stderr, text)
+        for line in text.split("\n"):
+            _write(sys.stderr, line)
 
     def _answer(self, document: Document) -> None:
         if self._answered:
             raise AssertionError("a command printed two JSON documents")
         self._answered = True
-        sys.stdout.write(in_flags(json.dumps(document, indent=1, ensure_ascii=False)) + "\n")
+        text = in_flags(json.dumps(document, indent=1, ensure_ascii=False))
+        sys.stdout.write("\n".join(map(_as_json, text.split("\n"))) + "\n")
 
 
 out = Output()
@@ -120,16 +124,40 @@ def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
         return text
     forced = os.environ.get("FORCE_COLOR", "") not in ("", "0")
     if forced or (stream.isatty() and os.environ.get("TERM") != "dumb"):
-        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+        coloured = f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+        _painted[coloured] += 1
+        return coloured
     return text
 
 
-def _write(stream: TextIO, line: str) -> None:
-    """One line; where the stream's encoding lacks a character, its plain spelling.
+def printable(text: str) -> str:
+    """`text` with every character that is no plain printable one as an escape: controls, line breaks, direction marks.
 
-    Names of a stranger's checkpoint may hold what a terminal obeys: shown as escapes, all but colours.
+    Names of a stranger's checkpoint may hold what a terminal obeys, or what makes a line of its own.
     """
-    line = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], in_flags(line))
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _as_json(line: str) -> str:
+    """A line of a JSON document, what is not printable in it as JSON's own escapes."""
+    return line if line.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
+def _safe(line: str) -> str:
+    """A line whose only controls are the colours that `paint` gave."""
+    parts, at = [], 0
+    for found in _COLOURED.finditer(line):
+        if _painted[found[0]]:
+            _painted[found[0]] -= 1
+            start, end = found[0].index("m") + 1, len(found[0]) - len("\x1b[0m")
+            parts += [printable(line[at : found.start()]), found[0][:start], printable(found[0][start:end]), "\x1b[0m"]
+            at = found.end()
+    return "".join([*parts, printable(line[at:])])
+
+
+def _write(stream: TextIO, line: str) -> None:
+    """One line; where the stream's encoding lacks a character, its plain spelling."""
+    line = _safe(in_flags(line))
     encoding = stream.encoding or "utf-8"
     try:
         line.encode(encoding)

@@ -169,7 +169,6 @@ def integrity(
     Names each tensor, file and byte range that changed since mbx wrote it; then the exit code is 1.
     """
     output.configure()
-    import_numpy()
     from mbx.cli.progress import Meter
     from mbx.proof.integrity import check
 

@@ -22,6 +22,7 @@ from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.formats.bin_weights import INDEX as BIN_INDEX
 from mbx.formats.bin_weights import has_bin_weights, read_bin_folder, safetensors_name
 from mbx.formats.checkpoint import Checkpoint, Spelling
+from mbx.formats.files import MANIFEST as MANIFEST
 from mbx.formats.placement import Order, Placement
 from mbx.formats.safetensors import build_header, parse_header, read_folder, read_header
 from mbx.untrusted.names import inside, leads_out
@@ -34,7 +35,6 @@ LAYOUT = "mbx_layout.json"
 KEPT = "mbx_kept.safetensors"
 #: Scales of a quantised source that its values do not tell, kept for an export that encodes again.
 SCALES = "mbx_scales.safetensors"
-MANIFEST = "mbx_manifest.json"
 INDEX = "model.safetensors.index.json"
 _BLOCK = 4 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")

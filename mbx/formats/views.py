@@ -14,7 +14,7 @@ from converters.engine.plan import Plan
 from converters.engine.planned import PlannedTensors
 from converters.errors import UsageError
 from converters.mcore.layout import Layout
-from converters.planning.exporter import plan_export
+from converters.planning.exporter import Origin, plan_export
 from converters.planning.importer import plan_import
 from converters.planning.pairing import pair_by_name
 from converters.tensors import Shape
@@ -65,7 +65,7 @@ def hf_view(opened: Checkpoint, mapping: str | None = None) -> View:
     recorded = None if files is None else {n: tensor for file in files for n, tensor in file.tensors.items()}
     kept = {} if found.reference is None else hf.kept_tensors(opened.home, found.reference)
     fields = found.table.config.to_mcore(found.config)
-    return View(plan_export(found.table, fields, opened.tensors, recorded=recorded, kept=kept), opened)
+    return View(plan_export(found.table, fields, opened.tensors, Origin(recorded, kept)), opened)
 
 
 def mcore_view(opened: Checkpoint, mapping: str | None = None) -> View:

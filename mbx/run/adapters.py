@@ -34,7 +34,7 @@ def plan_adapter_to_mcore(source: Path, target: Path, options: Options, base: Ba
     The projections inside a fused linear keep factors of their own unless `fused` (see `docs/adapters.md`). Raises
     UsageError for an adapter that is Megatron's already, UnsupportedError for what has no place there.
     """
-    check_target(source, target, overwrite=options.overwrite)
+    check_target(target, _reads(source, base), overwrite=options.overwrite)
     if sniff(source).format.spelling == "mcore":
         raise UsageError(
             f"`{source}` is no PEFT folder: it has no {CONFIG}", hint=f"mbx convert adapter-to-hf {source} DST"
@@ -68,7 +68,7 @@ def plan_adapter_to_hf(source: Path, target: Path, options: Options, base: Base)
 
     A checkpoint that `plan_adapter_to_mcore` made gives the same files back, byte for byte.
     """
-    check_target(source, target, overwrite=options.overwrite)
+    check_target(target, _reads(source, base), overwrite=options.overwrite)
     if sniff(source).format.spelling == "peft":
         raise UsageError(f"`{source}` is a PEFT folder already", hint=f"mbx convert adapter-to-mcore {source} DST")
     adapter = open_adapter(source, base)
@@ -87,6 +87,11 @@ def plan_adapter_to_hf(source: Path, target: Path, options: Options, base: Base)
         described = json.dumps(_described(adapter, base, names), indent=2, ensure_ascii=False) + "\n"
         texts[CONFIG] = described.encode()
     return Job(plan, source, target, adapter.root, sides, texts, options, placed, {"base": str(base.path)})
+
+
+def _reads(source: Path, base: Base) -> list[Path | None]:
+    """Every folder that a conversion of an adapter reads."""
+    return [source, base.path if base.path.exists() else None, base.config_file and base.config_file.parent]
 
 
 def _without_vocab(config: Mapping[str, Value]) -> dict[str, Value]:

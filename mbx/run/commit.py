@@ -14,51 +14,47 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
 from converters.errors import DeviceError, UsageError
 from mbx.formats.files import os_failure, sync_folder
 from mbx.run import journal
+from mbx.run.replaceable import foreign
 from mbx.text import human_bytes
 
-#: Files and folders by which a folder is known to hold a checkpoint, of one kind or another.
-_MARKS = (
-    "mbx_manifest.json",
-    "config.json",
-    "adapter_config.json",
-    "latest_checkpointed_iteration.txt",
-    ".metadata",
-    "metadata.json",
-    "*.safetensors",
-    "*.distcp",
-    "pytorch_model*.bin",
-    "iter_*",
-    "mp_rank_*",
-)
+#: Names that an error lists.
+_SHOWN = 20
 
 
-def check_target(source: Path, target: Path, *, overwrite: bool) -> None:
-    """Refuse a target that is not empty (without `overwrite`), or that overlaps the source."""
-    src, dst = source.resolve(), target.resolve()
-    if src == dst or src in dst.parents or dst in src.parents:
-        raise UsageError(f"the destination `{target}` and the source `{source}` lie inside one another")
+def check_target(target: Path, reads: Iterable[Path | None], *, overwrite: bool) -> None:
+    """Refuse a target that is not empty (without `overwrite`), or that overlaps a folder of `reads`."""
+    dst = target.resolve()
+    for source in reads:
+        if source is None:
+            continue
+        src = source.resolve()
+        if src == dst or src in dst.parents or dst in src.parents:
+            raise UsageError(f"the destination `{target}` and the source `{source}` lie inside one another")
     if target.exists() and not target.is_dir():
         raise UsageError(f"the destination `{target}` is a file")
     _check_replaceable(target, overwrite=overwrite)
 
 
 def _check_replaceable(target: Path, *, overwrite: bool) -> None:
-    """UsageError for a folder with something in it that was not given up, or that is no checkpoint."""
+    """UsageError for a folder with something in it that was not given up, or that is no checkpoint's."""
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"the destination `{target}` is not empty", hint="add ‹overwrite› to replace it")
-    if not any(any(target.glob(mark)) for mark in _MARKS):
+    if strangers := foreign(target):
+        none = len(strangers) == sum(1 for path in target.rglob("*") if not path.is_dir())
+        what = "no checkpoint" if none else "more than a checkpoint"
         raise UsageError(
-            f"the destination `{target}` holds no checkpoint: ‹overwrite› would remove "
-            f"`{min(path.name for path in target.iterdir())}`",
-            hint="choose another destination, or remove it yourself",
+            f"the destination `{target}` holds {what}: ‹overwrite› would remove `{strangers[0]}`",
+            hint="choose another destination, or move what stands in the way",
+            details=strangers[:_SHOWN],
         )
 
 
@@ -187,6 +183,11 @@ class PartialFolder:
                 (self.path / journal.FOLDER).rename(self._dead)
             if self._final.exists():
                 self._final.rename(self._old)
+                try:  # once more, now that nobody finds it by its name
+                    _check_replaceable(self._old, overwrite=self._overwrite)
+                except UsageError:
+                    self._old.rename(self._final)
+                    raise
             self.path.rename(self._final)
             self._committed = True
             if sync:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from converters.engine.plan import Plan, requested_dtype
 from converters.mcore.layout import Layout
-from converters.planning.exporter import HfTensor, plan_export
+from converters.planning.exporter import HfTensor, Origin, plan_export
 from converters.planning.importer import plan_import
 from converters.rows.coverage import Waivers
 from converters.rows.expr import Value
@@ -116,7 +116,7 @@ def plan_hf_to_mcore(
     source: Path, target: Path, options: Options, origin: Mapping[str, str | None] | None = None
 ) -> Job:
     """Plan a Hugging Face folder → torch_dist conversion; headers are read, nothing is written."""
-    check_target(source, target, overwrite=options.overwrite)
+    check_target(target, [source], overwrite=options.overwrite)
     folder = open_hf(source)
     config = folder.config
     table = table_for(config, options.mapping)
@@ -162,7 +162,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
 
     `hf_config` is a folder with `config.json` and tokenizer files, needed only where the checkpoint carries none.
     """
-    check_target(source, target, overwrite=options.overwrite)
+    check_target(target, [source, hf_config], overwrite=options.overwrite)
     opened = open_model(source)
     found = architecture_of(opened, options.mapping, hf_config, allow_unused_keys=options.allow_unused_keys)
     reference, config, table = found.reference, found.config, found.table
@@ -179,10 +179,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
         table,
         table.config.to_mcore(config, allow_unused=options.allow_unused_keys),
         opened.tensors,
-        recorded=recorded,
-        kept={**kept, **codes.beside},
-        encode=codes.encode,
-        scales=codes.scales,
+        Origin(recorded, {**kept, **codes.beside}, codes.encode, codes.scales),
         dtype=requested_dtype(options.dtype),
         exact_norms=options.exact_norms,
         waivers=options.waivers,

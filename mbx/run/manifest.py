@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 from converters.checksums import crc32
 from converters.errors import StorageError, spelt
-from converters.rows.expr import Value
 from converters.tensors import StoredTensor, nbytes_of
-from mbx.formats.hf import MANIFEST
+from mbx.formats.files import MANIFEST
 from mbx.untrusted.names import is_inside
 from mbx.untrusted.small_files import read_json
 from mbx.version import __version__
 
 if TYPE_CHECKING:
+    from converters.rows.expr import Value
     from mbx.run.job import Job
 
 _BLOCK = 1 << 20

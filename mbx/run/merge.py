@@ -42,7 +42,7 @@ def plan_merge(base: Path, source: Path, target: Path, options: Options, *, to: 
             "a Hugging Face folder has no parallel layout: ‹tp›, ‹pp› and the like belong to ‹to› mcore",
             hint="add ‹to› mcore, or leave the layout out",
         )
-    check_target(source, target, overwrite=options.overwrite)
+    check_target(target, [base, source], overwrite=options.overwrite)
     adapter = open_adapter(source, opened)
     if adapter.saved and (own, to) != ("hf", "hf"):
         raise UnsupportedError(
@@ -95,7 +95,6 @@ def _seen_from(adapter: Adapter, root: Path) -> dict[str, StoredTensor]:
 
 def _copied(base: Path, target: Path, options: Options, opened: Base, adapter: Adapter) -> Job:
     """A Hugging Face folder written again under its own names; what a codec stores is written plainly."""
-    check_target(base, target, overwrite=options.overwrite)
     folder = open_hf(base)
     quantization = quantization_of(opened.config)
     sources, encoded = decoded_view(folder.tensors, quantization)

@@ -44,7 +44,7 @@ def plan_mcore_to_mcore(
     legacy target. `with_optimizer` takes the optimizer's state along, from torch_dist to torch_dist.
     Raises LayoutError where the layout does not fit the model, UnsupportedError for state that no other layout reads.
     """
-    check_target(source, target, overwrite=options.overwrite)
+    check_target(target, [source], overwrite=options.overwrite)
     if options.dtype is not None:
         raise UsageError("a change of layout keeps every value: ‹dtype› belongs to the other conversions")
     if with_optimizer and options.format != "torch_dist":

@@ -101,8 +101,11 @@ def test_overwrite_replaces_a_full_target(mbx: Run, here: Path) -> None:
     (here / "ckpt" / "config.json").write_text("{}")
     refused = mbx("convert", "hf-to-mcore", TINY / "llama", "ckpt")
     assert refused.code == 2 and "--overwrite" in refused.stderr and (here / "ckpt" / "mine").exists()
-    assert mbx("convert", "hf-to-mcore", TINY / "llama", "ckpt", "--overwrite").code == 0
-    assert not (here / "ckpt" / "mine").exists()
+    assert mbx("convert", "hf-to-mcore", TINY / "llama", "ckpt", "--overwrite").code == 2  # more than a checkpoint
+    assert (here / "ckpt" / "mine").exists()
+    assert mbx("convert", "hf-to-mcore", TINY / "llama", "made").code == 0
+    assert mbx("convert", "hf-to-mcore", TINY / "llama", "made").code == 2
+    assert mbx("convert", "hf-to-mcore", TINY / "llama", "made", "--tp", 2, "--overwrite").code == 0
 
 
 def test_a_waiver_is_reported(mbx: Run, here: Path) -> None:

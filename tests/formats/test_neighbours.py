@@ -53,9 +53,13 @@ def test_overwrite_replaces_checkpoints_alone(tiny: Path, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match=r"holds no checkpoint: `overwrite` would remove `thesis\.tex`"):
         convert("hf-to-mcore", tiny / "llama", target, overwrite=True)
     assert tree(target)
-    (target / "latest_checkpointed_iteration.txt").write_text("0")
-    convert("hf-to-mcore", tiny / "llama", target, overwrite=True)
-    assert not (target / "thesis.tex").exists() and (target / "mbx_manifest.json").exists()
+    convert("hf-to-mcore", tiny / "llama", tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "thesis.tex").write_text("x")  # beside a checkpoint it is nobody's but the user's
+    with pytest.raises(UsageError, match=r"holds more than a checkpoint: `overwrite` would remove `thesis\.tex`"):
+        convert("hf-to-mcore", tiny / "llama", tmp_path / "ckpt", overwrite=True)
+    (tmp_path / "ckpt" / "thesis.tex").unlink()
+    convert("hf-to-mcore", tiny / "llama", tmp_path / "ckpt", overwrite=True)
+    assert (tmp_path / "ckpt" / "mbx_manifest.json").exists()
 
 
 def test_a_target_that_appears_during_the_run_stays(tmp_path: Path) -> None:

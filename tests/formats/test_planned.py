@@ -24,6 +24,8 @@ from mbx.formats.files import FileSource
 from mbx.formats.hf import open_hf
 from mbx.formats.torch_dist import open_torch_dist
 from mbx.run.job import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.merge import plan_merge
+from tests.adapters._peft_made import adapt
 from tests.formats._quantised import quantised
 from tests.unit._memory import plan_of
 
@@ -48,7 +50,7 @@ def planned_of(job: Job, max_memory: int = MEMORY) -> PlannedTensors:
 def written(job: Job) -> tuple[Mapping[str, StoredTensor], FileSource]:
     """Run a conversion; its target's tensors, and what reads them."""
     run(job)
-    if job.plan.direction == "mcore-to-hf":
+    if (job.target / "config.json").is_file():
         return open_hf(job.target).tensors, FileSource(job.target)
     opened = open_torch_dist(job.target)
     return opened.dcp.tensors, FileSource(opened.iteration)
@@ -97,6 +99,12 @@ def test_quantised_sources_are_decoded(name: str, tmp_path: Path) -> None:
     check(export_job(tmp_path / "mcore", tmp_path / "plain"))
     with pytest.raises(UnsupportedError, match="is to be stored by a codec"):
         planned_of(export_job(tmp_path / "mcore", tmp_path / "same", codec="same"))
+
+
+@pytest.mark.parametrize("to", ["hf", "mcore"])
+def test_a_merge_is_read_before_it_is_written(to: str, tmp_path: Path) -> None:
+    made = adapt("qwen3_moe", tmp_path)
+    check(plan_merge(made.base, made.adapter, tmp_path / "merged", Options(sync=False), to=to))
 
 
 def test_values_are_cast_on_the_way(tiny: Path, tmp_path: Path) -> None:

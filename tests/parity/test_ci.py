@@ -108,7 +108,7 @@ def test_what_cannot_be_converted_fails_every_leg_and_the_others_still_run(tiny:
     text = source(tiny, 'name = "uneven"', "layouts = [{ tp = 3 }, {}]", 'legs = ["cover", "weights"]')
     results = checked(text + f'\n[[check]]\nsource = "{tmp_path / "absent"}"\nlegs = ["cover"]', tmp_path)
     assert [result.leg.status for result in results] == ["failed", "failed", "passed", "passed", "failed"]
-    assert "--tp 3" in results[0].leg.summary
+    assert "‹tp› 3" in results[0].leg.summary
 
 
 def test_tolerance_decides_the_forward_leg(peers: Path, tmp_path: Path) -> None:

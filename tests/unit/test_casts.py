@@ -73,3 +73,19 @@ def test_values_that_a_cast_to_half_makes_infinite_are_counted(source: str) -> N
     assert overflown(convert(stored, source, "F16"), stored, source) == wanted
     assert overflown(convert(many, source, "F16"), many, source) == 20_000 * wanted
     assert overflown(convert(stored[:0], source, "F16"), stored[:0], source) == 0
+
+
+@pytest.mark.parametrize("every", [3, 11, 200])
+def test_bf16_becomes_half_by_arithmetic_as_by_torch(every: int) -> None:
+    """Each 16-bit value among weights, thinly and thickly spread, at every place of a group and at the ragged end."""
+    weights = np.random.default_rng(0).standard_normal((1 << 16) * every + 5, np.float32) * 0.02
+    words = torch.from_numpy(weights).to(torch.bfloat16).view(torch.uint8).numpy().view(np.uint16)
+    words[:-5:every] = np.arange(1 << 16, dtype=np.uint16)
+    words[-5:] = (0x0000, 0x8000, 0x477F, 0x4780, 0xFF80)
+    data = words.view(np.uint8)
+    wanted, got = by_torch(data, "BF16", "F16", 0), convert(data, "BF16", "F16")
+    nan = _nan(wanted, "F16")
+    assert np.array_equal(_nan(got, "F16"), nan)
+    assert np.array_equal(got.view(np.uint16)[~nan], wanted.view(np.uint16)[~nan])
+    finite = torch.from_numpy(data).view(torch.bfloat16).isfinite().numpy()
+    assert overflown(got, data, "BF16") == int((np.isinf(wanted.view(np.float16)) & finite).sum()) > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import tracemalloc
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.engine import relay
 from converters.engine.pieces import Cutting
 from converters.engine.plan import Entry, Unit
 from converters.engine.stream import Engine
@@ -161,6 +163,33 @@ def test_equals_torch_whatever_the_chunks(case: Case, workers: int, piece_bytes:
     case.check(engine.run())
     assert (_touched(case.sources, case.source) == 1).all()
     assert (_touched(case.targets, case.sink) == 1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases, st.sampled_from((1, 5, 32)), st.sampled_from((None, 100)))
+def test_rows_that_only_move_are_relayed_by_blocks(case: Case, block: int, piece_bytes: int | None) -> None:
+    """The same bytes and CRCs as through a matrix, each read and written once."""
+    with mock.patch.object(relay, "BLOCK", block):
+        case.check(case.engine(2, piece_bytes=piece_bytes).run())
+    assert (_touched(case.sources, case.source) == 1).all()
+    assert (_touched(case.targets, case.sink) == 1).all()
+
+
+def test_what_is_relayed_needs_no_matrix() -> None:
+    """Rows that change their place alone are; those that change their columns or values are not."""
+    case = _big(64, 64)
+    engine, whole = case.engine(), layout("out", "BF16", (64, 64), [[], []], case.rng)
+    unit = case.units[0]
+    assert engine.relay.stretches(unit, unit.entries[0], 0, 64) is None  # the target's columns are cut
+    case.targets = [whole]
+    for file, nbytes in sizes(case.targets).items():
+        case.sink.add(file, np.full(nbytes, 0xAA, np.uint8))
+    case.plan = plan_of(case.units, case.sources, case.targets)
+    engine = case.engine()
+    found = engine.relay.stretches(unit, unit.entries[0], 16, 48)
+    assert found is not None and sum(stretch.nbytes for stretch in found) == 48 * 64 * 2
+    assert engine.relay.stretches(replace(unit, shift=1), unit.entries[0], 0, 64) is None
+    case.check(engine.run())
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from converters.engine.workers import lean_threads, start
+from converters.engine.threads import lean_threads, start
 from converters.errors import DeviceError
 from mbx.cli import settings
 
@@ -64,7 +64,7 @@ FREEING = """
 import sys, threading
 from contextlib import nullcontext
 import numpy as np
-from converters.engine.workers import lean_threads
+from converters.engine.threads import lean_threads
 
 freed, leave = threading.Barrier(9), threading.Event()
 def work():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from html import escape
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from mbx.proof.ci.matrix import Result
@@ -84,12 +85,15 @@ def markdown(results: Sequence[Result]) -> str:
         lines.append(f"| {_cell(check)} | {_cell(layout)} | {' | '.join(marks)} |")
     for result in results:
         if not result.passed:
-            lines += ["", f"**{result.check}, {result.layout}, {result.leg.name}**: {result.leg.summary}"]
-            lines += [f"- {line}" for line in result.leg.details[:_SHOWN_DETAILS]]
+            named = f"**{_cell(result.check)}, {_cell(result.layout)}, {result.leg.name}**"
+            lines += ["", f"{named}: {_cell(result.leg.summary)}"]
+            lines += [f"- {_cell(line)}" for line in result.leg.details[:_SHOWN_DETAILS]]
             if (rest := len(result.leg.details) - _SHOWN_DETAILS) > 0:
                 lines.append(f"- … and {rest} more")
     return "\n".join(lines) + "\n"
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Text as Markdown shows it: no HTML, no end of a cell or line."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return escape(shown, quote=False).replace("|", "\\|")

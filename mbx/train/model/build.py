@@ -10,7 +10,7 @@ from converters.rows.config_spelling import canonical
 from converters.rows.expr import Value
 from mbx.train.model.blueprint import Blueprint, as_int
 from mbx.train.model.config import train_config
-from mbx.train.model.parallel import Ranks
+from mbx.train.model.parallel import Ranks, spread_of
 from mbx.train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -26,18 +26,16 @@ def build(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> list[nn.Module]:
 
 def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> nn.Module:
     from mbx.formats.hf import read_config
-    from mbx.models.device import Spread
     from mbx.models.megatron.build import build_model
     from mbx.models.megatron.core.groups import set_defaults_if_not_set_tensor_model_parallel_attributes
     from mbx.models.megatron.rotary import lend_frequencies
 
-    p = recipe.parallel
     model = build_model(
         train_config(recipe, plan, ranks),
-        Spread(p.tp, p.pp, p.ep, ranks.device, recipe.train.precision, p.etp),
+        spread_of(recipe, ranks),
         use_te=ranks.te,
         padded_vocab_size=plan.padded_vocab,
-        vp_stage=stage if p.vpp > 1 else None,
+        vp_stage=stage if recipe.parallel.vpp > 1 else None,
     )
     if plan.hf is not None:  # rotary constants that Megatron Core has no field for
         lend_frequencies(model, plan.hf, canonical(read_config(plan.hf)))

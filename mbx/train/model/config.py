@@ -19,10 +19,8 @@ def train_config(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> dict[str, Val
     config = {**(gpu_config(plan.config) if ranks.te else {}), **plan.config}
     p, tr = recipe.parallel, recipe.train
     config["calculate_per_token_loss"] = tr.per_token_loss
-    config["context_parallel_size"] = p.cp
     config["deterministic_mode"] = tr.deterministic
     if p.vpp > 1:
-        config["virtual_pipeline_model_parallel_size"] = p.vpp
         # Sends and receives one by one: with two stages, both of a batch's would go to the same rank and be mixed up
         # (megatron/training/arguments.py refuses the batch there).
         config |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}

@@ -11,6 +11,7 @@ from functools import partial
 from typing import cast
 
 from converters.errors import DeviceError
+from mbx.models.device import Spread
 from mbx.train.recipe.sections import Recipe
 from mbx.train.recipe.world import check_world, smallest_world
 
@@ -62,15 +63,20 @@ def planned_ranks(recipe: Recipe, *, dry: bool = False) -> Ranks:
     return Ranks(rank, world_size, local_rank, check_world(recipe, world_size), device, te)
 
 
+def spread_of(recipe: Recipe, ranks: Ranks) -> Spread:
+    """The recipe's axes and precision as Megatron Core's models are built and spread."""
+    p = recipe.parallel
+    return Spread(p.tp, p.pp, p.ep, ranks.device, recipe.train.precision, p.etp, p.vpp, p.cp)
+
+
 @contextlib.contextmanager
 def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
     """torch.distributed and Megatron Core's parallel state, torn down on exit; on a CPU, gloo and patched names."""
     import torch
 
-    from mbx.models.device import Spread
     from mbx.models.megatron.processes import process_group
 
-    p, cuda = recipe.parallel, ranks.device == "cuda"
+    cuda = ranks.device == "cuda"
     with contextlib.ExitStack() as stack:
         if cuda:
             torch.cuda.set_device(ranks.local_rank)
@@ -80,8 +86,7 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
             stack.enter_context(megatron_on_cpu())
             stack.enter_context(_cpu_tensors())
         backend = "nccl" if cuda else "gloo"
-        spread = Spread(p.tp, p.pp, p.ep, etp=p.etp, vpp=p.vpp, cp=p.cp)
-        joined = partial(process_group, spread, backend=backend, timeout_s=_TIMEOUT_S)
+        joined = partial(process_group, spread_of(recipe, ranks), backend=backend, timeout_s=_TIMEOUT_S)
         stack.enter_context(joined(rank=ranks.rank, world_size=ranks.world_size))
         seed_everything(recipe.train.seed)
         if recipe.train.deterministic:

@@ -1,0 +1,186 @@
+"""The two sides of a table's row, joined once: which entries of which tensors hold its atoms, and in which rows.
+
+An import knows the Hugging Face tensors, an export the Megatron Core ones, a pairing two sets of Hugging Face ones.
+The sizes of either side give the form of the row's op, and the form gives both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from converters.engine.plan import Entry, row_form
+from converters.engine.regions import Move, Region, matrix
+from converters.errors import CoverageError
+from converters.mcore.torch_dist import Home, homes, stacks_layers
+from converters.rows.config_map import environment
+from converters.rows.expr import Env, Value
+from converters.rows.ops import Dims, Form
+from converters.rows.pack import Slot
+from converters.rows.table import Row, Table
+from converters.tensors import Shape, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One entry of a tensor that holds atoms of a row: `slots` are their rows.
+
+    `index` picks the entry in leading dimensions `stack`; `shape` is the entry's own as it is stored, padding aside.
+    """
+
+    tensor: str
+    index: Shape
+    stack: Shape
+    shape: Shape
+    slots: Mapping[int, Slot]
+    transposed: bool = False
+    fold: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the entry's matrix."""
+        return sum(slot.rows for slot in self.slots.values()) // self.fold
+
+    @property
+    def entry(self) -> Entry:
+        """What a unit fills that makes all of these atoms."""
+        return Entry(self.tensor, self.index, self.fold)
+
+    def region(self, atom: int) -> Region:
+        """Where an atom lies."""
+        return Region(self.tensor, self.index, self.slots[atom], self.transposed, self.fold)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A row with both its sides; `shape` is that of the whole parameter, all atoms packed."""
+
+    row: Row
+    form: Form
+    shape: Shape
+    hf: tuple[Place, ...]
+    mcore: tuple[Place, ...]
+
+
+def moves(sources: Iterable[Place], targets: Iterable[Place]) -> tuple[Move, ...]:
+    """Every atom of `targets`, from where `sources` keep it."""
+    held = {atom: place.region(atom) for place in sources for atom in place.slots}
+    return tuple(Move(held[atom], place.region(atom)) for place in targets for atom in place.slots)
+
+
+def one_dtype(row: Row, tensors: Iterable[StoredTensor]) -> str:
+    """The dtype of a row's Hugging Face tensors; CoverageError where they have several."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        raise CoverageError(f"`{row.mcore}`: {', '.join(row.hf)} have different dtypes: {', '.join(sorted(dtypes))}")
+    return dtypes.pop()
+
+
+@dataclass(frozen=True, slots=True)
+class Joiner:
+    """Joins the rows of a table at one config; `stacked` says that decoder layers lie in one tensor each."""
+
+    table: Table
+    env: Env
+    dims: Dims
+    layers: int
+    experts: int
+    stacked: bool
+
+    @classmethod
+    def at(cls, table: Table, config: Mapping[str, Value]) -> Joiner:
+        """The joiner at a Megatron Core config."""
+        env = environment(config)
+        counts = table.num_layers(env), table.num_experts(env)
+        return cls(table, env, table.dims_at(env), *counts, stacks_layers(table.family, config))
+
+    def homes(self, row: Row, held: Collection[str] | None = None) -> tuple[Home, ...]:
+        """Megatron Core keys of a row: stacked or a layer each, whichever all stand in `held`, else as is usual."""
+        usual, other = (homes(row, stacked, self.layers, self.experts) for stacked in (self.stacked, not self.stacked))
+        if held is None or all(home.key in held for home in usual):
+            return usual
+        return other if all(home.key in held for home in other) else usual
+
+    def join(self, row: Row, rows: int, columns: Shape | None = (), keys: Sequence[Home] | None = None) -> Joined:
+        """The sides of a parameter of `rows` rows of the shape `columns`, None for one without dimensions.
+
+        `keys` are its Megatron Core ones, by default those that are usual.
+        """
+        form = row_form(row, self.dims, rows)
+        fold = 2 if form.columns else 1
+
+        def shaped(rows: int) -> Shape:
+            return () if columns is None else (rows // fold, *columns)
+
+        packed = form.mcore_pack()
+        index, stack = ((row.expert,), (self.experts,)) if row.spec.stacked and row.expert is not None else ((), ())
+        hf = tuple(
+            Place(
+                name,
+                index,
+                stack,
+                shaped(pack.rows)[:: -1 if row.spec.transpose else 1],
+                dict(zip(members, pack.slots(), strict=True)),
+                row.spec.transpose,
+                fold,
+            )
+            for name, pack, (_, members) in zip(row.hf, form.hf_packs(), form.hf, strict=True)
+        )
+        every = dict(zip(form.order(), packed.slots(), strict=True))
+        mcore = []
+        for home in self.homes(row) if keys is None else keys:
+            slots = every if home.atoms is None else {atom: Slot.whole(form.atoms[atom]) for atom in home.atoms}
+            shape = shaped(sum(slot.rows for slot in slots.values()))
+            mcore.append(Place(home.key, home.index, home.stack, shape, slots, fold=fold))
+        return Joined(row, form, shaped(packed.rows), hf, tuple(mcore))
+
+    def from_hf(self, row: Row, tensors: Sequence[StoredTensor]) -> Joined:
+        """The sides of a row by its Hugging Face tensors; CoverageError where these do not fit each other."""
+        shapes = [self._logical(row, tensor) for tensor in tensors]
+        columns = shapes[0][1:]
+        if any(shape[1:] != columns for shape in shapes):
+            raise CoverageError(f"`{row.mcore}`: {', '.join(row.hf)} differ behind the first dimension: {shapes}")
+        rows = [shape[0] if shape else 1 for shape in shapes]
+        joined = self.join(row, sum(rows), columns if shapes[0] else None)
+        for tensor, got, place in zip(tensors, rows, joined.hf, strict=True):
+            if got != place.rows:
+                raise _unexpected(row, tensor, place.rows)
+        return joined
+
+    def _logical(self, row: Row, tensor: StoredTensor) -> Shape:
+        """Rows and columns of one entry."""
+        shape = tensor.shape
+        if row.spec.stacked:
+            if not shape or shape[0] != self.experts:
+                raise CoverageError(
+                    f"`{tensor.name}` has shape {list(shape)}; its first dimension should be {self.experts}, "
+                    "one entry an expert"
+                )
+            shape = shape[1:]
+        if row.spec.transpose:
+            if len(shape) != 2:
+                raise CoverageError(f"`{tensor.name}` has shape {list(tensor.shape)}; a matrix was expected")
+            shape = shape[::-1]
+        return shape
+
+    def from_mcore(self, row: Row, keys: Sequence[Home], tensors: Sequence[StoredTensor]) -> Joined:
+        """The sides of a row by its Megatron Core tensors, of which a vocabulary's may have rows of padding."""
+        for home, tensor in zip(keys, tensors, strict=True):
+            if tensor.shape[: len(home.stack)] != home.stack:
+                raise CoverageError(
+                    f"`{home.key}` has shape {list(tensor.shape)}; the config asks for a stack of {list(home.stack)}"
+                )
+        own = tensors[0].shape[len(keys[0].stack) :]
+        rows = sum(matrix(tensor.shape, len(home.stack))[0] for home, tensor in zip(keys, tensors, strict=True))
+        joined = self.join(row, rows, own[1:] if own else None, keys)
+        wanted = sum(place.rows for place in joined.mcore)
+        if rows < wanted or (rows > wanted and row.spec.op != "vocab"):
+            raise _unexpected(row, tensors[0], wanted)
+        return joined
+
+
+def _unexpected(row: Row, tensor: StoredTensor, rows: int) -> CoverageError:
+    return CoverageError(
+        f"`{tensor.name}` has shape {list(tensor.shape)}; {rows} rows were expected "
+        f"for `{row.mcore}` (op {row.spec.op})"
+    )
