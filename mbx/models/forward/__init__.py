@@ -1,1 +1,1 @@
-"""The comparison of two models' passes: what both read, how far hidden states, logits and losses are apart."""
+"""The comparison of two models' passes: how far hidden states, logits and losses are apart."""
