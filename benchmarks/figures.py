@@ -2,9 +2,9 @@
 
     python -m benchmarks.figures docs/performance.md docs/training.md
 
-Sources: fixtures/measured/speed.json (`python -m benchmarks.speed`), convert.json (samples of `python -m benchmarks.conversion --json`, by host) and
-fixtures/measured/train.jsonl (the lines of `python benchmarks/train_gpu.py --out` and of
-`python -m benchmarks.megatron_lm --out`).
+Sources, in fixtures/measured: speed.json (`python -m benchmarks.speed --json`), convert.json (samples of
+`python -m benchmarks.conversion --json`, by host), engine.json and train.jsonl (the lines of
+`python benchmarks/train_gpu.py --out` and of `python -m benchmarks.megatron_lm --out`).
 """
 
 from __future__ import annotations
