@@ -5,7 +5,7 @@ READY = $(VENV)/.ready
 DEMO = demo
 MODEL = fixtures/tiny/llama
 
-.PHONY: demo test test-all lint types contract tables parity-ci defects layouts bench bench-engine docs clean
+.PHONY: demo test test-all lint types contract tables parity-ci defects layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -48,7 +48,10 @@ docs: $(READY)  ## write docs/models.md again, from the tables and the measured 
 	$(BIN)/python -m benchmarks.parity_figures docs/parity.md
 	$(BIN)/python -m benchmarks.layout_figures docs/training.md
 
-bench: $(READY)  ## time and memory of conversions against cp -r
+bench: $(READY)  ## what is promised of speed, beside cp -r and cat on two cores; SIZE=8b: all cores too
+	$(BIN)/python -m benchmarks.speed --json fixtures/measured/speed.json $(if $(SIZE),--all-cores $(SIZE))
+
+bench-conversion: $(READY)  ## time and memory of conversions with and without waiting for the disk, and of planning
 	$(BIN)/python -m benchmarks.conversion --size 1b --plan
 
 bench-engine: $(READY)  ## two cores, casts, 1 to 40 GB, hard memory limits, checks: 60 GB of disk, half an hour

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from converters.tensors import StoredTensor, nbytes_of
 from fixtures.index import Header, load_index
 from mbx.formats.safetensors import build_header
@@ -44,8 +46,9 @@ _SHARD_BYTES = 5 * 10**9
 _BLOCK = 1 << 24
 
 
-def make(folder: Path, size: str, *, sparse: bool = False) -> int:
-    """Write the checkpoint `size` into `folder`; returns its bytes. `sparse` files hold zeros and take no space.
+def make(folder: Path, size: str, *, sparse: bool = False, weights: bool = False) -> int:
+    """Write the checkpoint `size` into `folder`; returns its bytes. `sparse` files hold zeros and take no space;
+    `weights` are bf16 from a normal distribution, where else any bits may stand.
 
     Scales are ones either way, but for those of a full-size plan, which nobody reads.
     """
@@ -62,7 +65,7 @@ def make(folder: Path, size: str, *, sparse: bool = False) -> int:
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         header = build_header(shard, {"format": "pt"})
         nbytes = sum(tensor.nbytes for tensor in shard)
-        _write(folder / name, header, nbytes, sparse=sparse)
+        _write(folder / name, header, nbytes, None if sparse else _weights() if weights else _noise())
         if chosen.layers is not None:
             _write_scales(folder / name, len(header), shard)
         weight_map |= {tensor.name: name for tensor in shard}
@@ -105,17 +108,26 @@ def _shards(headers: dict[str, Header]) -> Iterable[list[StoredTensor]]:
     yield shard
 
 
-def _write(path: Path, header: bytes, nbytes: int, *, sparse: bool) -> None:
+def _noise() -> bytes:
+    return random.Random(0).randbytes(_BLOCK)
+
+
+def _weights() -> bytes:
+    values = np.random.default_rng(0).standard_normal(_BLOCK // 2, np.float32) * np.float32(0.02)
+    return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+
+
+def _write(path: Path, header: bytes, nbytes: int, block: bytes | None) -> None:
     with path.open("wb") as file:
         file.write(header)
-        if sparse:
+        if block is None:
             os.truncate(path, len(header) + nbytes)
             return
-        # A block of noise, rotated by an odd step: no two places of the file hold the same megabyte.
-        noise = random.Random(0).randbytes(_BLOCK) * 2
+        # The block again and again, rotated by a step of whole values: no two places hold the same megabyte.
+        twice = memoryview(block * 2)
         for at in range(0, nbytes, _BLOCK):
-            start = at // _BLOCK * 65537 % _BLOCK
-            file.write(memoryview(noise)[start : start + min(_BLOCK, nbytes - at)])
+            start = at // _BLOCK * 65538 % _BLOCK
+            file.write(twice[start : start + min(_BLOCK, nbytes - at)])
 
 
 def _write_scales(path: Path, at: int, shard: Iterable[StoredTensor]) -> None:

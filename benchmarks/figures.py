@@ -2,9 +2,9 @@
 
     python -m benchmarks.figures docs/performance.md docs/training.md
 
-Sources: fixtures/measured/convert.json (samples of `python -m benchmarks.conversion --json`, by host) and
-fixtures/measured/train.jsonl (the lines of `python benchmarks/train_gpu.py --out` and of
-`python -m benchmarks.megatron_lm --out`).
+Sources, in fixtures/measured: speed.json (`python -m benchmarks.speed --json`), convert.json (samples of
+`python -m benchmarks.conversion --json`, by host), engine.json and train.jsonl (the lines of
+`python benchmarks/train_gpu.py --out` and of `python -m benchmarks.megatron_lm --out`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_figures import engine
+from benchmarks.speed_figures import speed
 
 MEASURED = Path(__file__).resolve().parents[1] / "fixtures" / "measured"
 Row = dict[str, Any]
@@ -166,7 +167,7 @@ def page(rows: list[Row]) -> str:
     """The whole page."""
     hosts = json.loads((MEASURED / "convert.json").read_text(encoding="utf-8"))
     lines = ["# Performance", "", "<!-- Written by `make docs` from fixtures/measured; edits here are lost. -->", ""]
-    lines += conversions(hosts) + engine()
+    lines += speed() + conversions(hosts) + engine()
     lines += [
         "## Training",
         "",

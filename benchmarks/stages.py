@@ -17,6 +17,7 @@ from typing import Any
 import converters.casts
 import converters.codecs.decode
 import converters.engine.reading
+import converters.engine.relay
 import converters.engine.stream
 from mbx.cli import main
 from mbx.formats.files import FileSink, FileSource
@@ -58,8 +59,12 @@ def run(arguments: list[str]) -> dict[str, object]:
         (FileSource, "read_into", clock.around("read", FileSource.read_into, lambda s, f, at, data: len(data))),
         (FileSink, "write", clock.around("write", FileSink.write, lambda s, f, at, data: len(data))),
         (FileSink, "sync", clock.around("flush", FileSink.sync, lambda s: 0)),
-        (stream, "crc32", clock.around("checksum", stream.crc32, lambda data, *_: len(data))),
+        *(
+            (module, "crc32", clock.around("checksum", module.crc32, lambda data, *_: len(data)))
+            for module in (stream, converters.engine.relay)
+        ),
         (stream, "convert", clock.around("cast", converters.casts.convert, lambda data, *_: data.nbytes)),
+        (stream, "overflown", clock.around("cast", converters.casts.overflown, lambda data, *_: 0)),
         (
             converters.engine.reading,
             "read_decoded",

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,8 @@ def _fault(setting: str) -> str | None:
 
 
 def _installed(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # 10 ms, which every command would wait for
+
     try:
         return version(name)
     except PackageNotFoundError:
