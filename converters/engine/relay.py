@@ -40,6 +40,11 @@ class Relay:
             return None
         if any(extent.cols != cols for extent in geometry.target_extents(entry).items):
             return None
+        at = row
+        for part in geometry.entry_parts(entry, row, rows):
+            if part.row != at:  # rows that several files hold, as ranks of a legacy checkpoint do
+                return None
+            at += part.rows
         found: list[tuple[int, Stretch]] = []
         pitch = cols * DTYPE_BITS[target.dtype] // 8
         for move in moves_into(unit, entry):
