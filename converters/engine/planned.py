@@ -13,6 +13,7 @@ import numpy as np
 from converters.engine.pieces import BUFFERS, Piece, moves_into
 from converters.engine.plan import Draft, Entry, Plan, Unit
 from converters.engine.regions import TensorGrid
+from converters.engine.relay import Relay
 from converters.engine.stream import Engine
 from converters.engine.workers import Buffers, MemoryGate
 from converters.errors import CoverageError, UnsupportedError
@@ -124,12 +125,20 @@ class _Alone(Engine):
 
     def __init__(self, plan: Plan, target: StoredTensor, source: Source, sink: _Window, max_memory: int) -> None:
         super().__init__(plan, {target.name: target}, source, sink, workers=1, max_memory=max_memory)
+        self.relay = _WholeRows(self.geometry, source, sink)
 
     def carry_out(self, pieces: Collection[Piece]) -> None:
         """Carry out some pieces, one after the other."""
         buffers = Buffers(self.cutting.piece_bytes)
         for piece in pieces:
             self._carry(piece, buffers, lambda nbytes: None)
+
+
+class _WholeRows(Relay):
+    """Relays nothing: a window is written whole rows."""
+
+    def stretches(self, unit: Unit, entry: Entry, row: int, rows: int) -> None:
+        """None, whatever they are."""
 
 
 class _Window:

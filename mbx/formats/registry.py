@@ -124,7 +124,7 @@ def sniff(path: Path) -> Sniffed:
             hint=f"name an iteration: {path / unfinished[-1]}",
         )
     raise StorageError(
-        f"`{path}` is no checkpoint that mbx knows",
+        f"`{path}` is no checkpoint that mbx knows: neither a model of either kind nor an adapter",
         hint=f"a Megatron checkpoint has `{TRACKER}` or `.metadata`; it is no Hugging Face folder either: that has "
         f"`{hf.CONFIG}`, an adapter `{PEFT_CONFIG}`",
     )

@@ -120,7 +120,7 @@ def read(partial: Path) -> tuple[Header, dict[int, tuple[int, ...]]] | None:
         cutting = Cutting(int(stored["piece_bytes"]), int(stored["whole_bytes"]))
         marks = {str(file): (int(size), int(when)) for file, (size, when) in stored["stamps"].items()}
         header = Header(str(stored["digest"]), cutting, marks)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (StorageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"`{path}` is damaged: {error}", hint="start again with ‹overwrite›") from error
     return header, read_pieces(partial)
 

@@ -134,6 +134,8 @@ def load_archive(path: Path, *, unknown: Unknown = "refuse") -> tuple[object, di
     """
     try:
         fd = open_regular(path)
+    except IsADirectoryError as exc:
+        raise StorageError(f"{path}: cannot be read: {exc.strerror}") from exc
     except OSError as exc:
         raise StorageError(f"{path}: cannot be opened: {exc.strerror}") from exc
     try:

@@ -21,8 +21,7 @@ from converters.stored import read_box
 from converters.tensors import Chunk, Shape, StoredTensor
 from fixtures.make_tiny import make
 from mbx.formats.files import FileSource
-from mbx.formats.hf import open_hf
-from mbx.formats.torch_dist import open_torch_dist
+from mbx.formats.registry import open_hf, open_megatron
 from mbx.run.job import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.run.merge import plan_merge
 from tests.adapters._peft_made import adapt
@@ -52,8 +51,8 @@ def written(job: Job) -> tuple[Mapping[str, StoredTensor], FileSource]:
     run(job)
     if (job.target / "config.json").is_file():
         return open_hf(job.target).tensors, FileSource(job.target)
-    opened = open_torch_dist(job.target)
-    return opened.dcp.tensors, FileSource(opened.iteration)
+    opened = open_megatron(job.target)
+    return opened.tensors, FileSource(opened.iteration)
 
 
 def boxes(shape: Shape, rng: np.random.Generator) -> list[tuple[Shape, Shape]]:
