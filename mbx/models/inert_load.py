@@ -31,10 +31,10 @@ from converters.errors import StorageError
 from mbx.torchfile.archive import file_reader, load_archive, read_object
 from mbx.torchfile.dcp import METADATA_NAME, read_dcp, read_index
 from mbx.torchfile.dcp_metadata import TensorEntry
-from mbx.torchfile.pickle_machine import run_pickle
-from mbx.torchfile.pickle_plain import load_storage
+from mbx.torchfile.pickle_machine import Factory, FindGlobal, run_pickle
+from mbx.torchfile.pickle_plain import PLAIN_GLOBALS, load_storage
 from mbx.torchfile.pickles import global_finder
-from mbx.torchfile.torch_values import TORCH_NAMES, TensorStub
+from mbx.torchfile.torch_values import TORCH_NAMES, Opaque, TensorStub
 from mbx.untrusted.names import inside
 from mbx.untrusted.small_files import open_regular
 
@@ -155,9 +155,25 @@ def _check_object(name: str, descriptor: int, start: int, length: int, source: s
         offset, nbytes = storages[stub.storage]
         data = os.pread(descriptor, nbytes, start + offset)
         if data.startswith(_PICKLE_START):  # Transformer Engine unpickles it when the module is loaded
-            run_pickle(data, global_finder(unknown=_EXTRA_STATE, source=source), load_storage, source=source)
+            run_pickle(data, _extra_state_finder(source), load_storage, source=source)
         elif any(data):
             raise StorageError(f"{source}: bytes that are no state of Transformer Engine")
+
+
+def _extra_state_finder(source: str) -> FindGlobal:
+    """Names within a state of Transformer Engine: tensors stay Opaque, for their storages are bytes in the pickle.
+
+    Those bytes are a file of `torch.save` again, which `inert_loading` has torch read with its restricted unpickler.
+    """
+    known = global_finder(unknown=_EXTRA_STATE, source=source)
+
+    def find_global(module: str, name: str) -> object:
+        full = f"{module}.{name}"
+        if module.startswith("torch.") and full in PLAIN_GLOBALS:
+            return Factory(full, lambda args: Opaque(full, args))
+        return known(module, name)
+
+    return find_global
 
 
 def _bytes_within(value: object) -> Iterator[TensorStub]:

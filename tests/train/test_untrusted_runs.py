@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from _trainings import Raw, raw, run_here
 
 from converters.errors import StorageError
 from converters.tensors import StoredTensor
+from mbx.models.inert_load import inert_loading
 from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
 from mbx.train.checkpoints.state import latest
 
@@ -92,4 +96,55 @@ def test_objects_that_name_other_classes_are_refused(run: Path, tmp_path: Path, 
         with_object(iteration, next(name for name in names if "_extra_state" in name), [payload])
     with pytest.raises(StorageError, match=r"names '(posix|nt)\.mkdir', which is not a class that mbx reads"):
         run_here(short(run, 2), resume=True)
+    assert not (tmp_path / "RAN").exists()
+
+
+class ToldApart:
+    """Pickled as a call that makes a tensor's storage from the bytes of a file of `torch.save`."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return torch.storage._load_from_bytes, (self.content,)
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> object:
+    """A delayed-scaling recipe, pickled by the name that Megatron Core's has; no GPU library is needed to read it."""
+    name = "megatron.core.extensions.transformer_engine"
+    module = ModuleType(name)
+    kind = type("TEDelayedScaling", (), {"__module__": name})
+    module.TEDelayedScaling = kind  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    made = kind()
+    made.__dict__.update(margin=0, amax_history_len=16, amax_compute_algo="most_recent")
+    return made
+
+
+def extra_state(recipe: object, **more: object) -> list[torch.Tensor]:
+    """A module's state as Transformer Engine saves it under delayed scaling: the bytes of a pickle."""
+    state = {"recipe": recipe, "scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(16, 3), **more}
+    return [torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)]
+
+
+def test_a_state_of_delayed_scaling_is_read(run: Path, recipe: object) -> None:
+    """Its tensors lie in the pickle itself, as files of `torch.save`."""
+    iteration = iteration_of(run)
+    name = next(name for name in read_dcp(iteration).objects if "_extra_state" in name)
+    with_object(iteration, name, extra_state(recipe, extra_fp8_variables={"num_gemms": 1}))
+    with inert_loading(iteration):
+        pass
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_what_a_storage_in_a_state_names_is_not_run(run: Path, recipe: object, tmp_path: Path, legacy: bool) -> None:
+    """Transformer Engine unpickles the state, and torch then the bytes in it: with its restricted unpickler."""
+    iteration, inner = iteration_of(run), io.BytesIO()
+    torch.save(Bomb(tmp_path / "RAN"), inner, _use_new_zipfile_serialization=not legacy)
+    name = next(name for name in read_dcp(iteration).objects if "_extra_state" in name)
+    state = extra_state(recipe, scale_inv=ToldApart(inner.getvalue()))
+    with_object(iteration, name, state)
+    with inert_loading(iteration), pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        pickle.loads(state[0].numpy().tobytes())
     assert not (tmp_path / "RAN").exists()

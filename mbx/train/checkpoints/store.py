@@ -149,11 +149,11 @@ class Store:
         with inert_loading(path):
             try:
                 loaded = dist_checkpointing.load(content, str(path))
+                # an adapter run's checkpoint holds adapters only; the base was read from its own storage
+                for name, chunk in _named(chunks):
+                    unwrap(chunk).load_state_dict(loaded[name], strict=not self.recipe.lora.rank)
             except (CheckpointException, CheckpointingException, UnpicklingError, OSError, KeyError) as error:
                 raise StorageError(f"`{path}` cannot be resumed: {_said(error)}") from error
-            # an adapter run's checkpoint holds adapters only; the base was read from its own storage
-            for name, chunk in _named(chunks):
-                unwrap(chunk).load_state_dict(loaded[name], strict=not self.recipe.lora.rank)
         if self.recipe.run.save_optimizer:
             with torch.no_grad():  # main parameters of an fp32 model are views of its own
                 optimizer.load_state_dict(loaded["optimizer"])
