@@ -78,7 +78,8 @@ class Output:
         """Report a failure and return its exit code; with --json, as the one document unless there was one."""
         code = error.exit_code if exit_code is None else exit_code
         if os.environ.get("MBX_DEBUG") == "1":
-            sys.stderr.write(redacted("".join(traceback.format_exception(error))))
+            for line in "".join(traceback.format_exception(error)).rstrip("\n").split("\n"):
+                _write(sys.stderr, f"| {line}")  # set apart: a name in a message may hold line breaks
         if self.json and not self._answered:
             parts = {"fact": error.fact, "hint": error.hint, "details": list(error.details), "exit_code": code}
             self._answer({"error": parts})

@@ -12,6 +12,8 @@ from mbx.text import plural
 
 #: Characters that XML 1.0 (section 2.2) cannot hold, escaped or not.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+#: What makes a link, an image or a link's definition of the brackets before it (CommonMark 0.31, 4.7 and 6.3).
+_LINKS = re.compile(r"\](\(|\[|:)")
 _MARKS = {"passed": "✓", "failed": "✗ failed", "not run": "– not run"}
 _KINDS = {"passed": "system-out", "failed": "failure", "not run": "error"}
 _SHOWN_DETAILS = 20
@@ -94,6 +96,6 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text as Markdown shows it: no HTML, no end of a cell or line."""
+    """Text as Markdown shows it: no HTML, no end of a cell or line, no link or image."""
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return escape(shown, quote=False).replace("|", "\\|")
+    return _LINKS.sub(r"]\\\1", escape(shown, quote=False).replace("|", "\\|"))
