@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 from converters.errors import StorageError
@@ -36,6 +37,19 @@ def leads_out(path: Path) -> bool:
     home, real = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     owners = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     return not any(real.is_relative_to(owner) for owner in owners)
+
+
+def writable(root: Path, name: str) -> Path:
+    """`root / name`, which is going to be written; StorageError where a link or a special file stands there."""
+    path = root / name
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return path
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "no regular file"
+        raise StorageError(f"`{path}` is {what}; nothing was written through it")
+    return path
 
 
 def create(root: Path, relative: str) -> int:

@@ -19,6 +19,7 @@ from converters.tensors import StoredTensor
 from mbx.models.inert_load import inert_loading
 from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
 from mbx.train.checkpoints.state import latest
+from mbx.train.run.report import read_metrics
 
 
 def short(folder: Path, steps: int) -> Raw:
@@ -148,3 +149,49 @@ def test_what_a_storage_in_a_state_names_is_not_run(run: Path, recipe: object, t
     with inert_loading(iteration), pytest.raises(pickle.UnpicklingError, match="mkdir"):
         pickle.loads(state[0].numpy().tobytes())
     assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "latest_checkpointed_iteration.tmp", "iter_0000002"])
+def test_a_resumed_run_writes_through_no_link(run: Path, tmp_path: Path, name: str) -> None:
+    precious = tmp_path / "precious"
+    if name.startswith("iter"):
+        precious.mkdir()
+        (precious / "x").write_text("mine")
+    else:
+        precious.write_text("mine, without an end of line")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(precious)
+    before = {path: path.is_file() and path.read_bytes() for path in (precious, *precious.rglob("*"))}
+    with pytest.raises(StorageError, match="is a link; nothing was written through it"):
+        run_here(short(run, 2), resume=True)
+    assert {path: path.is_file() and path.read_bytes() for path in (precious, *precious.rglob("*"))} == before
+
+
+def test_a_pipe_in_a_run_folder_is_not_waited_for(run: Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    with pytest.raises(StorageError, match="no regular file"):
+        run_here(short(run, 2), resume=True)
+    with pytest.raises(StorageError, match="no regular file"):
+        read_metrics(run)
+
+
+def test_a_run_removes_its_own_checkpoints_alone(run: Path) -> None:
+    """One that it did not finish goes; what is called alike, or holds more, stays."""
+    (run / "iter_notes").mkdir()
+    (run / "iter_notes" / "today.txt").write_text("mine")
+    (run / "iter_0000009").mkdir()
+    (run / "iter_0000009" / "today.txt").write_text("mine")
+    (run / "iter_0000008").mkdir()
+    (run / "iter_0000008" / "__0_0.distcp").write_bytes(b"x")
+    run_here(short(run, 2), resume=True)
+    assert {path.parent.name for path in run.glob("iter_*/today.txt")} == {"iter_notes", "iter_0000009"}
+    assert not (run / "iter_0000008").exists()
+
+
+def test_a_checkpoint_does_not_take_the_place_of_other_work(run: Path) -> None:
+    (run / "iter_0000002").mkdir()
+    (run / "iter_0000002" / "today.txt").write_text("mine")
+    with pytest.raises(StorageError, match="is in the way"):
+        run_here(short(run, 2), resume=True)
+    assert (run / "iter_0000002" / "today.txt").read_text() == "mine"

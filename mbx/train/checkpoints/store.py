@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -30,10 +31,14 @@ from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.build import unwrap
 from mbx.train.model.parallel import Ranks
 from mbx.train.recipe.sections import Recipe
+from mbx.untrusted.names import writable
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.sharding import AsyncCallsQueue
     from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
+
+#: What a run writes into the folder of a checkpoint, torch's draft of the index included.
+_OURS = re.compile(rf"\.metadata(?:\.tmp)?|metadata\.json|common\.pt|__\d+_\d+\.distcp|hf|{STATE}|{RECIPE}")
 
 
 class Store:
@@ -55,9 +60,12 @@ class Store:
         from mbx.models.megatron.core.sharding import dist_checkpointing
 
         self.settle(wait=True)  # one at a time: the tracker must not go back
-        self._target = target = self.root / f"iter_{state.step:07d}"
+        self._target = target = writable(self.root, f"iter_{state.step:07d}")
         if self.ranks.is_main:
-            shutil.rmtree(target, ignore_errors=True)  # an unfinished one: the tracker does not name it
+            if target.exists():  # an unfinished one: the tracker does not name it
+                if not _is_ours(target):
+                    raise StorageError(f"`{target}` is in the way: it holds more than a checkpoint of `mbx train`")
+                shutil.rmtree(target)
             target.mkdir(parents=True)
         torch.distributed.barrier()
         content = self._content(chunks, optimizer, loading=False)
@@ -119,7 +127,7 @@ class Store:
         for path in [*target.rglob("*"), target]:
             _sync(path)
         tracker = self.root / torch_dist.TRACKER
-        draft = tracker.with_suffix(".tmp")
+        draft = writable(self.root, f"{tracker.stem}.tmp")
         draft.write_text(str(state.step), encoding="utf-8")
         _sync(draft)
         draft.replace(tracker)
@@ -127,7 +135,7 @@ class Store:
         keep, whole = self.recipe.run.keep, finished(self.root)
         stays = {target, *(whole[-keep:] if keep else whole)}
         for old in self.root.glob("iter_*"):
-            if old.is_dir() and old not in stays:  # beyond `keep`, or left unfinished by a run that was killed
+            if old not in stays and _is_ours(old):  # beyond `keep`, or left unfinished by a run that was killed
                 shutil.rmtree(old)
 
     def load(self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
@@ -180,6 +188,13 @@ class Store:
         if self.recipe.lora.rank:
             content |= {name: only_adapters(part) for name, part in weights.items()}
         return content
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is named as a checkpoint is, and holds what a run writes into one, whole or in part."""
+    if folder.is_symlink() or not folder.is_dir() or not re.fullmatch(r"iter_\d{7,}", folder.name):
+        return False
+    return all(_OURS.fullmatch(path.name) for path in folder.iterdir())
 
 
 def _named(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, DistributedDataParallel]]:

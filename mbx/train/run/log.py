@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from converters.errors import UsageError, spelt
 from mbx.train.recipe.sections import Recipe
+from mbx.untrusted.names import writable
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -60,6 +61,7 @@ class Log:
             return
         self._made = not recipe.run_dir.exists()
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        writable(recipe.run_dir, METRICS)
         if self.path.is_file():  # a record that was being written when its process ended: the next has its own line
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         if recipe.run.tensorboard:
@@ -176,7 +178,7 @@ def chart(losses: list[float], height: int = 6) -> str:
 def _tensorboard(folder: Path) -> _Writer:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: _Writer = SummaryWriter(str(folder / "tensorboard"))
+    writer: _Writer = SummaryWriter(str(writable(folder, "tensorboard")))
     return writer
 
 
