@@ -131,7 +131,7 @@ class _Alone(Engine):
         """Carry out some pieces, one after the other."""
         buffers = Buffers(self.cutting.piece_bytes)
         for piece in pieces:
-            self._carry(piece, buffers, lambda nbytes: None)
+            self.carry(piece, buffers, lambda nbytes: None)
 
 
 class _WholeRows(Relay):

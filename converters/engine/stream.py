@@ -94,7 +94,7 @@ class Engine:
                 while not stop.is_set() and (piece := queue.take(piece)) is not None:
                     taken = self.gate.acquire(piece.memory_bytes)
                     try:
-                        done(piece.number, self._carry(piece, buffers, progress))
+                        done(piece.number, self.carry(piece, buffers, progress))
                     finally:
                         self.gate.release(taken)
             except BaseException as error:  # handed to the caller below
@@ -150,7 +150,8 @@ class Engine:
 
     # --- one piece ---------------------------------------------------------------------------------------------
 
-    def _carry(self, piece: Piece, buffers: Buffers, progress: Callable[[int], None]) -> list[int]:
+    def carry(self, piece: Piece, buffers: Buffers, progress: Callable[[int], None]) -> list[int]:
+        """Carry out one piece, `buffers` this thread's own; returns the CRC-32 of each of its parts."""
         unit = piece.unit
         if piece.entry is not None:
             entry, row, rows = piece.entry, piece.row, piece.rows

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 from converters.errors import UnsupportedError
 from converters.rows.config_map import parse_config
 from converters.rows.config_spelling import GENERIC_KEYS, canonical
 from converters.rows.expr import Value
 from converters.rows.ops import OPS
+from converters.toml import tomllib
 from mappings import table_names, table_text
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

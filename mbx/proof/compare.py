@@ -109,7 +109,7 @@ class ComparingSink:
             self._compare(found, tensor.dtype, wanted, part, chunk, at + skip // item)
         with self._lock:
             self.compared_bytes += nbytes
-            _add(self.tallies.setdefault((tensor.name, entry), Tally()), found)
+            add_tally(self.tallies.setdefault((tensor.name, entry), Tally()), found)
 
     def _within(self, tensor: StoredTensor, chunk: Chunk, depth: int, at: int, nbytes: int) -> int:
         """Bytes of a write of `nbytes` from element `at` of an entry that lie above the tensor's limit."""
@@ -171,7 +171,8 @@ def _measure(
     found.max_abs = max(found.max_abs, largest if math.isfinite(largest) else math.inf)
 
 
-def _add(total: Tally, part: Tally) -> None:
+def add_tally(total: Tally, part: Tally) -> None:
+    """Count `part` into `total`."""
     if part.first is not None and (total.first is None or part.first < total.first):
         total.first = part.first
     total.compared += part.compared

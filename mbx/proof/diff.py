@@ -16,7 +16,7 @@ from mbx.formats.architecture import stated_config
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_checkpoint
-from mbx.proof.compare import Reading, Tally, compare
+from mbx.proof.compare import Reading, Tally, add_tally, compare
 from mbx.proof.comparison import Pair, pair_sides
 from mbx.run.job import DEFAULT_MAX_MEMORY
 
@@ -127,12 +127,7 @@ def _common_rows(pair: Pair, targets: Mapping[str, StoredTensor]) -> dict[str, i
 def _by_tensor(tallies: Mapping[tuple[str, Shape], Tally]) -> dict[str, Tally]:
     totals: defaultdict[str, Tally] = defaultdict(Tally)
     for (name, _), tally in tallies.items():
-        total = totals[name]
-        total.compared += tally.compared
-        total.differing += tally.differing
-        total.max_abs = max(total.max_abs, tally.max_abs)
-        total.change += tally.change
-        total.norm += tally.norm
+        add_tally(totals[name], tally)
     return dict(totals)
 
 

@@ -14,6 +14,7 @@ from converters.mcore.keys import parse_key
 from converters.mcore.layout import Layout
 from converters.mcore.local import Spec, extra_states, order, spell_local
 from converters.mcore.pipeline import Stage
+from converters.mcore.releases import CURRENT
 from converters.planning.reshard import with_counts
 from converters.rows.expr import Value
 from converters.rows.ops import ATOM_NAMES
@@ -23,6 +24,7 @@ from mbx.formats.placement import Framing, Order, Placement
 from mbx.torchfile.archive_layout import ArchiveLayout, lay_out
 from mbx.torchfile.torch_values import Namespace, TensorStub, row_major
 
+_FINAL_NORMS = tuple(f"{norm}." for norm in CURRENT.final_norm.values())
 _ATOMS = {name for names in ATOM_NAMES.values() for name in names}
 _ATOM_ORDER = {(op, name): number for op, names in ATOM_NAMES.items() for number, name in enumerate(names)}
 #: A part of a tensor: its key, and the box of it.
@@ -138,7 +140,11 @@ class _Writer:
             return TensorStub(local.dtype, local.shape, str(len(sizes) - 1), 0, row_major(local.shape), nbytes)
 
         states = [{name: stub(local) for name, local in model.items()} for model in models]
-        top: dict[str, object] = {"args": Namespace(dict(args)), "checkpoint_version": 3.0, "iteration": iteration}
+        top: dict[str, object] = {
+            "args": Namespace(dict(args)),
+            "checkpoint_version": CURRENT.checkpoint_version,
+            "iteration": iteration,
+        }
         if len(states) == 1:
             top["model"] = states[0]
         else:
@@ -164,7 +170,7 @@ class _Writer:
             self._add_layer(out, layer, f"decoder.layers.{layer - stage.first}.", tp, ep)
         ends = stage.loss if not self.mtp_layers else stage.layers and stage.first + stage.layers == self.num_layers
         if ends:
-            self._add(out, sorted(n for n in self.drafts if n.startswith("decoder.final_")), "", tp)
+            self._add(out, sorted(n for n in self.drafts if n.startswith(_FINAL_NORMS)), "", tp)
         if has_mtp:
             for layer in range(self.mtp_layers):
                 names = [n for n in self.drafts if (k := parse_key(n)).site == "mtp" and k.layer == layer]
