@@ -65,7 +65,7 @@ class PlannedTensors:
             if index not in makers:
                 raise CoverageError(f"the plan makes nothing of `{name}` {list(index)}")
             if (box := out[at]).size:
-                target = _whole(name, dtype, draft.shape[depth:])
+                target = StoredTensor.whole(name, dtype, draft.shape[depth:], name, 0)
                 self._make(*makers[index], target, _Window(target, offsets[depth:], box))
         return out
 
@@ -114,10 +114,6 @@ class PlannedTensors:
         grid = self._grids.get((name, depth)) or self._grids.setdefault((name, depth), TensorGrid(tensor, depth))
         numbers = {number for index in indices for number in grid.holding(index)}
         return replace(tensor, chunks=tuple(tensor.chunks[number] for number in sorted(numbers)))
-
-
-def _whole(name: str, dtype: str, shape: Shape) -> StoredTensor:
-    return StoredTensor(name, dtype, shape, (Chunk((0,) * len(shape), shape, name, 0),))
 
 
 class _Alone(Engine):

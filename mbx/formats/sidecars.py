@@ -99,13 +99,7 @@ def megatron_sidecars(
     written |= {"ckpt_format": format, "transformer_impl": spec, "iteration": iteration}
     # Megatron-LM asks a checkpoint for no state that its args say was not saved.
     written |= {"no_save_optim": optimizer is None, "no_save_rng": True}
-    common: dict[str, object] = {
-        "args": Namespace(written),
-        "checkpoint_version": CURRENT.checkpoint_version,
-        "iteration": iteration,
-        "content_metadata": dict(CURRENT.content_metadata),
-        **(optimizer or {}),
-    }
+    common = {"args": Namespace(written), **CURRENT.common_state(iteration), **(optimizer or {})}
     texts: dict[str, bytes] = {}
     folder = f"iter_{iteration:07d}"
     if format in ("torch_dist", "fsdp_dtensor"):

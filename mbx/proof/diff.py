@@ -11,10 +11,10 @@ from pathlib import Path
 from converters.rows.config_spelling import canonical
 from converters.rows.expr import Value
 from converters.tensors import Shape, StoredTensor
-from mbx.formats import hf
 from mbx.formats.architecture import stated_config
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
+from mbx.formats.hf import config_file
 from mbx.formats.registry import open_checkpoint
 from mbx.proof.compare import Reading, Tally, add_tally, compare
 from mbx.proof.comparison import Pair, pair_sides
@@ -202,10 +202,7 @@ def _config(left: Checkpoint, right: Checkpoint) -> list[tuple[str, Value, Value
 
 
 def _settings(side: Checkpoint) -> tuple[Mapping[str, Value], bool] | None:
-    if side.config:
-        return canonical(side.config), True
-    folder = side.hf
-    if folder is not None and (folder / hf.CONFIG).is_file():
-        return canonical(hf.read_config(folder)), True
+    if (config := config_file(side)) is not None:
+        return canonical(config), True
     fields, _ = stated_config(side)
     return (fields, False) if fields else None
