@@ -16,6 +16,7 @@ from converters.engine.stream import Engine
 from converters.planning.pairing import same_units
 from converters.protocols import Source
 from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
+from mbx.run.job import DEFAULT_MAX_MEMORY
 
 Progress = Callable[[int], None]
 #: Bytes compared at once, so that what a comparison needs beside the engine's buffers stays small.
@@ -29,9 +30,13 @@ EntryId = tuple[str, Shape]
 class Reading:
     """How both sides are read: threads, bytes in flight, and whom to tell of bytes that were compared."""
 
-    workers: int
-    max_memory: int
+    workers: int = 2
+    max_memory: int = DEFAULT_MAX_MEMORY
     progress: Progress = lambda _: None
+
+
+#: As a caller reads who says nothing of it.
+PLAIN = Reading()
 
 
 @dataclass(slots=True)

@@ -16,9 +16,8 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
 from mbx.formats.hf import config_file
 from mbx.formats.registry import open_checkpoint
-from mbx.proof.compare import Reading, Tally, add_tally, compare
+from mbx.proof.compare import PLAIN, Reading, Tally, add_tally, compare
 from mbx.proof.comparison import Pair, pair_sides
-from mbx.run.job import DEFAULT_MAX_MEMORY
 
 Progress = Callable[[int], None]
 
@@ -65,15 +64,7 @@ class Diff:
         return not (self.removed or self.added or self.changes or self.config)
 
 
-def diff(
-    left: Path,
-    right: Path,
-    *,
-    mapping: str | None = None,
-    workers: int = 2,
-    max_memory: int = DEFAULT_MAX_MEMORY,
-    progress: Progress = lambda _: None,
-) -> Diff:
+def diff(left: Path, right: Path, *, mapping: str | None = None, reading: Reading = PLAIN) -> Diff:
     """Compare two checkpoints of any format.
 
     Against a Megatron checkpoint, names are its keys, and norms of one of each kind are relative to the folder. Raises
@@ -90,7 +81,7 @@ def diff(
             sources[id(pair.left)],
             sources[id(pair.right)],
             limits={**pair.limits, **_common_rows(pair, targets)},
-            reading=Reading(workers, max_memory, progress),
+            reading=reading,
             norms=True,
         )
     finally:

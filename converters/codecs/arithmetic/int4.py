@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from converters.codecs.arithmetic.common import (
+    Arithmetic,
     Parts,
     as_scales,
     pack_nibbles,
@@ -118,3 +119,6 @@ def _is_exact(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     decoded = (codes.to(scale.dtype) * scale.unsqueeze(-1)).to(torch.float32)
     in_range = (codes >= -ZERO) & (codes < ZERO)
     return ((decoded == values) & in_range).all(dim=-1)
+
+
+INT4 = Arithmetic(decode_int4, encode_int4, any_by_int4_scale)

@@ -88,10 +88,8 @@ def _places(factors: Sequence[torch.Tensor], groups: int) -> Iterator[tuple[torc
         joined = joined_factors(factors, groups)
         yield joined, slice(0, joined.shape[0]), slice(0, joined.shape[1])
         return
-    row = column = 0
-    for b in factors:
-        yield b, slice(row, row + b.shape[0]), slice(column, column + b.shape[1])
-        row, column = row + b.shape[0], column + b.shape[1]
+    for b, (rows, columns) in zip(factors, _blocks(factors, 1), strict=True):
+        yield b, rows, columns
 
 
 def _blocks(factors: Sequence[torch.Tensor], groups: int) -> Iterator[tuple[slice, slice]]:
