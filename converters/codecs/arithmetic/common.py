@@ -43,6 +43,12 @@ def part(parts: Parts, role: str, *dtypes: torch.dtype) -> torch.Tensor:
     return tensor
 
 
+def check_given(scale: torch.Tensor | None, shape: Shape) -> None:
+    """Raise StorageError for given scales that are not of `shape`."""
+    if scale is not None and tuple(scale.shape) != shape:
+        raise StorageError(f"given scales: expected shape {list(shape)}; got {list(scale.shape)}")
+
+
 def require_finite(amax: torch.Tensor, codec: str) -> None:
     """Raise StorageError unless each block's largest magnitude is finite."""
     bad = int((~torch.isfinite(amax)).sum())

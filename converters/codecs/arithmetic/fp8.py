@@ -14,13 +14,13 @@ from converters.codecs.arithmetic.common import (
     Arithmetic,
     Parts,
     as_scales,
+    check_given,
     part,
     require_finite,
     row_chunks,
     scale_to_fp32,
 )
 from converters.codecs.base import ceil_div
-from converters.errors import StorageError
 from converters.tensors import Shape
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def encode_block(
 ) -> dict[str, torch.Tensor]:
     """`Fp8Block.encode`."""
     scale_shape = codec.stored_shapes(tuple(tensor.shape))["scale"]
-    if scale is not None and tuple(scale.shape) != scale_shape:
-        raise StorageError(f"given scales: expected shape {list(scale_shape)}; got {list(scale.shape)}")
+    check_given(scale, scale_shape)
     weight = torch.empty(tensor.shape, dtype=FP8)
     used = torch.empty(scale_shape, dtype=torch.float32) if scale is None else scale_to_fp32(scale)
     grids = used.reshape(-1, *scale_shape[-2:])

@@ -11,6 +11,7 @@ from converters.codecs.arithmetic.common import (
     Arithmetic,
     Parts,
     as_scales,
+    check_given,
     pack_nibbles,
     part,
     require_finite,
@@ -53,8 +54,7 @@ def encode_int4(
 ) -> dict[str, torch.Tensor]:
     """`Int4Packed.encode`."""
     shapes = codec.stored_shapes(tuple(tensor.shape))
-    if scale is not None and tuple(scale.shape) != shapes["scale"]:
-        raise StorageError(f"given scales: expected shape {list(shapes['scale'])}; got {list(scale.shape)}")
+    check_given(scale, shapes["scale"])
     width = tensor.shape[1]
     packed = torch.empty(shapes["packed"], dtype=torch.int32)
     dtype = as_scales(torch.ones(()), codec.scale_dtype).dtype

@@ -9,6 +9,7 @@ import torch
 from converters.codecs.arithmetic.common import (
     Arithmetic,
     Parts,
+    check_given,
     pack_nibbles,
     part,
     require_finite,
@@ -16,7 +17,6 @@ from converters.codecs.arithmetic.common import (
     unpack_nibbles,
 )
 from converters.codecs.mxfp4 import GROUP
-from converters.errors import StorageError
 from converters.tensors import Shape
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def encode_mxfp4(
 ) -> dict[str, torch.Tensor]:
     """`Mxfp4.encode`."""
     shapes = codec.stored_shapes(tuple(tensor.shape))
-    if scale is not None and tuple(scale.shape) != shapes["scale"]:
-        raise StorageError(f"given scales: expected shape {list(shapes['scale'])}; got {list(scale.shape)}")
+    check_given(scale, shapes["scale"])
     blocks = torch.empty(shapes["blocks"], dtype=torch.uint8)
     scales = torch.empty(shapes["scale"], dtype=torch.uint8) if scale is None else scale
     for expert in range(tensor.shape[0]):
