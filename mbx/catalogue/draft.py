@@ -19,6 +19,7 @@ from converters.rows.expr import Value
 from converters.rows.ops import OPS
 from converters.toml import tomllib
 from mappings import table_names, table_text
+from mbx.text import printable
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 Raw = dict[str, object]
@@ -241,7 +242,7 @@ def _section(name: str, values: object) -> list[str]:
 
 def _comment(title: str, entries: list[str]) -> str:
     """Entries a line each: names of a checkpoint may hold line breaks, and what follows one is no comment."""
-    shown = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in entry) for entry in entries)
+    shown = map(printable, entries)
     return "".join([f"\n# {title}:\n", *(f"#   {entry}\n" for entry in shown)]) if entries else ""
 
 
