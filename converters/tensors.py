@@ -66,6 +66,11 @@ class StoredTensor:
     shape: Shape
     chunks: tuple[Chunk, ...]
 
+    @classmethod
+    def whole(cls, name: str, dtype: str, shape: Shape, file: str, start: int) -> StoredTensor:
+        """A tensor in one chunk, from byte `start` of a file on."""
+        return cls(name, dtype, shape, (Chunk((0,) * len(shape), shape, file, start),))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""

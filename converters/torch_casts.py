@@ -6,6 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from converters.errors import UnsupportedError
+from converters.tensors import Shape
+
 Bytes = npt.NDArray[np.uint8]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -23,6 +26,13 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+
+
+def in_torch(data: Bytes, name: str, dtype: str, shape: Shape) -> torch.Tensor:
+    """The values of a tensor `name` of `shape` that `data` holds; UnsupportedError for a dtype that torch has not."""
+    if dtype not in TORCH_DTYPES:
+        raise UnsupportedError(f"torch has no dtype for `{name}`, which is {dtype}")
+    return torch.from_numpy(data.reshape(-1)).view(TORCH_DTYPES[dtype]).reshape(shape)
 
 
 def convert(data: Bytes, source: str, target: str, shift: int) -> Bytes:

@@ -21,6 +21,7 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.hub import resolve
 from mbx.formats.registry import open_checkpoint, sniff
 from mbx.formats.summary import Summary, summarize
+from mbx.proof.compare import Reading
 from mbx.proof.diff import Diff
 from mbx.proof.diff import diff as diff_checkpoints
 from mbx.proof.integrity import Report as IntegrityReport
@@ -152,9 +153,9 @@ def verify(
     `forward` and `loss` run both in Transformers and Megatron Core, on the CPU. `dtype` declares a cast that a
     conversion was asked for. Differences are findings of the report, not errors.
     """
-    watched = _watched(progress, cancel)
+    reading = Reading(progress=_watched(progress, cancel))
     sides = _folder(first), _folder(second)
-    return parity(*sides, forward=forward, loss=loss, dtype=dtype, mapping=mapping, progress=watched)
+    return parity(*sides, forward=forward, loss=loss, dtype=dtype, mapping=mapping, reading=reading)
 
 
 def diff(
@@ -166,7 +167,8 @@ def diff(
     cancel: Event | None = None,
 ) -> Diff:
     """What changed between two checkpoints of any format, tensor by tensor."""
-    return diff_checkpoints(_folder(left), _folder(right), mapping=mapping, progress=_watched(progress, cancel))
+    reading = Reading(progress=_watched(progress, cancel))
+    return diff_checkpoints(_folder(left), _folder(right), mapping=mapping, reading=reading)
 
 
 def integrity(folder: Source, *, progress: Progress = _silent, cancel: Event | None = None) -> IntegrityReport:

@@ -25,6 +25,14 @@ def redacted(text: str) -> str:
     return _SECRETS.sub("…", text)
 
 
+def printable(text: str) -> str:
+    """`text` with every character that is no plain printable one as an escape: controls, line breaks, direction marks.
+
+    Names of a stranger's checkpoint may hold what a terminal obeys, or what makes a line of its own.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def human_bytes(count: float) -> str:
     """Bytes in decimal units, as disks and safetensors shards are sold: `1.24 GB`."""
     return _scaled(count, 1000, ("B", "kB", "MB", "GB", "TB", "PB"))

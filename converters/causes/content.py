@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from converters.causes.rows import BLOCK_VALUES, FLOATS, Rows, blocks, floats, words
+from converters.causes.rows import BLOCK_VALUES, FLOATS, Rows, blocks, floats, spans, words
 
 
 def content(expected: Rows, actual: Rows) -> str | None:
@@ -70,9 +70,7 @@ def _lost_columns(expected: Rows, actual: Rows) -> str | None:
 
 def resized(expected: Rows, actual: Rows) -> str | None:
     shared = min(expected.rows, actual.rows)
-    step = max(1, BLOCK_VALUES // max(1, actual.cols))
-    for first in range(0, shared, step):
-        block = np.arange(first, min(first + step, shared), dtype=np.int64)
+    for block in spans(shared, max(1, BLOCK_VALUES // max(1, actual.cols))):
         if not np.array_equal(words(expected, block), words(actual, block)):
             return None
     if actual.rows < expected.rows:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from converters.causes.row_orders import arrangements
-from converters.causes.rows import BLOCK_VALUES, Index, Rows, Suspect, blocks, sample, words
+from converters.causes.rows import BLOCK_VALUES, Index, Rows, Suspect, blocks, sample, spans, words
 
 
 def rearranged(expected: Rows, actual: Rows, suspect: Suspect) -> str | None:
@@ -26,17 +24,12 @@ def _is_ordered(expected: Rows, actual: Rows, order: Index) -> bool:
 def transposed(expected: Rows, actual: Rows) -> bool:
     """Whether `actual` has for columns the rows of `expected`, tried in tiles of a bounded size."""
     tile = max(1, int(BLOCK_VALUES // max(expected.cols, actual.cols, 1)))
-    for block in _tiles(expected.rows, tile):
+    for block in spans(expected.rows, tile):
         wanted = words(expected, block)
-        for other in _tiles(actual.rows, tile):
+        for other in spans(actual.rows, tile):
             if not np.array_equal(words(actual, other)[:, block], wanted[:, other].T):
                 return False
     return True
-
-
-def _tiles(rows: int, tile: int) -> Iterator[Index]:
-    for first in range(0, rows, tile):
-        yield np.arange(first, min(first + tile, rows), dtype=np.int64)
 
 
 def swapped_columns(expected: Rows, actual: Rows) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from converters.rows.pack import Slot
+from converters.rows.pack import Slot, slot_rows
 
 Index = npt.NDArray[np.int64]
 
@@ -52,7 +52,7 @@ def arrangements(rows: int, structure: Structure) -> Iterator[tuple[str, Index]]
 
 
 def _of_atoms(whole: Index, structure: Structure) -> Iterator[tuple[str, Index]]:
-    parts = [_slot_rows(slot) for slot in structure.atoms]
+    parts = [slot_rows(slot) for slot in structure.atoms]
     names = structure.names or tuple(f"part {i}" for i in range(len(parts)))
     for i in range(len(parts)):
         for j in range(i + 1, len(parts)):
@@ -76,7 +76,7 @@ def _of_atoms(whole: Index, structure: Structure) -> Iterator[tuple[str, Index]]
 def _rotary(whole: Index, structure: Structure, heads: Heads) -> Iterator[tuple[str, Index]]:
     atoms = structure.atoms
     chosen = structure.rotates if structure.rotates is not None else tuple(range(len(atoms)))
-    parts = {i: _slot_rows(atoms[i]) for i in chosen if i < len(atoms)} if atoms else {0: whole}
+    parts = {i: slot_rows(atoms[i]) for i in chosen if i < len(atoms)} if atoms else {0: whole}
     names = structure.names or ("it",)
     groups: list[tuple[str, tuple[int, ...]]] = [("", tuple(parts))]
     if len(parts) > 1:
@@ -97,11 +97,6 @@ def _rotary(whole: Index, structure: Structure, heads: Heads) -> Iterator[tuple[
                 turned[:, heads.first : heads.first + heads.rotary] = head[:, heads.first + inner]
                 order[head.reshape(-1)] = turned.reshape(-1)
             yield f"the rotary rows{label} are in {sentence}", order
-
-
-def _slot_rows(slot: Slot) -> Index:
-    starts = np.arange(slot.groups, dtype=np.int64)[:, None] * slot.stride + slot.start
-    return np.asarray(starts + np.arange(slot.size, dtype=np.int64)).reshape(-1)
 
 
 def _zip(whole: Index) -> Index:

@@ -75,10 +75,14 @@ def floats(data: Bytes, dtype: str) -> npt.NDArray[np.float64]:
     return values
 
 
+def spans(count: int, step: int) -> Iterator[Index]:
+    """The numbers below `count`, `step` at a time."""
+    for first in range(0, count, step):
+        yield np.arange(first, min(first + step, count), dtype=np.int64)
+
+
 def blocks(rows: Rows) -> Iterator[Index]:
-    step = max(1, BLOCK_VALUES // max(1, rows.cols))
-    for first in range(0, rows.rows, step):
-        yield np.arange(first, min(first + step, rows.rows), dtype=np.int64)
+    return spans(rows.rows, max(1, BLOCK_VALUES // max(1, rows.cols)))
 
 
 def words(rows: Rows, index: Index) -> Words:

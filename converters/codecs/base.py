@@ -16,7 +16,7 @@ from converters.tensors import Shape
 if TYPE_CHECKING:
     import torch
 
-    from converters.codecs.arithmetic.common import Parts
+    from converters.codecs.arithmetic.common import Arithmetic, Parts
 
 
 class Codec(ABC):
@@ -94,10 +94,13 @@ class Codec(ABC):
         """Rows of a part that hold the decoded rows [start, stop), or None when the slab needs the whole part."""
 
     @abstractmethod
+    def arithmetic(self) -> Arithmetic:
+        """What computes `decode`, `encode` and `any_by_scale`; imports torch."""
+
     def decode(self, parts: Parts, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The logical tensor, of `dtype` or bf16, in any strides; its rows when every part is cut by `part_rows`."""
+        return self.arithmetic().decode(self, parts, dtype)
 
-    @abstractmethod
     def encode(
         self, tensor: torch.Tensor, *, scale: torch.Tensor | None = None, shape: Shape | None = None
     ) -> dict[str, torch.Tensor]:
@@ -106,10 +109,11 @@ class Codec(ABC):
         `shape` is that of the whole tensor where `tensor` is a slab: a part may tell it.
         Raises StorageError for NaN or infinite values: a scale derived from them would destroy their block.
         """
+        return self.arithmetic().encode(self, tensor, scale, shape)
 
-    @abstractmethod
     def any_by_scale(self, mask: torch.Tensor) -> torch.Tensor:
         """Whether a bool `mask` of the logical shape is set anywhere under each scale; bool, shaped as the scales."""
+        return self.arithmetic().any_by_scale(self, mask)
 
 
 def assemble(codecs: Collection[Codec], stored: Collection[str]) -> dict[str, Codec]:

@@ -12,9 +12,7 @@ from converters.errors import LayoutError, StorageError
 from converters.tensors import Shape
 
 if TYPE_CHECKING:
-    import torch
-
-    from converters.codecs.arithmetic.common import Parts
+    from converters.codecs.arithmetic.common import Arithmetic
 
 ScaleRule = Literal["amax", "reciprocal", "ue8m0"]
 #: Safetensors dtypes of stored scales; F8_E8M0 and U8 hold exponents alone.
@@ -89,22 +87,10 @@ class Fp8Block(Codec):
         aligned(start, alignment)
         return (start, stop) if role == "weight" else (start // alignment, ceil_div(stop, alignment))
 
-    def decode(self, parts: Parts, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        from converters.codecs.arithmetic import fp8
+    def arithmetic(self) -> Arithmetic:
+        from converters.codecs.arithmetic.fp8 import BLOCK
 
-        return fp8.decode_block(self, parts, dtype)
-
-    def encode(
-        self, tensor: torch.Tensor, *, scale: torch.Tensor | None = None, shape: Shape | None = None
-    ) -> dict[str, torch.Tensor]:
-        from converters.codecs.arithmetic import fp8
-
-        return fp8.encode_block(self, tensor, scale)
-
-    def any_by_scale(self, mask: torch.Tensor) -> torch.Tensor:
-        from converters.codecs.arithmetic import fp8
-
-        return fp8.any_by_block_scale(self, mask)
+        return BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,22 +151,10 @@ class Fp8Scaled(Codec):
     ) -> tuple[int, int] | None:
         return None if math.prod(stored_shapes[role]) == 1 else (start, stop)
 
-    def decode(self, parts: Parts, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        from converters.codecs.arithmetic import fp8
+    def arithmetic(self) -> Arithmetic:
+        from converters.codecs.arithmetic.fp8 import SCALED
 
-        return fp8.decode_scaled(self, parts, dtype)
-
-    def encode(
-        self, tensor: torch.Tensor, *, scale: torch.Tensor | None = None, shape: Shape | None = None
-    ) -> dict[str, torch.Tensor]:
-        from converters.codecs.arithmetic import fp8
-
-        return fp8.encode_scaled(self, tensor, scale)
-
-    def any_by_scale(self, mask: torch.Tensor) -> torch.Tensor:
-        from converters.codecs.arithmetic import fp8
-
-        return fp8.any_by_scaled_scale(self, mask)
+        return SCALED
 
 
 _EXPONENTS = ("F8_E8M0", "U8")

@@ -11,9 +11,7 @@ from converters.errors import LayoutError, StorageError
 from converters.tensors import Shape
 
 if TYPE_CHECKING:
-    import torch
-
-    from converters.codecs.arithmetic.common import Parts
+    from converters.codecs.arithmetic.common import Arithmetic
 
 CODES_PER_WORD = 8
 ScaleDtype = Literal["BF16", "F16", "F32"]
@@ -83,19 +81,7 @@ class Int4Packed(Codec):
     ) -> tuple[int, int] | None:
         return None if role == "shape" else (start, stop)
 
-    def decode(self, parts: Parts, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        from converters.codecs.arithmetic import int4
+    def arithmetic(self) -> Arithmetic:
+        from converters.codecs.arithmetic.int4 import INT4
 
-        return int4.decode_int4(self, parts, dtype)
-
-    def encode(
-        self, tensor: torch.Tensor, *, scale: torch.Tensor | None = None, shape: Shape | None = None
-    ) -> dict[str, torch.Tensor]:
-        from converters.codecs.arithmetic import int4
-
-        return int4.encode_int4(self, tensor, scale, shape)
-
-    def any_by_scale(self, mask: torch.Tensor) -> torch.Tensor:
-        from converters.codecs.arithmetic import int4
-
-        return int4.any_by_int4_scale(self, mask)
+        return INT4

@@ -11,9 +11,7 @@ from converters.errors import LayoutError, StorageError
 from converters.tensors import Shape
 
 if TYPE_CHECKING:
-    import torch
-
-    from converters.codecs.arithmetic.common import Parts
+    from converters.codecs.arithmetic.common import Arithmetic
 
 GROUP = 32
 
@@ -65,19 +63,7 @@ class Mxfp4(Codec):
     ) -> tuple[int, int] | None:
         return (start, stop)
 
-    def decode(self, parts: Parts, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        from converters.codecs.arithmetic import mxfp4
+    def arithmetic(self) -> Arithmetic:
+        from converters.codecs.arithmetic.mxfp4 import MXFP4
 
-        return mxfp4.decode_mxfp4(self, parts, dtype)
-
-    def encode(
-        self, tensor: torch.Tensor, *, scale: torch.Tensor | None = None, shape: Shape | None = None
-    ) -> dict[str, torch.Tensor]:
-        from converters.codecs.arithmetic import mxfp4
-
-        return mxfp4.encode_mxfp4(self, tensor, scale)
-
-    def any_by_scale(self, mask: torch.Tensor) -> torch.Tensor:
-        from converters.codecs.arithmetic import mxfp4
-
-        return mxfp4.any_by_mxfp4_scale(self, mask)
+        return MXFP4

@@ -10,7 +10,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from converters.engine.regions import matrix
 from converters.protocols import Source
-from converters.rows.pack import Pack, Slot
+from converters.rows.pack import Pack, Slot, slot_rows
 from converters.stored import read_rows
 from converters.tensors import Shape, StoredTensor
 
@@ -216,10 +215,3 @@ def _blocks(first: int, last: int, count: int) -> tuple[int, int]:
     blocks = max(1, count // _BLOCK)
     begin, end = min(first // _BLOCK, blocks - 1), min((last - 1) // _BLOCK, blocks - 1) + 1
     return begin * _BLOCK, count if end == blocks else end * _BLOCK
-
-
-@lru_cache(maxsize=256)
-def slot_rows(slot: Slot) -> npt.NDArray[np.int64]:
-    """Rows of a slot in order."""
-    starts = np.arange(slot.groups, dtype=np.int64)[:, None] * slot.stride + slot.start
-    return np.asarray(starts + np.arange(slot.size, dtype=np.int64)).reshape(-1)

@@ -178,11 +178,7 @@ class _Cutter:
                 return
             if transposed or indexed:
                 why = "transposed" if transposed else "decoded an entry at a time"
-                raise DeviceError(
-                    f"`{unit.row}` is {why} and needs {-(-need // MIB)} MiB at once; "
-                    f"{self.cutting.whole_bytes // MIB} MiB are there",
-                    hint=f"raise ‹max-memory› to {-(-need * 4 // 3 // MIB)}MiB",
-                )
+                raise self._too_large(f"`{unit.row}` is {why} and needs", need, " at once")
         for entry in unit.entries:
             self._add_rows(pieces, entry)
 
@@ -201,13 +197,15 @@ class _Cutter:
             count = min(step, rows - row)
             need = self._row_memory(count, cols, source, target, entry)
             if whole is not None and need > self.cutting.whole_bytes:
-                raise DeviceError(
-                    f"`{entry.tensor}` is encoded {count} rows at once, which needs {-(-need // MIB)} MiB; "
-                    f"{self.cutting.whole_bytes // MIB} MiB are there",
-                    hint=f"raise ‹max-memory› to {-(-need * 4 // 3 // MIB)}MiB",
-                )
+                raise self._too_large(f"`{entry.tensor}` is encoded {count} rows at once, which needs", need)
             nbytes = self._nbytes(entry, row, count)
             pieces.append(Piece(len(pieces), self.unit, entry, row, count, nbytes, need, self._file(entry, row)))
+
+    def _too_large(self, what: str, need: int, how: str = "") -> DeviceError:
+        return DeviceError(
+            f"{what} {-(-need // MIB)} MiB{how}; {self.cutting.whole_bytes // MIB} MiB are there",
+            hint=f"raise ‹max-memory› to {-(-need * 4 // 3 // MIB)}MiB",
+        )
 
     def _row_memory(self, count: int, cols: int, source: int, target: int, entry: Entry) -> int:
         """Bytes that a piece of `count` rows allocates: its buffers only where the kept ones are too small."""

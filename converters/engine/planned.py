@@ -65,7 +65,7 @@ class PlannedTensors:
             if index not in makers:
                 raise CoverageError(f"the plan makes nothing of `{name}` {list(index)}")
             if (box := out[at]).size:
-                target = _whole(name, dtype, draft.shape[depth:])
+                target = StoredTensor.whole(name, dtype, draft.shape[depth:], name, 0)
                 self._make(*makers[index], target, _Window(target, offsets[depth:], box))
         return out
 
@@ -116,10 +116,6 @@ class PlannedTensors:
         return replace(tensor, chunks=tuple(tensor.chunks[number] for number in sorted(numbers)))
 
 
-def _whole(name: str, dtype: str, shape: Shape) -> StoredTensor:
-    return StoredTensor(name, dtype, shape, (Chunk((0,) * len(shape), shape, name, 0),))
-
-
 class _Alone(Engine):
     """An engine for one target that works in its caller's thread."""
 
@@ -131,7 +127,7 @@ class _Alone(Engine):
         """Carry out some pieces, one after the other."""
         buffers = Buffers(self.cutting.piece_bytes)
         for piece in pieces:
-            self._carry(piece, buffers, lambda nbytes: None)
+            self.carry(piece, buffers, lambda nbytes: None)
 
 
 class _WholeRows(Relay):

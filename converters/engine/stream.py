@@ -17,7 +17,7 @@ from converters.engine.pieces import Cutting, Geometry, Part, Piece, cut
 from converters.engine.plan import Entry, Plan, Unit
 from converters.engine.reading import Reader
 from converters.engine.relay import Relay
-from converters.engine.threads import lean_threads, start
+from converters.engine.threads import run_threads
 from converters.engine.workers import Buffers, Matrix, MemoryGate, PieceQueue
 from converters.errors import StorageError, UsageError
 from converters.protocols import Sink, Source
@@ -86,42 +86,20 @@ class Engine:
         done: Done = lambda number, crcs: None,
     ) -> None:
         """Carry out some pieces; the first failure of any worker stops the others and is raised."""
-        queue, failures, stop = PieceQueue(pieces), list[BaseException](), threading.Event()
+        queue = PieceQueue(pieces)
 
-        def worker() -> None:
+        def worker(stop: threading.Event) -> None:
             buffers, piece = Buffers(self.cutting.piece_bytes), None
-            try:
-                while not stop.is_set() and (piece := queue.take(piece)) is not None:
-                    taken = self.gate.acquire(piece.memory_bytes)
-                    try:
-                        done(piece.number, self._carry(piece, buffers, progress))
-                    finally:
-                        self.gate.release(taken)
-            except BaseException as error:  # handed to the caller below
-                failures.append(error)
-                stop.set()
+            while not stop.is_set() and (piece := queue.take(piece)) is not None:
+                taken = self.gate.acquire(piece.memory_bytes)
+                try:
+                    done(piece.number, self.carry(piece, buffers, progress))
+                finally:
+                    self.gate.release(taken)
 
-        threads = [
-            threading.Thread(target=worker, name=f"mbx-{n}", daemon=True)
-            for n in range(min(self.workers, len(pieces)))
-        ]
-        try:
-            with lean_threads(
-                torch_too=len(threads) > 1 and bool(self.plan.encoded or self.plan.reencoded or self.plan.updates)
-            ):
-                for thread in threads:
-                    start(thread)
-                for thread in threads:
-                    while thread.is_alive():
-                        thread.join(0.2)
-        except BaseException:
-            stop.set()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
-            raise
-        if failures:
-            raise failures[0]
+        count = min(self.workers, len(pieces))
+        in_torch = bool(self.plan.encoded or self.plan.reencoded or self.plan.updates)
+        run_threads(worker, count, "mbx", torch_too=count > 1 and in_torch)
 
     def absorb(self, finished: Mapping[int, Sequence[int]]) -> int:
         """Take over pieces that another process or an earlier run wrote, by number with the CRCs that `done` got.
@@ -150,7 +128,8 @@ class Engine:
 
     # --- one piece ---------------------------------------------------------------------------------------------
 
-    def _carry(self, piece: Piece, buffers: Buffers, progress: Callable[[int], None]) -> list[int]:
+    def carry(self, piece: Piece, buffers: Buffers, progress: Callable[[int], None]) -> list[int]:
+        """Carry out one piece, `buffers` this thread's own; returns the CRC-32 of each of its parts."""
         unit = piece.unit
         if piece.entry is not None:
             entry, row, rows = piece.entry, piece.row, piece.rows

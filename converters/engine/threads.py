@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -61,3 +61,32 @@ def start(thread: threading.Thread) -> None:
         raise DeviceError(
             f"{thread.name}: {error}", hint="lower ‹workers›, or raise the limit (ulimit -d, -u)"
         ) from error
+
+
+def run_threads(work: Callable[[threading.Event], None], count: int, name: str, *, torch_too: bool) -> None:
+    """Run `work` in `count` lean threads; the first failure of any sets the event that all get, and is raised."""
+    failures, stop = list[BaseException](), threading.Event()
+
+    def guarded() -> None:
+        try:
+            work(stop)
+        except BaseException as error:  # handed to the caller below
+            failures.append(error)
+            stop.set()
+
+    threads = [threading.Thread(target=guarded, name=f"{name}-{n}", daemon=True) for n in range(count)]
+    try:
+        with lean_threads(torch_too=torch_too):
+            for thread in threads:
+                start(thread)
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        raise
+    if failures:
+        raise failures[0]

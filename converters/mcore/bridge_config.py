@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from converters.errors import UsageError
 from converters.mcore.bridge_providers import settled
 from converters.mcore.layout import Layout
-from converters.mcore.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS, is_plain
+from converters.mcore.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS, is_plain, sizes_of_both
 from converters.rows.config_map import check_fields
 from converters.rows.expr import Value
 
@@ -125,15 +125,9 @@ def run_config_of(
         "seq_length": config.get("model.max_sequence_length"),
         "vocab_size": size if padded else rows,
         "should_pad_vocab": padded,
-        "make_vocab_size_divisible_by": layout.vocab_divisor,
-        "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.expert_tp,
+        **sizes_of_both(layout),
         "num_layers_in_first_pipeline_stage": layout.first_stage,
         "num_layers_in_last_pipeline_stage": layout.last_stage,
-        "pipeline_model_parallel_layout": layout.pipeline,
         "params_dtype": {"_call_": False, "_target_": _DTYPES[dtype]},
         "bf16": dtype == "BF16",
         "fp16": dtype == "F16",

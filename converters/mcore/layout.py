@@ -74,8 +74,8 @@ class RankMap:
 
     def __init__(self, layout: Layout, config: Mapping[str, Value]) -> None:
         self.layout = layout
-        layers, mtp = _count(config, "num_layers"), _count(config, "mtp_num_layers")
-        self.num_experts = _count(config, "num_moe_experts")
+        layers, mtp = count_of(config, "num_layers"), count_of(config, "mtp_num_layers")
+        self.num_experts = count_of(config, "num_moe_experts")
         self._stage_of: dict[int, int] = {}
         stages = layout.stages(layers, mtp) if layers else ()
         for stage in stages:
@@ -118,7 +118,7 @@ def check(layout: Layout, config: Mapping[str, Value]) -> None:
         )
     if (layers := config.get("num_layers")) and isinstance(layers, int):
         try:
-            layout.stages(layers, _count(config, "mtp_num_layers"))
+            layout.stages(layers, count_of(config, "mtp_num_layers"))
         except LayoutError as error:
             reasons.append(error.fact)
             hint = error.hint
@@ -156,7 +156,8 @@ def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
     return reasons
 
 
-def _count(config: Mapping[str, Value], field: str) -> int:
+def count_of(config: Mapping[str, Value], field: str) -> int:
+    """A config's whole number; 0 where it states none."""
     value = config.get(field)
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 

@@ -185,14 +185,21 @@ def args_of(config: Mapping[str, Value], layout: Layout, padded_vocab: int | Non
 def layout_args(layout: Layout) -> dict[str, object]:
     """The args that say how a checkpoint is cut; law: `layout_of_args(layout_args(x))` describes the same cuts."""
     return {
+        **sizes_of_both(layout),
+        "transformer_pipeline_model_parallel_size": layout.pp,
+        "decoder_first_pipeline_num_layers": layout.first_stage,
+        "decoder_last_pipeline_num_layers": layout.last_stage,
+    }
+
+
+def sizes_of_both(layout: Layout) -> dict[str, object]:
+    """What Megatron-LM and Megatron-Bridge call alike of how a checkpoint is cut."""
+    return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
-        "transformer_pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.expert_tp,
         "pipeline_model_parallel_layout": layout.pipeline,
-        "decoder_first_pipeline_num_layers": layout.first_stage,
-        "decoder_last_pipeline_num_layers": layout.last_stage,
         "make_vocab_size_divisible_by": layout.vocab_divisor,
     }

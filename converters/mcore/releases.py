@@ -6,7 +6,7 @@ package of that release, and checkpoints of Megatron-LM and Megatron-Bridge with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from converters.rows.expr import Value
@@ -70,6 +70,18 @@ class Release:
     checkpoint_version: float
     content_metadata: Mapping[str, bool]
     defaults: Mapping[str, Value]
+
+    def common_state(self, iteration: int) -> dict[str, object]:
+        """What the common state of every checkpoint says."""
+        return {
+            "checkpoint_version": self.checkpoint_version,
+            "iteration": iteration,
+            "content_metadata": dict(self.content_metadata),
+        }
+
+    def kind_of(self, keys: Collection[str]) -> str:
+        """The kind of the model whose torch_dist keys these are, by its last norm; `gpt` where none says."""
+        return next((kind for kind, norm in self.final_norm.items() if f"{norm}.weight" in keys), "gpt")
 
 
 RELEASE_0_16 = Release(

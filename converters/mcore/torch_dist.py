@@ -79,13 +79,16 @@ def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[H
 
 
 def extra_states_of(
-    key: str, index: tuple[int, ...], stack: tuple[int, ...], *, hybrid: bool, release: Release = CURRENT
+    key: str, index: tuple[int, ...], stack: tuple[int, ...], kind: str, release: Release = CURRENT
 ) -> tuple[str, ...]:
-    """Names of the `_extra_state` objects beside the entry `index` of the key; none where its module has none."""
+    """Names of the `_extra_state` objects beside the entry `index` of the key; none where its module has none.
+
+    `kind` is the model's, one of a release's.
+    """
     module, _, leaf = key.rpartition(".")
     if leaf in _ATOM_LEAVES:
         module = module.rpartition(".")[0]
-    with_state = module == "output_layer" and ("hybrid" if hybrid else "gpt") in release.output_state
+    with_state = module == "output_layer" and kind in release.output_state
     owners = [module] if with_state or has_te_state(module, release) else []
     if release.head_core_state and key.startswith("mtp.") and key.endswith(".self_attention.linear_proj.weight"):
         owners.append(module.removesuffix("linear_proj") + "core_attention")

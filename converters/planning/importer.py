@@ -163,7 +163,7 @@ class _Importer:
         if place.index in known.entries:
             raise CoverageError(f"table `{table.name}`: two rows produce `{key}` {list(place.index)}")
         known.entries.add(place.index)
-        self.objects += extra_states_of(key, place.index, place.stack, hybrid=table.family == "hybrid")
+        self.objects += extra_states_of(key, place.index, place.stack, table.family)
 
     def drafts(self, ranks: RankMap) -> tuple[Draft, ...]:
         for key, target in self.targets.items():

@@ -14,6 +14,7 @@ from converters.mcore.keys import parse_key
 from converters.mcore.layout import Layout, RankMap
 from converters.mcore.layout import check as check_layout
 from converters.mcore.optimizer_state import is_state, weight_of
+from converters.mcore.releases import CURRENT
 from converters.mcore.torch_dist import extra_states_of
 from converters.planning.placing import place_boxes
 from converters.rows.expr import Value
@@ -41,6 +42,7 @@ def plan_reshard(
     shapes = {key: tensor.shape for key, tensor in sources.items() if not is_state(key)}
     cuts = cuts_of(shapes, cut=layout.tp > 1 or layout.expert_tp > 1)
     ranks = RankMap(layout, with_counts(config, shapes))
+    kind = CURRENT.kind_of(sources)
     drafts, states = [], list(objects)
     units: list[Unit] = []
     for key, tensor in sources.items():
@@ -54,7 +56,7 @@ def plan_reshard(
         units += as_it_is(key, key, stack, kept)
         if weight == key:
             for index in product(*map(range, stack)):
-                states += extra_states_of(key, index, stack, hybrid="decoder.final_norm.weight" in sources)
+                states += extra_states_of(key, index, stack, kind)
     plan = Plan.of_all("reshard", config, dict(sources), drafts, units, layout=layout)
     return replace(plan, objects=tuple(dict.fromkeys(states)), notes=notes)
 

@@ -119,3 +119,10 @@ def runs(source: Slot, target: Slot) -> Runs:
         src, dst, length = src[heads], dst[heads], np.add.reduceat(length, heads)
     order = np.argsort(dst, kind="stable")
     return Runs(src[order], dst[order], length[order])
+
+
+@lru_cache(maxsize=256)
+def slot_rows(slot: Slot) -> Rows:
+    """Rows of a slot in order."""
+    starts = np.arange(slot.groups, dtype=np.int64)[:, None] * slot.stride + slot.start
+    return np.asarray(starts + np.arange(slot.size, dtype=np.int64)).reshape(-1)

@@ -8,19 +8,14 @@ pair one Megatron Core parameter with its Hugging Face tensors under an op. `{L}
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 from converters.errors import TableError
 from converters.rows.config_map import parse_config
 from converters.rows.ops import OPS
 from converters.rows.table import RowSpec, Site, Table
+from converters.toml import tomllib
 
 GAMMA = {"zero": 0, "one": 1}
 FAMILIES = ("gpt", "hybrid")

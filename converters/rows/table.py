@@ -143,31 +143,19 @@ class Table:
             first, count = evaluate_int(site.first, env), evaluate(site.n, env) or 0
             if not isinstance(count, int):
                 raise TableError(f"{self.name}: site `{site.name}` repeats {count!r} times")
-            numbered = "{I}" in site.mcore or "{L}" in site.mcore or "{L}" in site.hf
             for i in range(count):
-                here: dict[str, Value] = {**env, "L": first + i, "I": i}
-                number = {"{L}": str(first + i), "{I}": str(i)}
-                hf_prefix = _fill(site.hf, number)
-                spelt = _respelt(hf_prefix, beginnings)
-                names, prefix = (present, spelt) if keys is None else (keys, _fill(site.mcore, number))
+                place = _Place(site, i, first + i, beginnings)
+                here: dict[str, Value] = {**env, "L": place.layer, "I": i}
+                names, prefix = (present, place.spelt("")) if keys is None else (keys, place.filled(site.mcore))
                 if site.optional and names is not None and not any(name.startswith(prefix) for name in names):
                     continue
                 for block in site.blocks:
                     if block in self.when and not evaluate(self.when[block], here):
                         continue
                     for alternatives in self.blocks[block]:
-                        yield from self._rows(
-                            alternatives,
-                            site,
-                            i if numbered else None,
-                            first + i,
-                            hf_prefix,
-                            number,
-                            here,
-                            experts,
-                            present,
-                            beginnings,
-                        )
+                        usable = [spec for spec in alternatives if spec.when is None or evaluate(spec.when, here)]
+                        if usable and (spec := place.chosen(usable, present)) is not None:
+                            yield from place.rows(spec, experts)
 
     def beginnings(self, present: Collection[str] | None) -> Mapping[str, str]:
         """How names of a checkpoint that holds `present` begin: one of `wrapped`, or empty for the rows' own."""
@@ -176,52 +164,52 @@ class Table:
                 return way
         return {}
 
-    def _rows(
-        self,
-        alternatives: tuple[RowSpec, ...],
-        site: Site,
-        index: int | None,
-        layer: int,
-        hf_prefix: str,
-        number: Mapping[str, str],
-        env: Env,
-        experts: int,
-        present: Collection[str] | None,
-        beginnings: Mapping[str, str],
-    ) -> Iterator[Row]:
-        def spelt(spec: RowSpec) -> tuple[str, ...]:
-            return tuple(_respelt(hf_prefix + _fill(name, number), beginnings) for name in spec.hf)
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A site the `number`th time it repeats; names of the checkpoint begin as `beginnings` say."""
+
+    site: Site
+    number: int
+    layer: int
+    beginnings: Mapping[str, str]
+
+    def filled(self, template: str) -> str:
+        """A name with this place's numbers in it."""
+        return template.replace("{L}", str(self.layer)).replace("{I}", str(self.number))
+
+    def respelt(self, name: str) -> str:
+        """A Hugging Face name of the rows as the checkpoint has it."""
+        name = self.filled(name)
+        way = next((own for own in self.beginnings if name.startswith(own)), None)
+        return name if way is None else self.beginnings[way] + name[len(way) :]
+
+    def spelt(self, name: str) -> str:
+        """A Hugging Face name relative to the site, whole."""
+        return self.respelt(self.site.hf + name)
+
+    def chosen(self, usable: list[RowSpec], present: Collection[str] | None) -> RowSpec | None:
+        """The one of a row's spellings that the checkpoint has, None where it has no such row."""
 
         def found(spec: RowSpec) -> bool:
-            return present is not None and all(name.replace("{E}", "0") in present for name in spelt(spec))
+            return all(self.spelt(name).replace("{E}", "0") in (present or ()) for name in spec.hf)
 
-        usable = [spec for spec in alternatives if spec.when is None or evaluate(spec.when, env)]
-        if not usable:
-            return
         spec = usable[0]
-        if present is not None:
-            spec = next(filter(found, usable), spec)
-            if spec.optional and not found(spec):
-                return
-        elif spec.drop or (spec.optional and spec.same_as):
-            return
-        names = spelt(spec)
-        same_as = _respelt(_fill(spec.same_as, number), beginnings) if spec.same_as else None
+        if present is None:
+            return None if spec.drop or (spec.optional and spec.same_as) else spec
+        spec = next(filter(found, usable), spec)
+        return None if spec.optional and not found(spec) else spec
+
+    def rows(self, spec: RowSpec, experts: int) -> Iterator[Row]:
+        """The row, one an expert where it names them."""
+        names = tuple(map(self.spelt, spec.hf))
+        same_as = self.respelt(spec.same_as) if spec.same_as else None
+        mcore = self.site.mcore
+        numbered = "{I}" in mcore or "{L}" in mcore or "{L}" in self.site.hf
+        index, layer = (self.number, self.layer) if numbered else (None, None)
         if "{E}" not in spec.param and not any("{E}" in name for name in spec.hf):
-            yield Row(spec, site.mcore, index, layer if index is not None else None, None, names, same_as)
+            yield Row(spec, mcore, index, layer, None, names, same_as)
             return
         for e in range(experts):
-            text = str(e)
-            own = names if spec.stacked else tuple(name.replace("{E}", text) for name in names)
-            yield Row(spec, site.mcore, index, layer if index is not None else None, e, own, same_as)
-
-
-def _respelt(name: str, beginnings: Mapping[str, str]) -> str:
-    way = next(((own, other) for own, other in beginnings.items() if name.startswith(own)), None)
-    return name if way is None else way[1] + name[len(way[0]) :]
-
-
-def _fill(template: str, number: Mapping[str, str]) -> str:
-    for placeholder, text in number.items():
-        template = template.replace(placeholder, text)
-    return template
+            own = names if spec.stacked else tuple(name.replace("{E}", str(e)) for name in names)
+            yield Row(spec, mcore, index, layer, e, own, same_as)

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 from converters.errors import UnsupportedError
-from converters.rows.config_map import parse_config
+from converters.rows.config_map import ConfigTable, parse_config
 from converters.rows.config_spelling import GENERIC_KEYS, canonical
 from converters.rows.expr import Value
 from converters.rows.ops import OPS
+from converters.toml import tomllib
 from mappings import table_names, table_text
+from mbx.text import printable
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 Raw = dict[str, object]
@@ -103,9 +99,16 @@ def _fit(name: str, table: Raw, config: Mapping[str, Value]) -> int:
 
     A constant weighs more than an expression: it is some other model's value.
     """
-    parsed, present = parse_config(name, table["config"]), set(canonical(config))
+    (_, parsed), present = _config_of(name, table), set(canonical(config))
     assumed = [row.otherwise for row in parsed.rows if row.hf.split(".")[0] not in present]
     return len(parsed.known_keys() & present) - sum(1 if isinstance(value, str) else 2 for value in assumed)
+
+
+def _config_of(name: str, table: Raw) -> tuple[dict[str, object], ConfigTable]:
+    """A table's `[config]` as TOML wrote it, and parsed."""
+    section = table["config"]
+    assert isinstance(section, dict)
+    return section, parse_config(name, section)
 
 
 def _rows(name: str, table: Raw) -> Iterable[_Row]:
@@ -165,9 +168,7 @@ def _write(
 
 
 def _config(raw: Mapping[str, Raw], donor: str, config: Mapping[str, Value]) -> tuple[list[str], list[str]]:
-    section = raw[donor]["config"]
-    assert isinstance(section, dict)
-    parsed = parse_config(donor, section)
+    section, parsed = _config_of(donor, raw[donor])
     lines = ["[config]"]
     for row in parsed.rows:
         if row.hf.split(".")[0] in config or row.otherwise is not None:
@@ -178,9 +179,7 @@ def _config(raw: Mapping[str, Raw], donor: str, config: Mapping[str, Value]) -> 
     fields = {row.mcore for row in parsed.rows} | set(parsed.fixed)
     ignore = set(parsed.ignore)
     for name in raw:
-        other_section = raw[name]["config"]
-        assert isinstance(other_section, dict)
-        other = parse_config(name, other_section)
+        other_section, other = _config_of(name, raw[name])
         for row in other.rows:
             if row.hf in left and row.mcore not in fields:
                 lines.append(f"{_key(row.mcore)} = {_toml(other_section[row.mcore])}")
@@ -243,7 +242,7 @@ def _section(name: str, values: object) -> list[str]:
 
 def _comment(title: str, entries: list[str]) -> str:
     """Entries a line each: names of a checkpoint may hold line breaks, and what follows one is no comment."""
-    shown = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in entry) for entry in entries)
+    shown = map(printable, entries)
     return "".join([f"\n# {title}:\n", *(f"#   {entry}\n" for entry in shown)]) if entries else ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,6 +51,26 @@ AllowUnusedKey = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """The table that covers a model, and what it may leave open."""
+
+    mapping: Mapping = None
+    allow_missing: AllowMissing = None
+    allow_unused: AllowUnused = None
+    allow_unused_key: AllowUnusedKey = None
+
+    def options(self, running: Running) -> Options:
+        """The options of a conversion that runs as `running` says."""
+        from converters.rows.coverage import Waivers
+
+        return replace(
+            running.options(self.mapping),
+            waivers=Waivers(tuple(self.allow_missing or ()), tuple(self.allow_unused or ())),
+            allow_unused_keys=tuple(self.allow_unused_key or ()),
+        )
+
+
 @app.command(
     "hf-to-mcore",
     epilog=epilog(
@@ -70,10 +90,7 @@ def hf_to_mcore(
     make_vocab_size_divisible_by: Annotated[
         int, typer.Option(metavar="N", help="Pad the vocabulary with zero rows to a multiple of N x TP.")
     ] = 1,
-    mapping: Mapping = None,
-    allow_missing: AllowMissing = None,
-    allow_unused: AllowUnused = None,
-    allow_unused_key: AllowUnusedKey = None,
+    coverage: Coverage,
     running: Running,
     output: Output,
 ) -> None:
@@ -83,17 +100,14 @@ def hf_to_mcore(
     """
     output.configure()
     import_numpy()
-    from converters.rows.coverage import Waivers
     from mbx.cli.source import fetch, stop_before_download
     from mbx.run.job import plan_hf_to_mcore
 
     options = replace(
-        running.options(mapping),
+        coverage.options(running),
         dtype=dtype and dtype.value,
         layout=layout.layout(make_vocab_size_divisible_by),
         format=format,
-        waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
-        allow_unused_keys=tuple(allow_unused_key or ()),
     )
     _check_target(options)
     if running.dry_run:
@@ -127,11 +141,8 @@ def mcore_to_hf(
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest weight file, where none is recorded (default: 5GB).")
     ] = None,
-    mapping: Mapping = None,
-    allow_missing: AllowMissing = None,
-    allow_unused: AllowUnused = None,
-    allow_unused_key: AllowUnusedKey = None,
     *,
+    coverage: Coverage,
     running: Running,
     output: Output,
 ) -> None:
@@ -141,16 +152,13 @@ def mcore_to_hf(
     """
     output.configure()
     import_numpy()
-    from converters.rows.coverage import Waivers
     from mbx.cli.source import fetch
     from mbx.run.job import plan_mcore_to_hf
 
     options = replace(
-        running.options(mapping),
+        coverage.options(running),
         dtype=dtype and dtype.value,
         codec=codec.value,
-        waivers=Waivers(tuple(allow_missing or ()), tuple(allow_unused or ())),
-        allow_unused_keys=tuple(allow_unused_key or ()),
         max_shard_bytes=settings.number("max_shard_size", max_shard_size),
     )
     reference = fetch(hf_config, weights=False).path if hf_config is not None else None

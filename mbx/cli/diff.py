@@ -45,13 +45,7 @@ def diff(
 
     sides = [fetch(side).path for side in (left, right)]
     with Meter("comparing", None) as meter:
-        found = compare(
-            *sides,
-            mapping=mapping,
-            workers=resources.num_workers,
-            max_memory=resources.max_bytes,
-            progress=meter.advance,
-        )
+        found = compare(*sides, mapping=mapping, reading=resources.reading(meter.advance))
     out.result(_document(found), lambda: _lines(found, top))
     raise typer.Exit(0 if found.same else 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,9 +82,12 @@ def _adapter_rows(adapter: dict[str, Any]) -> list[tuple[str, str]]:
     ranks = ", ".join(map(str, adapter["ranks"]))
     alpha = "" if adapter["alpha"] is None else f", alpha {adapter['alpha']:g}"
     rows = [("adapter", f"{adapter['method']}, rank {ranks}{alpha}")]
-    on = wrapped(list(adapter["targets"]), SCREEN_WIDTH - 12)
-    rows += [("on" if i == 0 else "", line) for i, line in enumerate(on)]
+    rows += _wrapped("on", adapter["targets"])
     return rows + ([("base", adapter["base"])] if adapter["base"] else [])
+
+
+def _wrapped(label: str, words: Iterable[str]) -> list[tuple[str, str]]:
+    return [(label if i == 0 else "", line) for i, line in enumerate(wrapped(list(words), SCREEN_WIDTH - 12))]
 
 
 def _lines(doc: dict[str, Any]) -> list[str]:
@@ -113,8 +117,7 @@ def _lines(doc: dict[str, Any]) -> list[str]:
     if doc["files"]:
         rows.append(("files", f"{len(doc['files']):,}, {human_bytes(sum(doc['files'].values()))}"))
     if doc["side_files"]:
-        beside = wrapped(doc["side_files"], SCREEN_WIDTH - 12)
-        rows += [("beside" if i == 0 else "", line) for i, line in enumerate(beside)]
+        rows += _wrapped("beside", doc["side_files"])
     lines = aligned(rows)
     if "tensor_list" in doc:
         lines.append("")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mbx.cli import settings
 from mbx.cli.output import out
+
+if TYPE_CHECKING:
+    from mbx.proof.compare import Reading
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, errors included.")]
 Quiet = Annotated[
@@ -68,6 +72,12 @@ class Resources:
     def max_bytes(self) -> int:
         """`max_memory` likewise."""
         return settings.number("max_memory", self.max_memory)
+
+    def reading(self, progress: Callable[[int], None]) -> Reading:
+        """How a comparison reads both sides."""
+        from mbx.proof.compare import Reading
+
+        return Reading(self.num_workers, self.max_bytes, progress)
 
 
 EXIT_CODES = (

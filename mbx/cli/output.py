@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TextIO
 
 from converters.errors import MbxError, spelt
-from mbx.text import redacted
+from mbx.text import printable, redacted
 
 _SHOWN_DETAILS = 10
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2"}
@@ -130,14 +130,6 @@ def paint(text: str, colour: str, stream: TextIO | None = None) -> str:
         _painted[coloured] += 1
         return coloured
     return text
-
-
-def printable(text: str) -> str:
-    """`text` with every character that is no plain printable one as an escape: controls, line breaks, direction marks.
-
-    Names of a stranger's checkpoint may hold what a terminal obeys, or what makes a line of its own.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _as_json(line: str) -> str:

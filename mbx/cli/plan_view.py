@@ -54,16 +54,7 @@ def document(job: Job) -> Document:
         "files": _files(job, importing),
         "memory": {"max_bytes": job.options.max_memory, "workers": job.options.workers},
         "disk": {"free_bytes": free, "needed_bytes": needed, "fits": free >= needed},
-        "ledger": {
-            "source_tensors": ledger.consumed + len(ledger.waived_unused),
-            "consumed": ledger.consumed,
-            "produced": ledger.produced,
-            "waived_missing": list(ledger.waived_missing),
-            "waived_unused": list(ledger.waived_unused),
-            "dropped": list(ledger.dropped),
-            "repeated": list(ledger.repeated),
-            "beside": list(ledger.beside),
-        },
+        "ledger": {"source_tensors": ledger.consumed + len(ledger.waived_unused), **asdict(ledger)},
         "notes": list(plan.notes),
     }
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import UsageError
+from converters.toml import tomllib
 from mbx.text import parse_memory, parse_size
 
 #: More threads than this gain nothing on the disks that were measured.
@@ -92,10 +92,6 @@ def _read(path: Path) -> Mapping[str, object]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the settings file `{path}` cannot be read: {error}") from error
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
         values: dict[str, object] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -99,9 +99,7 @@ def parity(
             spread=_spread(device, tp, pp, ep),
             prompts=Prompts(text_file=text),
             mapping=mapping,
-            workers=resources.num_workers,
-            max_memory=resources.max_bytes,
-            progress=meter.advance,
+            reading=resources.reading(meter.advance),
         )
     if not is_main():  # rank 0 has the report
         if not (forward or loss):

@@ -85,9 +85,8 @@ def architecture_name(opened: Checkpoint) -> str | None:
     """What a checkpoint calls its architecture; None where nothing says it. StorageError for a damaged config.json."""
     if opened.spelling == "peft":
         return None
-    folder = opened.home if opened.spelling == "hf" else opened.home / "hf"
-    if opened.config or (folder / hf.CONFIG).is_file():
-        return _named(opened.config or hf.read_config(folder))
+    if (config := hf.config_file(opened)) is not None:
+        return _named(config)
     try:
         return _named(architecture_of(opened).config)
     except MbxError:
@@ -134,8 +133,7 @@ def _as_held(
 
 def known_config(opened: Checkpoint, mapping: str | None = None) -> tuple[dict[str, Value], tuple[str, ...]]:
     """The flat config of a checkpoint as far as anything says it, for a change of layout; and notes."""
-    if opened.hf is not None and (opened.hf / hf.CONFIG).is_file():
-        config = hf.read_config(opened.hf)
+    if (config := hf.config_file(opened)) is not None:
         try:
             stated = table_for(config, mapping).config.to_mcore(config, allow_unused=tuple(config))
         except MbxError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.errors import StorageError
-from converters.tensors import Chunk, StoredTensor
+from converters.tensors import StoredTensor
 from mbx.torchfile.archive import load_archive
 from mbx.torchfile.torch_values import TensorStub
 from mbx.untrusted.names import is_inside
@@ -72,8 +72,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         if not value.is_contiguous:
             raise StorageError(f"`{path}`: `{key}` has strides {value.stride}, not those of a whole tensor")
         start = storages[value.storage][0] + value.storage_offset * value.itemsize
-        chunk = Chunk(tuple(0 for _ in value.shape), value.shape, path.name, start)
-        out[str(key)] = StoredTensor(str(key), value.dtype, value.shape, (chunk,))
+        out[str(key)] = StoredTensor.whole(str(key), value.dtype, value.shape, path.name, start)
     return out
 
 

@@ -8,7 +8,6 @@ made is read; a target's shards follow the layout as in torch_dist. Any mesh can
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,10 @@ from mbx.formats import torch_dist
 from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.gathering import gather
 from mbx.formats.placement import Order, Placement
-from mbx.formats.sidecars import read_run_config
-from mbx.torchfile.archive import file_reader, object_archive, read_object
+from mbx.formats.sidecars import read_run_config, read_stored
+from mbx.torchfile.archive import object_archive
 from mbx.torchfile.dcp import DcpCheckpoint, build_dcp_metadata, read_dcp, read_index
 from mbx.torchfile.torch_values import Namespace
-from mbx.untrusted.small_files import open_regular
 from mbx.untrusted.values import check_bounded
 
 #: Entries of Megatron-LM's state_dict that are objects of the checkpoint.
@@ -110,15 +108,9 @@ def open_fsdp_dtensor(iteration: Path, path: Path | None = None) -> Checkpoint:
 def _objects(iteration: Path, dcp: DcpCheckpoint) -> dict[str, object]:
     out: dict[str, object] = {}
     for name in _OBJECTS:
-        if name not in dcp.objects:
-            continue
-        file, start, length = dcp.objects[name]
-        fd = open_regular(iteration / file)
-        try:
-            value, _ = read_object(file_reader(fd, start), length, unknown="opaque", source=f"{iteration / file}")
-        finally:
-            os.close(fd)
-        out[name] = value.values if isinstance(value, Namespace) else value
+        if name in dcp.objects:
+            value = read_stored(iteration, dcp.objects[name])
+            out[name] = value.values if isinstance(value, Namespace) else value
     check_bounded(out, f"`{iteration}`: its objects")
     return out
 

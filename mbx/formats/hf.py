@@ -18,13 +18,13 @@ from converters.errors import StorageError, UsageError
 from converters.planning.exporter import HfTensor
 from converters.protocols import Source
 from converters.rows.expr import Value
-from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
+from converters.tensors import StoredTensor, nbytes_of
 from mbx.formats.bin_weights import INDEX as BIN_INDEX
 from mbx.formats.bin_weights import has_bin_weights, read_bin_folder, safetensors_name
 from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.files import MANIFEST as MANIFEST
 from mbx.formats.placement import Order, Placement
-from mbx.formats.safetensors import build_header, parse_header, read_folder, read_header
+from mbx.formats.safetensors import TensorRange, build_header, parse_header, read_folder, read_header
 from mbx.untrusted.names import inside, leads_out
 from mbx.untrusted.small_files import INDEX as INDEX_BYTES
 from mbx.untrusted.small_files import open_regular, read_json
@@ -79,6 +79,13 @@ def read_config(folder: Path) -> dict[str, Value]:
         raise StorageError(f"`{folder}` has no `{CONFIG}`") from None
     except NotADirectoryError:
         raise StorageError(f"`{folder}` is a file; a Hugging Face folder was expected") from None
+
+
+def config_file(opened: Checkpoint) -> Mapping[str, Value] | None:
+    """The config.json of a checkpoint, its own or that of its hf/ folder; None where it has none."""
+    if opened.config:
+        return opened.config
+    return read_config(opened.hf) if opened.hf is not None and (opened.hf / CONFIG).is_file() else None
 
 
 def open_hf(path: Path) -> Checkpoint:
@@ -175,9 +182,7 @@ def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:
                 )
             named.add(name)
             parsed, _ = parse_header(header, f"{path}: {name}")
-            ordered = sorted(parsed.items(), key=lambda item: item[1][2:])
-            tensors = {name: HfTensor(dtype, shape) for name, (dtype, shape, _, _) in ordered}
-            out.append(WeightFile(name, header, tensors))
+            out.append(WeightFile(name, header, _in_data_order(parsed)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"`{path}` is damaged: {error}") from error
     return tuple(out)
@@ -198,9 +203,12 @@ def decoded_layout(files: tuple[WeightFile, ...], quantization: Mapping[str, obj
 
 def _weight_file(path: Path) -> WeightFile:
     header = read_header(path)
-    ordered = sorted(header.tensors.items(), key=lambda item: item[1][2:])
-    tensors = {name: HfTensor(dtype, shape) for name, (dtype, shape, _, _) in ordered}
-    return WeightFile(path.name, header.header_bytes[8:], tensors)
+    return WeightFile(path.name, header.header_bytes[8:], _in_data_order(header.tensors))
+
+
+def _in_data_order(ranges: Mapping[str, TensorRange]) -> dict[str, HfTensor]:
+    ordered = sorted(ranges.items(), key=lambda item: item[1][2:])
+    return {name: HfTensor(dtype, shape) for name, (dtype, shape, _, _) in ordered}
 
 
 def pack_kept(tensors: Sequence[StoredTensor], source: Source) -> Iterator[bytes]:
@@ -245,7 +253,7 @@ def _tensors_of(path: Path, iteration: Path) -> dict[str, StoredTensor]:
     name = os.path.relpath(path, iteration)
     header = read_header(path)
     return {
-        key: StoredTensor(key, dtype, shape, (Chunk((0,) * len(shape), shape, name, header.data_start + start),))
+        key: StoredTensor.whole(key, dtype, shape, name, header.data_start + start)
         for key, (dtype, shape, start, _) in header.tensors.items()
     }
 
@@ -275,11 +283,8 @@ def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_
             header = build_header([StoredTensor(*parts, ()) for parts in described], {"format": "pt"})
         at = len(header)
         for draft in members:
-            nbytes = nbytes_of(draft.dtype, draft.shape)
-            zero: Shape = tuple(0 for _ in draft.shape)
-            chunk = Chunk(zero, draft.shape, name, at, 0)
-            tensors[draft.name] = StoredTensor(draft.name, draft.dtype, draft.shape, (chunk,))
-            at += nbytes
+            tensors[draft.name] = StoredTensor.whole(draft.name, draft.dtype, draft.shape, name, at)
+            at += tensors[draft.name].nbytes
         headers[name], sizes[name] = header, at
     texts = {}
     if len(groups) > 1 and not same:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters.errors import StorageError, UnsupportedError
-from converters.tensors import Chunk, StoredTensor
+from converters.tensors import StoredTensor
 from mbx.formats.bin_weights import has_bin_weights
 from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.hf import side_files
@@ -42,7 +42,7 @@ class Peft:
             )
         header = read_header(home / WEIGHTS)
         tensors = {
-            name: StoredTensor(name, dtype, shape, (Chunk((0,) * len(shape), shape, WEIGHTS, header.data_start + at),))
+            name: StoredTensor.whole(name, dtype, shape, WEIGHTS, header.data_start + at)
             for name, (dtype, shape, at, _) in header.tensors.items()
         }
         sides = tuple(side_files(home))

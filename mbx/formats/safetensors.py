@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from converters.errors import StorageError
-from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
+from converters.tensors import DTYPE_BITS, Shape, StoredTensor
 from mbx.untrusted.names import is_inside
 from mbx.untrusted.small_files import open_regular, read_small
 
@@ -114,8 +114,7 @@ def read_folder(folder: Path) -> SafetensorsFolder:
             if key in tensors:
                 twice.append(f"{key}: in {tensors[key].chunks[0].file} and in {name}")
                 continue
-            chunk = Chunk((0,) * len(shape), shape, name, header.data_start + start)
-            tensors[key] = StoredTensor(key, dtype, shape, (chunk,))
+            tensors[key] = StoredTensor.whole(key, dtype, shape, name, header.data_start + start)
     if twice:
         raise StorageError(f"{folder}: {len(twice)} tensors are in two shards: {twice[0]}", details=twice)
     if index is not None and weight_map is not None:

@@ -14,6 +14,7 @@ from converters.errors import StorageError
 from converters.mcore.bridge_config import run_config_of
 from converters.mcore.local import Spec
 from converters.mcore.megatron_args import args_of, layout_args
+from converters.mcore.releases import CURRENT
 from mbx.torchfile.archive import file_reader, load_archive, read_object
 from mbx.torchfile.archive_layout import lay_out
 from mbx.torchfile.dcp import StoredObject
@@ -33,12 +34,7 @@ def common_of(iteration: Path, objects: Mapping[str, StoredObject]) -> dict[str,
     if (iteration / "common.pt").is_file():
         loaded, _ = load_archive(iteration / "common.pt", unknown="opaque")
     elif _COMMON_OBJECT in objects:
-        file, start, length = objects[_COMMON_OBJECT]
-        fd = open_regular(iteration / file)
-        try:
-            loaded, _ = read_object(file_reader(fd, start), length, unknown="opaque", source=f"{iteration / file}")
-        finally:
-            os.close(fd)
+        loaded = read_stored(iteration, objects[_COMMON_OBJECT])
         if isinstance(loaded, list) and len(loaded) == 1:
             loaded = loaded[0]
     if not isinstance(loaded, dict):
@@ -46,6 +42,16 @@ def common_of(iteration: Path, objects: Mapping[str, StoredObject]) -> dict[str,
     common = {str(key): value.values if isinstance(value, Namespace) else value for key, value in loaded.items()}
     check_bounded(common, f"`{iteration}`: the common state")
     return common
+
+
+def read_stored(iteration: Path, stored: StoredObject) -> object:
+    """An object that lies among the tensors; what has no plain form is opaque. StorageError when it is damaged."""
+    file, start, length = stored
+    fd = open_regular(iteration / file)
+    try:
+        return read_object(file_reader(fd, start), length, unknown="opaque", source=f"{iteration / file}")[0]
+    finally:
+        os.close(fd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +99,7 @@ def megatron_sidecars(
     written |= {"ckpt_format": format, "transformer_impl": spec, "iteration": iteration}
     # Megatron-LM asks a checkpoint for no state that its args say was not saved.
     written |= {"no_save_optim": optimizer is None, "no_save_rng": True}
-    common: dict[str, object] = {
-        "args": Namespace(written),
-        "checkpoint_version": 3.0,
-        "iteration": iteration,
-        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-        **(optimizer or {}),
-    }
+    common = {"args": Namespace(written), **CURRENT.common_state(iteration), **(optimizer or {})}
     texts: dict[str, bytes] = {}
     folder = f"iter_{iteration:07d}"
     if format in ("torch_dist", "fsdp_dtensor"):

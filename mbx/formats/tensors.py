@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from converters.errors import CoverageError, UnsupportedError, UsageError
-from converters.tensors import DTYPE_BITS, Shape, nbytes_of
+from converters.errors import CoverageError, UsageError
+from converters.tensors import Shape, nbytes_of
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,9 @@ class NamedTensors(ABC):
         offsets, sizes, shape = box_of(region, spec.shape)
         raw = self._read(name, offsets, sizes)
         if to == "torch":
-            return _torch(raw, spec, shape)
+            from converters.torch_casts import in_torch
+
+            return in_torch(raw, name, spec.dtype, shape)
         return raw.reshape(-1).view(f"<{_NUMPY[spec.dtype]}").reshape(shape)
 
 
@@ -138,17 +140,3 @@ def box_of(region: Region, shape: Shape) -> tuple[Shape, Shape, Shape]:
             offsets.append(at)
             sizes.append(1)
     return tuple(offsets), tuple(sizes), tuple(kept)
-
-
-def _torch(raw: npt.NDArray[np.uint8], spec: Spec, shape: Shape) -> torch.Tensor:
-    import torch
-
-    from converters.torch_casts import TORCH_DTYPES
-
-    dtype = TORCH_DTYPES.get(spec.dtype)
-    if dtype is None:
-        raise UnsupportedError(f"torch has no dtype for `{spec.name}`, which is {spec.dtype}")
-    if not raw.size:
-        return torch.empty(shape, dtype=dtype)
-    assert raw.shape[-1] == DTYPE_BITS[spec.dtype] // 8
-    return torch.from_numpy(raw.reshape(-1)).view(dtype).reshape(shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,6 +135,16 @@ def _tokenized(text_file: Path, hf_path: Path) -> list[int]:
     if not ids:
         raise UsageError(f"`{text_file}` holds no token")
     return ids
+
+
+def tokens_of(batches: Sequence[Batch], vocab_size: int) -> torch.Tensor:
+    """Every token of some batches once, ascending; raises what `check_ids` raises."""
+    import torch
+
+    for batch in batches:
+        check_ids(batch.ids, vocab_size)
+    tokens: torch.Tensor = torch.unique(torch.cat([batch.ids.flatten() for batch in batches]))
+    return tokens
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:

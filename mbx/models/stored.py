@@ -9,7 +9,6 @@ import numpy as np
 
 from converters import stored
 from converters.engine.regions import matrix
-from converters.errors import UnsupportedError
 from converters.tensors import Shape, StoredTensor
 from mbx.formats.files import FileSource
 
@@ -28,18 +27,10 @@ def read_rows(
     inner = tensor.shape[len(index) + 1 :]
     parts = [stored.read_rows(tensor, source, index, first, count) for first, count in runs]
     data = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return _in_torch(tensor, data, (len(data), *inner) if len(tensor.shape) > len(index) else ())
+    from converters.torch_casts import in_torch
 
-
-def _in_torch(tensor: StoredTensor, data: stored.Bytes, shape: Shape) -> torch.Tensor:
-    import torch
-
-    from converters.torch_casts import TORCH_DTYPES
-
-    dtype = TORCH_DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise UnsupportedError(f"torch has no dtype for `{tensor.name}`, which is {tensor.dtype}")
-    return torch.from_numpy(data.reshape(-1)).view(dtype).reshape(shape)
+    shape = (len(data), *inner) if len(tensor.shape) > len(index) else ()
+    return in_torch(data, tensor.name, tensor.dtype, shape)
 
 
 def read_whole(tensor: StoredTensor, source: FileSource) -> torch.Tensor:
@@ -50,7 +41,9 @@ def read_whole(tensor: StoredTensor, source: FileSource) -> torch.Tensor:
 def read_box(tensor: StoredTensor, source: FileSource, index: Shape, offsets: Shape, sizes: Shape) -> torch.Tensor:
     """The box of `sizes` from `offsets` on within the entry at `index`: `sizes`, in the stored dtype."""
     data = stored.read_box(tensor, source, (*index, *offsets), (*(1 for _ in index), *sizes))
-    return _in_torch(tensor, data, sizes)
+    from converters.torch_casts import in_torch
+
+    return in_torch(data, tensor.name, tensor.dtype, sizes)
 
 
 def row_runs(rows: Sequence[int]) -> list[tuple[int, int]]:

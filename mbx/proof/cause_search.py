@@ -18,6 +18,7 @@ from converters.engine.planned import PlannedTensors
 from converters.engine.regions import matrix
 from converters.errors import DeviceError
 from converters.mcore.keys import parse_key
+from converters.mcore.layout import count_of
 from converters.protocols import Source
 from converters.rows.expr import Value
 from converters.rows.pack import Pack, Slot
@@ -180,7 +181,7 @@ class Detective:
 
     def _fused(self, name: str, rows: int) -> tuple[tuple[Slot, ...], tuple[str, ...]]:
         """Atoms of a tensor that is carried over whole, by its torch_dist key."""
-        q, k, d = (_count(self.fields, f) for f in ("num_attention_heads", "num_query_groups", "kv_channels"))
+        q, k, d = (count_of(self.fields, f) for f in ("num_attention_heads", "num_query_groups", "kv_channels"))
         k = k or q
         if re.search(r"self_attention\.linear_qkv\.(weight|bias)$", name) and k and q and rows == (q + 2 * k) * d:
             return Pack(k, (q // k * d, d, d)).slots(), _QKV
@@ -190,18 +191,18 @@ class Detective:
 
     def _heads(self, row: str, num_atoms: int) -> tuple[Heads | None, tuple[int, ...] | None]:
         """The rotary heads of a parameter, and which of its atoms turn."""
-        size = _count(self.fields, "kv_channels")
+        size = count_of(self.fields, "kv_channels")
         share = self.fields.get("model.rotary_percent", 1.0)
         rotary = int(size * share) if isinstance(share, int | float) else size
         if ".linear_qkv." in row and "layer_norm" not in row:
             return (Heads(size, rotary) if size else None), (0, 1) if num_atoms == 3 else None
         if re.search(r"\.(q_proj|k_proj|[qk]_norm|[qk]_layernorm)\.", row):
             return (Heads(size, rotary) if size else None), None
-        nope, rope = _count(self.fields, "qk_head_dim"), _count(self.fields, "qk_pos_emb_head_dim")
+        nope, rope = count_of(self.fields, "qk_head_dim"), count_of(self.fields, "qk_pos_emb_head_dim")
         if rope and re.search(r"\.(linear_q_proj|linear_q_up_proj|q_b_proj)\.weight", row):
             return Heads(nope + rope, rope, nope), None
         if rope and re.search(r"\.(linear_kv_down_proj|kv_a_proj_with_mqa)\.weight", row):
-            latent = _count(self.fields, "kv_lora_rank")
+            latent = count_of(self.fields, "kv_lora_rank")
             return Heads(latent + rope, rope, latent), None
         return None, None
 
@@ -249,8 +250,3 @@ def _atom_names(row: str, count: int) -> tuple[str, ...]:
 def _number(pattern: re.Pattern[str], text: str) -> int | None:
     match = pattern.search(text)
     return None if match is None else int(next(group for group in match.groups() if group is not None))
-
-
-def _count(fields: Mapping[str, Value], name: str) -> int:
-    value = fields.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0

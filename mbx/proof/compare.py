@@ -16,6 +16,7 @@ from converters.engine.stream import Engine
 from converters.planning.pairing import same_units
 from converters.protocols import Source
 from converters.tensors import DTYPE_BITS, Chunk, Shape, StoredTensor
+from mbx.run.job import DEFAULT_MAX_MEMORY
 
 Progress = Callable[[int], None]
 #: Bytes compared at once, so that what a comparison needs beside the engine's buffers stays small.
@@ -29,9 +30,13 @@ EntryId = tuple[str, Shape]
 class Reading:
     """How both sides are read: threads, bytes in flight, and whom to tell of bytes that were compared."""
 
-    workers: int
-    max_memory: int
+    workers: int = 2
+    max_memory: int = DEFAULT_MAX_MEMORY
     progress: Progress = lambda _: None
+
+
+#: As a caller reads who says nothing of it.
+PLAIN = Reading()
 
 
 @dataclass(slots=True)
@@ -109,7 +114,7 @@ class ComparingSink:
             self._compare(found, tensor.dtype, wanted, part, chunk, at + skip // item)
         with self._lock:
             self.compared_bytes += nbytes
-            _add(self.tallies.setdefault((tensor.name, entry), Tally()), found)
+            add_tally(self.tallies.setdefault((tensor.name, entry), Tally()), found)
 
     def _within(self, tensor: StoredTensor, chunk: Chunk, depth: int, at: int, nbytes: int) -> int:
         """Bytes of a write of `nbytes` from element `at` of an entry that lie above the tensor's limit."""
@@ -171,7 +176,8 @@ def _measure(
     found.max_abs = max(found.max_abs, largest if math.isfinite(largest) else math.inf)
 
 
-def _add(total: Tally, part: Tally) -> None:
+def add_tally(total: Tally, part: Tally) -> None:
+    """Count `part` into `total`."""
     if part.first is not None and (total.first is None or part.first < total.first):
         total.first = part.first
     total.compared += part.compared

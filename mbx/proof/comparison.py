@@ -144,22 +144,10 @@ def _hf_pair(first: Checkpoint, second: Checkpoint, mapping: str | None) -> Pair
             "both folders are quantised, and differently: neither can be held against the other",
             hint="compare each with the folder it was made from",
         )
-    if other_encoded:
-        pair = _by_table(table, fields, second, first, other, mine, other_encoded)
-        return replace(pair, swapped=True)
-    return _by_table(table, fields, first, second, mine, other, mine_encoded)
-
-
-def _by_table(
-    table: Table,
-    fields: Mapping[str, Value],
-    left: Checkpoint,
-    right: Checkpoint,
-    mine: Mapping[str, StoredTensor],
-    other: Mapping[str, StoredTensor],
-    encoded: Mapping[str, Encoded],
-) -> Pair:
-    return _pair(left, right, pair_by_table(table, fields, mine, other, encoded), other, fields)
+    if swapped := bool(other_encoded):
+        first, second, mine, other = second, first, other, mine
+    found = pair_by_table(table, fields, mine, other, mine_encoded or other_encoded)
+    return replace(_pair(first, second, found, other, fields), swapped=swapped)
 
 
 def _decoded(side: Checkpoint) -> tuple[dict[str, StoredTensor], dict[str, Encoded]]:

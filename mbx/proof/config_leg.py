@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from converters.codecs import quantization_of
 from converters.codecs.decode import decoded_view
 from converters.engine.plan import Plan
 from converters.errors import MbxError
 from converters.mcore.field_equality import alike, listed
+from converters.mcore.layout import count_of
 from converters.mcore.megatron_args import TRAINING
 from converters.rows.config_spelling import GENERIC_KEYS, canonical
 from converters.rows.expr import Value
 from converters.rows.isos.rope import LLAMA3_FIXED
-from mbx.formats import hf
 from mbx.formats.architecture import stated_config
 from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.hf import config_file
 from mbx.proof.comparison import Pair
 from mbx.proof.legs import Leg
 from mbx.tables import table_for
@@ -77,21 +78,10 @@ def config(pair: Pair) -> Leg:
         unequal = [name for name in unequal_fields(mine, other) if name not in _of_absent_layers(pair.plan)]
     if not names:
         return Leg("config", "not run", "the two sides state no setting in common")
-    findings = [
-        f"`{name}`{_meaning(pair.plan, name)}: {mine.get(name)!r} in {left}, {other.get(name)!r} in {right}"
-        for name in unequal
-    ]
-    if (mine_file := _file(pair.left)) is not None and (other_file := _file(pair.right)) is not None:
-        findings += _unmapped(canonical(mine_file), canonical(other_file), pair.nouns)
+    findings = _findings(pair, unequal, mine, other)
+    if (mine_file := config_file(pair.left)) is not None and (other_file := config_file(pair.right)) is not None:
+        findings += _unmapped(pair, canonical(mine_file), canonical(other_file))
     return Leg("config", "failed" if findings else "passed", summary, tuple(findings))
-
-
-def _file(side: Checkpoint) -> Mapping[str, Value] | None:
-    """The config.json of a side, None where it has none."""
-    if side.config:
-        return side.config
-    folder = side.hf
-    return hf.read_config(folder) if folder is not None and (folder / hf.CONFIG).is_file() else None
 
 
 def _fields(side: Checkpoint, pair: Pair) -> tuple[Mapping[str, Value] | None, str]:
@@ -102,7 +92,7 @@ def _fields(side: Checkpoint, pair: Pair) -> tuple[Mapping[str, Value] | None, s
     """
     if side.spelling == "hf":
         return pair.plan.config, ""
-    if (stored := _file(side)) is not None:
+    if (stored := config_file(side)) is not None:
         config, table = pair.left.config, pair.plan.table
         try:
             if not config or canonical(config).get("model_type") != canonical(stored).get("model_type"):
@@ -114,14 +104,25 @@ def _fields(side: Checkpoint, pair: Pair) -> tuple[Mapping[str, Value] | None, s
     return (fields, origin) if fields else (None, "carries no config.json (hf/)")
 
 
-def _unmapped(mine: Mapping[str, Value], other: Mapping[str, Value], nouns: tuple[str, str]) -> list[str]:
+def _findings(
+    pair: Pair, names: Iterable[str], mine: Mapping[str, Value], other: Mapping[str, Value], prefix: str = ""
+) -> list[str]:
+    """A line for each of `names`, whose values differ."""
+    left, right = pair.nouns
+    return [
+        f"`{prefix}{name}`{_meaning(pair.plan, name)}: {mine.get(name)!r} in {left}, {other.get(name)!r} in {right}"
+        for name in names
+    ]
+
+
+def _unequal(mine: Mapping[str, Value], other: Mapping[str, Value]) -> list[str]:
+    return sorted(name for name in set(mine) | set(other) if mine.get(name) != other.get(name))
+
+
+def _unmapped(pair: Pair, mine: Mapping[str, Value], other: Mapping[str, Value]) -> list[str]:
     """Differences, in the v4 spelling, of what changes the forward pass and has no Megatron Core field."""
     left, right = _without_field(mine), _without_field(other)
-    return [
-        f"`{key}`: {left.get(key)!r} in {nouns[0]}, {right.get(key)!r} in {nouns[1]}"
-        for key in sorted(set(left) | set(right))
-        if left.get(key) != right.get(key)
-    ]
+    return _findings(pair, _unequal(left, right), left, right)
 
 
 def _without_field(config: Mapping[str, Value]) -> dict[str, Value]:
@@ -140,18 +141,13 @@ def unequal_fields(left: Mapping[str, Value], right: Mapping[str, Value]) -> lis
     """
     dense = not _has_experts(left) and not _has_experts(right)
     names = sorted(set(left) | set(right))
-    count = _layers(left)
+    count = count_of(left, "num_layers")
     return [
         name
         for name in names
         if listed(name, left.get(name), count) != listed(name, right.get(name), count)
         and not (dense and name.startswith(("moe_", "num_moe_")))
     ]
-
-
-def _layers(config: Mapping[str, Value]) -> int:
-    layers = config.get("num_layers")
-    return layers if isinstance(layers, int) else 0
 
 
 def _of_absent_layers(plan: Plan) -> set[str]:
@@ -179,7 +175,6 @@ def _hf_config(pair: Pair) -> Leg:
     With a table, what counts is what they mean to it, and every key that it does not know; without one, every key but
     those that no model reads.
     """
-    left, right = pair.nouns
     mine, other = canonical(pair.left.config), canonical(pair.right.config)
     table, known, findings = pair.plan.table, set(GENERIC_KEYS), []
     names: list[str] = []
@@ -189,21 +184,13 @@ def _hf_config(pair: Pair) -> Leg:
         except MbxError as error:
             return Leg("config", "failed", error.fact, error.details)
         names = sorted(set(fields[0]) | set(fields[1]))
-        findings = [
-            f"`{name}`{_meaning(pair.plan, name)}: {fields[0].get(name)!r} in {left}, "
-            f"{fields[1].get(name)!r} in {right}"
-            for name in unequal_fields(*fields)
-        ]
-        findings += _unmapped(mine, other, (left, right))
+        findings = _findings(pair, unequal_fields(*fields), fields[0], fields[1])
+        findings += _unmapped(pair, mine, other)
         known |= table.config.known_keys()
     known.discard("model_type")
     findings += _quantization(pair)
     keys = sorted(key for key in set(mine) | set(other) if key not in known and not key.startswith("_"))
-    findings += [
-        f"`{key}`: {mine.get(key)!r} in {left}, {other.get(key)!r} in {right}"
-        for key in keys
-        if mine.get(key) != other.get(key)
-    ]
+    findings += _findings(pair, (key for key in keys if mine.get(key) != other.get(key)), mine, other)
     summary = f"{len(names)} fields, {len(keys)} other keys" if table is not None else f"{len(keys)} keys"
     return Leg("config", "failed" if findings else "passed", summary, tuple(findings))
 
@@ -217,11 +204,7 @@ def _quantization(pair: Pair) -> list[str]:
     if left.tensors.keys() != right.tensors.keys() or not (_decodes(left) or _decodes(right)):
         return []
     mine, other = ({k: v for k, v in (quantization_of(f.config) or {}).items() if v} for f in (left, right))
-    return [
-        f"`quantization_config.{key}`: {mine.get(key)!r} in {pair.nouns[0]}, {other.get(key)!r} in {pair.nouns[1]}"
-        for key in sorted(set(mine) | set(other))
-        if mine.get(key) != other.get(key)
-    ]
+    return _findings(pair, _unequal(mine, other), mine, other, "quantization_config.")
 
 
 def _decodes(folder: Checkpoint) -> bool:

@@ -11,14 +11,13 @@ from pathlib import Path
 from converters.rows.config_spelling import canonical
 from converters.rows.expr import Value
 from converters.tensors import Shape, StoredTensor
-from mbx.formats import hf
 from mbx.formats.architecture import stated_config
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
+from mbx.formats.hf import config_file
 from mbx.formats.registry import open_checkpoint
-from mbx.proof.compare import Reading, Tally, compare
+from mbx.proof.compare import PLAIN, Reading, Tally, add_tally, compare
 from mbx.proof.comparison import Pair, pair_sides
-from mbx.run.job import DEFAULT_MAX_MEMORY
 
 Progress = Callable[[int], None]
 
@@ -65,15 +64,7 @@ class Diff:
         return not (self.removed or self.added or self.changes or self.config)
 
 
-def diff(
-    left: Path,
-    right: Path,
-    *,
-    mapping: str | None = None,
-    workers: int = 2,
-    max_memory: int = DEFAULT_MAX_MEMORY,
-    progress: Progress = lambda _: None,
-) -> Diff:
+def diff(left: Path, right: Path, *, mapping: str | None = None, reading: Reading = PLAIN) -> Diff:
     """Compare two checkpoints of any format.
 
     Against a Megatron checkpoint, names are its keys, and norms of one of each kind are relative to the folder. Raises
@@ -90,7 +81,7 @@ def diff(
             sources[id(pair.left)],
             sources[id(pair.right)],
             limits={**pair.limits, **_common_rows(pair, targets)},
-            reading=Reading(workers, max_memory, progress),
+            reading=reading,
             norms=True,
         )
     finally:
@@ -127,12 +118,7 @@ def _common_rows(pair: Pair, targets: Mapping[str, StoredTensor]) -> dict[str, i
 def _by_tensor(tallies: Mapping[tuple[str, Shape], Tally]) -> dict[str, Tally]:
     totals: defaultdict[str, Tally] = defaultdict(Tally)
     for (name, _), tally in tallies.items():
-        total = totals[name]
-        total.compared += tally.compared
-        total.differing += tally.differing
-        total.max_abs = max(total.max_abs, tally.max_abs)
-        total.change += tally.change
-        total.norm += tally.norm
+        add_tally(totals[name], tally)
     return dict(totals)
 
 
@@ -207,10 +193,7 @@ def _config(left: Checkpoint, right: Checkpoint) -> list[tuple[str, Value, Value
 
 
 def _settings(side: Checkpoint) -> tuple[Mapping[str, Value], bool] | None:
-    if side.config:
-        return canonical(side.config), True
-    folder = side.hf
-    if folder is not None and (folder / hf.CONFIG).is_file():
-        return canonical(hf.read_config(folder)), True
+    if (config := config_file(side)) is not None:
+        return canonical(config), True
     fields, _ = stated_config(side)
     return (fields, False) if fields else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.checksums import combine, crc32
-from converters.engine.threads import lean_threads, start
+from converters.engine.threads import run_threads
 from converters.errors import StorageError
 from mbx.formats.files import MANIFEST, FileSource
 from mbx.run import manifest
@@ -130,42 +130,29 @@ class _Checker:
                 yield span, at, min(_BLOCK, span.nbytes - at)
 
     def _read_all(self, blocks: Iterator[tuple[Span, int, int]], workers: int) -> None:
-        failures: list[BaseException] = []
-
-        def work() -> None:
+        def work(stop: threading.Event) -> None:
             buffer = memoryview(bytearray(_SLICE))
-            try:
-                while not failures:
-                    with self._lock:
-                        block = next(blocks, None)
-                    if block is None:
-                        return
-                    span, at, count = block
-                    crc = 0
-                    try:
-                        for first in range(at, at + count, _SLICE):
-                            part = buffer[: min(_SLICE, at + count - first)]
-                            self.source.read_into(span.file, span.start + first, part)
-                            crc = crc32(part, crc)
-                    except StorageError as error:  # a disk error is one more difference; the rest is still read
-                        self._add(Change(span.file, span.start + at, span.start + at + count, None, error.fact))
-                        continue
-                    with self._lock:
-                        self._crcs.setdefault(span, {})[at] = (crc, count)
-                        self.nbytes += count
-                    self.progress(count)
-            except BaseException as error:  # handed to the caller below
-                failures.append(error)
+            while not stop.is_set():
+                with self._lock:
+                    block = next(blocks, None)
+                if block is None:
+                    return
+                span, at, count = block
+                crc = 0
+                try:
+                    for first in range(at, at + count, _SLICE):
+                        part = buffer[: min(_SLICE, at + count - first)]
+                        self.source.read_into(span.file, span.start + first, part)
+                        crc = crc32(part, crc)
+                except StorageError as error:  # a disk error is one more difference; the rest is still read
+                    self._add(Change(span.file, span.start + at, span.start + at + count, None, error.fact))
+                    continue
+                with self._lock:
+                    self._crcs.setdefault(span, {})[at] = (crc, count)
+                    self.nbytes += count
+                self.progress(count)
 
-        threads = [threading.Thread(target=work, name=f"mbx-check-{n}", daemon=True) for n in range(max(1, workers))]
-        with lean_threads(torch_too=False):
-            for thread in threads:
-                start(thread)
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)
-        if failures:
-            raise failures[0]
+        run_threads(work, max(1, workers), "mbx-check", torch_too=False)
 
     def _compare(self, name: str, span: Span) -> None:
         whole = read = 0

@@ -18,11 +18,10 @@ from mbx.formats.registry import open_checkpoint
 from mbx.models.device import ONE_PROCESS, Spread, is_main
 from mbx.models.prompts import DRAWN, Prompts
 from mbx.proof import config_leg, legs
-from mbx.proof.compare import Reading
+from mbx.proof.compare import PLAIN, Reading
 from mbx.proof.comparison import pair_sides
 from mbx.proof.legs import Difference, Dtypes, Leg, Status
 from mbx.proof.model_legs import model_legs
-from mbx.run.job import DEFAULT_MAX_MEMORY
 
 if TYPE_CHECKING:
     from mbx.models.forward.divergence import BorderDiff
@@ -81,9 +80,7 @@ def parity(
     tolerance: float | None = None,
     mapping: str | None = None,
     dtype: str | None = None,
-    workers: int = 2,
-    max_memory: int = DEFAULT_MAX_MEMORY,
-    progress: Progress = lambda _: None,
+    reading: Reading = PLAIN,
 ) -> ParityReport:
     """Compare two checkpoints: Hugging Face folders, Megatron Core ones, or one of each, whatever their layouts.
 
@@ -101,7 +98,7 @@ def parity(
         if not is_main():  # rank 0 compares the weights
             comparable, odd = frozenset(), ()
         left, right = by_side[id(pair.left)], by_side[id(pair.right)]
-        found = legs.weights(pair, comparable, odd, left, right, Reading(workers, max_memory, progress))
+        found = legs.weights(pair, comparable, odd, left, right, reading)
     finally:
         for source in sources:
             source.close()

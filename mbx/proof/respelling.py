@@ -6,10 +6,9 @@ import re
 from collections.abc import Collection, Mapping
 
 from converters.mcore.keys import parse_key
+from converters.mcore.releases import PREDICTION_LAYERS
 from converters.protocols import Source
 from converters.tensors import Chunk, StoredTensor, nbytes_of
-
-_MTP = ("transformer_layer.", "mtp_model_layer.")
 
 
 def respelt(tensors: Mapping[str, StoredTensor], wanted: Collection[str], source: Source) -> dict[str, StoredTensor]:
@@ -32,7 +31,7 @@ def respelt(tensors: Mapping[str, StoredTensor], wanted: Collection[str], source
         elif key.stacked and want.intersection(ones := _apart(key.param, tensor)) and not tensors.keys() & ones:
             for layer, one in enumerate(ones):
                 out[one] = _layer(tensor, layer, one, source)
-        elif (other := _mtp_name(name)) is not None and other in want:
+        elif (other := next(filter(want.__contains__, _head_names(name)), None)) is not None:
             out[other] = StoredTensor(other, tensor.dtype, tensor.shape, tensor.chunks)
         else:
             out[name] = tensor
@@ -51,15 +50,12 @@ def _apart(param: str, tensor: StoredTensor) -> list[str]:
     return [f"decoder.layers.{layer}.{param}" for layer in range(tensor.shape[0])]
 
 
-def _mtp_name(name: str) -> str | None:
-    match = re.match(r"mtp\.layers\.\d+\.", name)
-    if match is None:
-        return None
-    rest = name[match.end() :]
-    for own, other in (_MTP, _MTP[::-1]):
-        if rest.startswith(own):
-            return name[: match.end()] + other + rest[len(own) :]
-    return None
+def _head_names(name: str) -> list[str]:
+    """The other names of a tensor in a prediction head's layer; none for any other tensor."""
+    match = re.match(r"(mtp\.layers\.\d+\.)(\w+)(\..+)", name)
+    if match is None or match[2] not in PREDICTION_LAYERS:
+        return []
+    return [match[1] + other + match[3] for other in sorted(PREDICTION_LAYERS - {match[2]})]
 
 
 def _stack(name: str, layers: list[StoredTensor], source: Source) -> StoredTensor:

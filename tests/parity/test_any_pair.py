@@ -14,6 +14,7 @@ from _stores import changed_hf, changed_mcore, per_layer, read_hf, read_mcore, w
 from converters.errors import MbxError
 from converters.mcore.layout import Layout
 from fixtures.make_tiny import NAMES, make
+from mbx.proof.compare import Reading
 from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.run.reshard import plan_mcore_to_mcore
@@ -226,7 +227,7 @@ def test_what_stands_in_the_padding_is_said(tiny: Path, cut: Path, tmp_path: Pat
 
 def test_memory_is_bounded_and_the_result_does_not_depend_on_it(tiny: Path, good: Path, tmp_path: Path) -> None:
     wrong = changed_mcore(good, tmp_path / "wrong", lambda t: t[FC1].mul_(-1))
-    reports = [parity(tiny / NAME, wrong, max_memory=size, workers=w) for size, w in ((1 << 24, 1), (1 << 30, 4))]
+    reports = [parity(tiny / NAME, wrong, reading=Reading(w, size)) for size, w in ((1 << 24, 1), (1 << 30, 4))]
     assert reports[0].differences == reports[1].differences
     assert reports[0].first is not None and reports[0].first.cause == "every sign is turned"
 

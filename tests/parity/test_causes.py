@@ -19,6 +19,7 @@ from converters.causes import Suspect, find_cause
 from converters.causes.row_orders import Heads, Structure, arrangements
 from converters.rows.pack import Pack
 from fixtures.make_tiny import make
+from mbx.proof.compare import Reading
 from mbx.proof.parity import ParityReport, parity
 
 NAME = "qwen3"
@@ -266,7 +267,7 @@ def test_a_comparison_stays_within_its_memory(tmp_path: Path) -> None:
     del whole, tensor
     tracemalloc.start()
     try:
-        report = parity(tmp_path / "a", tmp_path / "b", max_memory=32 << 20, workers=2)
+        report = parity(tmp_path / "a", tmp_path / "b", reading=Reading(max_memory=32 << 20))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -72,11 +72,11 @@ def test_names_of_norms_follow_the_release() -> None:
 
 
 def test_states_follow_the_release() -> None:
-    assert len(extra_states_of(HEAD, (), (), hybrid=False)) == 2
-    assert extra_states_of(HEAD, (), (), hybrid=False, release=OTHER) == ()
+    assert len(extra_states_of(HEAD, (), (), "gpt")) == 2
+    assert extra_states_of(HEAD, (), (), "gpt", release=OTHER) == ()
     output = "output_layer.weight"
-    assert [bool(extra_states_of(output, (), (), hybrid=hybrid)) for hybrid in (False, True)] == [False, True]
-    assert [bool(extra_states_of(output, (), (), hybrid=hybrid, release=OTHER)) for hybrid in (False, True)] == [
+    assert [bool(extra_states_of(output, (), (), kind)) for kind in ("gpt", "hybrid")] == [False, True]
+    assert [bool(extra_states_of(output, (), (), kind, release=OTHER)) for kind in ("gpt", "hybrid")] == [
         True,
         False,
     ]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from converters.errors import StorageError
+from converters.tensors import Shape
 
 Parts = Mapping[str, torch.Tensor]
+
+
+class Arithmetic(NamedTuple):
+    """What computes a codec, function by function as `Codec` has it; each takes the codec first."""
+
+    decode: Callable[[Any, Parts, torch.dtype | None], torch.Tensor]
+    encode: Callable[[Any, torch.Tensor, torch.Tensor | None, Shape | None], dict[str, torch.Tensor]]
+    any_by_scale: Callable[[Any, torch.Tensor], torch.Tensor]
+
 
 #: Elements a codec works on at a time: 256 Ki are 1 MiB of fp32 scratch, which stays in a core's own cache, and which
 #: the allocator keeps. With 1 Mi it asks the kernel for fresh pages each time: FP8 took 4.6 ns an element, not 1.0.
@@ -30,6 +41,12 @@ def part(parts: Parts, role: str, *dtypes: torch.dtype) -> torch.Tensor:
     if dtypes and tensor.dtype not in dtypes:
         raise StorageError(f"part `{role}`: expected {' or '.join(map(str, dtypes))}; got {tensor.dtype}")
     return tensor
+
+
+def check_given(scale: torch.Tensor | None, shape: Shape) -> None:
+    """Raise StorageError for given scales that are not of `shape`."""
+    if scale is not None and tuple(scale.shape) != shape:
+        raise StorageError(f"given scales: expected shape {list(shape)}; got {list(scale.shape)}")
 
 
 def require_finite(amax: torch.Tensor, codec: str) -> None:

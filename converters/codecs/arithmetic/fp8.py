@@ -11,15 +11,17 @@ from torch.nn.functional import pad
 
 from converters.codecs.arithmetic.common import (
     CHUNK_ELEMENTS,
+    Arithmetic,
     Parts,
     as_scales,
+    check_given,
     part,
     require_finite,
     row_chunks,
     scale_to_fp32,
 )
 from converters.codecs.base import ceil_div
-from converters.errors import StorageError
+from converters.tensors import Shape
 
 if TYPE_CHECKING:
     from converters.codecs.fp8 import Fp8Block, Fp8Scaled, ScaleRule
@@ -51,11 +53,12 @@ def _tiles(num_rows: int, num_cols: int, block: tuple[int, int]) -> Iterator[tup
             yield rows, slice(start, min(start + width, num_cols))
 
 
-def encode_block(codec: Fp8Block, tensor: torch.Tensor, scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def encode_block(
+    codec: Fp8Block, tensor: torch.Tensor, scale: torch.Tensor | None, _shape: Shape | None
+) -> dict[str, torch.Tensor]:
     """`Fp8Block.encode`."""
     scale_shape = codec.stored_shapes(tuple(tensor.shape))["scale"]
-    if scale is not None and tuple(scale.shape) != scale_shape:
-        raise StorageError(f"given scales: expected shape {list(scale_shape)}; got {list(scale.shape)}")
+    check_given(scale, scale_shape)
     weight = torch.empty(tensor.shape, dtype=FP8)
     used = torch.empty(scale_shape, dtype=torch.float32) if scale is None else scale_to_fp32(scale)
     grids = used.reshape(-1, *scale_shape[-2:])
@@ -97,7 +100,9 @@ def decode_scaled(codec: Fp8Scaled, parts: Parts, dtype: torch.dtype | None) -> 
     return out
 
 
-def encode_scaled(codec: Fp8Scaled, tensor: torch.Tensor, scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def encode_scaled(
+    codec: Fp8Scaled, tensor: torch.Tensor, scale: torch.Tensor | None, _shape: Shape | None
+) -> dict[str, torch.Tensor]:
     """`Fp8Scaled.encode`."""
     scale_shape = codec.stored_shapes(tuple(tensor.shape))["scale"]
     chunks = list(row_chunks(*tensor.shape))
@@ -169,3 +174,7 @@ def _divide(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def _matrices(tensor: torch.Tensor) -> torch.Tensor:
     """[..., n, m] as [k, n, m]."""
     return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+BLOCK = Arithmetic(decode_block, encode_block, any_by_block_scale)
+SCALED = Arithmetic(decode_scaled, encode_scaled, any_by_scaled_scale)

@@ -8,8 +8,10 @@ import torch
 from torch.nn.functional import pad
 
 from converters.codecs.arithmetic.common import (
+    Arithmetic,
     Parts,
     as_scales,
+    check_given,
     pack_nibbles,
     part,
     require_finite,
@@ -52,8 +54,7 @@ def encode_int4(
 ) -> dict[str, torch.Tensor]:
     """`Int4Packed.encode`."""
     shapes = codec.stored_shapes(tuple(tensor.shape))
-    if scale is not None and tuple(scale.shape) != shapes["scale"]:
-        raise StorageError(f"given scales: expected shape {list(shapes['scale'])}; got {list(scale.shape)}")
+    check_given(scale, shapes["scale"])
     width = tensor.shape[1]
     packed = torch.empty(shapes["packed"], dtype=torch.int32)
     dtype = as_scales(torch.ones(()), codec.scale_dtype).dtype
@@ -118,3 +119,6 @@ def _is_exact(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     decoded = (codes.to(scale.dtype) * scale.unsqueeze(-1)).to(torch.float32)
     in_range = (codes >= -ZERO) & (codes < ZERO)
     return ((decoded == values) & in_range).all(dim=-1)
+
+
+INT4 = Arithmetic(decode_int4, encode_int4, any_by_int4_scale)

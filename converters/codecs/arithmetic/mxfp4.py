@@ -6,9 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from converters.codecs.arithmetic.common import Parts, pack_nibbles, part, require_finite, row_chunks, unpack_nibbles
+from converters.codecs.arithmetic.common import (
+    Arithmetic,
+    Parts,
+    check_given,
+    pack_nibbles,
+    part,
+    require_finite,
+    row_chunks,
+    unpack_nibbles,
+)
 from converters.codecs.mxfp4 import GROUP
-from converters.errors import StorageError
+from converters.tensors import Shape
 
 if TYPE_CHECKING:
     from converters.codecs.mxfp4 import Mxfp4
@@ -41,11 +50,12 @@ def decode_mxfp4(codec: Mxfp4, parts: Parts, dtype: torch.dtype | None) -> torch
     return out.transpose(1, 2)
 
 
-def encode_mxfp4(codec: Mxfp4, tensor: torch.Tensor, scale: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def encode_mxfp4(
+    codec: Mxfp4, tensor: torch.Tensor, scale: torch.Tensor | None, _shape: Shape | None
+) -> dict[str, torch.Tensor]:
     """`Mxfp4.encode`."""
     shapes = codec.stored_shapes(tuple(tensor.shape))
-    if scale is not None and tuple(scale.shape) != shapes["scale"]:
-        raise StorageError(f"given scales: expected shape {list(shapes['scale'])}; got {list(scale.shape)}")
+    check_given(scale, shapes["scale"])
     blocks = torch.empty(shapes["blocks"], dtype=torch.uint8)
     scales = torch.empty(shapes["scale"], dtype=torch.uint8) if scale is None else scale
     for expert in range(tensor.shape[0]):
@@ -86,3 +96,6 @@ def _codes(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     coarse = torch.where(size < 4, size.round() + 2, (size / 2).round() + 4)
     codes = torch.where(size < 2, (size * 2).round_(), coarse).to(torch.uint8)
     return codes | (torch.signbit(scaled).to(torch.uint8) << 3)
+
+
+MXFP4 = Arithmetic(decode_mxfp4, encode_mxfp4, any_by_mxfp4_scale)

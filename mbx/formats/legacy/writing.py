@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from converters.checksums import combine
 from converters.engine.plan import Draft
 from converters.errors import LayoutError
-from converters.mcore.cuts import Cut, cuts_of
+from converters.mcore.cuts import cuts_of
 from converters.mcore.keys import parse_key
-from converters.mcore.layout import Layout
+from converters.mcore.layout import Layout, count_of
 from converters.mcore.local import Spec, extra_states, order, spell_local
 from converters.mcore.pipeline import Stage
+from converters.mcore.releases import CURRENT
 from converters.planning.reshard import with_counts
 from converters.rows.expr import Value
 from converters.rows.ops import ATOM_NAMES
@@ -23,6 +24,7 @@ from mbx.formats.placement import Framing, Order, Placement
 from mbx.torchfile.archive_layout import ArchiveLayout, lay_out
 from mbx.torchfile.torch_values import Namespace, TensorStub, row_major
 
+_FINAL_NORMS = tuple(f"{norm}." for norm in CURRENT.final_norm.values())
 _ATOMS = {name for names in ATOM_NAMES.values() for name in names}
 _ATOM_ORDER = {(op, name): number for op, names in ATOM_NAMES.items() for number, name in enumerate(names)}
 #: A part of a tensor: its key, and the box of it.
@@ -93,10 +95,9 @@ class _Writer:
         shapes = {name: draft.shape for name, draft in drafts.items()}
         self.cuts = cuts_of(shapes, cut=layout.tp > 1 or layout.expert_tp > 1)
         counted = with_counts(config, shapes)
-        self.num_experts = int(str(counted["num_moe_experts"] or 0))
-        self.num_layers, mtp = int(str(counted["num_layers"])), int(str(counted["mtp_num_layers"] or 0))
-        self.mtp_layers = mtp
-        self.stages = layout.stages(self.num_layers, mtp)
+        self.num_experts = count_of(counted, "num_moe_experts")
+        self.num_layers, self.mtp_layers = count_of(counted, "num_layers"), count_of(counted, "mtp_num_layers")
+        self.stages = layout.stages(self.num_layers, self.mtp_layers)
         self.tied = "output_layer.weight" not in drafts
         self.by_layer: dict[int, list[str]] = {}
         for name, draft in drafts.items():
@@ -138,7 +139,11 @@ class _Writer:
             return TensorStub(local.dtype, local.shape, str(len(sizes) - 1), 0, row_major(local.shape), nbytes)
 
         states = [{name: stub(local) for name, local in model.items()} for model in models]
-        top: dict[str, object] = {"args": Namespace(dict(args)), "checkpoint_version": 3.0, "iteration": iteration}
+        top: dict[str, object] = {
+            "args": Namespace(dict(args)),
+            "checkpoint_version": CURRENT.checkpoint_version,
+            "iteration": iteration,
+        }
         if len(states) == 1:
             top["model"] = states[0]
         else:
@@ -159,65 +164,47 @@ class _Writer:
         out: dict[str, _Local | None] = {}
         has_mtp = stage.mtp > 0
         if stage.embedding or has_mtp:
-            self._add(out, sorted(n for n in self.drafts if n.startswith("embedding.")), "", tp)
+            self._add(out, "embedding.", tp)
         for layer in range(stage.first, stage.first + stage.layers):
-            self._add_layer(out, layer, f"decoder.layers.{layer - stage.first}.", tp, ep)
+            self._add_layer(out, self.by_layer.get(layer, []), layer, f"decoder.layers.{layer - stage.first}.", tp, ep)
         ends = stage.loss if not self.mtp_layers else stage.layers and stage.first + stage.layers == self.num_layers
         if ends:
-            self._add(out, sorted(n for n in self.drafts if n.startswith("decoder.final_")), "", tp)
+            self._add(out, _FINAL_NORMS, tp)
         if has_mtp:
             for layer in range(self.mtp_layers):
                 names = [n for n in self.drafts if (k := parse_key(n)).site == "mtp" and k.layer == layer]
-                self._add_params(out, names, f"mtp.layers.{layer}.", (), tp, ep)
+                self._add_layer(out, names, layer, f"mtp.layers.{layer}.", tp, ep)
         if stage.loss:
-            self._add(out, sorted(n for n in self.drafts if n.startswith("output_layer.")), "", tp)
+            self._add(out, "output_layer.", tp)
             if self.tied and not (stage.embedding or has_mtp):
                 embedding: dict[str, _Local | None] = {}
-                self._add(embedding, ["embedding.word_embeddings.weight"], "", tp)
+                self._add(embedding, "embedding.word_embeddings.weight", tp)
                 out["output_layer.weight"] = embedding["embedding.word_embeddings.weight"]
             out.setdefault("output_layer._extra_state", None)
         return out
 
-    def _add_layer(self, out: dict[str, _Local | None], layer: int, prefix: str, tp: int, ep: int) -> None:
-        names = self.by_layer.get(layer, [])
-        stacked = [n for n in names if parse_key(n).stacked]
-        single = [n for n in names if not parse_key(n).stacked]
-        self._add_params(out, stacked, prefix, (layer,), tp, ep, rest=single)
-
-    def _add_params(
-        self,
-        out: dict[str, _Local | None],
-        names: list[str],
-        prefix: str,
-        index: Shape,
-        tp: int,
-        ep: int,
-        rest: Sequence[str] = (),
+    def _add_layer(
+        self, out: dict[str, _Local | None], names: list[str], layer: int, prefix: str, tp: int, ep: int
     ) -> None:
-        """A layer's parameters in the order of its modules; those of `rest` have no layer dimension."""
+        """A layer's parameters in the order of its modules."""
         here: dict[str, _Local] = {}
-        entries = [(n, index) for n in names] + [(n, ()) for n in rest]
-        entries.sort(key=lambda entry: (order(_packed(parse_key(entry[0]).param)), _atom_number(entry[0])))
-        for name, at in entries:
+        local, etp = self.num_experts // self.layout.ep, self.layout.expert_tp
+        for name in sorted(names, key=lambda name: (order(_packed(parse_key(name).param)), _atom_number(name))):
             parsed = parse_key(name)
-            param = _packed(parsed.param)
+            param, at = _packed(parsed.param), (layer,) if parsed.stacked else ()
             if not parsed.experts:
-                self._extend(
-                    here, prefix + spell_local(param, None, self.spec), name, at, self.cuts[name], tp, self.layout.tp
-                )
+                self._extend(here, prefix + spell_local(param, None, self.spec), name, at, tp, self.layout.tp)
                 continue
-            local = self.num_experts // self.layout.ep
-            etp = self.layout.expert_tp
             for expert in range(local):
                 spelt = prefix + spell_local(param, expert, self.spec)
-                self._extend(here, spelt, name, (*at, ep * local + expert), self.cuts[name], tp % etp, etp)
+                self._extend(here, spelt, name, (*at, ep * local + expert), tp % etp, etp)
         self._finish(out, here)
 
-    def _add(self, out: dict[str, _Local | None], names: list[str], prefix: str, tp: int) -> None:
-        """Parameters outside the layers."""
+    def _add(self, out: dict[str, _Local | None], prefix: str | tuple[str, ...], tp: int) -> None:
+        """Parameters outside the layers whose names begin so."""
         here: dict[str, _Local] = {}
-        for name in names:
-            self._extend(here, prefix + name, name, (), self.cuts[name], tp, self.layout.tp)
+        for name in sorted(n for n in self.drafts if n.startswith(prefix)):
+            self._extend(here, name, name, (), tp, self.layout.tp)
         self._finish(out, here)
 
     def _finish(self, out: dict[str, _Local | None], here: Mapping[str, _Local]) -> None:
@@ -236,11 +223,9 @@ class _Writer:
         for state, is_tensor in waiting.items():
             out[state] = _state(is_tensor)
 
-    def _extend(
-        self, here: dict[str, _Local], spelt: str, name: str, index: Shape, cut: Cut, rank: int, size: int
-    ) -> None:
+    def _extend(self, here: dict[str, _Local], spelt: str, name: str, index: Shape, rank: int, size: int) -> None:
         """Add to the local tensor `spelt` this rank's share of one entry of a tensor."""
-        draft = self.drafts[name]
+        draft, cut = self.drafts[name], self.cuts[name]
         whole = draft.shape[len(index) :]
         lead = tuple(1 for _ in index)
         dim = cut.dim

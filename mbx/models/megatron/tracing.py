@@ -15,7 +15,7 @@ from converters.rows.expr import Value
 from mbx.models.device import Spread
 from mbx.models.megatron.rotary import rotated_at, set_rope_frequencies
 from mbx.models.megatron.weights import StoredWeights
-from mbx.models.prompts import Batch, check_ids
+from mbx.models.prompts import Batch, tokens_of
 from mbx.models.stored import row_runs
 from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
 
@@ -48,9 +48,7 @@ def trace_megatron(
     """
     import torch
 
-    for batch in batches:
-        check_ids(batch.ids, vocab)
-    tokens = torch.unique(torch.cat([batch.ids.flatten() for batch in batches]))
+    tokens = tokens_of(batches, vocab)
     model = _frame(config, weights, tokens.tolist(), spread)
     if frequencies is not None:
         set_rope_frequencies(model, frequencies)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import UnsupportedError
-from mbx.models.prompts import Batch, check_ids
+from mbx.models.prompts import Batch, tokens_of
 from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def trace_transformers(
     from mbx.models.transformers.shallow import PartialTransformers, left_out
 
     parts = PartialTransformers(hf_dir, getattr(torch, dtype))
-    for batch in batches:
-        check_ids(batch.ids, parts.vocab_size)
-    tokens = torch.unique(torch.cat([batch.ids.flatten() for batch in batches]))
+    tokens = tokens_of(batches, parts.vocab_size)
     frame: Any = parts.frame(tokens.tolist()).to(torch.device(device))  # type: ignore[arg-type]
     decoder = getattr(frame, decoder_name(frame), None)
     if decoder is None:

@@ -20,13 +20,13 @@ right = "ckpt"
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from converters.errors import StorageError, UsageError
 from converters.mcore.layout import Layout
+from converters.toml import tomllib
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.text import parse_memory
 from mbx.untrusted.small_files import SETTINGS, read_text
@@ -74,10 +74,6 @@ class Check:
 
 def read_checks(path: Path) -> tuple[Check, ...]:
     """The checks of a `mbx-ci.toml`; UsageError names the check and the key, StorageError a file that is not there."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
         raw = tomllib.loads(read_text(path, SETTINGS))
     except FileNotFoundError:

@@ -15,6 +15,7 @@ from mbx.formats.registry import sniff
 from mbx.models.device import Spread
 from mbx.models.prompts import DRAWN
 from mbx.proof.ci.checks import Check, described
+from mbx.proof.compare import Reading
 from mbx.proof.parity import Leg, ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import shipped
@@ -110,8 +111,7 @@ def _parity(check: Check, left: Path, right: Path, workers: int) -> ParityReport
         tolerance=check.tolerance,
         mapping=check.mapping,
         dtype=check.dtype,
-        workers=workers,
-        max_memory=check.max_memory,
+        reading=Reading(workers, check.max_memory),
     )
 
 

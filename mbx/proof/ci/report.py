@@ -8,7 +8,7 @@ from html import escape
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from mbx.proof.ci.matrix import Result
-from mbx.text import plural
+from mbx.text import plural, printable
 
 #: Characters that XML 1.0 (section 2.2) cannot hold, escaped or not.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -97,5 +97,4 @@ def markdown(results: Sequence[Result]) -> str:
 
 def _cell(text: str) -> str:
     """Text as Markdown shows it: no HTML, no end of a cell or line, no link or image."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return _LINKS.sub(r"]\\\1", escape(shown, quote=False).replace("|", "\\|"))
+    return _LINKS.sub(r"]\\\1", escape(printable(text), quote=False).replace("|", "\\|"))

@@ -68,12 +68,7 @@ class Store:
                 shutil.rmtree(target)
             target.mkdir(parents=True)
         torch.distributed.barrier()
-        content = self._content(chunks, optimizer, loading=False)
-        content |= {
-            "checkpoint_version": CURRENT.checkpoint_version,
-            "iteration": state.step,
-            "content_metadata": dict(CURRENT.content_metadata),
-        }
+        content = self._content(chunks, optimizer, loading=False) | CURRENT.common_state(state.step)
         beside = self.recipe.run.save_async
         try:  # torch's CheckpointException derives from BaseException, so it is named
             request = dist_checkpointing.save(content, str(target), ("torch_dist", 1), async_sharded_save=beside)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mbx.train.lora.adapter import WHOLE, Adapter, Slots, first_factor
-from mbx.train.lora.product import biases, fits, norm_of, normed, product
+from mbx.train.lora.product import biases, fits, joined_factors, norm_of, normed, product
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
@@ -119,15 +119,7 @@ class LoraLinear(Adapter):
 
     def _joined(self) -> torch.Tensor:
         """All B's as one [out, atoms · r], block by block in Megatron Core's row order."""
-        n, r, groups = self.slots.atoms, self.rank, self.slots.pack.groups
-        own = [self.b(i) for i in range(n)]
-        if n == 1:
-            return own[0]
-        blocks = [
-            F.pad(own[i].view(groups, size, r), (i * r, (n - 1 - i) * r))
-            for i, size in enumerate(self.slots.pack.sizes)
-        ]
-        return torch.cat(blocks, dim=1).view(-1, n * r)
+        return joined_factors([self.b(i) for i in range(self.slots.atoms)], self.slots.pack.groups)
 
     def _join(self, parts: list[torch.Tensor] | list[nn.Parameter]) -> torch.Tensor:
         """Vectors of the atoms in Megatron Core's row order."""

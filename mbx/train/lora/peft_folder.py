@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from converters.adapters.sites import Adapted
-from converters.engine.lowrank import Factors, factors_of, slot_rows
+from converters.engine.lowrank import Factors, factors_of
 from converters.errors import UsageError
+from converters.rows.pack import slot_rows
 from mbx.formats.adapter_folder import Adapter, Base, open_adapter
 from mbx.formats.files import FileSource
 from mbx.train.lora.attach import Placed, adapters

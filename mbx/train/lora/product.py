@@ -88,10 +88,8 @@ def _places(factors: Sequence[torch.Tensor], groups: int) -> Iterator[tuple[torc
         joined = joined_factors(factors, groups)
         yield joined, slice(0, joined.shape[0]), slice(0, joined.shape[1])
         return
-    row = column = 0
-    for b in factors:
-        yield b, slice(row, row + b.shape[0]), slice(column, column + b.shape[1])
-        row, column = row + b.shape[0], column + b.shape[1]
+    for b, (rows, columns) in zip(factors, _blocks(factors, 1), strict=True):
+        yield b, rows, columns
 
 
 def _blocks(factors: Sequence[torch.Tensor], groups: int) -> Iterator[tuple[slice, slice]]:
@@ -104,12 +102,15 @@ def _blocks(factors: Sequence[torch.Tensor], groups: int) -> Iterator[tuple[slic
 
 
 def joined_factors(factors: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
-    """`factors` as one [Σ outᵢ, Σ nᵢ] whose rows are `groups` repeats of a block of each; for no gradient."""
-    rows, columns = sum(b.shape[0] for b in factors), sum(b.shape[1] for b in factors)
-    joined = factors[0].new_zeros(groups, rows // groups, columns)
-    for b, (row, column) in zip(factors, _blocks(factors, groups), strict=True):
-        joined[:, row, column] = b.view(groups, -1, b.shape[1])
-    return joined.view(rows, columns)
+    """`factors` as one [Σ outᵢ, Σ nᵢ] whose rows are `groups` repeats of a block of each; one alone is itself."""
+    if len(factors) == 1:
+        return factors[0]
+    columns = sum(b.shape[1] for b in factors)
+    blocks = [
+        F.pad(b.view(groups, -1, b.shape[1]), (column.start, columns - column.stop))
+        for b, (_, column) in zip(factors, _blocks(factors, groups), strict=True)
+    ]
+    return torch.cat(blocks, dim=1).view(-1, columns)
 
 
 def _parted(joined: torch.Tensor, factors: Sequence[torch.Tensor], groups: int) -> list[torch.Tensor]:

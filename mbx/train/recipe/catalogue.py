@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_origin
 
 from converters.errors import StorageError, UsageError
+from converters.toml import tomllib
 from mbx.train.recipe.parse import SECTIONS, field_types, parse_recipe, unknown_key
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.small_files import SETTINGS, read_text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 #: `model=…` and `data=…` on a command line mean these keys.
