@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import UsageError
 from mbx.text import parse_memory, parse_size
+from mbx.untrusted.toml_files import parse_toml
 
 #: More threads than this gain nothing on the disks that were measured.
 _MOST_WORKERS = 8
@@ -92,13 +92,9 @@ def _read(path: Path) -> Mapping[str, object]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the settings file `{path}` cannot be read: {error}") from error
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        values: dict[str, object] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        values = parse_toml(text)
+    except ValueError as error:
         raise UsageError(f"the settings file `{path}`: {error}") from error
     if unknown := sorted(set(values) - set(_KNOWN)):
         raise UsageError(

@@ -1,0 +1,22 @@
+"""TOML of strangers: plain values, and integers that fit a machine."""
+
+from __future__ import annotations
+
+import sys
+
+from mbx.untrusted.values import check_integers
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def parse_toml(text: str) -> dict[str, object]:
+    """The tables of a TOML text; ValueError, whose text says what is wrong, for anything else."""
+    try:
+        parsed: dict[str, object] = tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("values nested too deep") from error
+    check_integers(parsed)
+    return parsed
