@@ -46,6 +46,12 @@ def leads_out(path: Path) -> bool:
     return not any(real.is_relative_to(owner) for owner in owners)
 
 
+def check_written(path: Path) -> None:
+    """StorageError for a file that is not safely written in place: a link out of its folder, a pipe, a device."""
+    if leads_out(path) or (path.exists() and not path.is_file()):
+        raise StorageError(f"`{path}` is a link out of its folder, or no regular file; nothing was written")
+
+
 def create(root: Path, relative: str) -> int:
     """A descriptor to write `relative` below `root`, folders made as needed; what the file holds is kept.
 

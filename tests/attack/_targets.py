@@ -55,6 +55,10 @@ def make_seeds(into: Path) -> None:
     (into / "train").mkdir()
     (into / "train" / "chat.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
     (into / "train" / "template.jinja").write_text(TEMPLATE)
+    (into / "run").mkdir()
+    step = {"loss": 2.0, "tokens_per_s": 9.0, "memory_gib": 1.0, "lr": 1e-3}
+    records = [{"kind": "step", "step": at, **step} for at in range(1, 4)] + [{"kind": "eval", "step": 2, "loss": 2.0}]
+    (into / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (into / "train" / "recipe.toml").write_text(
         'description = "a run"\n[model]\npath = "x"\n[data]\nkind = "chat"\npath = "y"\nlength = 64\n'
         "[train]\nsteps = 3\nmicro_batch = 1\nglobal_batch = 2\n[optim]\nlr = 1e-3\n[lora]\nrank = 4\nalpha = 8\n"
@@ -95,6 +99,12 @@ def _described(folder: Path, out: Path) -> Iterator[Callable[[], object]]:
     yield lambda: mbx.api.inspect(folder)
     yield lambda: mbx.api.convert(folder, out / "converted", OPTIONS, hf_config=LLAMA)
     yield lambda: mbx.api.plan(folder, out / "planned", OPTIONS)
+
+
+def _metrics(folder: Path, out: Path) -> Iterator[Callable[[], object]]:
+    from mbx.train.run.report import write_report
+
+    yield lambda: write_report(folder)
 
 
 def _adapter(folder: Path, out: Path) -> Iterator[Callable[[], object]]:
@@ -154,6 +164,7 @@ TARGETS: dict[str, Target] = {
     "manifest": Target("dcp", ("mbx_manifest.json",), _manifest),
     "tracker": Target("dcp", ("latest_checkpointed_iteration.txt",), _checkpoint),
     "recipe": Target("train", ("recipe.toml",), _recipe),
+    "metrics": Target("run", ("metrics.jsonl",), _metrics),
     "chat": Target("train", ("chat.jsonl",), _chats),
     "template": Target("train", ("template.jinja",), _template),
 }

@@ -120,6 +120,7 @@ class Store:
             _sync(path)
         tracker = self.root / torch_dist.TRACKER
         draft = tracker.with_suffix(".tmp")
+        draft.unlink(missing_ok=True)  # it may be a link, in a folder that came from elsewhere
         draft.write_text(str(state.step), encoding="utf-8")
         _sync(draft)
         draft.replace(tracker)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from converters.errors import UsageError, spelt
 from mbx.train.recipe.sections import Recipe
+from mbx.untrusted.names import check_written
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -60,6 +61,7 @@ class Log:
             return
         self._made = not recipe.run_dir.exists()
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        check_written(self.path)
         if self.path.is_file():  # a record that was being written when its process ended: the next has its own line
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         if recipe.run.tensorboard:

@@ -12,6 +12,8 @@ from pathlib import Path
 from converters.errors import StorageError, UsageError
 from mbx.page import Dot, curve, document, write
 from mbx.train.run.log import METRICS
+from mbx.untrusted.names import check_written
+from mbx.untrusted.small_files import INDEX, read_small
 
 _PANELS = (("loss", "loss"), ("tokens_per_s", "tokens/s"), ("memory_gib", "peak memory, GiB"), ("lr", "learning rate"))
 _KEYS = tuple(key for key, _ in _PANELS)
@@ -25,7 +27,7 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, float]], list[dict[str, 
     steps: dict[int, dict[str, float]] = {}
     evals: dict[int, dict[str, float]] = {}
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        lines = read_small(path, INDEX).splitlines(keepends=True)
     except OSError as error:
         raise StorageError(f"cannot read `{path}`: {error.strerror}", hint="name a run's folder") from error
     for number, line in enumerate(lines, 1):
@@ -37,7 +39,7 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, float]], list[dict[str, 
                 keys = ("step", *_KEYS) if record["kind"] == "step" else ("step", "loss")
                 found = {key: float(record[key]) for key in keys}
                 (steps if record["kind"] == "step" else evals)[int(found["step"])] = found
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"{path}:{number}: no record of a run: {type(error).__name__}: {error}") from error
     if not steps:
         raise UsageError(f"`{path}` holds no step yet")
@@ -47,7 +49,8 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, float]], list[dict[str, 
 def write_report(run_dir: Path, target: Path | None = None) -> Path:
     """Write the report to `target`, by its suffix .html (the default, in the run's folder) or .png."""
     steps, evals = read_metrics(run_dir)
-    target = target or run_dir / "report.html"
+    if target is None:
+        check_written(target := run_dir / "report.html")
     panels = [
         (title, [(s["step"], s[key]) for s in steps], [(e["step"], e["loss"]) for e in evals] if key == "loss" else [])
         for key, title in _PANELS
