@@ -5,7 +5,7 @@ READY = $(VENV)/.ready
 DEMO = demo
 MODEL = fixtures/tiny/llama
 
-.PHONY: demo test test-all lint types contract tables parity-ci defects layouts bench bench-conversion bench-engine docs clean
+.PHONY: attack demo test test-all lint types contract tables parity-ci defects layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -38,6 +38,9 @@ parity-ci: $(READY)  ## the conversion checks of mbx-ci.toml, as a user's own CI
 
 defects: $(READY)  ## plant every defect of the catalogue and print which leg found it
 	$(BIN)/python -m pytest -v tests/parity/test_defects.py
+
+attack: $(READY)  ## hostile files of every kind, 10000 each (INPUTS=…): refused, accepted, slowest, memory
+	MBX_ATTACK_INPUTS=$(or $(INPUTS),10000) $(BIN)/python -m pytest -s tests/attack
 
 layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and back, byte for byte
 	$(BIN)/python -m pytest -n 2 tests/tables/test_family_layouts.py

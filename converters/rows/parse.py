@@ -30,7 +30,7 @@ def parse_table(name: str, text: str) -> Table:
     """Table from TOML text; every malformed part is a TableError naming table, section and row."""
     try:
         raw = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise TableError(f"{name}: {error}") from error
     parser = _Parser(name)
     parser.keys("the table", raw, _TOP_KEYS)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import UsageError
-from converters.toml import tomllib
 from mbx.text import parse_memory, parse_size
+from mbx.untrusted.toml_files import parse_toml
 
 #: More threads than this gain nothing on the disks that were measured.
 _MOST_WORKERS = 8
@@ -93,8 +93,8 @@ def _read(path: Path) -> Mapping[str, object]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the settings file `{path}` cannot be read: {error}") from error
     try:
-        values: dict[str, object] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        values = parse_toml(text)
+    except ValueError as error:
         raise UsageError(f"the settings file `{path}`: {error}") from error
     if unknown := sorted(set(values) - set(_KNOWN)):
         raise UsageError(

@@ -61,7 +61,7 @@ def _of_peft(config: Mapping[str, object], shapes: Mapping[str, Shape]) -> tuple
     """What a PEFT folder adapts, and the ranks."""
     found = [match for name in shapes if (match := _PEFT.match(name))]
     pattern, parameters = config.get("rank_pattern") or {}, config.get("target_parameters")
-    ranks = {config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())}
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
     named = {str(name).rpartition(".")[2] for name in parameters} if isinstance(parameters, list) else set[str]()
     modules = {match[1].rpartition(".")[2] for match in found} - ({"experts"} if named else set())
     return modules | named, {rank for rank in ranks if isinstance(rank, int)}

@@ -13,11 +13,19 @@ from pathlib import Path
 
 from converters.errors import StorageError
 
+#: What Linux takes of a name and, with room for the folder before it, of a path.
+_LONGEST_PART = 255
+_LONGEST = 2048
+
 
 def is_inside(relative: str) -> bool:
     """Whether a stored relative path stays in its folder and names a file."""
-    parts = relative.split("/")
-    return all(part not in ("", ".", "..") for part in parts) and "\\" not in relative and "\0" not in relative
+    try:
+        parts = relative.encode().split(b"/")
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    named = all(part not in (b"", b".", b"..") and len(part) <= _LONGEST_PART for part in parts)
+    return named and len(relative) <= _LONGEST and "\\" not in relative and "\0" not in relative
 
 
 def inside(relative: object, source: str) -> str:

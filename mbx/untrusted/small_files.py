@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import StorageError
+from mbx.untrusted.values import check_integers
 
 #: The largest file of each kind that is read whole, in bytes, far above what any known tool writes.
 POINTER = 4 << 10
@@ -70,6 +71,7 @@ def read_json(path: Path, limit: int = SETTINGS) -> dict[str, Any]:
     """A JSON object from a small file; StorageError where there is none, FileNotFoundError where there is no file."""
     try:
         loaded = json.loads(read_text(path, limit))
+        check_integers(loaded)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, RecursionError) as error:

@@ -9,11 +9,24 @@ from converters.errors import StorageError
 #: Values in all, each counted as often as a walk meets it: Megatron-LM's args have a few hundred.
 _MOST_VALUES = 1_000_000
 _DEEPEST = 100
+#: Sizes and counts take 64 bits, with a sign or without; states of random generators hold 128.
+_MOST_BITS = 128
 
 
 def check_bounded(value: object, source: str) -> None:
     """StorageError, naming `source`, for a value that a walk would not be done with: shared parts, cycles, depth."""
     _weigh(value, source, {}, 0)
+
+
+def check_integers(value: object) -> None:
+    """ValueError for an integer that float() refuses, or str() for its digits, and any far above a machine's."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            check_integers(part)
+    elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ValueError(f"an integer of {value.bit_length()} bits; at most {_MOST_BITS} are read")
 
 
 def _weigh(value: object, source: str, known: dict[int, int], depth: int) -> int:
@@ -23,6 +36,8 @@ def _weigh(value: object, source: str, known: dict[int, int], depth: int) -> int
     elif isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes | bytearray):
         parts = list(value)
     else:
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise StorageError(f"{source}: an integer of {value.bit_length()} bits; at most {_MOST_BITS} are read")
         return 1
     if (weight := known.get(id(value))) is not None:
         if not weight:

@@ -26,10 +26,10 @@ from pathlib import Path
 
 from converters.errors import StorageError, UsageError
 from converters.mcore.layout import Layout
-from converters.toml import tomllib
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.text import parse_memory
 from mbx.untrusted.small_files import SETTINGS, read_text
+from mbx.untrusted.toml_files import parse_toml
 
 LEGS = ("cover", "config", "weights", "round-trip", "forward", "loss")
 _LAYOUT_TYPES = {field.name: str if field.name == "pipeline" else int for field in fields(Layout)}
@@ -75,10 +75,10 @@ class Check:
 def read_checks(path: Path) -> tuple[Check, ...]:
     """The checks of a `mbx-ci.toml`; UsageError names the check and the key, StorageError a file that is not there."""
     try:
-        raw = tomllib.loads(read_text(path, SETTINGS))
+        raw = parse_toml(read_text(path, SETTINGS))
     except FileNotFoundError:
         raise StorageError(f"there is no `{path}`", hint="docs/ci.md has one to start from") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"`{path}` cannot be read: {error}") from error
     if unknown := sorted(set(raw) - {"defaults", "check"}):
         raise UsageError(f"`{path}`: unknown section {', '.join(unknown)}", hint="there are [defaults] and [[check]]")

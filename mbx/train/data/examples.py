@@ -13,12 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.errors import StorageError, UsageError
+from mbx.train.data.template_process import Template, opened
 from mbx.train.recipe.sections import Data
+from mbx.untrusted.small_files import read_small
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tokens = npt.NDArray[np.int64]
+#: A data file is held in memory: what memory there is bounds it.
+_MOST_BYTES = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +37,18 @@ def read_examples(data: Data, path: Path, tokenizer: PreTrainedTokenizerBase) ->
     """Examples of a JSONL (or, for `text`, a .txt) file; a bad line is a UsageError that names its number."""
     if data.kind == "text" and path.suffix == ".txt":
         return [_text(_read(path), tokenizer)]
+    if data.kind == "chat":
+        with opened(tokenizer) as template:
+            return _read_lines(data, path, lambda record: _chat(record, tokenizer, template))
     make: dict[str, Callable[[Mapping[str, object]], Example]] = {
-        "chat": lambda record: _chat(record, tokenizer),
         "completion": lambda record: _completion(record, tokenizer),
         "text": lambda record: _text(_string(record, "text"), tokenizer),
     }
+    return _read_lines(data, path, make[data.kind])
+
+
+def _read_lines(data: Data, path: Path, make: Callable[[Mapping[str, object]], Example]) -> list[Example]:
+    """An example of every line that is not empty."""
     examples, long = [], []
     for number, line in enumerate(_read(path).split("\n"), 1):  # splitlines() also cuts at U+2028, which JSON allows
         if not line.strip():
@@ -46,7 +57,7 @@ def read_examples(data: Data, path: Path, tokenizer: PreTrainedTokenizerBase) ->
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise UsageError(f"a JSON object was expected, got {type(record).__name__}")
-            example = make[data.kind](record)
+            example = make(record)
         except UsageError as error:
             raise UsageError(f"{path}:{number}: {error.fact}", hint=error.hint) from error
         except (ValueError, RecursionError) as error:
@@ -70,7 +81,8 @@ def read_examples(data: Data, path: Path, tokenizer: PreTrainedTokenizerBase) ->
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # without the mark that some editors put in front
+        # "-sig": without the mark that some editors put in front
+        return read_small(path, _MOST_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise StorageError(f"cannot read the data file `{path}`: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -108,7 +120,7 @@ def _completion(record: Mapping[str, object], tokenizer: PreTrainedTokenizerBase
     return Example(np.asarray(prompt + answer, np.int64), learn)
 
 
-def _chat(record: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> Example:
+def _chat(record: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, template: Template) -> Example:
     """The template's rendering of `messages`; assistant turns are learned, up to and with the token that ends them.
 
     Where a turn lies is found by rendering the conversation once more with that turn replaced: whatever the template
@@ -122,12 +134,7 @@ def _chat(record: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> E
             raise UsageError(f"message {at} must have a string `role` and `content`")
 
     def render(turns: list[dict[str, str]]) -> str:
-        try:
-            return _encodable(str(tokenizer.apply_chat_template(turns, tokenize=False)))
-        except UsageError:
-            raise
-        except Exception as error:  # a template is a program: jinja2 raises what the template says
-            raise UsageError(f"the chat template refuses this conversation: {error}") from error
+        return _encodable(template.render(turns))
 
     text = render(messages)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal, get_origin
 
 from converters.errors import StorageError, UsageError
-from converters.toml import tomllib
 from mbx.train.recipe.parse import SECTIONS, field_types, parse_recipe, unknown_key
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.small_files import SETTINGS, read_text
+from mbx.untrusted.toml_files import parse_toml
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 #: `model=…` and `data=…` on a command line mean these keys.
@@ -75,11 +75,10 @@ def _section(raw: Mapping[str, object], key: str) -> dict[str, object]:
 
 def _toml(path: Path) -> dict[str, object]:
     try:
-        parsed: dict[str, object] = tomllib.loads(read_text(path, SETTINGS))
-        return parsed
-    except (OSError, UnicodeDecodeError) as error:
+        return parse_toml(read_text(path, SETTINGS))
+    except OSError as error:
         raise StorageError(f"cannot read the recipe `{path}`: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UsageError(f"recipe `{path}`: {error}") from error
 
 
@@ -111,6 +110,6 @@ def _apply(raw: dict[str, object], override: str) -> None:
 def _value(text: str) -> object:
     """A TOML value where it parses as one, else the text itself."""
     try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"v = {text}")["v"]
+    except ValueError:
         return text

@@ -13,7 +13,7 @@ from converters.errors import StorageError, UsageError
 from mbx.page import Dot, curve, document, write
 from mbx.train.run.log import METRICS
 from mbx.untrusted.names import writable
-from mbx.untrusted.small_files import open_regular
+from mbx.untrusted.small_files import INDEX, read_small
 
 _PANELS = (("loss", "loss"), ("tokens_per_s", "tokens/s"), ("memory_gib", "peak memory, GiB"), ("lr", "learning rate"))
 _KEYS = tuple(key for key, _ in _PANELS)
@@ -27,8 +27,7 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, float]], list[dict[str, 
     steps: dict[int, dict[str, float]] = {}
     evals: dict[int, dict[str, float]] = {}
     try:
-        with open(open_regular(path), "rb") as stream:
-            lines = stream.readlines()
+        lines = read_small(path, INDEX).splitlines(keepends=True)
     except OSError as error:
         raise StorageError(f"cannot read `{path}`: {error.strerror}", hint="name a run's folder") from error
     for number, line in enumerate(lines, 1):

@@ -1,0 +1,64 @@
+"""Hostile files of every kind: refused as an MbxError or read, in bounded time and memory, with nothing else touched.
+
+A few mutants of each kind run here, and all of the corpus. `make attack` runs as many as MBX_ATTACK_INPUTS says.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.attack._harness import attack
+from tests.attack._planted import FAULTS
+from tests.attack._targets import TARGETS, make_seeds
+
+CORPUS = Path(__file__).parent / "corpus"
+ASKED = os.environ.get("MBX_ATTACK_INPUTS")
+#: Where nobody asks for more; each template takes a process.
+FEW = {"template": 3, "chat": 3}
+pytestmark = pytest.mark.timeout(100 + int(ASKED or 0) * 4)
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("seeds")
+    make_seeds(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_mutants(seeds: Path, name: str) -> None:
+    result = attack(name, seeds, range(int(ASKED) if ASKED else FEW.get(name, 10)))
+    if ASKED:
+        sys.stdout.write(f"\n{result}\n")
+    assert not result.findings, "\n".join(result.findings)
+
+
+@pytest.mark.parametrize("folder", sorted(CORPUS.iterdir()), ids=lambda folder: folder.name)
+def test_corpus(seeds: Path, folder: Path) -> None:
+    files = sorted(folder.iterdir())
+    result = attack(folder.name, seeds, files)
+    assert not result.findings, "\n".join(result.findings)
+    assert result.inputs == len(files)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_watch_sees(seeds: Path, fault: str) -> None:
+    words = {
+        "write": "open to write",
+        "make": "os.mkdir",
+        "hang": "Timeout",
+        "grow": "MemoryError",
+        "import": "ran code",
+        "start": "started",
+        "system": "os.system",
+        "socket": "socket.__new__",
+        "raise": "ValueError",
+        "die": "the worker died, 3",
+    }
+    result = attack(fault, seeds, range(1), worker="tests.attack._planted")
+    assert result.inputs == 1
+    assert any(words[fault] in finding for finding in result.findings), result.findings
