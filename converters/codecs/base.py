@@ -54,10 +54,6 @@ class Codec(ABC):
                 return stored[: -len(suffix)]
         return None
 
-    def is_discarded(self, stored: str) -> bool:
-        """Whether `stored` is an activation scale that a decoded checkpoint does not carry."""
-        return stored.endswith(self.discards) if self.discards else False
-
     @property
     def keeps_scales(self) -> bool:
         """Whether a source's scales are worth keeping: the values do not give them back, and they are few."""
@@ -66,10 +62,6 @@ class Codec(ABC):
     @abstractmethod
     def as_stored(self, dtypes: Mapping[str, str], shapes: Mapping[str, Shape]) -> Codec:
         """This codec, set to write parts of the safetensors dtypes and shapes that a source's have."""
-
-    @abstractmethod
-    def stored_dtypes(self) -> dict[str, str]:
-        """The safetensors dtype name `encode` gives each part."""
 
     @abstractmethod
     def stored_shapes(self, shape: Shape) -> dict[str, Shape]:

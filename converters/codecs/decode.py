@@ -31,11 +31,6 @@ class Encoded:
     codec: Codec
     parts: Mapping[str, StoredTensor]
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of all parts."""
-        return sum(part.nbytes for part in self.parts.values())
-
 
 def decoded_view(
     stored: Mapping[str, StoredTensor], quantization: Mapping[str, object] | None

@@ -57,9 +57,6 @@ class Fp8Block(Codec):
         dtype = scale_dtype_of(dtypes)
         return replace(self, scale_dtype=dtype, scale_rule="ue8m0" if dtype in _EXPONENTS else self.scale_rule)
 
-    def stored_dtypes(self) -> dict[str, str]:
-        return {"weight": "F8_E4M3", "scale": self.scale_dtype}
-
     def stored_shapes(self, shape: Shape) -> dict[str, Shape]:
         if len(shape) < 2:
             raise LayoutError(f"{self.name} needs two dims or more; got shape {list(shape)}")
@@ -120,9 +117,6 @@ class Fp8Scaled(Codec):
     def as_stored(self, dtypes: Mapping[str, str], shapes: Mapping[str, Shape]) -> Fp8Scaled:
         single = math.prod(shapes["scale"]) == 1
         return replace(self, scale_dtype=scale_dtype_of(dtypes), strategy="tensor" if single else "channel")
-
-    def stored_dtypes(self) -> dict[str, str]:
-        return {"weight": "F8_E4M3", "scale": self.scale_dtype}
 
     def stored_shapes(self, shape: Shape) -> dict[str, Shape]:
         if len(shape) != 2:

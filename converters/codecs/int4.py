@@ -45,9 +45,6 @@ class Int4Packed(Codec):
                 return replace(self, scale_dtype=dtype)
         raise StorageError(f"scales are stored as {dtypes['scale']}; expected {', '.join(_SCALE_DTYPES)}")
 
-    def stored_dtypes(self) -> dict[str, str]:
-        return {"packed": "I32", "scale": self.scale_dtype, "shape": "I64"}
-
     def stored_shapes(self, shape: Shape) -> dict[str, Shape]:
         if len(shape) != 2:
             raise LayoutError(f"{self.name} needs a matrix; got shape {list(shape)}")

@@ -36,9 +36,6 @@ class Mxfp4(Codec):
     def as_stored(self, dtypes: Mapping[str, str], shapes: Mapping[str, Shape]) -> Mxfp4:
         return self
 
-    def stored_dtypes(self) -> dict[str, str]:
-        return {"blocks": "U8", "scale": "U8"}
-
     def stored_shapes(self, shape: Shape) -> dict[str, Shape]:
         if len(shape) != 3 or shape[1] % GROUP:
             raise LayoutError(f"mxfp4 needs [experts, in, out] with `in` a multiple of {GROUP}; got {list(shape)}")

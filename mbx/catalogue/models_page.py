@@ -6,7 +6,6 @@ from the tables. `python -m mbx.catalogue.models_page docs/models.md` writes the
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import mappings
-from converters.errors import StorageError
 from converters.rows.table import Table
 from mappings import table_names
 from mbx.tables import shipped
+from mbx.untrusted.small_files import read_json
 
 MEASURED: Final = Path(mappings.__file__).parent / "measured.json"
 NOT_MEASURED: Final = "–"
@@ -77,15 +76,7 @@ def rows(measured: Path = MEASURED) -> tuple[ModelRow, ...]:
 
 def read_runs(measured: Path = MEASURED) -> Runs:
     """The recorded runs by device (`cpu`, `cuda`); empty where there is no file."""
-    if not measured.is_file():
-        return {}
-    try:
-        loaded = json.loads(measured.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"cannot read `{measured}`: {error}") from error
-    if not isinstance(loaded, dict):
-        raise StorageError(f"`{measured}` holds no runs")
-    return loaded
+    return read_json(measured) if measured.is_file() else {}
 
 
 def page(measured: Path = MEASURED) -> str:

@@ -67,13 +67,19 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         raise StorageError(f"`{path}` holds a {type(loaded).__name__}; a dict of tensors was expected")
     out = {}
     for key, value in loaded.items():
-        if not isinstance(value, TensorStub):
-            raise StorageError(f"`{path}`: `{key}` is a {type(value).__name__}; a tensor was expected")
-        if not value.is_contiguous:
-            raise StorageError(f"`{path}`: `{key}` has strides {value.stride}, not those of a whole tensor")
-        start = storages[value.storage][0] + value.storage_offset * value.itemsize
-        out[str(key)] = StoredTensor.whole(str(key), value.dtype, value.shape, path.name, start)
+        stub = whole_stub(path, key, value)
+        start = storages[stub.storage][0] + stub.storage_offset * stub.itemsize
+        out[str(key)] = StoredTensor.whole(str(key), stub.dtype, stub.shape, path.name, start)
     return out
+
+
+def whole_stub(path: Path, name: object, value: object) -> TensorStub:
+    """A pickle's entry as a tensor; StorageError for another thing, and for one that does not lie row-major."""
+    if not isinstance(value, TensorStub):
+        raise StorageError(f"`{path}`: `{name}` is a {type(value).__name__}; a tensor was expected")
+    if not value.is_contiguous:
+        raise StorageError(f"`{path}`: `{name}` has strides {value.stride}, not those of a whole tensor")
+    return value
 
 
 def safetensors_name(file: str) -> str:

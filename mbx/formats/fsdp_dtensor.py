@@ -24,7 +24,7 @@ from mbx.formats import torch_dist
 from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.gathering import gather
 from mbx.formats.placement import Order, Placement
-from mbx.formats.sidecars import read_run_config, read_stored
+from mbx.formats.sidecars import hf_folder, read_run_config, read_stored
 from mbx.torchfile.archive import object_archive
 from mbx.torchfile.dcp import DcpCheckpoint, build_dcp_metadata, read_dcp, read_index
 from mbx.torchfile.torch_values import Namespace
@@ -87,7 +87,6 @@ def open_fsdp_dtensor(iteration: Path, path: Path | None = None) -> Checkpoint:
     if any(name.startswith(("rng_state", "rerun_state")) for name in (*dcp.objects, *dcp.tensors)):
         left_out.append("random-number state")
         other_state["random-number state"] = (0, 0)
-    hf = iteration / "hf"
     return Checkpoint(
         path or iteration,
         "fsdp_dtensor",
@@ -96,7 +95,7 @@ def open_fsdp_dtensor(iteration: Path, path: Path | None = None) -> Checkpoint:
         tensors,
         writer="Megatron-LM",
         root=iteration.parent,
-        hf=hf if hf.is_dir() else None,
+        hf=hf_folder(iteration),
         args=args if isinstance(args, dict) else None,
         common=common,
         run_config=read_run_config(iteration),

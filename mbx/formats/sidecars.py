@@ -128,6 +128,11 @@ def read_run_config(iteration: Path) -> dict[str, object] | None:
     return read_yaml(path)
 
 
+def hf_folder(iteration: Path) -> Path | None:
+    """The folder of Hugging Face side files within an iteration; None where there is none."""
+    return found if (found := iteration / "hf").is_dir() else None
+
+
 def train_state_archive(iteration: int) -> bytes:
     """`train_state.pt` as Megatron-Bridge 0.3 writes it: a dict of eight scalar tensors; only `step` is not zero."""
     values: dict[str, tuple[str, bytes]] = {"step": ("I32", iteration.to_bytes(4, "little"))}

@@ -144,10 +144,9 @@ def _table(opened: Checkpoint, architecture: str | None) -> str | None:
     """The table that covers a checkpoint, by its config.json or else by Megatron's sidecars; None where none does."""
     if architecture is None:
         return None
-    folder = opened.home if opened.spelling == "hf" else opened.home / "hf"
     try:
-        if (folder / hf.CONFIG).is_file():
-            return table_for(hf.read_config(folder)).name
+        if (config := hf.config_file(opened)) is not None:
+            return table_for(config).name
         return architecture_of(opened).table.name
     except UnsupportedError:
         return None

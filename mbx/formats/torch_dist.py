@@ -22,13 +22,12 @@ from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.files import frame_bytes
 from mbx.formats.gathering import gather
 from mbx.formats.placement import Framing, Order, Placement
-from mbx.formats.sidecars import common_of, read_run_config
+from mbx.formats.sidecars import common_of, hf_folder, read_run_config
 from mbx.torchfile.archive import extra_state_archive, object_archive
 from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
 from mbx.untrusted.small_files import POINTER, read_json, read_small
 
 TRACKER = "latest_checkpointed_iteration.txt"
-ITERATION = "iter_0000000"
 #: Chunks are cut by rows above this, so that no archive needs 64-bit zip fields.
 _LARGEST_CHUNK = 1 << 30
 _LARGEST_FILE = 1 << 30
@@ -120,7 +119,6 @@ def open_torch_dist(path: Path, iteration: Path) -> Checkpoint:
         left_out.append(f"optimizer state: {len(state)} tensors, {size} bytes")
     if any(name.startswith(("rng_state", "rerun_state")) for name in dcp.objects):
         left_out.append("random-number state")
-    hf = iteration / "hf"
     run_config = read_run_config(iteration)
     return Checkpoint(
         path,
@@ -130,7 +128,7 @@ def open_torch_dist(path: Path, iteration: Path) -> Checkpoint:
         canonical_tensors(weights),
         writer="Megatron-Bridge" if run_config else "Megatron-LM" if isinstance(args, dict) else "torch",
         root=root_of(path, iteration),
-        hf=hf if hf.is_dir() else None,
+        hf=hf_folder(iteration),
         objects=tuple(objects),
         num_objects=len(dcp.objects),
         args=args if isinstance(args, dict) else None,

@@ -23,11 +23,13 @@ from converters.mcore.megatron_args import config_of_args, layout_of_args
 from converters.mcore.torch_dist import layers_alike, stacks_layers
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
+from mbx.formats.bin_weights import whole_stub
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.legacy.assembly import Assembly, Shard
 from mbx.formats.legacy.copies import Copies, Copy
+from mbx.formats.sidecars import hf_folder
 from mbx.torchfile.archive import load_archive
-from mbx.torchfile.torch_values import Namespace, TensorStub
+from mbx.torchfile.torch_values import Namespace
 from mbx.untrusted.values import check_bounded
 
 WEIGHTS = "model_optim_rng.pt"
@@ -77,7 +79,6 @@ def open_legacy(iteration: Path, path: Path | None = None) -> Checkpoint:
             f"`{iteration / extra[0]}` is of a rank that the args (tp {layout.tp}, pp {layout.pp}) have not"
         )
     whole = _Reader(iteration, files, config, layout.tp, layout.ep, layout.expert_tp).tensors()
-    hf = iteration / "hf"
     left_out = _left_out(iteration, first)
     return Checkpoint(
         path or iteration,
@@ -87,7 +88,7 @@ def open_legacy(iteration: Path, path: Path | None = None) -> Checkpoint:
         whole,
         writer="Megatron-LM",
         root=iteration.parent,
-        hf=hf if hf.is_dir() else None,
+        hf=hf_folder(iteration),
         args=args,
         common={k: value for k, value in first.items() if isinstance(value, int | float) and not _MODEL.fullmatch(k)},
         layout=layout,
@@ -172,18 +173,10 @@ def _shards(path: Path, folder: str, model: object, storages: Mapping[str, tuple
                 f"`{path}`: `{name}` is a dict of its own: this is a model from before Megatron Core",
                 hint="convert it with the Megatron-LM release that wrote it",
             )
-        if not isinstance(value, TensorStub):
-            raise StorageError(f"`{path}`: `{name}` is a {type(value).__name__}; a tensor was expected")
-        if not value.is_contiguous:
-            raise StorageError(f"`{path}`: `{name}` has strides {value.stride}, not those of a whole tensor")
-        inside = value.storage_offset * value.itemsize
+        stub = whole_stub(path, name, value)
+        start, inside = storages[stub.storage][0], stub.storage_offset * stub.itemsize
         out[str(name).removeprefix("module.")] = Shard(
-            f"{folder}/{WEIGHTS}",
-            storages[value.storage][0] + inside,
-            value.dtype,
-            value.shape,
-            value.storage,
-            inside,
+            f"{folder}/{WEIGHTS}", start + inside, stub.dtype, stub.shape, stub.storage, inside
         )
     return out
 
