@@ -30,18 +30,18 @@ _SHOWN = 20
 
 def check_target(target: Path, reads: Iterable[Path | None], *, overwrite: bool) -> None:
     """Refuse a target that is not empty (without `overwrite`), or that overlaps a folder of `reads`."""
-    dst = target.resolve()
+    dst = Path(os.path.realpath(target))
+    if dst.is_symlink():
+        raise UsageError(f"the destination `{target}` is a link that leads nowhere: in a circle")
     for source in reads:
         if source is None:
             continue
-        src = source.resolve()
+        src = Path(os.path.realpath(source))
         if src == dst or src in dst.parents or dst in src.parents:
             raise UsageError(f"the destination `{target}` and the source `{source}` lie inside one another")
         if link := next((link for link in _links(src) if dst in Path(os.path.realpath(link)).parents), None):
             raise UsageError(f"the destination `{target}` holds what the source links to: `{link}`")
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"the destination `{target}` is a file")
-    _check_replaceable(target, overwrite=overwrite)
+    _check_replaceable(dst, target, overwrite=overwrite)
 
 
 def _links(folder: Path) -> Iterator[Path]:
@@ -50,14 +50,19 @@ def _links(folder: Path) -> Iterator[Path]:
         yield from (path for name in (*folders, *files) if (path := Path(at, name)).is_symlink())
 
 
-def _check_replaceable(target: Path, *, overwrite: bool) -> None:
-    """UsageError for a folder with something in it that was not given up, or that is no checkpoint's."""
-    if not target.is_dir() or not any(target.iterdir()):
+def _check_replaceable(folder: Path, target: Path, *, overwrite: bool) -> None:
+    """UsageError for what stands at `folder` and was not given up, or is no checkpoint's; the user calls it `target`.
+
+    A path that goes through what does not exist, `new/../here`, names something all the same: `folder` is resolved.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"the destination `{target}` is a file")
+    if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"the destination `{target}` is not empty", hint="add ‹overwrite› to replace it")
-    if strangers := foreign(target):
-        none = len(strangers) == sum(1 for path in target.rglob("*") if not path.is_dir())
+    if strangers := foreign(folder):
+        none = len(strangers) == sum(1 for path in folder.rglob("*") if not path.is_dir())
         what = "no checkpoint" if none else "more than a checkpoint"
         raise UsageError(
             f"the destination `{target}` holds {what}: ‹overwrite› would remove `{strangers[0]}`",
@@ -99,7 +104,7 @@ class PartialFolder:
             self._lock = self._take_lock()
             try:
                 self._finish_exchange()
-                _check_replaceable(self._final, overwrite=self._overwrite)
+                _check_replaceable(self._final, self.target, overwrite=self._overwrite)
                 self._open()
             except BaseException:
                 self._unlock()
@@ -199,7 +204,7 @@ class PartialFolder:
         """
         try:
             self.keep = True
-            _check_replaceable(self._final, overwrite=self._overwrite)
+            _check_replaceable(self._final, self.target, overwrite=self._overwrite)
             if sync:
                 for folder, _, _ in os.walk(self.path):
                     sync_folder(Path(folder))
@@ -208,12 +213,14 @@ class PartialFolder:
                 self._journal.rename(self._dead)
             if self._final.exists():
                 self._final.rename(self._old)
-                try:  # once more, now that nobody finds it by its name
-                    _check_replaceable(self._old, overwrite=self._overwrite)
-                except UsageError:
+            try:
+                if self._old.exists():  # once more, now that nobody finds it by its name
+                    _check_replaceable(self._old, self.target, overwrite=self._overwrite)
+                self.path.rename(self._final)
+            except BaseException:
+                if self._old.exists():
                     self._old.rename(self._final)
-                    raise
-            self.path.rename(self._final)
+                raise
             self._committed = True
             if sync:
                 sync_folder(self._final.parent)
