@@ -18,7 +18,7 @@ from mbx.formats.files import FileSink, FileSource
 from mbx.run import journal
 from mbx.run.commit import PartialFolder, check_free_space, partial_path
 from mbx.run.ranks import ALONE, Share, Team, World, shares
-from mbx.run.side_files import check_equal, manifest_text, write_file, write_headers, write_side_files
+from mbx.run.side_files import check_equal, file_names, manifest_text, write_file, write_headers, write_side_files
 
 if TYPE_CHECKING:
     from mbx.run.job import Job
@@ -88,7 +88,7 @@ class _Run:
         recorded = journal.read(folder.path) if folder.resumed else None
         if recorded is None:
             header = journal.Header(digest, mine, self.stamps)
-            journal.start(folder.path, header)
+            journal.start(folder.path, header, file_names(self.job))
             return header, {}
         before, found = recorded
         folder.keep = True

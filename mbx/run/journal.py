@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 import zlib
@@ -33,6 +34,8 @@ FOLDER = ".mbx"
 _HEADER = "run.json"
 _LOGS = "*.log"
 _FORMAT = 1
+#: Files of a journal, and those by which processes of one run meet, relative to the folder of work.
+OWN = re.compile(r"\.mbx/(?:run\.(?:json|tmp)|[0-9a-f]{8,}[\w.-]*\.log|team-[\w.-]+)")
 #: Of a log, which has a line a piece.
 _MOST_BYTES = 1 << 30
 #: Target files are flushed this often, so that a crashed machine loses no more work than this.
@@ -143,13 +146,26 @@ def check_resumable(found: Header, ours: Header, root: Path, partial: Path) -> N
         )
 
 
-def start(partial: Path, header: Header) -> None:
-    """Write the journal's header; StorageError when it cannot be."""
+def planned(partial: Path) -> frozenset[str] | None:
+    """Names of the files that the run of a folder of work makes; None where nothing says so."""
+    try:
+        stored = read_json(partial / FOLDER / _HEADER, INDEX)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except StorageError:  # damaged: nothing is known
+        return None
+    files = stored.get("files")
+    return frozenset(map(str, files)) if isinstance(files, list) else None
+
+
+def start(partial: Path, header: Header, files: Iterable[str]) -> None:
+    """Write the journal's header and the names of the `files` to be made; StorageError when it cannot be."""
     stored = {
         "digest": header.digest,
         "piece_bytes": header.cutting.piece_bytes,
         "whole_bytes": header.cutting.whole_bytes,
         "stamps": header.stamps,
+        "files": sorted(files),
     }
     folder = partial / FOLDER
     try:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from converters.errors import StorageError
 from mbx.formats.hf import MANIFEST
-from mbx.run import manifest
-from mbx.run.journal import FOLDER
+from mbx.run import journal, manifest
+from mbx.untrusted.names import leads_out
 
 #: Side files of a model, wherever they lie: config, tokenizer, chat template, modeling code, model card.
 _SIDE = r"""
@@ -46,15 +46,32 @@ _KINDS = (
 _COMPILED = [(re.compile(all_names, re.X), re.compile(one, re.X)) for all_names, one in _KINDS]
 
 
+#: Folders of weights within a target.
+_BASE = re.compile(r"iter_\d{7}|release")
+
+
 def foreign(folder: Path) -> list[str]:
     """Files and empty folders, relative and sorted, that keep `folder` from being replaced; empty where none do."""
-    names = sorted(_names(folder))
+    plain, odd = _names(folder)
     try:
         listed = manifest.read(folder)
     except StorageError:  # nothing that says what the folder holds
-        return min((_strangers(names, *kind) for kind in _COMPILED), key=len)
+        return sorted(odd + min((_strangers(plain, *kind) for kind in _COMPILED), key=len))
     own = {*listed.files, *listed.containers, MANIFEST}
-    return [name for name in names if name not in own]
+    return sorted(odd + [name for name in plain if name not in own])
+
+
+def foreign_in_work(partial: Path) -> list[str]:
+    """The same for a folder of work: what the run that it belongs to did not mean to make."""
+    plain, odd = _names(partial)
+    planned = journal.planned(partial)
+    if planned is None:  # killed before it said what it makes, or that is damaged
+        odd = [name for name in odd if not _BASE.fullmatch(name) and name != journal.FOLDER]
+        known = [every for every, _ in _COMPILED] if (partial / journal.FOLDER).is_dir() else []
+        return sorted(odd + [name for name in plain if not any(every.fullmatch(name) for every in known)])
+    files = {*planned, MANIFEST}
+    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    return sorted([name for name in odd if name not in folders] + [name for name in plain if name not in files])
 
 
 def _strangers(names: list[str], every: re.Pattern[str], one: re.Pattern[str]) -> list[str]:
@@ -64,11 +81,23 @@ def _strangers(names: list[str], every: re.Pattern[str], one: re.Pattern[str]) -
     return [name for name in names if not every.fullmatch(name)]
 
 
-def _names(folder: Path) -> Iterator[str]:
-    """Every file, link and empty folder below `folder`; a folder of mbx's own notes counts as nothing."""
-    for path in folder.rglob("*"):
+def _names(folder: Path) -> tuple[list[str], list[str]]:
+    """Regular files below `folder`, and what no tool writes into a checkpoint: links out of it, empty folders, pipes.
+
+    The files of mbx's own journal count as nothing.
+    """
+    plain, odd = [], []
+    for path in _ends(folder):
         name = path.relative_to(folder).as_posix()
-        if name.split("/")[0] == FOLDER:
-            continue
+        if not path.is_file() or leads_out(path):
+            odd.append(name)
+        elif path.is_symlink() or not journal.OWN.fullmatch(name):
+            plain.append(name)
+    return sorted(plain), odd
+
+
+def _ends(folder: Path) -> Iterator[Path]:
+    """Everything below `folder` but folders that hold something; links are not followed."""
+    for path in folder.rglob("*"):
         if path.is_symlink() or not path.is_dir() or not any(path.iterdir()):
-            yield name
+            yield path

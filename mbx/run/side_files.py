@@ -64,6 +64,14 @@ def _same_bytes(source: FileSource, a: StoredTensor, b: StoredTensor) -> bool:
     return True
 
 
+def file_names(job: Job) -> set[str]:
+    """Every file that the job makes, but for the manifest."""
+    names = {*job.texts, *job.side_files, *job.packed, *(job.base + file for file in job.file_sizes)}
+    if job.sidecars is not None:
+        names |= {torch_dist.TRACKER, *(job.base + name for name in job.placed.late_names)}
+    return names
+
+
 def write_side_files(job: Job, root: Path, source: FileSource) -> dict[str, int]:
     """Copy side files byte for byte and write generated ones; returns the CRC-32 of each."""
     contents: dict[str, Iterable[bytes]] = {name: [data] for name, data in job.texts.items()}

@@ -42,7 +42,9 @@ def tree(folder: Path) -> dict[str, str]:
 #: Forks of a process that has no threads. A fork of the tests' own hangs for ever in its first parallel sum where
 #: torch has started threads before it.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mbx.run.job", "tests.formats._runs"])
+FORKS.set_forkserver_preload(
+    ["mbx.run.job", "mbx.run.merge", "mbx.cli", "mbx.cli.adapter", "mbx.cli.merge", "torch", "tests.formats._runs"]
+)
 
 
 def in_child(action: Callable[[], object], timeout: float = 120) -> tuple[int, str]:

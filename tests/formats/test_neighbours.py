@@ -41,7 +41,10 @@ def test_a_folder_of_work_that_no_run_left_stays(tiny: Path, tmp_path: Path, opt
     with pytest.raises(UsageError, match="no run of mbx left"):
         convert("hf-to-mcore", tiny / "llama", target, **({option: True} if option else {}))
     assert mine.read_text() == "x" and not target.exists()
-    mine.unlink()  # empty folders are what a run leaves that is killed as it begins
+    mine.unlink()
+    with pytest.raises(UsageError, match="no run of mbx left"):  # an empty folder of the user's
+        convert("hf-to-mcore", tiny / "llama", target)
+    mine.parent.rmdir()  # the folder itself is what a run leaves that is killed as it begins
     convert("hf-to-mcore", tiny / "llama", target)
     assert target.is_dir() and not partial_path(target).exists()
 
