@@ -52,26 +52,26 @@ _BASE = re.compile(r"iter_\d{7}|release")
 
 def foreign(folder: Path) -> list[str]:
     """Files and empty folders, relative and sorted, that keep `folder` from being replaced; empty where none do."""
-    plain, odd = _names(folder)
+    files, empty, odd = _names(folder)
     try:
         listed = manifest.read(folder)
     except StorageError:  # nothing that says what the folder holds
-        return sorted(odd + min((_strangers(plain, *kind) for kind in _COMPILED), key=len))
+        return sorted(empty + odd + min((_strangers(files, *kind) for kind in _COMPILED), key=len))
     own = {*listed.files, *listed.containers, MANIFEST}
-    return sorted(odd + [name for name in plain if name not in own])
+    return sorted(empty + odd + [name for name in files if name not in own])
 
 
 def foreign_in_work(partial: Path) -> list[str]:
     """The same for a folder of work: what the run that it belongs to did not mean to make."""
-    plain, odd = _names(partial)
+    files, empty, odd = _names(partial)
     planned = journal.planned(partial)
     if planned is None:  # killed before it said what it makes, or that is damaged
-        odd = [name for name in odd if not _BASE.fullmatch(name) and name != journal.FOLDER]
+        empty = [name for name in empty if not _BASE.fullmatch(name) and name != journal.FOLDER]
         known = [every for every, _ in _COMPILED] if (partial / journal.FOLDER).is_dir() else []
-        return sorted(odd + [name for name in plain if not any(every.fullmatch(name) for every in known)])
-    files = {*planned, MANIFEST}
-    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
-    return sorted([name for name in odd if name not in folders] + [name for name in plain if name not in files])
+        return sorted(empty + odd + [name for name in files if not any(every.fullmatch(name) for every in known)])
+    own = {*planned, MANIFEST}
+    folders = {parent.as_posix() for name in own for parent in PurePosixPath(name).parents}
+    return sorted([name for name in empty if name not in folders] + odd + [name for name in files if name not in own])
 
 
 def _strangers(names: list[str], every: re.Pattern[str], one: re.Pattern[str]) -> list[str]:
@@ -81,19 +81,21 @@ def _strangers(names: list[str], every: re.Pattern[str], one: re.Pattern[str]) -
     return [name for name in names if not every.fullmatch(name)]
 
 
-def _names(folder: Path) -> tuple[list[str], list[str]]:
-    """Regular files below `folder`, and what no tool writes into a checkpoint: links out of it, empty folders, pipes.
+def _names(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Regular files below `folder`, empty folders, and what no tool writes: links that lead out of it, pipes.
 
     The files of mbx's own journal count as nothing.
     """
-    plain, odd = [], []
+    files, empty, odd = list[str](), list[str](), list[str]()
     for path in _ends(folder):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or leads_out(path):
+        if path.is_dir() and not path.is_symlink():
+            empty.append(name)
+        elif not path.is_file() or leads_out(path):
             odd.append(name)
         elif path.is_symlink() or not journal.OWN.fullmatch(name):
-            plain.append(name)
-    return sorted(plain), odd
+            files.append(name)
+    return sorted(files), empty, odd
 
 
 def _ends(folder: Path) -> Iterator[Path]:
