@@ -18,7 +18,7 @@ from tests.attack._targets import TARGETS, make_seeds
 CORPUS = Path(__file__).parent / "corpus"
 ASKED = os.environ.get("MBX_ATTACK_INPUTS")
 #: Where nobody asks for more; each template takes a process.
-FEW = {"template": 3, "chat": 3}
+FEW = {"template": 1, "chat": 2}
 pytestmark = pytest.mark.timeout(100 + int(ASKED or 0) * 4)
 
 
@@ -31,7 +31,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_mutants(seeds: Path, name: str) -> None:
-    result = attack(name, seeds, range(int(ASKED) if ASKED else FEW.get(name, 10)))
+    result = attack(name, seeds, range(int(ASKED) if ASKED else FEW.get(name, 8)))
     if ASKED:
         sys.stdout.write(f"\n{result}\n")
     assert not result.findings, "\n".join(result.findings)
