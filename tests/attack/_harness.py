@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Result:
         )
 
 
-def attack(name: str, seeds: Path, inputs: range | list[Path], worker: str = "tests.attack._worker") -> Result:
+def attack(name: str, seeds: Path, inputs: Sequence[int | Path], worker: str = "tests.attack._worker") -> Result:
     """Have workers read `inputs`: numbers of mutants, or files of the corpus."""
     result, todo = Result(name), list(inputs)
     with tempfile.TemporaryDirectory(prefix="mbx-attack-") as folder:
@@ -50,17 +51,17 @@ def attack(name: str, seeds: Path, inputs: range | list[Path], worker: str = "te
     return result
 
 
-def _run(result: Result, worker: str, seeds: Path, work: Path, todo: list[int] | list[Path]) -> int:
+def _run(result: Result, worker: str, seeds: Path, work: Path, todo: list[int | Path]) -> int:
     """One worker: how many of the inputs are done with, the one that it died of included."""
     work.mkdir()
-    first, count = str(todo[0]), str(len(todo))
-    if isinstance(todo[0], Path):
-        first, count = os.pathsep.join(map(str, todo)), "-"
-    command = [sys.executable, "-m", worker, result.name, str(seeds), str(work), first, count]
+    command = [sys.executable, "-m", worker, result.name, str(seeds), str(work)]
+    asked = json.dumps([one if isinstance(one, int) else str(one) for one in todo])
     environment = {**os.environ, "TMPDIR": str(work), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as errors:
-        ended = subprocess.run(command, cwd=work, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        ended = subprocess.run(
+            command, cwd=work, env=environment, input=asked, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
         lines = [json.loads(line) for line in ended.stdout.splitlines()]
         errors.seek(0)
         said = errors.read()[-3000:]

@@ -164,7 +164,7 @@ def _yaml(rng: random.Random, data: bytes) -> bytes:
     extra = rng.choice(
         ("", "", "", "\nz: !!python/object/apply:os.mkdir [PWNED]\n", "\n<<: {a: 1}\n", "\n? [a]\n: 1\n")
     )
-    text = yaml.safe_dump(_changed(rng, value)) if value is not None else ""
+    text = json.dumps(_changed(rng, value), default=str)[: 1 << 20]  # JSON is YAML, and is written at any depth
     return (text + extra).encode("utf-8", "surrogatepass")
 
 

@@ -59,5 +59,4 @@ def _only_when_changed(fault: Callable[[Path], object]) -> Callable[[Path, Path]
 if __name__ == "__main__":
     _worker.SECONDS = 1
     TARGETS.update({name: Target("hf", ("config.json",), _only_when_changed(fault)) for name, fault in FAULTS.items()})
-    _, _name, _seeds, _work, _first, _count = sys.argv
-    _worker.main(_name, Path(_seeds), Path(_work), list(range(int(_first), int(_first) + int(_count))))
+    _worker.main(*_worker.asked())

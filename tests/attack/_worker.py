@@ -1,12 +1,11 @@
 """A process that reads hostile inputs one after another, watched: one line of JSON each, a finding where one is.
 
-`python -m tests.attack._worker TARGET SEEDS WORK FIRST COUNT`, or `-` for COUNT and corpus files for FIRST. It dies of
-what it cannot survive, and whoever started it counts that as a finding of the input it was at.
+`python -m tests.attack._worker TARGET SEEDS WORK`, with a JSON list of mutants' numbers and corpus files on standard
+input. It dies of what it cannot survive, and whoever started it counts that as a finding of the input it was at.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
@@ -145,12 +144,11 @@ def main(name: str, seeds: Path, work: Path, numbers: list[int | Path]) -> None:
         sys.stdout.flush()
 
 
+def asked() -> tuple[str, Path, Path, list[int | Path]]:
+    """What the command line and standard input ask for."""
+    _, name, seeds, work = sys.argv
+    return name, Path(seeds), Path(work), [one if isinstance(one, int) else Path(one) for one in json.load(sys.stdin)]
+
+
 if __name__ == "__main__":
-    _, _name, _seeds, _work, _first, _count = sys.argv
-    _inputs: list[int | Path] = (
-        [Path(path) for path in _first.split(os.pathsep)]
-        if _count == "-"
-        else list(range(int(_first), int(_first) + int(_count)))
-    )
-    with contextlib.suppress(BrokenPipeError):
-        main(_name, Path(_seeds), Path(_work), _inputs)
+    main(*asked())
