@@ -119,18 +119,13 @@ def original_context(hf_config: Mapping[str, Value]) -> int | None:
 
 
 def _tokenized(text_file: Path, hf_path: Path) -> list[int]:
-    from transformers import AutoTokenizer
+    from mbx.models.tokenizer import read_tokenizer
 
     try:
         text = text_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"cannot read the prompt `{text_file}`: {error}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(hf_path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise StorageError(
-            f"Transformers reads no tokenizer in `{hf_path}`: {error}", hint="give token ids instead of a text"
-        ) from error
+    tokenizer = read_tokenizer(hf_path, hint="give token ids instead of a text")
     ids: list[int] = tokenizer(text)["input_ids"]
     if not ids:
         raise UsageError(f"`{text_file}` holds no token")

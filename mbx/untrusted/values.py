@@ -15,7 +15,10 @@ _MOST_BITS = 128
 
 def check_bounded(value: object, source: str) -> None:
     """StorageError, naming `source`, for a value that a walk would not be done with: shared parts, cycles, depth."""
-    _weigh(value, source, {}, 0)
+    try:
+        _weigh(value, {}, 0)
+    except ValueError as error:
+        raise StorageError(f"{source}: {error}") from error
 
 
 def check_integers(value: object) -> None:
@@ -29,25 +32,24 @@ def check_integers(value: object) -> None:
         raise ValueError(f"an integer of {value.bit_length()} bits; at most {_MOST_BITS} are read")
 
 
-def _weigh(value: object, source: str, known: dict[int, int], depth: int) -> int:
+def _weigh(value: object, known: dict[int, int], depth: int) -> int:
     """How many values a walk of `value` meets; each container is looked at once, whoever shares it."""
     if isinstance(value, Mapping):
         parts = [*value.keys(), *value.values()]
     elif isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes | bytearray):
         parts = list(value)
     else:
-        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
-            raise StorageError(f"{source}: an integer of {value.bit_length()} bits; at most {_MOST_BITS} are read")
+        check_integers(value)
         return 1
     if (weight := known.get(id(value))) is not None:
         if not weight:
-            raise StorageError(f"{source}: a value that contains itself")
+            raise ValueError("a value that contains itself")
         return weight
     if depth > _DEEPEST:
-        raise StorageError(f"{source}: values nested deeper than {_DEEPEST}")
+        raise ValueError(f"values nested deeper than {_DEEPEST}")
     known[id(value)] = 0  # being looked at
-    weight = 1 + sum(_weigh(part, source, known, depth + 1) for part in parts)
+    weight = 1 + sum(_weigh(part, known, depth + 1) for part in parts)
     if weight > _MOST_VALUES:
-        raise StorageError(f"{source}: more than {_MOST_VALUES} values, most of them repeated")
+        raise ValueError(f"more than {_MOST_VALUES} values, most of them repeated")
     known[id(value)] = weight
     return weight

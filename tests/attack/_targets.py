@@ -124,6 +124,12 @@ def _recipe(folder: Path, out: Path) -> Iterator[Callable[[], object]]:
     yield lambda: load_recipe(str(folder / "recipe.toml"))
 
 
+def _tokenizer_files(folder: Path, out: Path) -> Iterator[Callable[[], object]]:
+    from mbx.models.tokenizer import read_tokenizer
+
+    yield lambda: read_tokenizer(folder)
+
+
 @cache
 def _tokenizer() -> Any:
     from transformers import AutoTokenizer
@@ -165,6 +171,7 @@ TARGETS: dict[str, Target] = {
     "tracker": Target("dcp", ("latest_checkpointed_iteration.txt",), _checkpoint),
     "recipe": Target("train", ("recipe.toml",), _recipe),
     "metrics": Target("run", ("metrics.jsonl",), _metrics),
+    "tokenizer": Target("hf", ("tokenizer*.json", "special_tokens_map.json"), _tokenizer_files),
     "chat": Target("train", ("chat.jsonl",), _chats),
     "template": Target("train", ("template.jinja",), _template),
 }

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from converters.errors import StorageError
 from mbx.cli.output import out
+from mbx.models.tokenizer import read_tokenizer
 from mbx.proof.ci.matrix import Result
 from mbx.proof.ci.report import junit, markdown
 from mbx.proof.legs import Leg
@@ -91,6 +92,18 @@ def test_no_stream_shows_a_secret(capsys: pytest.CaptureFixture[str], monkeypatc
     out.warning(secret)
     captured = capsys.readouterr()
     assert captured.err.count("…@hub.test") == 6 and "pass-word" not in captured.err + captured.out
+
+
+def test_libraries_print_no_names(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`tokenizers` prints options of a token that it does not know, past sys.stdout."""
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((TINY / "llama" / name).read_bytes())
+    settings = json.loads((TINY / "llama" / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = {"0": {"content": "<x>", NAME: 3}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    read_tokenizer(tmp_path)
+    sys.stdout.write("behind\n")
+    assert capfd.readouterr().out == "behind\n"
 
 
 def test_a_folder_does_not_lend_its_modules(tmp_path: Path) -> None:

@@ -106,14 +106,11 @@ def load_tokenizer(plan: Blueprint) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; UsageError where it has none."""
     if plan.hf is None:
         raise UsageError("this kind of data needs a tokenizer", hint="model=DIR names a folder that has one")
-    from transformers import AutoTokenizer
+    from mbx.models.tokenizer import read_tokenizer
 
     if not any((plan.hf / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise UsageError(f"`{plan.hf}` has no tokenizer", hint="copy tokenizer.json and tokenizer_config.json there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(plan.hf, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise StorageError(f"the tokenizer of `{plan.hf}` cannot be read: {error}") from error
+    tokenizer = read_tokenizer(plan.hf)
     if len(tokenizer) > plan.vocab:
         raise UsageError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {plan.vocab}")
     return tokenizer
