@@ -112,18 +112,21 @@ def side_files(path: Path) -> list[str]:
 
     Links that lead out of it are left out: what they lead to is not the model's, and would travel with it.
     """
-    return sorted(p.name for p in _beside(path) if not leads_out(p))
+    return sorted(p.name for p in _beside(path) if p.is_file() and not leads_out(p))
 
 
-def links_out(path: Path) -> list[str]:
-    """Names that `side_files` leaves out."""
-    return sorted(p.name for p in _beside(path) if leads_out(p))
+def not_carried(path: Path) -> dict[str, str]:
+    """What `side_files` leaves out by its name, and what each is in words: links out of the folder, pipes, devices."""
+    left = {p.name: p for p in sorted(_beside(path)) if leads_out(p) or not p.is_file()}
+    return {
+        name: f"a link that leads out of `{path}`" if leads_out(p) else "no regular file" for name, p in left.items()
+    }
 
 
 def _beside(path: Path) -> Iterator[Path]:
     for p in path.iterdir():
         hidden = p.name.startswith(".") or p.name.endswith(_WEIGHT_SUFFIXES)
-        if p.is_file() and not hidden and p.name not in (MANIFEST, LAYOUT, BIN_INDEX):
+        if not p.is_dir() and not hidden and p.name not in (MANIFEST, LAYOUT, BIN_INDEX):
             yield p
 
 

@@ -129,7 +129,7 @@ def plan_hf_to_mcore(
         waivers=options.waivers,
         allow_unused_keys=options.allow_unused_keys,
     )
-    plan = replace(plan, notes=(*plan.notes, *_idle(options, plan, table, config), *not_followed(folder.home)))
+    plan = replace(plan, notes=(*plan.notes, *_idle(options, plan, table, config), *left_out_of(folder.home)))
     tokenizer = (origin or {}).get("repo_id") or str(source.resolve())
     has_tokenizer = any(map(hf.is_tokenizer_file, folder.side_files))
     sidecars = megatron_sidecars(plan, options.format, 0, tokenizer=tokenizer if has_tokenizer else None)
@@ -144,9 +144,9 @@ def plan_hf_to_mcore(
     return Job(plan, source, target, folder.home, sides, texts, options, placed, origin or {}, sidecars)
 
 
-def not_followed(folder: Path) -> list[str]:
+def left_out_of(folder: Path) -> list[str]:
     """What lies in a folder and does not travel, in words."""
-    return [f"not carried: `{name}`, a link that leads out of `{folder}`" for name in hf.links_out(folder)]
+    return [f"not carried: `{name}`, {what}" for name, what in hf.not_carried(folder).items()]
 
 
 def _idle(options: Options, plan: Plan, table: Table, config: Mapping[str, Value]) -> list[str]:
@@ -185,7 +185,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
         waivers=options.waivers,
     )
     left_out = [f"not carried: {what}" for what in opened.left_out]
-    left_out += [] if reference is None else not_followed(reference)
+    left_out += [] if reference is None else left_out_of(reference)
     idle = _idle(options, plan, table, config)
     kept_codes = []
     if options.dtype is not None and plan.reencoded:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,17 @@ def test_a_folder_of_work_that_is_a_link_is_not_followed(tmp_path: Path) -> None
         with pytest.raises(MbxError, match="is a link"):
             run(plan_hf_to_mcore(LLAMA, tmp_path / "ckpt", options))
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_side_files_that_do_not_travel_are_told(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(LLAMA, tmp_path / "model"))
+    (tmp_path / "secret").write_text("mine")
+    (model / "tokenizer.json").unlink()
+    os.mkfifo(model / "tokenizer.json")
+    (model / "vocab.json").symlink_to(tmp_path / "secret")
+    job = plan_hf_to_mcore(model, tmp_path / "ckpt", Options())
+    told = [note for note in job.plan.notes if note.startswith("not carried")]
+    assert [note.split(", ")[0] for note in told] == ["not carried: `tokenizer.json`", "not carried: `vocab.json`"]
+    assert "no regular file" in told[0] and "a link that leads out" in told[1]
+    run(job)
+    assert not list((tmp_path / "ckpt").rglob("tokenizer.json")) + list((tmp_path / "ckpt").rglob("vocab.json"))
