@@ -134,9 +134,7 @@ class _Machine:
             elif op == 0x7D:  # EMPTY_DICT
                 push({})
             elif op == 0x75:  # SETITEMS
-                mark = marks.pop()
-                items = stack[mark:]
-                del stack[mark:]
+                items = self.since_mark()
                 self.set_items(stack[-1], items)
             elif op == 0x62:  # BUILD
                 state = stack.pop()

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-def lint(folder: Path, contract: str) -> subprocess.CompletedProcess[str]:
-    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--contract", contract]
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+from _trees import ROOT, copied, lint
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packages and their contracts, to plant something in."""
-    folder = tmp_path_factory.mktemp("tree")
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    for package in ("mbx", "converters", "mappings"):
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
+    return copied(tmp_path_factory.mktemp("doors") / "tree")
 
 
 @pytest.mark.parametrize(
@@ -36,14 +22,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_planted_import_breaks_the_contract(copy: Path, file: str, line: str) -> None:
     whole = (copy / file).read_text(encoding="utf-8")
     (copy / file).write_text(f"{whole}\n\n{line}\n", encoding="utf-8")
-    found = lint(copy, "doors")
+    found = lint(copy, "--contract", "doors")
     (copy / file).write_text(whole, encoding="utf-8")
     assert found.returncode == 1, found.stdout + found.stderr
     assert file.removesuffix(".py").replace("/", ".") in found.stdout
 
 
 def test_the_tree_as_it_stands_keeps_the_contract(copy: Path) -> None:
-    found = lint(copy, "doors")
+    found = lint(copy, "--contract", "doors")
     assert found.returncode == 0, found.stdout + found.stderr
 
 
