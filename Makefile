@@ -5,7 +5,22 @@ READY = $(VENV)/.ready
 DEMO = demo
 MODEL = fixtures/tiny/llama
 
-.PHONY: attack demo test test-all lint types contract tables parity-ci defects layouts bench bench-conversion bench-engine docs clean
+# The other Megatron Core that the tests run with: its package alone, over the environment that is there already.
+CORE = 0.19.2
+OVERLAY = $(VENV)/core-$(CORE)
+# The libraries that quantise, and what importing them takes, beside the environment that is there already.
+QUANTISERS = compressed-tensors==0.20.1 bitsandbytes==0.50.2 nvidia-modelopt==0.47.0 \
+  loguru nvidia-ml-py omegaconf pulp requests urllib3 idna certifi charset-normalizer scipy
+CODECS = $(VENV)/codecs
+# What touches Megatron Core, its names or its checkpoints.
+CORE_TESTS = tests/unit/test_releases.py tests/parity tests/train tests/adapters tests/tables tests/api \
+  tests/formats/test_layouts.py tests/formats/test_legacy.py tests/formats/test_fsdp_dtensor.py \
+  tests/formats/test_reshard.py tests/formats/test_sidecars.py tests/formats/test_planned.py tests/cli/test_reports.py \
+  tests/formats/test_model_class.py
+# Of these, a minute's worth for every run of CI.
+CORE_SMOKE = tests/unit/test_releases.py tests/parity/test_hybrid_oracle.py tests/train/test_two_releases.py
+
+.PHONY: attack codecs mutants demo test test-all test-core smoke-core lint types contract tables parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -14,11 +29,17 @@ demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	$(BIN)/mbx verify parity $(MODEL) $(DEMO)/mcore --forward
 	@diff -r --exclude=mbx_manifest.json $(MODEL) $(DEMO)/hf && echo "$(DEMO)/hf equals $(MODEL), byte for byte"
 
-test: lint types contract tables parity-ci  ## everything CI runs
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+test: lint types contract tables parity-ci smoke-core  ## everything CI runs
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
 
-test-all: lint types contract tables parity-ci  ## also the tests that take minutes
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+test-all: lint types contract tables parity-ci test-core  ## also the tests that take minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+
+test-core: $(OVERLAY)/.ready  ## the tests that touch Megatron Core, under another release (CORE=0.19.2)
+	MBX_OTHER_PYTHON=$(BIN)/python $(OVERLAY)/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(CORE_TESTS)
+
+smoke-core: $(OVERLAY)/.ready  ## a minute's worth of them
+	MBX_OTHER_PYTHON=$(BIN)/python $(OVERLAY)/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(CORE_SMOKE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,11 +60,21 @@ parity-ci: $(READY)  ## the conversion checks of mbx-ci.toml, as a user's own CI
 defects: $(READY)  ## plant every defect of the catalogue and print which leg found it
 	$(BIN)/python -m pytest -v tests/parity/test_defects.py
 
+mutants: $(READY)  ## try every table one step from a shipped one, and print which no leg finds
+	$(BIN)/python -m pytest -v tests/tables/test_mutants.py
+
 attack: $(READY)  ## hostile files of every kind, 10000 each (INPUTS=…): refused, accepted, slowest, memory
 	MBX_ATTACK_INPUTS=$(or $(INPUTS),10000) $(BIN)/python -m pytest -s tests/attack
 
+codecs: $(CODECS)/.ready  ## folders that compressed-tensors, bitsandbytes and Model Optimizer quantise, against what they decode
+	PYTHONPATH=$(CODECS) $(BIN)/python -m pytest -rs tests/formats/test_quantised_by_libraries.py
+
+train-matrix: $(READY)  ## `verify training` for every family that trains on a CPU, with adapters and without, TP 1, TP 2, PP 2
+	$(BIN)/python -m pytest -v tests/train/test_proof.py tests/train/test_modules_to_save.py \
+	  tests/train/test_lora_head.py -k "every_family or the_proof_passes or two_shares"
+
 layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and back, byte for byte
-	$(BIN)/python -m pytest -n 2 tests/tables/test_family_layouts.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tables/test_family_layouts.py
 
 docs: $(READY)  ## write docs/models.md again, from the tables and the measured figures
 	$(BIN)/python -m mbx.catalogue.models_page docs/models.md
@@ -63,6 +94,14 @@ bench-engine: $(READY)  ## two cores, casts, 1 to 40 GB, hard memory limits, che
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(OVERLAY)/.ready: $(READY) tests/another_core.py
+	$(BIN)/python tests/another_core.py $(CORE) $(OVERLAY)
+	@touch $@
+
+$(CODECS)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CODECS) $(QUANTISERS)
 	@touch $@
 
 clean:

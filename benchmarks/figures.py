@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_figures import engine
+from benchmarks.recipe_runs import with_layers
 from benchmarks.speed_figures import speed
 
 MEASURED = Path(__file__).resolve().parents[1] / "fixtures" / "measured"
 Row = dict[str, Any]
 _BLOCK = re.compile(
-    r"(?P<begin><!-- begin: (?P<name>budget|megatron_lm) [^\n]*-->)\n.*?(?P<end><!-- end: (?P=name) -->)", re.S
+    r"(?P<begin><!-- begin: (?P<name>budget|recipes|megatron_lm) [^\n]*-->)\n.*?(?P<end><!-- end: (?P=name) -->)", re.S
 )
 
 
@@ -158,6 +159,35 @@ def training(rows: list[Row]) -> list[str]:
     return megatron_lm(rows) + throughput(rows) + adapters(rows) + budget(rows) + losses(rows)
 
 
+def recipe_runs() -> list[Row]:
+    """Runs of recipes of every kind: recipe, overrides, GPUs, measured peak, and layers where a model was cut."""
+    return [json.loads(line) for line in (MEASURED / "recipes.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def predicted_gib(run: Row) -> float:
+    """What today's budget says of one of `recipe_runs`."""
+    from mbx.train.budget.predict import GIB, predict
+    from mbx.train.model.blueprint import blueprint
+    from mbx.train.recipe.catalogue import load_recipe
+    from mbx.train.recipe.world import check_world
+
+    recipe = load_recipe(str(run["recipe"]), ["train.eval_every=0", "optim.warmup_steps=0", *run["overrides"]])
+    if "layers" in run:
+        recipe = with_layers(recipe, run["layers"])
+    return predict(recipe, blueprint(recipe), check_world(recipe, int(run["gpus"]))).total / GIB
+
+
+def recipes(rows: list[Row]) -> list[str]:
+    """The budget beside runs of every kind of recipe."""
+    lines = []
+    for run in recipe_runs():
+        predicted = predicted_gib(run)
+        error = predicted / run["peak_gib"] - 1
+        changes = " ".join([*run["overrides"], *([f"({run['layers']} layers)"] if "layers" in run else [])])
+        lines.append([run["recipe"], changes, run["gpus"], f"{predicted:.2f}", run["peak_gib"], f"{error:+.1%}"])
+    return table(("recipe", "overrides", "GPUs", "predicted", "measured", "error"), lines)
+
+
 def records() -> list[Row]:
     """The trainer's measured records."""
     return [json.loads(line) for line in (MEASURED / "train.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -180,7 +210,7 @@ def page(rows: list[Row]) -> str:
 
 def insert(text: str, rows: list[Row]) -> str:
     """A hand-written page with its marked blocks written again, each from the function it names; others stay."""
-    blocks = {"budget": budget, "megatron_lm": megatron_lm}
+    blocks = {"budget": budget, "recipes": recipes, "megatron_lm": megatron_lm}
 
     def block(found: re.Match[str]) -> str:
         lines = [line for line in blocks[found["name"]](rows) if not line.startswith("#")]

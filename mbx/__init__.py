@@ -87,7 +87,13 @@ __all__ = [
 ]
 
 
+#: Modules that are reached as attributes.
+_MODULES = ("compat", "live")
+
+
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"mbx.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module `mbx` has no attribute `{name}`")
     value = getattr(import_module(_HOME_OF[name]), name)

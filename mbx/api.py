@@ -9,7 +9,7 @@ expected failure is an `MbxError`, whose fact, hint and details are data.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -53,9 +53,12 @@ def open(source: Source, *, weights: bool = True) -> Checkpoint:
     return open_checkpoint(_folder(source, weights=weights))
 
 
-def inspect(source: Source) -> Summary:
-    """What a checkpoint is and holds, whole or damaged; StorageError for a path that is no checkpoint at all."""
-    return summarize(_folder(source))
+def inspect(source: Source, *, hf_config: Source | None = None) -> Summary:
+    """What a checkpoint is and holds, whole or damaged; StorageError for a path that is no checkpoint at all.
+
+    `hf_config` is a folder with config.json for a Megatron checkpoint that carries none.
+    """
+    return summarize(_folder(source), _config_folder(hf_config))
 
 
 def plan(
@@ -76,11 +79,11 @@ def plan(
     options, path, into = options or Options(), _folder(source), Path(target)
     found = sniff(path)
     if found.format.spelling == "peft":
-        return plan_adapter_to_mcore(path, into, options, _base(path, base))
+        return plan_adapter_to_mcore(path, into, options, _base(path, base, options))
     if found.format.spelling == "hf":
         return plan_hf_to_mcore(path, into, options)
     if base is not None:
-        return plan_adapter_to_hf(path, into, options, _base(path, base))
+        return plan_adapter_to_hf(path, into, options, _base(path, base, options))
     reference = None if hf_config is None else _folder(hf_config, weights=False)
     return plan_mcore_to_hf(path, into, options, reference)
 
@@ -145,17 +148,31 @@ def verify(
     loss: bool = False,
     dtype: str | None = None,
     mapping: str | None = None,
+    hf_config: Source | None = None,
+    allow_gaps: Sequence[str] = (),
+    allowed_keys: tuple[str, ...] = (),
     progress: Progress = _silent,
     cancel: Event | None = None,
 ) -> ParityReport:
     """Whether two checkpoints of any format and layout are the same model, in legs that are reported apart.
 
     `forward` and `loss` run both in Transformers and Megatron Core, on the CPU. `dtype` declares a cast that a
-    conversion was asked for. Differences are findings of the report, not errors.
+    conversion was asked for. `hf_config` is a folder with config.json for a Megatron checkpoint that carries none.
+    `allowed_keys` are unknown keys of config.json that are waived. Differences are findings of the report, not errors;
+    `proved` says that there are none, and that nothing was left out but what a glob of `allow_gaps` names.
     """
-    reading = Reading(progress=_watched(progress, cancel))
-    sides = _folder(first), _folder(second)
-    return parity(*sides, forward=forward, loss=loss, dtype=dtype, mapping=mapping, reading=reading)
+    return parity(
+        _folder(first),
+        _folder(second),
+        forward=forward,
+        loss=loss,
+        dtype=dtype,
+        mapping=mapping,
+        reading=Reading(progress=_watched(progress, cancel)),
+        hf_config=_config_folder(hf_config),
+        allow_gaps=allow_gaps,
+        allowed_keys=allowed_keys,
+    )
 
 
 def diff(
@@ -163,12 +180,26 @@ def diff(
     right: Source,
     *,
     mapping: str | None = None,
+    hf_config: Source | None = None,
+    allowed_keys: tuple[str, ...] = (),
     progress: Progress = _silent,
     cancel: Event | None = None,
 ) -> Diff:
-    """What changed between two checkpoints of any format, tensor by tensor."""
+    """What changed between two checkpoints of any format, tensor by tensor.
+
+    `hf_config` is a folder with config.json for a Megatron checkpoint that carries none, `allowed_keys` are unknown
+    keys of config.json that are waived.
+    """
     reading = Reading(progress=_watched(progress, cancel))
-    return diff_checkpoints(_folder(left), _folder(right), mapping=mapping, reading=reading)
+    beside = _config_folder(hf_config)
+    return diff_checkpoints(
+        _folder(left),
+        _folder(right),
+        mapping=mapping,
+        reading=reading,
+        hf_config=beside,
+        allowed_keys=allowed_keys,
+    )
 
 
 def integrity(folder: Source, *, progress: Progress = _silent, cancel: Event | None = None) -> IntegrityReport:
@@ -176,17 +207,22 @@ def integrity(folder: Source, *, progress: Progress = _silent, cancel: Event | N
     return check_integrity(Path(folder), progress=_watched(progress, cancel))
 
 
+def _config_folder(source: Source | None) -> Path | None:
+    return None if source is None else _folder(source, weights=False)
+
+
 def _folder(source: Source, *, weights: bool = True) -> Path:
     """The folder of a source, downloaded where it is a hub model."""
     return resolve(os.fspath(source), weights=weights).path
 
 
-def _base(adapter: Path, base: Source | None) -> Base:
+def _base(adapter: Path, base: Source | None, options: Options) -> Base:
     """The model of an adapter: the one that is named, or else that the adapter names."""
     name = stated_base(adapter) if base is None else base
     if name is None:
         raise UsageError(f"`{adapter}` does not name its base model", hint="give ‹base›")
-    return replace(open_base(_folder(name, weights=False)), path=Path(name))
+    opened = open_base(_folder(name, weights=False), options.mapping, options.allow_unused_keys)
+    return replace(opened, path=Path(name))
 
 
 def _watched(progress: Progress, cancel: Event | None) -> Progress:

@@ -104,7 +104,7 @@ def curve(
         return _LEFT + (x - low_x) / ((high_x - low_x) or 1) * (right - _LEFT)
 
     def down(y: float) -> float:
-        return bottom - min(1.0, max(0.0, (y - low) / (high - low))) * _HEIGHT
+        return bottom - min(1.0, max(0.0, (y - low) / ((high - low) or 1))) * _HEIGHT
 
     out = []
     for height, text in heights.items():

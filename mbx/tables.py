@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from converters.errors import StorageError, UnsupportedError, UsageError
+from converters.mcore.keys import HEAD, TIED
 from converters.rows.expr import Value
 from converters.rows.parse import parse_table
-from converters.rows.table import Table
+from converters.rows.table import RowSpec, Table
 from mappings import table_names, table_text
+from mbx.text import near_miss
 from mbx.untrusted.small_files import SETTINGS, read_text
 
 
@@ -21,11 +24,8 @@ def shipped(name: str) -> Table:
     try:
         return parse_table(name, table_text(name))
     except KeyError:
-        close = get_close_matches(name, table_names(), n=3)
-        raise UsageError(
-            f"there is no table `{name}`",
-            hint=f"did you mean {', '.join(close)}?" if close else "`mbx models list` shows all",
-        ) from None
+        hint = near_miss(name, table_names(), "`mbx models list` shows all")
+        raise UsageError(f"there is no table `{name}`", hint=hint) from None
 
 
 def from_file(path: Path) -> Table:
@@ -36,31 +36,70 @@ def from_file(path: Path) -> Table:
         raise StorageError(f"cannot read the table `{path}`: {error}") from error
 
 
+#: Transformers' endings of a decoder's classes: with an output layer over the vocabulary, and over labels.
+_CLASSES = ("ForCausalLM", "ForSequenceClassification")
+
+
+def _with_score(tables: Sequence[Table], architectures: Collection[object]) -> Table | None:
+    """The table of a reward or value model: a decoder's whose output layer is `score.weight` [labels, hidden].
+
+    Megatron trainers keep that layer whole on every rank, unpadded and never tied. None for other classes.
+    """
+    scored = [str(name) for name in architectures if str(name).endswith(_CLASSES[1])]
+    plain = {name.replace(_CLASSES[1], _CLASSES[0]) for name in scored}
+    table = next((table for table in tables if plain & set(table.architectures)), None)
+    if table is None:
+        return None
+    score = RowSpec(HEAD, "copy", ("score.weight",))
+    blocks = {
+        block: tuple((score,) if rows[0].param == HEAD else rows for rows in held)
+        for block, held in table.blocks.items()
+    }
+    config = replace(
+        table.config,
+        rows=tuple(row for row in table.config.rows if row.mcore != TIED),
+        ignore=table.config.ignore | {row.hf for row in table.config.rows if row.mcore == TIED},
+        fixed={**table.config.fixed, TIED: False},
+    )
+    names = tuple(name.replace(*_CLASSES) for name in table.architectures)
+    return replace(table, architectures=names, blocks=blocks, config=config)
+
+
 def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
     """The table for a Hugging Face config: `mapping` (a file or a shipped name) or by `model_type`.
 
-    A model that holds a text model beside a vision tower is known by the text model's type and its own class.
+    A model around a text model is known by its own type and class, and of several such by the text model's type.
     UnsupportedError when no table knows the architecture.
     """
     if mapping is not None:
         return from_file(Path(mapping)) if mapping.endswith(".toml") else shipped(mapping)
-    text = config.get("text_config")
+    text = config.get("text_config") or config.get("thinker_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else None
-    model_type, architectures = inner or config.get("model_type"), config.get("architectures") or []
-    # Parsing every table would cost more than a small conversion: look for the quoted model type first.
-    candidates = [shipped(name) for name in table_names() if f'"{model_type}"' in table_text(name)]
-    fits = [t for t in candidates if model_type in t.model_types]
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
     if not isinstance(architectures, list):
         raise UsageError(f"config.json: `architectures` is {architectures!r}, a list was expected")
+    fits = _of_type(model_type)
+    if headed := _with_score(fits, architectures):
+        return headed
     exact = [t for t in fits if set(t.architectures) & set(map(str, architectures))]
     chosen = exact or [t for t in fits if not architectures]
+    if len(chosen) > 1 and inner:
+        chosen = [table for table in chosen if inner in table.text_types]
     if chosen:
         return chosen[0]
-    if inner and fits:
+    if inner and (alone := _of_type(inner)):
         raise UnsupportedError(
             f"no table for {', '.join(map(str, architectures)) or 'this class'} around a {inner!r} text model",
-            hint=f"the table `{fits[0].name}` covers that text model in a repository of its own; add a [wrapped] "
-            "section with this class's beginnings of names to a copy of it and give that as ‹mapping› FILE",
+            hint=f"the table `{alone[0].name}` covers that text model in a repository of its own; a table of yours "
+            f'whose [text] section says table = "{alone[0].name}" covers the rest: ‹mapping› FILE',
+        )
+    if fits:
+        covered = sorted({name for table in fits for name in table.architectures})
+        raise UnsupportedError(
+            f"no table for {', '.join(map(str, architectures))}: of model_type {model_type!r} are covered "
+            f"{', '.join(covered)} and their {_CLASSES[1]}",
+            hint=f"the decoder is in the table `{fits[0].name}`, another head is not: put its rows into a copy (`mbx "
+            f"models show {fits[0].name} > mine.toml`) and give that as ‹mapping› mine.toml",
         )
     known = sorted({kind for name in table_names() for kind in shipped(name).model_types})
     close = get_close_matches(str(model_type), known, n=3)
@@ -70,3 +109,10 @@ def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
         if close
         else "`mbx models list` shows what is covered; ‹mapping› FILE uses a table of your own",
     )
+
+
+def _of_type(model_type: object) -> list[Table]:
+    """Shipped tables of a model type."""
+    # Parsing every table would cost more than a small conversion: look for the quoted model type first.
+    candidates = [shipped(name) for name in table_names() if f'"{model_type}"' in table_text(name)]
+    return [table for table in candidates if model_type in table.model_types]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
+from html import escape
 
 from converters.errors import UsageError
 
@@ -14,8 +16,8 @@ _UNITS |= {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}
 _UNITS |= {unit: 1024**n for n, p in enumerate("KMGT", 1) for unit in (p, f"{p}iB".upper())}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 MIN_MEMORY = 16 << 20
-
-
+#: What makes a link, an image or a link's definition of the brackets before it (CommonMark 0.31, 4.7 and 6.3).
+_LINKS = re.compile(r"\](\(|\[|:)")
 #: Who asks, in a URL, and tokens of the hub.
 _SECRETS = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{8,}")
 
@@ -33,6 +35,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def in_markdown(text: str) -> str:
+    """Text as Markdown shows it: no HTML, no end of a cell or line, no link or image."""
+    return _LINKS.sub(r"]\\\1", escape(printable(text), quote=False).replace("|", "\\|"))
+
+
 def human_bytes(count: float) -> str:
     """Bytes in decimal units, as disks and safetensors shards are sold: `1.24 GB`."""
     return _scaled(count, 1000, ("B", "kB", "MB", "GB", "TB", "PB"))
@@ -47,6 +54,12 @@ def human_count(count: float) -> str:
     """`1.24B`, `168M`: a number of parameters."""
     power = min(4, max(0, int(math.log10(max(1.0, count * 1.0005)) // 3)))  # 999.6M is 1B at three digits
     return f"{count / 1000**power:.3g}{('', 'K', 'M', 'B', 'T')[power]}"
+
+
+def near_miss(word: str, known: Iterable[str], otherwise: str) -> str:
+    """A hint at what `word` may have meant, of what is `known`; `otherwise` where nothing is near."""
+    close = get_close_matches(word, list(known), n=3)
+    return f"did you mean {', '.join(close)}?" if close else otherwise
 
 
 def plural(count: int, noun: str) -> str:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# A deadline of an example measures the load of the machine; a test has its own limit.
+settings.register_profile("mbx", deadline=None)
+settings.load_profile("mbx")
+
+#: More threads than one test with live models has of its own.
+_MANY_THREADS = 100
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Unpack the checkpoints that Megatron-Bridge made, unless the environment names a folder with more of them."""
+    """Prepared data goes where it is thrown away. Checkpoints that Megatron-Bridge made are unpacked, unless the
+    environment names a folder with more of them."""
+    if "MBX_CACHE_DIR" not in os.environ:
+        cache = os.environ["MBX_CACHE_DIR"] = tempfile.mkdtemp(prefix="mbx-cache-")
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     if "MBX_PEER_CHECKPOINTS" in os.environ:
         return
     folder = Path(tempfile.mkdtemp(prefix="mbx-peer-"))
@@ -23,6 +36,17 @@ def pytest_configure(config: pytest.Config) -> None:
             tar.extractall(folder, filter="data")
     os.environ["MBX_PEER_CHECKPOINTS"] = str(folder)
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_groups() -> Iterator[None]:
+    """Free the process groups of models that only the collector can free: each has threads that wake all the time.
+
+    A test with models leaves some twenty of them; after a few hundred tests they took half of every core.
+    """
+    yield
+    if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

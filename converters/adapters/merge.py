@@ -35,10 +35,11 @@ def updates_of(
     names. Raises CoverageError for an adapter of a weight that the target does not hold, or holds in another shape.
     """
     joiner = Joiner.at(table, config)
-    rows = {row.mcore: row for row in table.expand(joiner.env, None if megatron else targets) if is_weight(row)}
+    expanded = table.expand(joiner.env, None if megatron else targets)
+    rows = {row.mcore.removeprefix(table.prefix): row for row in expanded if is_weight(row)}
     updates: dict[Spot, tuple[list[Part], bool]] = {}
     for found in adapted:
-        row = rows.get(found.row.mcore, found.row)
+        row = rows.get(found.row.mcore.removeprefix(table.prefix), found.row)
         joined = joiner.join(row, found.form.mcore_pack().rows, keys=joiner.homes(row, targets))
         if joined.form.columns:
             raise UnsupportedError(
@@ -69,28 +70,23 @@ def _check(place: Place, targets: Mapping[str, Shape], inputs: int) -> None:
 def plan_copy(
     table: Table,
     config: Mapping[str, Value],
-    sources: Mapping[str, StoredTensor],
+    tensors: Mapping[str, StoredTensor],
     updates: Mapping[Spot, LowRank],
-    replaced: Mapping[str, StoredTensor],
+    origins: Mapping[str, StoredTensor],
 ) -> Plan:
-    """Plan that writes Hugging Face tensors under their own names; `replaced` take their values from other tensors.
+    """Plan that writes the Hugging Face tensors `tensors`, read where they lie or from `origins`.
 
-    Tensors without an update move as bytes; one whose entries are updated apart is carried entry by entry. Raises
-    CoverageError where a replacement has no counterpart, or another shape.
+    Tensors without an update move as bytes; one whose entries are updated apart is carried entry by entry.
     """
-    if unknown := [name for name in replaced if name not in sources]:
-        raise CoverageError(f"the adapter replaces `{unknown[0]}`, which the base does not hold", details=unknown)
     drafts, units = [], list[Unit]()
     depths = {name: len(index) for name, index in updates}
-    for name, tensor in sources.items():
+    for name, tensor in tensors.items():
         drafts.append(Draft.whole(name, tensor.dtype, tensor.shape))
-        origin, depth = replaced.get(name, tensor), depths.get(name, 0)
-        if origin.shape != tensor.shape:
-            raise CoverageError(f"`{name}` is {list(tensor.shape)}, and the adapter's own {list(origin.shape)}")
-        units += as_it_is(origin.name, name, tensor.shape[:depth], matrix(tensor.shape, depth)[0])
-    kept = {name: tensor for name, tensor in sources.items() if name not in replaced}
-    used = kept | {tensor.name: tensor for tensor in replaced.values()}
-    changed = [(origin.dtype, sources[name].dtype) for name, origin in replaced.items()]
+        depth = depths.get(name, 0)
+        units += as_it_is(origins.get(name, tensor).name, name, tensor.shape[:depth], matrix(tensor.shape, depth)[0])
+    kept = {name: tensor for name, tensor in tensors.items() if name not in origins}
+    used = kept | {tensor.name: tensor for tensor in origins.values()}
+    changed = [(origin.dtype, tensors[name].dtype) for name, origin in origins.items()]
     return replace(
         Plan.of_all("merge", config, used, drafts, units, table=table),
         updates=updates,

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from converters.adapters.megatron import megatron_sites
-from converters.adapters.peft_names import PREFIX, peft_sites
+from converters.adapters.peft_keys import PREFIX, recorded_keys
+from converters.adapters.peft_names import peft_sites
 from converters.adapters.sites import Adapted, columns, spellings
 from converters.engine.lowrank import Site
 from converters.engine.plan import Draft, Entry, Plan, Unit, row_form
@@ -101,7 +102,8 @@ def plan_to_peft(
     written as one of the parameter that holds all experts where the table knows that, else by projection.
     """
     joiner = Joiner.at(table, config)
-    chosen = [(found, spelt(table, found, recorded)) for found in adapted]
+    keys = {} if recorded is None else recorded_keys(table, joiner.env, recorded)[1]
+    chosen = [(found, spelt(table, found, keys or recorded)) for found in adapted]
     owners: dict[str, list[str]] = {}
     for _, row in chosen:
         if row.spec.stacked:
@@ -113,7 +115,8 @@ def plan_to_peft(
         form = row_form(row, joiner.dims, found.form.mcore_pack().rows)
         beside = owners.get(row.hf[0].rpartition(".")[0], [row.hf[0]])
         nested = len(beside) - 1 - beside.index(row.hf[0]) if row.spec.stacked else 0
-        pairs.append((found, peft_sites(row, form, found, joiner.experts, nested)))
+        sites = peft_sites(row, form, found, joiner.experts, nested)
+        pairs.append((found, tuple(_under(site, keys) for site in sites)))
     carrier = _Carrier(sources)
     carrier.carry(pairs)
     drafts = [
@@ -121,6 +124,12 @@ def plan_to_peft(
         for name, target in sorted(carrier.targets.items())
     ]
     return carrier.plan("adapter-to-hf", table, config, Layout(), drafts)
+
+
+def _under(site: Site, keys: Mapping[str, str]) -> Site:
+    """A site whose tensors have the names of the file they once came from, `keys` by PEFT's own."""
+    m = None if site.m is None else keys.get(site.m, site.m)
+    return replace(site, a=keys.get(site.a, site.a), b=keys.get(site.b, site.b), m=m)
 
 
 def spelt(table: Table, found: Adapted, recorded: Collection[str] | None) -> Row:
@@ -133,7 +142,7 @@ def spelt(table: Table, found: Adapted, recorded: Collection[str] | None) -> Row
                     return row
             elif f"{PREFIX}{row.hf[0].rpartition('.')[0]}.lora_A.weight" in recorded:
                 return row
-    one = len(found.sites) == 1 and len(found.sites[0].atoms) == len(found.form.atoms)
+    one = len({site.a_key for site in found.sites}) == 1 and all(map(found.site_of, range(len(found.form.atoms))))
     together = next((row for row in rows if row.spec.stacked), None)
     if found.row.expert is None or together is None:
         return rows[0]

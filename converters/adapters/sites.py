@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from converters.engine.lowrank import Site
 from converters.engine.plan import row_form
 from converters.errors import CoverageError, UnsupportedError
+from converters.mcore.keys import HEAD
 from converters.rows.ops import Dims, Form
 from converters.rows.pack import Slot
 from converters.rows.table import Row, Table
@@ -23,9 +24,14 @@ MEMBERS: Mapping[str, tuple[str, ...]] = {
     "qkv_own": ("adapter_q", "adapter_k", "adapter_v"),
     "qgkv": ("adapter_q", "adapter_k", "adapter_v"),
     "glu": ("adapter_gate", "adapter_up"),
+    # no class of Megatron-Bridge's cuts these: named in the same way
+    "gdn_in": ("adapter_qkvz", "adapter_ba"),
+    "gdn_in_split": ("adapter_qkv", "adapter_z", "adapter_b", "adapter_a"),
 }
-#: Ops whose weight is one Megatron Core linear with an adapter of its own; one of a vocabulary, say, has none.
-ADAPTABLE = frozenset((*MEMBERS, "copy", "col", "row", "glu_fused", "glu_zip", "qkv_fused"))
+#: Ops whose weight is one Megatron Core linear with an adapter of its own.
+ADAPTABLE = frozenset((*MEMBERS, "copy", "col", "row", "glu_fused", "glu_zip", "qkv_fused", "mamba_in"))
+#: Ops whose sizes the config says, whatever is adapted.
+SIZED = ("qkv", "qgkv", "gdn_in", "gdn_in_split", "mamba_in")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,12 @@ def spellings(table: Table, row: Row) -> list[Row]:
     return found
 
 
+def is_adaptable(row: Row) -> bool:
+    """Whether Megatron Core has one linear with an adapter of its own for the row's weight; of a vocabulary's weights
+    that is the output layer alone."""
+    return row.spec.op in ADAPTABLE or row.spec.param == HEAD
+
+
 def is_weight(row: Row) -> bool:
     """Whether the row's parameter is the matrix of a linear, a router, an embedding or an output layer."""
     leaf = row.spec.param.rpartition(".")[2]
@@ -84,8 +96,8 @@ def form_of(row: Row, dims: Dims, rows: Mapping[int, int]) -> Form:
         total = sum(rows.values())
     elif row.spec.op == "glu":
         total = len(row.hf) * next(iter(rows.values()))
-    elif row.spec.op in ("qkv", "qgkv"):
-        total = 0  # the config says all
+    elif row.spec.op in SIZED:
+        total = 0
     else:
         raise UnsupportedError(f"`{row.mcore}` (op {row.spec.op}) is adapted in part: {', '.join(row.hf)}")
     form = row_form(row, dims, total)

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from converters.casts import convert
 from converters.causes.row_orders import Structure
 from converters.tensors import DTYPE_BITS
 
@@ -63,16 +64,8 @@ class Suspect:
 
 
 def floats(data: Bytes, dtype: str) -> npt.NDArray[np.float64]:
-    """Bytes of any dtype as float64 values, flat; imports torch."""
-    import torch
-
-    from converters.torch_casts import TORCH_DTYPES
-
-    tensor = torch.from_numpy(np.ascontiguousarray(data).reshape(-1)).view(TORCH_DTYPES[dtype])
-    if dtype.startswith("F8"):
-        tensor = tensor.to(torch.float32)
-    values: npt.NDArray[np.float64] = tensor.to(torch.float64).numpy()
-    return values
+    """Bytes of any dtype as float64 values, flat."""
+    return convert(np.ascontiguousarray(data), dtype, "F64").view(np.float64)
 
 
 def spans(count: int, step: int) -> Iterator[Index]:

@@ -6,8 +6,11 @@ The modules here know names, shapes and dtypes and import no torch; `arithmetic`
 from converters.codecs.base import Codec, assemble
 from converters.codecs.fp8 import Fp8Block, Fp8Scaled
 from converters.codecs.int4 import Int4Packed
+from converters.codecs.int8 import Int8
 from converters.codecs.mxfp4 import Mxfp4
+from converters.codecs.nvfp4 import Nvfp4
 from converters.codecs.registry import CODECS, codecs_for, quantization_of
+from converters.codecs.words4 import Words4
 
 __all__ = [
     "CODECS",
@@ -15,7 +18,10 @@ __all__ = [
     "Fp8Block",
     "Fp8Scaled",
     "Int4Packed",
+    "Int8",
     "Mxfp4",
+    "Nvfp4",
+    "Words4",
     "assemble",
     "codecs_for",
     "quantization_of",

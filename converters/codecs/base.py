@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from converters.errors import LayoutError, StorageError
 from converters.tensors import Shape
@@ -17,6 +17,24 @@ if TYPE_CHECKING:
     import torch
 
     from converters.codecs.arithmetic.common import Arithmetic, Parts
+
+
+ScaleDtype = Literal["BF16", "F16", "F32"]
+SCALE_DTYPES: tuple[ScaleDtype, ...] = ("BF16", "F16", "F32")
+#: Ends of names that belong to activations, to the cache of keys and values, or to the bounds of such scales.
+ACTIVATION_SCALES = (
+    ".activation_scale",
+    "_activation_scale",
+    ".input_scale",
+    ".input_scale_ub",
+    ".input_global_scale",
+    ".output_scale",
+    ".k_scale",
+    ".v_scale",
+    ".q_scale",
+    ".kv_scale",
+    ".prob_scale",
+)
 
 
 class Codec(ABC):
@@ -36,12 +54,26 @@ class Codec(ABC):
     name: ClassVar[str]
     suffixes: ClassVar[Mapping[str, str]]
     discards: ClassVar[tuple[str, ...]] = ()
-    #: safetensors name of the dtype a decoded tensor has unless another is asked for.
-    decoded_dtype: ClassVar[str] = "BF16"
+    #: Roles of which a slab of rows needs all.
+    whole_parts: ClassVar[tuple[str, ...]] = ()
+    #: Whether a scale of zero over codes that are not destroys what they stood for; else small blocks have them.
+    zero_scale_is_a_fault: ClassVar[bool] = True
 
     def part_suffixes(self) -> Mapping[str, str]:
         """Suffix of each part by its role; an instance may differ from its class's `suffixes`."""
         return self.suffixes
+
+    def decoded_dtype(self, dtypes: Mapping[str, str]) -> str:
+        """safetensors name of the dtype of a decoded tensor, by those of its parts, unless another is asked for.
+
+        Scales of fp16 belong to a model of fp16, whose values bf16 does not hold.
+        """
+        return "F16" if dtypes.get("scale") == "F16" else "BF16"
+
+    @property
+    def encodes(self) -> bool:
+        """Whether `encode` is there; some kinds are only read."""
+        return True
 
     def part_names(self, logical: str) -> dict[str, str]:
         """Stored name of each part of the tensor `logical`, by role."""
@@ -59,9 +91,23 @@ class Codec(ABC):
         """Whether a source's scales are worth keeping: the values do not give them back, and they are few."""
         return False
 
-    @abstractmethod
+    @property
+    def kept_parts(self) -> tuple[str, ...]:
+        """Roles that an import keeps for an export that encodes again."""
+        return ("scale", *self.constant_parts) if self.keeps_scales else ()
+
+    @property
+    def constant_parts(self) -> tuple[str, ...]:
+        """Roles that are the source's whatever the values are: zeros, an order of inputs, a scale of scales."""
+        return ()
+
+    def holding(self, constants: Mapping[str, torch.Tensor]) -> Codec:
+        """This codec with the values of its `constant_parts`, about which it encodes."""
+        return self
+
     def as_stored(self, dtypes: Mapping[str, str], shapes: Mapping[str, Shape]) -> Codec:
         """This codec, set to write parts of the safetensors dtypes and shapes that a source's have."""
+        return self
 
     @abstractmethod
     def stored_shapes(self, shape: Shape) -> dict[str, Shape]:
@@ -71,19 +117,19 @@ class Codec(ABC):
     def decoded_shape(self, stored_shapes: Mapping[str, Shape]) -> Shape:
         """Shape of the logical tensor, from the headers alone; raises StorageError when the parts disagree."""
 
-    @abstractmethod
     def row_alignment(self, shape: Shape) -> int:
         """Slabs of a tensor of decoded `shape` start at multiples of this many rows of dim 0."""
+        return 1
 
     def encode_alignment(self, shape: Shape) -> int:
         """The same for slabs to encode, where a scale may need more rows than a value does."""
         return self.row_alignment(shape)
 
-    @abstractmethod
     def part_rows(
         self, role: str, start: int, stop: int, stored_shapes: Mapping[str, Shape]
     ) -> tuple[int, int] | None:
         """Rows of a part that hold the decoded rows [start, stop), or None when the slab needs the whole part."""
+        return None if role in self.whole_parts else (start, stop)
 
     @abstractmethod
     def arithmetic(self) -> Arithmetic:
@@ -128,6 +174,14 @@ def assemble(codecs: Collection[Codec], stored: Collection[str]) -> dict[str, Co
                     details=sorted({*other.part_names(logical).values(), *codec.part_names(logical).values()}),
                 )
     return found
+
+
+def scale_dtype_of(dtypes: Mapping[str, str]) -> ScaleDtype:
+    """The dtype of a source's scales, by those of its parts; StorageError for one that no scale is written in."""
+    for dtype in SCALE_DTYPES:
+        if dtypes["scale"] == dtype:
+            return dtype
+    raise StorageError(f"scales are stored as {dtypes['scale']}; expected {', '.join(SCALE_DTYPES)}")
 
 
 def ceil_div(value: int, by: int) -> int:

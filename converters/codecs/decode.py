@@ -18,6 +18,8 @@ from converters.tensors import Shape, StoredTensor
 if TYPE_CHECKING:
     import torch
 
+#: Dtypes that no codec stores its codes in.
+_PLAIN = frozenset(("BF16", "F16", "F32", "F64", "I64", "BOOL"))
 Matrix = npt.NDArray[np.uint8]
 #: Values as unsigned integers of their size.
 Words = npt.NDArray[np.generic]
@@ -37,10 +39,12 @@ def decoded_view(
 ) -> tuple[dict[str, StoredTensor], dict[str, Encoded]]:
     """`stored` with every set of parts replaced by the tensor it encodes, and the encoded ones by name.
 
-    Logical tensors have no chunks: their bytes come from `read_decoded`. Without a quantization config nothing
-    changes.
+    Logical tensors have no chunks: their bytes come from `read_decoded`. Nothing changes without a quantization
+    config, or where it is left over from a source whose tensors are all plain by now. UnsupportedError for a method
+    that no codec reads.
     """
-    if quantization is None:
+    named = quantization is not None and isinstance(quantization.get("quant_method"), str)
+    if quantization is None or named and all(tensor.dtype in _PLAIN for tensor in stored.values()):
         return dict(stored), {}
     codecs = codecs_for(quantization)
     view, encoded = dict(stored), {}
@@ -52,7 +56,8 @@ def decoded_view(
             raise StorageError(f"`{logical}`: {error.fact}", hint=error.hint) from error
         for part in parts.values():
             view.pop(part.name, None)
-        tensor = StoredTensor(logical, codec.decoded_dtype, shape, ())
+        dtype = codec.decoded_dtype({role: part.dtype for role, part in parts.items()})
+        tensor = StoredTensor(logical, dtype, shape, ())
         view[logical] = tensor
         encoded[logical] = Encoded(tensor, codec, parts)
     discards = tuple(suffix for codec in codecs for suffix in codec.discards)
@@ -107,13 +112,14 @@ def _check_scales(encoded: Encoded, parts: Mapping[str, torch.Tensor]) -> None:
     """Refuse scales that destroy their block: NaN, infinite, or zero under codes that are not."""
     from converters.codecs.arithmetic.common import scale_faults, scale_to_fp32
 
-    scale = parts["scale"]
+    if (scale := parts.get("scale")) is None:
+        return
     faults = scale_faults(scale)
     faults.pop("negative", None)  # odd, and nothing is lost
     if "zero" in faults:
         # A block of zeros may have any scale: codes count only under the zeros, read as ones.
         ones = (scale_to_fp32(scale) == 0).to(scale.dtype)
-        if not bool(encoded.codec.decode({**parts, "scale": ones}).any()):
+        if not encoded.codec.zero_scale_is_a_fault or not bool(encoded.codec.decode({**parts, "scale": ones}).any()):
             del faults["zero"]
     if faults:
         part = encoded.parts["scale"]

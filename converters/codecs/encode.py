@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from converters.codecs.decode import Encoded, Matrix, read_part
-from converters.errors import StorageError
+from converters.errors import StorageError, UnsupportedError
 from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor, nbytes_of
 
@@ -15,6 +15,11 @@ def encodings(encoded: Mapping[str, Encoded]) -> dict[str, Encoded]:
     """`encoded`, a source's headers, with each codec set to write parts as the source has them."""
     out = {}
     for name, whole in encoded.items():
+        if not whole.codec.encodes:
+            raise UnsupportedError(
+                f"{whole.codec.name} is read and not written: `{name}` is stored so in the source",
+                hint="leave out ‹codec› same: every tensor is written as it stands",
+            )
         dtypes = {role: part.dtype for role, part in whole.parts.items()}
         out[name] = replace(whole, codec=whole.codec.as_stored(dtypes, _shapes(whole)))
     return out
@@ -38,7 +43,7 @@ def spans(encoded: Encoded, index: tuple[int, ...], row: int, rows: int) -> Iter
 def encode_rows(
     source: Source,
     encoded: Encoded,
-    scales: StoredTensor | None,
+    scales: Mapping[str, StoredTensor],
     index: tuple[int, ...],
     row: int,
     data: Matrix,
@@ -46,7 +51,7 @@ def encode_rows(
 ) -> list[Matrix]:
     """The bytes of each of `spans`: rows from `row` on of one entry, encoded.
 
-    data: [rows, bytes of a row], values of `dtype`. `scales` are the source's, read from `source`; blocks that
+    data: [rows, bytes of a row], values of `dtype`. `scales` are the source's by role, read from `source`; blocks that
     they store without loss keep them.
     Raises StorageError, naming the tensor, for values that the codec cannot store.
     """
@@ -58,11 +63,13 @@ def encode_rows(
     codec, whole = encoded.codec, encoded.tensor
     start, stop = _slab(index, row, len(data))
     slab = torch.from_numpy(data.reshape(-1)).view(TORCH_DTYPES[dtype]).reshape(stop - start, *whole.shape[1:])
-    known = None
-    if scales is not None:
-        known = read_part(source, scales, codec.part_rows("scale", start, stop, _shapes(encoded)))
+    known = {
+        role: read_part(source, part, codec.part_rows(role, start, stop, _shapes(encoded)))
+        for role, part in scales.items()
+    }
+    scale = known.pop("scale", None)
     try:
-        parts = reencode(codec, slab, known, whole.shape)
+        parts = reencode(codec.holding(known) if known else codec, slab, scale, whole.shape)
     except StorageError as error:
         error.details = (*error.details, f"`{whole.name}`, rows {start} to {stop - 1} of {whole.shape[0]}")
         raise

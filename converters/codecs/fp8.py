@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from converters.codecs.base import Codec, aligned, ceil_div
+from converters.codecs.base import ACTIVATION_SCALES, Codec, aligned, ceil_div
 from converters.errors import LayoutError, StorageError
 from converters.tensors import Shape
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 ScaleRule = Literal["amax", "reciprocal", "ue8m0"]
 #: Safetensors dtypes of stored scales; F8_E8M0 and U8 hold exponents alone.
 ScaleDtype = Literal["F32", "F16", "BF16", "F8_E8M0", "U8"]
+#: What weights' scales are called; that it is inverted says nothing: codes are multiplied by it under either name.
+ScaleSuffix = Literal["_scale_inv", "_scale"]
+SCALE_SUFFIXES: tuple[ScaleSuffix, ...] = ("_scale_inv", "_scale")
 SCALE_DTYPES: tuple[ScaleDtype, ...] = ("F32", "F16", "BF16", "F8_E8M0", "U8")
 #: Elements under one scale from which on keeping the scales costs 1 part in 32 or less.
 _MANY = 128
@@ -27,7 +30,8 @@ class Fp8Block(Codec):
     """`W` [..., N, M] in E4M3 with `W_scale_inv` [..., ceil(N/bn), ceil(M/bm)]; value = code * scale_inv of its block.
 
     Source of the format: DeepSeek-V3, `inference/kernel.py` (`weight_dequant`) and its paper, section 3.3
-    (arXiv:2412.19437); Qwen3-FP8 and MiniMax-M2 store the same. Products are formed in fp32 and rounded once, as in
+    (arXiv:2412.19437); Qwen3-FP8 and MiniMax-M2 store the same, compressed-tensors (strategy `block`) under
+    `W_scale`. Products are formed in fp32 and rounded once, as in
     Transformers (`integrations/finegrained_fp8.py`, `Fp8Dequantize`).
 
     `scale_rule` is how `encode` gets a block's scale from its largest magnitude, and the only thing that decides
@@ -43,10 +47,14 @@ class Fp8Block(Codec):
     block: tuple[int, int] = (128, 128)
     scale_rule: ScaleRule = "amax"
     scale_dtype: ScaleDtype = "F32"
+    scale_suffix: ScaleSuffix = "_scale_inv"
 
     name = "fp8_block"
     suffixes = {"weight": "", "scale": "_scale_inv"}
-    discards = (".activation_scale", "_activation_scale", ".input_scale")
+    discards = ACTIVATION_SCALES
+
+    def part_suffixes(self) -> Mapping[str, str]:
+        return {"weight": "", "scale": self.scale_suffix}
 
     @property
     def keeps_scales(self) -> bool:
@@ -94,17 +102,18 @@ class Fp8Block(Codec):
 class Fp8Scaled(Codec):
     """`W` [N, M] in E4M3 with one fp32 or bf16 scale a tensor ([], [1] or [1, 1]) or an output channel ([N, 1]).
 
-    Source: compressed-tensors `float-quantized` (`compressors/naive_quantized`, scale in `weight_scale`) and the
-    per-tensor form of Transformers' FP8 (scale in `weight_scale_inv`, as Ministral stores it). Value = code * scale.
+    Source: compressed-tensors `float-quantized` (`compressors/naive_quantized`, scale in `weight_scale`), the same of
+    ModelOpt, fbgemm's by rows (Transformers' `integrations/fbgemm_fp8.py`) and the per-tensor form of Transformers'
+    FP8 (scale in `weight_scale_inv`, as Ministral stores it, or `weight_scale`). Value = code * scale.
     """
 
     strategy: Literal["tensor", "channel"] = "channel"
-    scale_suffix: Literal["_scale", "_scale_inv"] = "_scale"
+    scale_suffix: ScaleSuffix = "_scale"
     scale_dtype: ScaleDtype = "F32"
 
     name = "fp8_scaled"
     suffixes = {"weight": "", "scale": "_scale"}
-    discards = (".activation_scale", "_activation_scale", ".input_scale")
+    discards = ACTIVATION_SCALES
 
     def part_suffixes(self) -> Mapping[str, str]:
         return {"weight": "", "scale": self.scale_suffix}
@@ -132,9 +141,6 @@ class Fp8Scaled(Codec):
                 f"scales of a {list(shape)} weight: expected one, or shape [{shape[0]}, 1]; got {list(scale)}"
             )
         return shape
-
-    def row_alignment(self, shape: Shape) -> int:
-        return 1
 
     def encode_alignment(self, shape: Shape) -> int:
         """All rows where they share one scale: it is derived from the whole tensor."""

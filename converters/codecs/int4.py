@@ -1,12 +1,12 @@
-"""compressed-tensors `pack-quantized` INT4 weights: symmetric, grouped along the input dim."""
+"""compressed-tensors `pack-quantized` INT4 weights: symmetric, in groups of inputs or whole rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from converters.codecs.base import Codec, ceil_div
+from converters.codecs.base import Codec, ScaleDtype, ceil_div, scale_dtype_of
 from converters.errors import LayoutError, StorageError
 from converters.tensors import Shape
 
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from converters.codecs.arithmetic.common import Arithmetic
 
 CODES_PER_WORD = 8
-ScaleDtype = Literal["BF16", "F16", "F32"]
-_SCALE_DTYPES: tuple[ScaleDtype, ...] = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +28,23 @@ class Int4Packed(Codec):
     neighbouring values of the scale's dtype; decoded tensors thus come back with the same values, and bitwise in their
     parts where the group's largest code is 8 or 7 (but for a group of only 0 and -7, which is read as 0 and -8). Other
     groups get amax / 7.5, rounded half to even and clamped to [-8, 7] (compressed-tensors, `calculate_qparams`).
-    With `scale=` every group with a non-zero scale comes back bitwise.
+    With `scale=` every group with a non-zero scale comes back bitwise. `group` is None for a scale a row.
     """
 
-    group: int = 32
+    group: int | None = 32
     scale_dtype: ScaleDtype = "BF16"
 
     name = "int4_packed"
     suffixes = {"packed": "_packed", "scale": "_scale", "shape": "_shape"}
+    whole_parts = ("shape",)
+
+    @property
+    def keeps_scales(self) -> bool:
+        """Whether a scale is of a whole row: then they are few, and its largest code need not be 7 or 8."""
+        return self.group is None
 
     def as_stored(self, dtypes: Mapping[str, str], shapes: Mapping[str, Shape]) -> Int4Packed:
-        for dtype in _SCALE_DTYPES:
-            if dtypes["scale"] == dtype:
-                return replace(self, scale_dtype=dtype)
-        raise StorageError(f"scales are stored as {dtypes['scale']}; expected {', '.join(_SCALE_DTYPES)}")
+        return replace(self, scale_dtype=scale_dtype_of(dtypes))
 
     def stored_shapes(self, shape: Shape) -> dict[str, Shape]:
         if len(shape) != 2:
@@ -51,7 +52,7 @@ class Int4Packed(Codec):
         rows, width = shape
         return {
             "packed": (rows, ceil_div(width, CODES_PER_WORD)),
-            "scale": (rows, ceil_div(width, self.group)),
+            "scale": (rows, 1 if self.group is None else ceil_div(width, self.group)),
             "shape": (2,),
         }
 
@@ -69,14 +70,6 @@ class Int4Packed(Codec):
                 hint="check `group_size` in `quantization_config` of config.json",
             )
         return shape
-
-    def row_alignment(self, shape: Shape) -> int:
-        return 1
-
-    def part_rows(
-        self, role: str, start: int, stop: int, stored_shapes: Mapping[str, Shape]
-    ) -> tuple[int, int] | None:
-        return None if role == "shape" else (start, stop)
 
     def arithmetic(self) -> Arithmetic:
         from converters.codecs.arithmetic.int4 import INT4

@@ -33,9 +33,6 @@ class Mxfp4(Codec):
     name = "mxfp4"
     suffixes = {"blocks": "_blocks", "scale": "_scales"}
 
-    def as_stored(self, dtypes: Mapping[str, str], shapes: Mapping[str, Shape]) -> Mxfp4:
-        return self
-
     def stored_shapes(self, shape: Shape) -> dict[str, Shape]:
         if len(shape) != 3 or shape[1] % GROUP:
             raise LayoutError(f"mxfp4 needs [experts, in, out] with `in` a multiple of {GROUP}; got {list(shape)}")
@@ -50,15 +47,6 @@ class Mxfp4(Codec):
                 f"got {list(blocks)} and {list(scale)}"
             )
         return (blocks[0], blocks[2] * GROUP, blocks[1])
-
-    def row_alignment(self, shape: Shape) -> int:
-        """1: the rows of the logical tensor are whole experts."""
-        return 1
-
-    def part_rows(
-        self, role: str, start: int, stop: int, stored_shapes: Mapping[str, Shape]
-    ) -> tuple[int, int] | None:
-        return (start, stop)
 
     def arithmetic(self) -> Arithmetic:
         from converters.codecs.arithmetic.mxfp4 import MXFP4

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,8 @@ class Site:
 
     `atoms` are the atoms of the weight that B's rows hold, in the order of `pack`. `index` picks an entry of leading
     dimensions `stack`. With `experts`, A's rows and B's columns hold all experts, this one being number `expert`:
-    A `[experts · r, in]`, B `[out, r · experts]` with the expert fastest (`ParamWrapper` of PEFT). With `parts`,
-    A's rows hold that many factors, this one being number `part`.
+    A `[experts · r, in]`, B `[out, r · experts]` with the expert fastest (`ParamWrapper` of PEFT). With `a_rows`,
+    A holds several factors in that many rows, this one from row `first` on.
     """
 
     a: str
@@ -53,13 +53,13 @@ class Site:
     stack: Shape = ()
     expert: int = 0
     experts: int = 0
-    part: int = 0
-    parts: int = 1
+    first: int = 0
+    a_rows: int = 0
 
     @property
     def a_shape(self) -> Shape:
         """Shape of the whole tensor A."""
-        return (*self.stack, self.rank * (self.experts or self.parts), self.inputs)
+        return (*self.stack, self.a_rows or self.rank * max(1, self.experts), self.inputs)
 
     @property
     def b_shape(self) -> Shape:
@@ -74,7 +74,7 @@ class Site:
     @property
     def a_slot(self) -> Slot:
         """Rows of A that are this site's."""
-        return Slot((self.expert if self.experts else self.part) * self.rank, self.rank, self.rank, 1)
+        return Slot(self.expert * self.rank if self.experts else self.first, self.rank, self.rank, 1)
 
     @property
     def a_key(self) -> tuple[str, Shape, int]:
@@ -84,11 +84,19 @@ class Site:
     @property
     def owns_a(self) -> bool:
         """Whether the tensor A holds this factor alone."""
-        return not self.stack and not self.experts and self.parts == 1
+        return not self.stack and not self.experts and self.a_rows in (0, self.rank)
 
     def rows(self) -> dict[int, Slot]:
         """Rows of B and m by atom."""
         return dict(zip(self.atoms, self.pack.slots(), strict=True))
+
+
+class Matrices(Protocol):
+    """Gives an adapter's matrices."""
+
+    def matrix(self, name: str, index: tuple[int, ...]) -> torch.Tensor:
+        """The entry `index` of a tensor, fp32 [rows, cols]."""
+        ...
 
 
 class Factors:
@@ -135,11 +143,23 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsOf:
+    """Rows of a weight, by number, that the rows of `tensor` replace in this order."""
+
+    tensor: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
-    """The update of one entry of a target tensor; `transposed` says that the target stores columns first."""
+    """The update of one entry of a target tensor; `transposed` says that the target stores columns first.
+
+    `replaced` are rows that become others, whatever `parts` add to them.
+    """
 
     parts: tuple[Part, ...]
     transposed: bool = False
+    replaced: tuple[RowsOf, ...] = ()
 
     def scratch_bytes(self, rows: int, cols: int) -> int:
         """Memory that `apply` takes for `rows` rows of `cols` columns: the weight, the products and their sum."""
@@ -147,7 +167,7 @@ class LowRank:
 
     def identity(self) -> str:
         """Everything that decides what `apply` adds, as text."""
-        return repr((self.parts, self.transposed))
+        return repr((self.parts, self.transposed, self.replaced) if self.replaced else (self.parts, self.transposed))
 
     def apply(self, factors: Factors, data: Bytes, row: int, source: str, target: str) -> Bytes:
         """Rows of a target's matrix from `row` on, updated and cast from dtype `source` to `target`.
@@ -160,19 +180,30 @@ class LowRank:
 
         stored = torch.from_numpy(np.ascontiguousarray(data).reshape(-1)).view(TORCH_DTYPES[source])
         weight = stored.reshape(len(data), -1).to(torch.float32, copy=True)
+        self.add(factors, weight, row)
+        out: Bytes = weight.to(TORCH_DTYPES[target]).reshape(-1).view(torch.uint8).numpy()
+        return out.reshape(len(data), -1)
+
+    def add(self, factors: Matrices, weight: torch.Tensor, row: int = 0) -> None:
+        """Update rows of a matrix from `row` on, fp32 [rows, cols], in place, on the device of the factors."""
         for part in self.parts:
             if self.transposed:
                 self._columns(factors, part, weight, row)
             else:
                 _rows(factors, part, weight, row)
-        out: Bytes = weight.to(TORCH_DTYPES[target]).reshape(-1).view(torch.uint8).numpy()
-        return out.reshape(len(data), -1)
+        for new in self.replaced:
+            here = [(at, number - row) for at, number in enumerate(new.rows) if row <= number < row + len(weight)]
+            for at, number in here:
+                weight[number] = factors.matrix(new.tensor, ())[at]
 
-    def _columns(self, factors: Factors, part: Part, weight: torch.Tensor, row: int) -> None:
-        """The update where the weight lies turned round: its rows are A's columns."""
+    def _columns(self, factors: Matrices, part: Part, weight: torch.Tensor, row: int) -> None:
+        """The update where the weight lies turned round: its rows are A's columns. Rows behind them are padding."""
         import torch
 
         a, b = factors_of(factors, part.site)
+        weight = weight[: max(0, a.shape[1] - row)]
+        if not len(weight):
+            return
         first, last = _blocks(row, row + len(weight), a.shape[1])
         mine_b = b[torch.from_numpy(slot_rows(part.site.rows()[part.atom]))]
         product = (mine_b @ a[:, first:last]) * part.scale
@@ -180,7 +211,7 @@ class LowRank:
         weight[:, torch.from_numpy(slot_rows(part.slot))] += mine
 
 
-def _rows(factors: Factors, part: Part, weight: torch.Tensor, row: int) -> None:
+def _rows(factors: Matrices, part: Part, weight: torch.Tensor, row: int) -> None:
     import torch
 
     rows = slot_rows(part.slot)
@@ -200,7 +231,7 @@ def _rows(factors: Factors, part: Part, weight: torch.Tensor, row: int) -> None:
     weight[at] = total
 
 
-def factors_of(factors: Factors, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_of(factors: Matrices, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r, in] and B [out, r] of a site, fp32."""
     slot = site.a_slot
     a = factors.matrix(site.a, site.index)[slot.start : slot.start + site.rank]

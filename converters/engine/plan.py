@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from converters.codecs.decode import Encoded
 from converters.engine.regions import Move, Region
 from converters.errors import CoverageError, UsageError
+from converters.mcore.keys import bare
 from converters.mcore.layout import Layout
 from converters.rows.coverage import Ledger
 from converters.rows.expr import Value
@@ -85,8 +86,8 @@ class Plan:
     buffers without a counterpart, and values that a shift rounds. `encoded` are the sources that a codec stores in
     parts, `carried` those parts that travel beside the target, for an export that encodes again. `reencoded` are the
     target tensors that a codec stores in parts, which stand in `drafts` for them; `scales` the source's scales of
-    these, by the target's name, where they are at hand. `updates` are what an adapter adds to an entry of a target
-    tensor, by its name and index.
+    these, and parts that no value changes, by the target's name and role, where they are at hand. `updates` are what
+    an adapter adds to an entry of a target tensor, by its name and index.
     `table` is None where no name changes.
     """
 
@@ -106,7 +107,7 @@ class Plan:
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
     carried: tuple[StoredTensor, ...] = ()
     reencoded: Mapping[str, Encoded] = field(default_factory=dict)
-    scales: Mapping[str, StoredTensor] = field(default_factory=dict)
+    scales: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     updates: Mapping[tuple[str, Shape], LowRank] = field(default_factory=dict)
 
     @classmethod
@@ -131,7 +132,8 @@ class Plan:
         yield from (tensor for name, tensor in self.sources.items() if name not in self.encoded)
         for whole in self.encoded.values():
             yield from whole.parts.values()
-        yield from self.scales.values()
+        for known in self.scales.values():
+            yield from known.values()
 
     @property
     def source_bytes(self) -> int:
@@ -155,7 +157,7 @@ def target_dtype(row: Row, source: str, requested: str | None) -> str:
 
 def with_heads_present(config: Mapping[str, Value], rows: Sequence[Row]) -> dict[str, Value]:
     """`config` without multi-token-prediction layers that it announces and the checkpoint does not hold."""
-    held = any(row.site.startswith("mtp.") for row in rows)
+    held = any(bare(row.site).startswith("mtp.") for row in rows)
     return dict(config) if held or "mtp_num_layers" not in config else {**config, "mtp_num_layers": None}
 
 

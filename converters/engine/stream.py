@@ -190,7 +190,7 @@ class Engine:
         stored = encode_rows(
             self.reader.source,
             plan.reencoded[entry.tensor],
-            plan.scales.get(entry.tensor),
+            plan.scales.get(entry.tensor, {}),
             entry.index,
             row // entry.fold,
             data.reshape(rows, -1),

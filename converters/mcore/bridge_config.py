@@ -1,7 +1,8 @@
 """Megatron-Bridge's `run_config.yaml` and Megatron Core's config fields, both ways, as far as they describe a model.
 
 A node with `_target_` stands for an object that Bridge would build; here it is plain data, and nothing is
-imported for it. Source: run_config.yaml files of Megatron-Bridge 0.3.1.
+imported for it. Sources: run_config.yaml files of Megatron-Bridge 0.3.1 and 0.6.2, and the loaders of 0.3.1 to 0.6.2,
+which leave out fields that their classes do not have.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from converters.errors import UsageError
-from converters.mcore.bridge_providers import settled
+from converters.mcore.bridge_families import DEFAULT, Family, family_named, spec_for
+from converters.mcore.bridge_providers import SINCE_0_4, respelt, settled
+from converters.mcore.field_equality import is_idle, listed
 from converters.mcore.layout import Layout
-from converters.mcore.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS, is_plain, sizes_of_both
+from converters.mcore.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS, TRAINING, is_plain, sizes_of_both
+from converters.mcore.statement import NAME, completed, statement_of
 from converters.rows.config_map import check_fields
 from converters.rows.expr import Value
 
@@ -25,9 +29,6 @@ _ACTIVATIONS = {
 #: By the function's own name: some of Bridge's modules define the same function again.
 _BY_TARGET = {target.rpartition(".")[2]: name for name, target in _ACTIVATIONS.items()}
 _DTYPES = {"BF16": "torch.bfloat16", "F16": "torch.float16", "F32": "torch.float32"}
-#: Fields of models that GPTModelProvider does not build.
-_OTHER_PROVIDERS = """multi_latent_attention experimental_attention_variant heterogeneous_block_specs
-block_configs""".split()
 #: Fields that are a plain value wherever they are stated.
 _STATED = ("num_query_groups", "num_moe_experts", "gated_linear_unit")
 #: A field that says whether a model has a part, and how the fields of that part begin; others mean nothing without.
@@ -35,7 +36,7 @@ _PARTS = (
     *(("num_moe_experts", "moe_"), ("experimental_attention_variant", "linear_")),
     *(("multi_latent_attention", "rotary_scaling_factor"), ("multi_latent_attention", "rope_type")),
 )
-_PROVIDER = "megatron.bridge.models.gpt_provider.GPTModelProvider"
+_DIVISOR = "make_vocab_size_divisible_by"
 _CHECKPOINT = "megatron.bridge.training.config.CheckpointConfig"
 _TOKENIZER = "megatron.bridge.training.tokenizers.config.TokenizerConfig"
 _CONTAINER = "megatron.bridge.training.config.ConfigContainer"
@@ -65,6 +66,7 @@ def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
     if not out.get("model.rope_scaling"):
         out.pop("model.rope_scaling_factor", None)
     out = settled(model, out)
+    out = completed(out, run_config, "run_config.yaml")
     check_fields(out, "run_config.yaml")
     return out
 
@@ -95,7 +97,7 @@ def vocab_divisor_of(run_config: Mapping[str, object]) -> int | None:
     model = run_config.get("model")
     if not isinstance(model, Mapping):
         return None
-    divisor = model.get("make_vocab_size_divisible_by") if model.get("should_pad_vocab") else 1
+    divisor = model.get(_DIVISOR) if model.get("should_pad_vocab") else 1
     return divisor if isinstance(divisor, int) and not isinstance(divisor, bool) and divisor > 0 else None
 
 
@@ -106,20 +108,51 @@ def run_config_of(
     dtype: str,
     tokenizer: str | None,
     format: str = "torch_dist",
+    architectures: tuple[str, ...] = (),
 ) -> dict[str, object] | None:
-    """A run_config that Megatron-Bridge's loader reads, None for a kind of model whose provider is not known here.
+    """A run_config that Megatron-Bridge's loader reads, None for a kind of model that none of its providers builds.
 
     `rows` are the stored embedding's, `dtype` the weights' storage dtype; `tokenizer` is a hub name or a folder.
+    `architectures` are the model's Hugging Face classes. Law: `config_of_run_config` of it agrees in every field.
     """
-    if config.get("model.mcore_model", "gpt") != "gpt" or any(config.get(field) for field in _OTHER_PROVIDERS):
+    family = family_named(architectures)
+    if family is None and not is_plain_gpt(config):
         return None
     if config.get("activation_func") not in _ACTIVATIONS or dtype not in _DTYPES:
         return None
+    model = _model_node(config, layout, rows, dtype, family or DEFAULT)
+    checkpoint = {"_target_": _CHECKPOINT, "ckpt_format": format, "fully_parallel_save": True}
+    checkpoint |= {"save_optim": False, "save_rng": False}
+    out: dict[str, object] = {"_target_": _CONTAINER, "checkpoint": checkpoint, "model": model}
+    if tokenizer is not None:
+        node = {"_target_": _TOKENIZER, "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer}
+        out["tokenizer"] = node
+    out[NAME] = statement_of(architectures, config, config_of_run_config(out))
+    return out
+
+
+def is_plain_gpt(config: Mapping[str, Value]) -> bool:
+    """Whether Bridge's plain provider builds all of a model: every field that is not idle is one that it has."""
+    known = {*FIELDS_OF_BOTH, *_STATED, "activation_func", *(f"model.{f}" for f in MODEL_ARGUMENTS)}
+    others = {name: value for name, value in config.items() if name not in known and name not in TRAINING}
+    if config.get("multi_latent_attention") or config.get("experimental_attention_variant"):
+        return False
+    return all(is_idle(name, value) for name, value in others.items())
+
+
+def _model_node(
+    config: Mapping[str, Value], layout: Layout, rows: int | None, dtype: str, family: Family
+) -> dict[str, object]:
+    """The `model` node: every field that the family's provider has, in its own words."""
     size = config.get("model.vocab_size")
     padded = isinstance(size, int) and layout.padded_vocab(size) == rows
-    fields = [field for field in (*FIELDS_OF_BOTH, *_STATED) if field in config]
-    model: dict[str, object] = {"_target_": _PROVIDER, **{field: config[field] for field in fields}}
+    model: dict[str, object] = {"_target_": family.provider, SINCE_0_4: None}
+    model |= {field: config[field] for field in (*FIELDS_OF_BOTH, *_STATED) if field in config}
     model |= {f: config[f"model.{f}"] for f in MODEL_ARGUMENTS if f"model.{f}" in config}
+    layers = config.get("num_layers")
+    for pattern in ("moe_layer_freq", "linear_attention_freq"):
+        if config.get(pattern) not in (None, 1) and isinstance(layers, int):
+            model[pattern] = listed(pattern, config[pattern], layers)
     model |= {
         "activation_func": {"_call_": False, "_target_": _ACTIVATIONS[str(config["activation_func"])]},
         "seq_length": config.get("model.max_sequence_length"),
@@ -132,11 +165,13 @@ def run_config_of(
         "bf16": dtype == "BF16",
         "fp16": dtype == "F16",
         "perform_initialization": False,
+        **respelt(family.provider, config),
     }
-    checkpoint = {"_target_": _CHECKPOINT, "ckpt_format": format, "fully_parallel_save": True}
-    checkpoint |= {"save_optim": False, "save_rng": False}
-    out: dict[str, object] = {"_target_": _CONTAINER, "checkpoint": checkpoint, "model": model}
-    if tokenizer is not None:
-        node = {"_target_": _TOKENIZER, "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer}
-        out["tokenizer"] = node
-    return out
+    # What tells the family from its neighbours; a divisor of the vocabulary means nothing where nothing is padded.
+    free = TRAINING if padded else {*TRAINING, _DIVISOR}
+    marks = {mark: value for mark, value in family.marks.items() if mark not in model or mark in free}
+    if config.get("experimental_attention_variant"):
+        model["hetereogenous_dist_checkpoint"] = True  # sic: a key a layer
+    if (spec := spec_for(family, config)) is not None:
+        model["transformer_layer_spec"] = spec.node
+    return {**model, **marks}

@@ -7,11 +7,11 @@ Transformer Engine counterparts in megatron-core 0.16.1, ssm/gated_delta_net.py 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from converters.errors import UnsupportedError
-from converters.mcore.keys import parse_key
+from converters.mcore.keys import bare, inner_prefix, parse_key
 from converters.rows.ops import ATOM_NAMES, Form
 from converters.tensors import Shape
 
@@ -27,6 +27,18 @@ _WHOLE = frozenset(
 #: Bare parameters of a module, without `.weight`.
 _BARE: dict[str, int | None] = {"softmax_offset": 0, "A_log": 0, "dt_bias": 0, "D": 0, "gate_weight": None}
 _ATOMS = frozenset(name for names in ATOM_NAMES.values() for name in names)
+#: Modules of a tower that Megatron Core's own classes make, outside its layers: by the end of their names.
+_NATIVE = {
+    "vision_model.merger.linear_fc1": 0,
+    "vision_model.merger.linear_fc2": 1,
+    "vision_model.embedder": 0,
+    "vision_model.video_embedder": 0,
+    "vision_projection.encoder.linear_fc1": 0,
+    "vision_projection.encoder.linear_fc2": 1,
+    "sound_projection.encoder.linear_fc1": 0,
+    "sound_projection.encoder.linear_fc2": 1,
+    "multi_modal_projector.proj": 0,
+}
 VOCAB = frozenset(("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"))
 
 
@@ -80,6 +92,24 @@ def cut_of(key: str, gated: bool = False) -> Cut:
     )
 
 
+def is_vocab(key: str) -> bool:
+    """Whether the rows of a key are the vocabulary's."""
+    return bare(key) in VOCAB
+
+
+def _tower_cut(key: str, keys: Collection[str]) -> Cut:
+    """The cut of what stands beside a text model: every rank has the whole of Hugging Face's own modules."""
+    if parse_key(key).site == "tower":
+        return cut_of(key)
+    module, _, leaf = key.rpartition(".")
+    dim = next((dim for end, dim in _NATIVE.items() if f".{module}".endswith(f".{end}")), None)
+    native = dim is not None and any(parse_key(other).site == "tower" for other in keys)
+    native |= module == "multi_modal_projector.proj"
+    if not native or leaf.startswith("layer_norm_") or (dim == 1 and leaf == "bias"):
+        return Cut(None)
+    return Cut(dim)
+
+
 def form_of(cut: Cut, rows: int) -> Form:
     """The cut as a Form that `layout.boxes` takes, for a parameter of `rows` rows."""
     if cut.dim == 0 and cut.gated:
@@ -90,9 +120,12 @@ def form_of(cut: Cut, rows: int) -> Form:
 def cuts_of(shapes: Mapping[str, Shape], *, cut: bool = True) -> dict[str, Cut]:
     """The cut of every key; where nothing is to be `cut`, unknown names are whole. Raises as `cut_of` does."""
     out = {}
+    inside = any(map(inner_prefix, shapes))
     for key in shapes:
         if not cut:
             out[key] = Cut(None)
+        elif inside and not inner_prefix(key):
+            out[key] = _tower_cut(key, shapes)
         elif ".linear_fc1." in key and not key.rpartition(".")[2].startswith("layer_norm"):
             out[key] = cut_of(key, is_gated(key, shapes))
         else:

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from converters.mcore.megatron_args import NEUTRAL
 from converters.rows.expr import Value
 
+#: What a field says when a model does not use it.
+NEUTRAL: Mapping[str, tuple[Value, ...]] = {
+    "softmax_type": ("vanilla",),
+    "glu_linear_offset": (0.0,),
+    "moe_layer_freq": (1,),
+    "moe_router_pre_softmax": (False,),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_num_groups": (1,),
+    "moe_router_group_topk": (1,),
+    "model.rotary_percent": (1.0,),
+    "model.rope_scaling_factor": (8.0,),
+    "rope_type": ("rope", "yarn"),
+    "model.mcore_model": ("gpt",),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (1.0,)),
+}
 #: Fields that say "every n-th layer" by one number, and whether such a layer is marked 1: the others are then 0.
 _PATTERNS = {"moe_layer_freq": True, "window_attn_skip_freq": False, "linear_attention_freq": False}
 
@@ -32,3 +46,8 @@ def listed(name: str, value: Value, layers: int) -> Value:
     if _PATTERNS[name]:
         return [int(layer % value == 0) for layer in range(layers)]
     return [int((layer + 1) % value != 0) for layer in range(layers)]
+
+
+def is_idle(name: str, value: Value) -> bool:
+    """Whether a field says that a model has no use of it, as a writer does that leaves the field out."""
+    return not value or value in NEUTRAL.get(name, ())

@@ -15,6 +15,7 @@ from itertools import product
 from converters.errors import UnsupportedError
 from converters.mcore.keys import EXPERTS, ONE_EXPERT, parse_key
 from converters.mcore.local import parse_local, spell_local
+from converters.mcore.releases import CURRENT, Release
 from converters.tensors import Shape
 
 PREFIX = "model.module."
@@ -53,8 +54,8 @@ def is_fused_glu(key: str) -> bool:
     return _GLU.search(key) is not None
 
 
-def parts_of(key: str, shape: Shape, *, halves: bool) -> tuple[Part, ...]:
-    """The stored names that make up the torch_dist tensor `key` of `shape`, stack included.
+def parts_of(key: str, shape: Shape, *, halves: bool, release: Release = CURRENT) -> tuple[Part, ...]:
+    """The stored names that make up the torch_dist tensor `key` of `shape`, stack included, as `release` has them.
 
     `halves` says that it is a SwiGLU's linear_fc1, which is stored in two.
     UnsupportedError for Mamba mixers, which the format packs in a way of their own.
@@ -71,7 +72,7 @@ def parts_of(key: str, shape: Shape, *, halves: bool) -> tuple[Part, ...]:
     for index in product(*map(range, shape[: parsed.depth])):
         layer, expert = parsed.at(index)
         number = parsed.layer if layer is None else layer
-        name = spell_local(parsed.param, expert, "transformer_engine")
+        name = spell_local(parsed.param, expert, "transformer_engine", release)
         if parsed.site:
             name = f"{parsed.site}.layers.{number}.{name}"
         if halves:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from converters.mcore.releases import CURRENT, PREDICTION_LAYERS, Release
 
+#: What begins a key of the text model inside a larger one, told by what can follow it.
+_INNER = re.compile(r"^(?:\w+\.)*?language_model\.(?=(?:embedding|decoder|mtp|output_layer)\.)")
 #: Layers of the decoder and of the multi-token-prediction block.
 _LAYER = re.compile(r"^(decoder|mtp)\.layers\.(?:(\d+)\.)?(.+)$")
+#: Layers, and the list of mergers beside them, of a vision tower that Megatron Core's own transformer block holds.
+_TOWER = re.compile(r"^((?:\w+\.)*?vision_model\.decoder\.(?:layers|deepstack_merger_list))\.(?:(\d+)\.)?(.+)$")
 EXPERTS = "mlp.experts.experts."
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+#: The weight of the router within a layer that has experts.
+ROUTER = "mlp.router.weight"
+#: The field that says that the one is the other as well.
+TIED = "model.share_embeddings_and_output_weights"
 ONE_EXPERT = re.compile(r"mlp\.experts\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key taken apart: `site` ("decoder", "mtp" or ""), `param` within the layer, and where numbers stand.
+    """A key taken apart: `site` ("decoder", "mtp", "tower" or ""), `param` within the layer, and where numbers stand.
 
-    `layer` is the number in the key; `stacked` says that the layers are the first dimension instead.
+    The text model's keys are taken without what a model around it puts before them. `layer` is the number in the key;
+    `stacked` says that the layers are the first dimension instead.
     `experts` says that the experts are a leading dimension, behind the layers if both are.
     """
 
@@ -35,12 +45,30 @@ class Key:
 
     def at(self, index: tuple[int, ...]) -> tuple[int | None, int | None]:
         """Layer and expert of the entry at `index` of the leading dimensions, None where there is none."""
-        layer = index[0] if self.stacked else self.layer if self.site == "decoder" else None
-        return layer, index[-1] if self.experts else None
+        layer = index[0] if self.stacked else self.layer
+        return layer if self.site == "decoder" else None, index[-1] if self.experts else None
+
+
+def inner_prefix(key: str) -> str:
+    """What a model around the text model puts before a key of it; empty for every other key."""
+    return found[0] if (found := _INNER.match(key)) else ""
+
+
+def bare(key: str) -> str:
+    """A key of a text model as it is where nothing is around that; every other key as it is."""
+    return key[len(inner_prefix(key)) :]
+
+
+def held_as(wanted: str, keys: Iterable[str]) -> str:
+    """The key among `keys` that is `wanted` but for what stands before a text model; `wanted` where there is none."""
+    return next((key for key in keys if key.endswith(wanted) and bare(key) == wanted), wanted)
 
 
 def parse_key(key: str) -> Key:
     """Parts of a torch_dist key; a key outside the layers is all `param`."""
+    if tower := _TOWER.match(key):
+        return Key("tower", int(tower[2]) if tower[2] else None, tower[3], not tower[2], False)
+    key = bare(key)
     match = _LAYER.match(key)
     if match is None:
         return Key("", None, key, False, False)
@@ -59,6 +87,13 @@ def parse_key(key: str) -> Key:
 _MISNAMED = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.", "mlp.router.weight")
 
 
+#: What mcore-bridge calls norms of its own classes.
+_ALIASES = {
+    "self_attention.q_norm.": "self_attention.q_layernorm.",
+    "self_attention.k_norm.": "self_attention.k_layernorm.",
+}
+
+
 def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[str, str]:
     """Each key → its name in Transformer Engine's spelling, whichever layer spec wrote it.
 
@@ -71,6 +106,9 @@ def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[s
         prefix = _layer_prefix(key)
         name = key[len(prefix) :]
         out[key] = key
+        for own, usual in _ALIASES.items():
+            if name.startswith(own) and prefix + usual + name[len(own) :] not in present:
+                out[key] = prefix + usual + name[len(own) :]
         if not prefix:
             continue
         for norm in release.fused_norms:
@@ -86,7 +124,7 @@ def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[s
 
 
 def _layer_prefix(key: str) -> str:
-    match = _LAYER.match(key)
+    match = _LAYER.match(bare(key))
     if match is None:
         return ""
     prefix = key[: len(key) - len(match[3])]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from converters.errors import LayoutError
+from converters.mcore.keys import bare
 from converters.mcore.pipeline import Stage, custom_stages, even_stages, nearest
 from converters.mcore.releases import CURRENT
 from converters.rows.expr import Value
@@ -87,17 +88,20 @@ class RankMap:
         """Rank of tensor-parallel shard `shard` of a parameter; `layer` and `expert` are None where it has none."""
         if layer is not None:
             stage = self._stage_of.get(layer, 0)
-        elif key.startswith("mtp."):
+        elif (own := bare(key)).startswith("mtp."):
             stage = self._mtp_stage
         else:
-            stage = self._last if key.startswith(_LAST) else 0
+            stage = self._last if own.startswith(_LAST) else 0
         if expert is not None:
             shard += expert // max(1, self.num_experts // self.layout.ep) * self.layout.expert_tp
         return stage * self.layout.stage_ranks + shard
 
 
-def check(layout: Layout, config: Mapping[str, Value]) -> None:
-    """Refuse a layout that the model of `config` cannot take; LayoutError gives every reason."""
+def check(layout: Layout, config: Mapping[str, Value], parts: Mapping[str, Mapping[str, Value]] | None = None) -> None:
+    """Refuse a layout that the model of `config` cannot take; LayoutError gives every reason.
+
+    `parts` are the fields of what stands beside the text model and is cut too, by name.
+    """
     sizes = (
         ("tp", layout.tp),
         ("pp", layout.pp),
@@ -123,6 +127,12 @@ def check(layout: Layout, config: Mapping[str, Value]) -> None:
             reasons.append(error.fact)
             hint = error.hint
     reasons += _width_reasons(layout, config)
+    for part, fields in (parts or {}).items():
+        for field in ("num_attention_heads", "ffn_hidden_size"):
+            if (size := count_of(fields, field)) % layout.tp:
+                reasons.append(
+                    f"‹tp› {layout.tp} does not divide {part}.{field} = {size}{nearest(size, layout.tp, 'tp')}"
+                )
     if reasons:
         raise LayoutError(f"this layout does not fit the model: {reasons[0]}", hint=hint, details=reasons[1:])
 

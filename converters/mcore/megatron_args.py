@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from converters.errors import UsageError
 from converters.mcore.layout import Layout
 from converters.mcore.releases import CURRENT
+from converters.mcore.statement import NAME, completed, statement_of
 from converters.rows.config_map import check_fields
 from converters.rows.expr import Value
 
@@ -29,8 +30,12 @@ moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size""".sp
 _DELTA = """linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads
 linear_num_value_heads""".split()
 _MAMBA = "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads".split()
+_YARN = """yarn_rotary_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_mscale
+yarn_mscale_all_dim yarn_correction_range_round_to_int""".split()
 #: Fields that Megatron-LM, Megatron-Bridge and Megatron Core call alike.
-FIELDS_OF_BOTH = (*_ALWAYS, *_LATENT, *_EXPERTS, *_DELTA, *_MAMBA)
+FIELDS_OF_BOTH = (*_ALWAYS, *_LATENT, *_EXPERTS, *_DELTA, *_MAMBA, *_YARN)
+#: What some families add to YaRN, and Megatron Core has no field for; unsaid, they would pass for others.
+_BEYOND_YARN = ("llama_4_scaling_beta",)
 #: Arguments of GPTModel.
 MODEL_ARGUMENTS = (
     *("vocab_size", "position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling"),
@@ -50,19 +55,6 @@ TRAINING = frozenset(
     """attention_dropout hidden_dropout init_method_std moe_router_load_balancing_type moe_aux_loss_coeff
     moe_router_dtype moe_grouped_gemm fp32_residual_connection model.max_sequence_length""".split()
 )
-#: What a field says when a model does not use it.
-NEUTRAL: Mapping[str, tuple[Value, ...]] = {
-    "softmax_type": ("vanilla",),
-    "glu_linear_offset": (0.0,),
-    "moe_layer_freq": (1,),
-    "moe_router_pre_softmax": (False,),
-    "moe_router_score_function": ("softmax",),
-    "moe_router_num_groups": (1,),
-    "moe_router_group_topk": (1,),
-    "model.rotary_percent": (1.0,),
-    "model.rope_scaling_factor": (8.0,),
-    "rope_type": ("rope", "yarn"),
-}
 
 
 def is_plain(value: object) -> bool:
@@ -79,8 +71,11 @@ def _value(value: object) -> Value:
 def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
     """Flat Megatron Core config of Megatron-LM's `args`; fields that the args do not have are left out.
 
-    UsageError for values that no config has.
+    Empty for `args` of a tool that rebuilds its models from the Hugging Face config and states nothing of them:
+    Megatron-LM's defaults are not theirs. UsageError for values that no config has.
     """
+    if is_silent(args):
+        return {}
     pattern = args.get("hybrid_override_pattern") or args.get("hybrid_layer_pattern")
     hybrid = bool(args.get("is_hybrid_model") or pattern)
     wanted = [*_ALWAYS]
@@ -89,6 +84,7 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
         (_EXPERTS, args.get("num_experts")),
         (_DELTA, args.get("experimental_attention_variant")),
         (_MAMBA, hybrid),
+        ((*_YARN, *_BEYOND_YARN), args.get("position_embedding_type") == "yarn"),
     ):
         wanted += names if there else []
     out = {name: _value(args[name]) for name in wanted if name in args and is_plain(args[name])}
@@ -121,8 +117,14 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
         model["mcore_model"] = "hybrid"
         model["hybrid_override_pattern"] = pattern
     out |= {f"model.{name}": _value(value) for name, value in model.items() if is_plain(value)}
+    out = completed(out, args, "the checkpoint's args")
     check_fields(out, "the checkpoint's args")
     return out
+
+
+def is_silent(args: Mapping[str, object]) -> bool:
+    """Whether `args` are those of mcore-bridge (ms-swift), which hold its own settings and no architecture."""
+    return args.get("bridge_backend") == "mcore-bridge" or "num_layers" not in args and "model_dir" in args
 
 
 def layout_of_args(args: Mapping[str, object]) -> Layout:
@@ -152,12 +154,14 @@ def layout_of_args(args: Mapping[str, object]) -> Layout:
     )
 
 
-def args_of(config: Mapping[str, Value], layout: Layout, padded_vocab: int | None) -> dict[str, object]:
+def args_of(
+    config: Mapping[str, Value], layout: Layout, padded_vocab: int | None, architectures: tuple[str, ...] = ()
+) -> dict[str, object]:
     """What Megatron-LM's `--use-checkpoint-args` reads, for a model of `config` under `layout`.
 
-    Law: `config_of_args(args_of(c, …))` agrees with `c` in every field it has.
+    `architectures` are its Hugging Face classes. Law: `config_of_args(args_of(c, …))` agrees with `c` in every field.
     """
-    out: dict[str, object] = {name: config[name] for name in FIELDS_OF_BOTH if name in config}
+    out: dict[str, object] = {name: config[name] for name in (*FIELDS_OF_BOTH, *_BEYOND_YARN) if name in config}
     activation, gated = config.get("activation_func"), bool(config.get("gated_linear_unit"))
     out |= {
         "num_query_groups": config.get("num_query_groups") or config.get("num_attention_heads"),
@@ -179,6 +183,7 @@ def args_of(config: Mapping[str, Value], layout: Layout, padded_vocab: int | Non
         "hybrid_override_pattern": config.get("model.hybrid_override_pattern"),
         "is_hybrid_model": config.get("model.mcore_model") == "hybrid",
     }
+    out[NAME] = statement_of(architectures, config, config_of_args(out))
     return out | layout_args(layout)
 
 

@@ -6,8 +6,9 @@ package of that release, and checkpoints of Megatron-LM and Megatron-Bridge with
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from converters.rows.expr import Value
 
@@ -50,8 +51,15 @@ class Release:
     differ, or one of `apart` is set.
 
     The common state beside the tensors says `checkpoint_version`, and by `content_metadata` how state dicts were
-    sharded: `singleton_local_shards` off keeps a gated fc1 as one `[gate; up]` tensor. `defaults` say what a config's
-    field is where its writer does not state it.
+    sharded: `singleton_local_shards` off keeps a gated fc1 as one `[gate; up]` tensor. It lies in `common_file`, or
+    where that is None in an object among the tensors; a release reads both kinds of what came before it. `defaults`
+    say what a config's field is where its writer does not state it.
+
+    Python: `hybrid_model` and `hybrid_stack` are (module, name) of the hybrid model's class and its layer spec, which
+    the class takes as the argument `hybrid_spec`, and the pattern of layers as `hybrid_pattern`; `hybrid_without_te`
+    says that its attention and MLP layers can be Megatron Core's own. `model_class` is the kind that a transformer is
+    built as where nobody asks for the other. `async_save` are the arguments that make `dist_checkpointing.save` write
+    beside a run without further packages.
     """
 
     version: str
@@ -70,6 +78,19 @@ class Release:
     checkpoint_version: float
     content_metadata: Mapping[str, bool]
     defaults: Mapping[str, Value]
+    common_file: str | None
+    hybrid_model: tuple[str, str]
+    hybrid_stack: tuple[str, str]
+    hybrid_spec: str
+    hybrid_pattern: str
+    hybrid_without_te: bool
+    model_class: str
+    async_save: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def number(self) -> tuple[int, ...]:
+        """`version` as numbers, to be compared."""
+        return numbers(self.version)
 
     def common_state(self, iteration: int) -> dict[str, object]:
         """What the common state of every checkpoint says."""
@@ -81,7 +102,10 @@ class Release:
 
     def kind_of(self, keys: Collection[str]) -> str:
         """The kind of the model whose torch_dist keys these are, by its last norm; `gpt` where none says."""
-        return next((kind for kind, norm in self.final_norm.items() if f"{norm}.weight" in keys), "gpt")
+        for kind, norm in self.final_norm.items():
+            if f"{norm}.weight" in keys or any(key.endswith(f"language_model.{norm}.weight") for key in keys):
+                return kind
+        return "gpt"
 
 
 RELEASE_0_16 = Release(
@@ -128,12 +152,75 @@ RELEASE_0_16 = Release(
         **{"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0},
         **{"model.rotary_base": 10000, "model.rotary_percent": 1.0, "model.rope_scaling_factor": 8.0},
     },
+    common_file="common.pt",
+    hybrid_model=("megatron.core.models.mamba.mamba_model", "MambaModel"),
+    hybrid_stack=("megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"),
+    hybrid_spec="mamba_stack_spec",
+    hybrid_pattern="hybrid_override_pattern",
+    hybrid_without_te=False,
+    model_class="gpt",
 )
+#: Hybrid models got heads, and with them the module another name; the keys of GPT models kept theirs. Heads are saved
+#: by their own rule alone. The argument of asynchronous saving is new.
+RELEASE_0_17 = replace(
+    RELEASE_0_16,
+    version="0.17",
+    plain_prediction_layer="mtp_model_layer",
+    head_core_state=False,
+    hybrid_pattern="hybrid_layer_pattern",
+    async_save={"async_strategy": "mcore"},
+)
+#: MambaModel became a thin subclass of HybridModel.
+RELEASE_0_18 = replace(
+    RELEASE_0_17,
+    version="0.18",
+    hybrid_model=("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
+    hybrid_stack=("megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"),
+    hybrid_spec="hybrid_stack_spec",
+    hybrid_without_te=True,
+)
+#: The common state moved among the tensors. GPTModel warns that it is deprecated; Megatron-LM still trains it.
+RELEASE_0_19 = replace(RELEASE_0_18, version="0.19", common_file=None)
 
-RELEASES = (RELEASE_0_16,)
-#: The release that checkpoints are written for.
+RELEASES = (RELEASE_0_16, RELEASE_0_17, RELEASE_0_18, RELEASE_0_19)
+#: The release that torch_dist checkpoints are written for: what it asks for, every later one finds as well.
 CURRENT = RELEASE_0_16
 #: Every name of the layer within a prediction head.
 PREDICTION_LAYERS = frozenset(
     name for release in RELEASES for name in (*release.prediction_layer.values(), release.plain_prediction_layer)
 )
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version such as `0.19.2rc1`; empty where it begins with none."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return () if found is None else (int(found[1]), int(found[2]))
+
+
+def release_of(version: str) -> Release:
+    """The newest known release that is no newer than `version`; the oldest where it is older than all."""
+    wanted = numbers(version)
+    return next((one for one in reversed(RELEASES) if one.number <= wanted), RELEASES[0])
+
+
+def is_known(version: str) -> bool:
+    """Whether a release of its own describes `version`."""
+    return any(one.number == numbers(version) for one in RELEASES)
+
+
+def written_by(common: str | None = None, names: Iterable[str] = ()) -> str | None:
+    """The releases that write a checkpoint so, such as `0.19 or newer`, by two signs; None where neither tells them.
+
+    `common` is where its common state lies (`common.pt`, or `""` among the tensors); `names` are of a rank's own
+    state_dict, whose prediction heads name their layer.
+    """
+    heads = {name.split(".")[3] for name in names if name.startswith("mtp.layers.") and name.count(".") > 3}
+    fits = [
+        one.version
+        for one in RELEASES
+        if (common is None or common == (one.common_file or ""))
+        and (not heads & PREDICTION_LAYERS or one.plain_prediction_layer in heads)
+    ]
+    if len(fits) in (0, len(RELEASES)):
+        return None
+    return f"{fits[-1]} or older" if fits[0] == RELEASES[0].version else f"{fits[0]} or newer"

@@ -6,10 +6,11 @@ moe/experts.py, extensions/transformer_engine.py and ssm/ of megatron-core 0.16.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from converters.mcore.keys import parse_key
+from converters.mcore.keys import bare, parse_key
 from converters.mcore.releases import CURRENT, Release
 from converters.rows.expr import Value
 from converters.rows.ops import ATOM_NAMES
@@ -17,6 +18,8 @@ from converters.rows.table import Row
 from converters.tensors import Shape
 
 DECODER = "decoder.layers.{L}."
+#: What a site's place in a stack is called in its names.
+_NUMBERS = re.compile(r"\{[IL]\}\.")
 _ATOM_LEAVES = frozenset(name for names in ATOM_NAMES.values() for name in names)
 
 
@@ -59,11 +62,14 @@ def layers_alike(shapes: Mapping[str, Shape]) -> bool:
 
 
 def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[Home, ...]:
-    """Keys of a row's parameter; several where the format stores fused atoms apart."""
+    """Keys of a row's parameter; several where the format stores fused atoms apart.
+
+    `num_layers` are those of the decoder; a tower's rows know their own.
+    """
     index: tuple[int, ...] = ()
     stack: tuple[int, ...] = ()
-    if stacked and row.site == DECODER and row.index is not None:
-        prefix, index, stack = "decoder.layers.", (row.index,), (num_layers,)
+    if stacked and row.index is not None and (row.count is not None or bare(row.site) == DECODER):
+        prefix, index, stack = _NUMBERS.sub("", row.site), (row.index,), (row.count or num_layers,)
     else:
         prefix = (
             row.site if row.index is None else row.site.replace("{I}", str(row.index)).replace("{L}", str(row.layer))
@@ -79,22 +85,39 @@ def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[H
 
 
 def extra_states_of(
-    key: str, index: tuple[int, ...], stack: tuple[int, ...], kind: str, release: Release = CURRENT
+    key: str,
+    index: tuple[int, ...],
+    stack: tuple[int, ...],
+    kind: str,
+    release: Release = CURRENT,
+    *,
+    shared: bool = False,
+    own: bool = False,
 ) -> tuple[str, ...]:
     """Names of the `_extra_state` objects beside the entry `index` of the key; none where its module has none.
 
-    `kind` is the model's, one of a release's.
+    `kind` is the model's, one of a release's. A norm whose weight tensor ranks share is `shared`: Transformer Engine
+    has none such, and a tool's own class no state. `own` says that the module has one whatever it is called.
     """
     module, _, leaf = key.rpartition(".")
     if leaf in _ATOM_LEAVES:
         module = module.rpartition(".")[0]
-    with_state = module == "output_layer" and kind in release.output_state
-    owners = [module] if with_state or has_te_state(module, release) else []
-    if release.head_core_state and key.startswith("mtp.") and key.endswith(".self_attention.linear_proj.weight"):
+    with_state = bare(module + ".") == "output_layer." and kind in release.output_state
+    own_class = shared and module.endswith("norm")
+    owners = [module] if own or with_state or has_te_state(module, release) and not own_class else []
+    if release.head_core_state and parse_key(key).site == "mtp" and key.endswith(".self_attention.linear_proj.weight"):
         owners.append(module.removesuffix("linear_proj") + "core_attention")
     offset = ".".join(map(str, index)) or "0"
     shape = ".".join(map(str, stack)) or "1"
     return tuple(f"{name}._extra_state/shard_{offset}_{shape}" for name in owners)
+
+
+def states_of_model(kind: str, release: Release = CURRENT, prefix: str = "") -> tuple[str, ...]:
+    """Names of the `_extra_state` objects of a whole model: a tied output layer has one, and no weight beside it.
+
+    `prefix` is what a model around it puts before its keys.
+    """
+    return (f"{prefix}output_layer._extra_state/shard_0_1",) if kind in release.output_state else ()
 
 
 def has_te_state(module: str, release: Release = CURRENT) -> bool:

@@ -36,13 +36,13 @@ class Origin:
     `recorded` is what it held: it decides between alternative spellings and gives promoted tensors their dtype back;
     without it the table's first alternatives are written. `kept` are its tensors that travelled beside the
     checkpoint's own and are written as they are. `encode` are tensors to store in the parts of a codec, as it did, and
-    `scales` its scales of some of them, by the tensor's name.
+    `scales` its scales of some of them, with the parts that no value changes, by the tensor's name and role.
     """
 
     recorded: Mapping[str, HfTensor] | None = None
     kept: Mapping[str, StoredTensor] = field(default_factory=dict)
     encode: Mapping[str, Encoded] = field(default_factory=dict)
-    scales: Mapping[str, StoredTensor] = field(default_factory=dict)
+    scales: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
 
 
 def plan_export(
@@ -98,7 +98,7 @@ def plan_export(
         ),
         dtype_changes=planner.dtype_changes,
         reencoded=planner.reencoded,
-        scales={name: tensor for name, tensor in origin.scales.items() if name in planner.reencoded},
+        scales={name: known for name, known in origin.scales.items() if name in planner.reencoded},
         notes=tuple(inexpressible_groups(config)),
     )
 
@@ -123,7 +123,7 @@ class _Exporter:
             return  # waived as missing: the ledger names it
         tensors = [self.sources[home.key] for home in homes]
         joined = self.joiner.from_mcore(row, homes, tensors)
-        check_shape(row, joined.shape, self.joiner.env)
+        check_shape(row, joined.shape, self.joiner.fields_of(row))
         stored = tensors[0].dtype
         for place in joined.hf:
             name, made = place.tensor, (self._dtype(row, place.tensor, stored), (*place.stack, *place.shape))

@@ -12,10 +12,10 @@ from converters.engine.plan import STORABLE, Draft, Plan, Unit, target_dtype, wi
 from converters.errors import CoverageError
 from converters.mcore.layout import Layout, RankMap
 from converters.mcore.layout import check as check_layout
-from converters.mcore.torch_dist import extra_states_of
-from converters.planning.join import Joined, Joiner, Place, moves, one_dtype
+from converters.mcore.torch_dist import extra_states_of, states_of_model
+from converters.planning.join import Joined, Joiner, Place, moves, one_dtype, without_scales
 from converters.planning.placing import Target
-from converters.rows.config_spelling import canonical
+from converters.rows.config_spelling import canonical, provenance_note
 from converters.rows.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, settle
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_groups, inexpressible_rope
@@ -42,8 +42,8 @@ def plan_import(
     """
     sources, encoded = decoded_view(stored, quantization_of(hf_config))
     config = table.config.to_mcore(hf_config, allow_unused=allow_unused_keys)
-    check_layout(layout, config)
     joiner = Joiner.at(table, config)
+    check_layout(layout, config, {part: fields for part, (fields, _) in joiner.parts.items()})
     rows = list(table.expand(joiner.env, sources))
     beside = tuple(n for n in sources if n.startswith(table.beside) and n not in encoded and not waivers.unused_by(n))
     own = sources.keys() - beside
@@ -70,17 +70,18 @@ def plan_import(
             beside=beside,
         ),
         equal=tuple(planner.equal),
-        objects=tuple(dict.fromkeys(planner.objects)),
+        objects=tuple(dict.fromkeys([*planner.objects, *states_of_model(table.family, prefix=table.prefix)])),
         kept=(*planner.dropped, *planner.shifted, *beside),
         notes=(
             *inexpressible_rope(canonical(hf_config)),
             *inexpressible_groups(config),
             *_idle_quantization(hf_config, encoded),
+            *provenance_note(hf_config),
         ),
         dtype_changes=planner.dtype_changes + Counter((e.codec.name, e.tensor.dtype) for e in encoded.values()),
         encoded=encoded,
         carried=(
-            *(whole.parts["scale"] for whole in encoded.values() if whole.codec.keeps_scales),
+            *(whole.parts[role] for whole in encoded.values() for role in whole.codec.kept_parts),
             *discarded(stored, sources, encoded),
         ),
     )
@@ -128,7 +129,7 @@ class _Importer:
                 hint="‹allow-missing› covers whole optional rows only; complete the source",
             )
         joined = self.joiner.from_hf(row, tensors)
-        check_shape(row, joined.shape, self.joiner.env)
+        check_shape(row, joined.shape, self.joiner.fields_of(row))
         dtype = self._dtype(row, one_dtype(row, tensors))
         for place in joined.mcore:
             self._announce(joined, place, dtype)
@@ -139,10 +140,7 @@ class _Importer:
 
     def _dtype(self, row: Row, origin: str) -> str:
         if origin not in STORABLE:
-            raise CoverageError(
-                f"`{row.hf[0]}` is stored as {origin}, and its scales are not beside it",
-                hint="quantised tensors need `quantization_config` in config.json and all their parts",
-            )
+            raise without_scales(row.hf[0], origin)
         dtype = target_dtype(row, origin, self.dtype)
         if dtype != origin:
             self.dtype_changes[origin, dtype] += 1
@@ -163,7 +161,10 @@ class _Importer:
         if place.index in known.entries:
             raise CoverageError(f"table `{table.name}`: two rows produce `{key}` {list(place.index)}")
         known.entries.add(place.index)
-        self.objects += extra_states_of(key, place.index, place.stack, table.family)
+        if not joined.row.kept:
+            spec = joined.row.spec
+            shared = spec.op == "col"
+            self.objects += extra_states_of(key, place.index, place.stack, table.family, shared=shared, own=spec.state)
 
     def drafts(self, ranks: RankMap) -> tuple[Draft, ...]:
         for key, target in self.targets.items():

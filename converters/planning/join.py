@@ -7,13 +7,13 @@ The sizes of either side give the form of the row's op, and the form gives both 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from converters.engine.plan import Entry, row_form
+from converters.engine.plan import STORABLE, Entry, row_form
 from converters.engine.regions import Move, Region, matrix
 from converters.errors import CoverageError
 from converters.mcore.torch_dist import Home, homes, stacks_layers
-from converters.rows.config_map import environment
+from converters.rows.config_map import environment, part_of
 from converters.rows.expr import Env, Value
 from converters.rows.ops import Dims, Form
 from converters.rows.pack import Slot
@@ -70,15 +70,30 @@ def moves(sources: Iterable[Place], targets: Iterable[Place]) -> tuple[Move, ...
 
 def one_dtype(row: Row, tensors: Iterable[StoredTensor]) -> str:
     """The dtype of a row's Hugging Face tensors; CoverageError where they have several."""
-    dtypes = {tensor.dtype for tensor in tensors}
+    held = tuple(tensors)
+    dtypes = {tensor.dtype for tensor in held}
     if len(dtypes) > 1:
+        for tensor in held:
+            if tensor.dtype not in STORABLE:
+                raise without_scales(tensor.name, tensor.dtype)
         raise CoverageError(f"`{row.mcore}`: {', '.join(row.hf)} have different dtypes: {', '.join(sorted(dtypes))}")
     return dtypes.pop()
 
 
+def without_scales(name: str, dtype: str) -> CoverageError:
+    """What to say of codes that no codec took."""
+    return CoverageError(
+        f"`{name}` is stored as {dtype}, and its scales are not beside it",
+        hint="quantised tensors need `quantization_config` in config.json and all parts: download the folder again",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Joiner:
-    """Joins the rows of a table at one config; `stacked` says that decoder layers lie in one tensor each."""
+    """Joins the rows of a table at one config; `stacked` says that decoder layers lie in one tensor each.
+
+    `parts` are the fields and dims of each part of the model that has its own; `env` and `dims` are the text's.
+    """
 
     table: Table
     env: Env
@@ -86,17 +101,25 @@ class Joiner:
     layers: int
     experts: int
     stacked: bool
+    parts: Mapping[str, tuple[Env, Dims]] = field(default_factory=dict)
 
     @classmethod
     def at(cls, table: Table, config: Mapping[str, Value]) -> Joiner:
         """The joiner at a Megatron Core config."""
         env = environment(config)
         counts = table.num_layers(env), table.num_experts(env)
-        return cls(table, env, table.dims_at(env), *counts, stacks_layers(table.family, config))
+        fields = {part: part_of(env, part) for part in table.parts()}
+        parts = {part: (own, table.dims_at(own, of_part=True)) for part, own in fields.items()}
+        return cls(table, env, table.dims_at(env), *counts, stacks_layers(table.family, config), parts)
+
+    def fields_of(self, row: Row) -> Env:
+        """The config fields of the part that a row belongs to; none of a kept module's."""
+        return {} if row.kept else self.parts[row.part][0] if row.part else self.env
 
     def homes(self, row: Row, held: Collection[str] | None = None) -> tuple[Home, ...]:
         """Megatron Core keys of a row: stacked or a layer each, whichever all stand in `held`, else as is usual."""
-        usual, other = (homes(row, stacked, self.layers, self.experts) for stacked in (self.stacked, not self.stacked))
+        stacked = self.stacked or row.count is not None
+        usual, other = (homes(row, stacks, self.layers, self.experts) for stacks in (stacked, not stacked))
         if held is None or all(home.key in held for home in usual):
             return usual
         return other if all(home.key in held for home in other) else usual
@@ -106,7 +129,7 @@ class Joiner:
 
         `keys` are its Megatron Core ones, by default those that are usual.
         """
-        form = row_form(row, self.dims, rows)
+        form = row_form(row, self.parts[row.part][1] if row.part else self.dims, rows)
         fold = 2 if form.columns else 1
 
         def shaped(rows: int) -> Shape:

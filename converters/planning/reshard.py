@@ -9,13 +9,13 @@ from itertools import product
 from converters.engine.plan import Draft, Plan, Unit, as_it_is
 from converters.engine.regions import matrix
 from converters.errors import LayoutError
-from converters.mcore.cuts import VOCAB, cuts_of, form_of
-from converters.mcore.keys import parse_key
+from converters.mcore.cuts import cuts_of, form_of, is_vocab
+from converters.mcore.keys import inner_prefix, parse_key
 from converters.mcore.layout import Layout, RankMap
 from converters.mcore.layout import check as check_layout
 from converters.mcore.optimizer_state import is_state, weight_of
 from converters.mcore.releases import CURRENT
-from converters.mcore.torch_dist import extra_states_of
+from converters.mcore.torch_dist import extra_states_of, states_of_model
 from converters.planning.placing import place_boxes
 from converters.rows.expr import Value
 from converters.tensors import Shape, StoredTensor
@@ -35,7 +35,8 @@ def plan_reshard(
     An optimizer's states may be among them: each is cut as its weight, which must be there too.
     `config` holds what is known of the model; what it lacks is not checked beforehand. `padded_vocab` are the
     embedding's rows in the target, as many as in the source if not given: more are zero, fewer cut off.
-    `objects` are the source's `_extra_state` objects; those that Transformer Engine would ask for are added.
+    `objects` are the source's `_extra_state` objects; those that Transformer Engine would ask for are added, of the
+    text model where that lies inside another.
     Raises LayoutError where the layout does not fit, UnsupportedError where it is not known how a tensor is cut.
     """
     check_layout(layout, config)
@@ -43,7 +44,9 @@ def plan_reshard(
     cuts = cuts_of(shapes, cut=layout.tp > 1 or layout.expert_tp > 1)
     ranks = RankMap(layout, with_counts(config, shapes))
     kind = CURRENT.kind_of(sources)
-    drafts, states = [], list(objects)
+    prefix = next(filter(None, map(inner_prefix, sources)), "")
+    whole = f"{prefix}embedding.word_embeddings.weight" in sources
+    drafts, states = [], [*objects, *(states_of_model(kind, prefix=prefix) if whole else ())]
     units: list[Unit] = []
     for key, tensor in sources.items():
         weight = weight_of(key)
@@ -54,7 +57,7 @@ def plan_reshard(
         drafts.append(Draft(key, tensor.dtype, (*stack, *inner), placed))
         kept = min(matrix(tensor.shape, depth)[0], matrix(inner, 0)[0])
         units += as_it_is(key, key, stack, kept)
-        if weight == key:
+        if weight == key and inner_prefix(key) == prefix:
             for index in product(*map(range, stack)):
                 states += extra_states_of(key, index, stack, kind)
     plan = Plan.of_all("reshard", config, dict(sources), drafts, units, layout=layout)
@@ -62,7 +65,7 @@ def plan_reshard(
 
 
 def _inner(key: str, shape: Shape, padded_vocab: int | None) -> Shape:
-    if key not in VOCAB or padded_vocab is None:
+    if not is_vocab(key) or padded_vocab is None:
         return shape
     return (padded_vocab, *shape[1:])
 
@@ -77,6 +80,8 @@ def with_counts(config: Mapping[str, Value], shapes: Mapping[str, Shape]) -> dic
     experts: int | None = None
     for key, shape in shapes.items():
         parsed = parse_key(key)
+        if parsed.site == "tower":
+            continue
         if parsed.stacked:
             layers.update(range(shape[0]))
         elif parsed.layer is not None:

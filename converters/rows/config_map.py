@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from converters.errors import CoverageError, TableError, UsageError
-from converters.rows.config_spelling import GENERIC_KEYS, canonical
+from converters.rows.config_spelling import GENERIC_KEYS, canonical, is_provenance
 from converters.rows.expr import Value, evaluate
 from converters.rows.isos import FIELDS, VALUE
 
@@ -54,7 +54,8 @@ class ConfigTable:
 
     `groups`: FIELDS iso → its Hugging Face keys. `fixed`: Megatron Core fields this architecture always has.
     `require`: Hugging Face keys that must have this value when present. `ignore`: keys without effect on the
-    weights or the forward pass.
+    weights or the forward pass. `idle`: of these, the ones without effect only while a required key has its value, by
+    that key. `waived`: keys that no table knows and a user says have none.
     """
 
     table: str
@@ -63,11 +64,35 @@ class ConfigTable:
     fixed: Mapping[str, Value]
     require: Mapping[str, Value]
     ignore: frozenset[str]
+    waived: frozenset[str] = frozenset()
+    idle: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def extended(self, own: ConfigTable) -> ConfigTable:
+        """This part with that of a model around it, which wins where both speak of a field or a key."""
+        fields, keys = {row.mcore for row in own.rows}, own.known_keys()
+        return ConfigTable(
+            own.table,
+            (*(row for row in self.rows if row.mcore not in fields), *own.rows),
+            {**self.groups, **own.groups},
+            {**self.fixed, **own.fixed},
+            {**{key: value for key, value in self.require.items() if key not in keys}, **own.require},
+            (self.ignore - keys) | own.ignore,
+            idle={**self.idle, **own.idle},
+        )
 
     def known_keys(self) -> frozenset[str]:
         """Hugging Face keys this table accounts for."""
         keys = {row.hf.split(".")[0] for row in self.rows} | set(self.require) | self.ignore
         return frozenset(keys | {key for group in self.groups.values() for key in group})
+
+    def unknown_keys(self, config: Mapping[str, Value]) -> list[str]:
+        """Keys of a Hugging Face config that may change the forward pass for all this table and its user know."""
+        known = self.known_keys() | GENERIC_KEYS | self.waived
+        return sorted(key for key in canonical(config) if key not in known and not is_provenance(key))
+
+    def waiving(self, keys: Collection[str]) -> ConfigTable:
+        """This table, `keys` that it does not know being without effect."""
+        return replace(self, waived=self.waived | frozenset(keys))
 
     def to_mcore(self, config: Mapping[str, Value], *, allow_unused: Collection[str] = ()) -> dict[str, Value]:
         """Megatron Core config of a Hugging Face one, in either Transformers spelling.
@@ -75,8 +100,8 @@ class ConfigTable:
         Raises CoverageError listing every key the table does not know, UsageError on a value it cannot express.
         """
         hf = canonical(config)
-        known = self.known_keys() | GENERIC_KEYS | frozenset(allow_unused)
-        if unknown := sorted(key for key in hf if key not in known and not key.startswith("_")):
+        if unknown := [key for key in self.unknown_keys(config) if key not in allow_unused]:
+            known = self.known_keys() | GENERIC_KEYS
             raise CoverageError(
                 f"config.json has {len(unknown)} key(s) that the table `{self.table}` does not know: "
                 + ", ".join(unknown[:10]),
@@ -108,10 +133,10 @@ class ConfigTable:
 
     def to_hf(self, mcore: Mapping[str, Value]) -> dict[str, Value]:
         """Hugging Face config, in the v4 spelling, of a Megatron Core one; UsageError where `fixed` disagrees."""
-        for field, value in self.fixed.items():
-            if field in mcore and mcore[field] != value:
+        for name, value in self.fixed.items():
+            if name in mcore and mcore[name] != value:
                 raise UsageError(
-                    f"the checkpoint has `{field}` = {mcore[field]!r}; the table `{self.table}` stands for {value!r}"
+                    f"the checkpoint has `{name}` = {mcore[name]!r}; the table `{self.table}` stands for {value!r}"
                 )
         out: dict[str, Value] = dict(self.require)
         for row in self.rows:
@@ -135,9 +160,11 @@ def _is_like(value: Value, otherwise: Value) -> bool:
 
 def _check_whole(row: ConfigRow, value: Value, hf: Mapping[str, Value]) -> None:
     """UsageError unless a field that counts something is a whole number, in reason, and there where it must be."""
-    if row.mcore not in WHOLE_NUMBERS or value is None and row.mcore not in NEEDED:
+    part, _, inner = row.mcore.rpartition(".")
+    field = row.mcore if part in ("", "model") else inner
+    if field not in WHOLE_NUMBERS or value is None and field not in NEEDED:
         return
-    _check_count(row.mcore, value, f"config.json: `{row.hf}` is {_get(hf, row.hf)!r}")
+    _check_count(field, value, f"config.json: `{row.hf}` is {_get(hf, row.hf)!r}")
 
 
 def _check_count(field: str, value: Value, said: str) -> None:
@@ -167,11 +194,16 @@ def environment(mcore: Mapping[str, Value]) -> dict[str, Value]:
     return {name.removeprefix("model.").replace(".", "_"): value for name, value in mcore.items()}
 
 
+def part_of(env: Mapping[str, Value], part: str) -> dict[str, Value]:
+    """Names that expressions of a part's rows see: the fields that begin with its name, without that."""
+    return {name.removeprefix(f"{part}_"): value for name, value in env.items() if name.startswith(f"{part}_")}
+
+
 def parse_config(table: str, raw: object) -> ConfigTable:
     """`[config]` from parsed TOML; TableError names the key."""
     if not isinstance(raw, dict):
         raise TableError(f"{table}: [config] is not a table")
-    sections = {name: raw.get(name, {}) for name in ("fixed", "require", "via")}
+    sections = {name: raw.get(name, {}) for name in ("fixed", "require", "via", "idle")}
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise TableError(f"{table}: [config.{name}] is not a table")
@@ -179,20 +211,26 @@ def parse_config(table: str, raw: object) -> ConfigTable:
     if not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
         raise TableError(f"{table}: [config] `ignore` must be a list of keys")
     rows = tuple(_row(table, key, spec) for key, spec in raw.items() if key not in (*sections, "ignore"))
-    groups = {}
-    for name, keys in sections["via"].items():
-        if name not in FIELDS:
-            raise TableError(f"{table}: [config.via] `{name}` is not registered; known: {', '.join(sorted(FIELDS))}")
-        listed = [keys] if isinstance(keys, str) else keys
-        if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
-            raise TableError(f"{table}: [config.via] `{name}` must be a key or a list of keys")
-        groups[name] = tuple(listed)
+    groups = {name: _keys(table, f"[config.via] `{name}`", keys) for name, keys in sections["via"].items()}
+    if unknown := sorted(set(groups) - set(FIELDS)):
+        raise TableError(f"{table}: [config.via] `{unknown[0]}` is not registered; known: {', '.join(sorted(FIELDS))}")
+    idle = {name: _keys(table, f"[config.idle] `{name}`", keys) for name, keys in sections["idle"].items()}
+    if unknown := sorted(set(idle) - set(sections["require"])):
+        raise TableError(f"{table}: [config.idle] `{unknown[0]}` is no key of [config.require]")
     seen: dict[str, str] = {}
-    for field, where in [(r.mcore, "a row") for r in rows] + [(f, "[config.fixed]") for f in sections["fixed"]]:
-        if field in seen:
-            raise TableError(f"{table}: [config] sets `{field}` twice, in {seen[field]} and in {where}")
-        seen[field] = where
-    return ConfigTable(table, rows, groups, sections["fixed"], sections["require"], frozenset(ignore))
+    for name, where in [(r.mcore, "a row") for r in rows] + [(f, "[config.fixed]") for f in sections["fixed"]]:
+        if name in seen:
+            raise TableError(f"{table}: [config] sets `{name}` twice, in {seen[name]} and in {where}")
+        seen[name] = where
+    ignored = frozenset(ignore).union(*idle.values())
+    return ConfigTable(table, rows, groups, sections["fixed"], sections["require"], ignored, idle=idle)
+
+
+def _keys(table: str, place: str, keys: object) -> tuple[str, ...]:
+    listed = [keys] if isinstance(keys, str) else keys
+    if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
+        raise TableError(f"{table}: {place} must be a key or a list of keys")
+    return tuple(listed)
 
 
 def _row(table: str, field: str, spec: object) -> ConfigRow:

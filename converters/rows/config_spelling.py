@@ -8,11 +8,14 @@ file back, so this reading never has to be undone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from types import NoneType
 
 from converters.errors import UsageError
 from converters.rows.expr import Value
 
+#: What rotary parameters say of positions within an image: nothing to a text model alone.
+OF_IMAGES = ("mrope_section", "mrope_interleaved")
 #: Keys of every PretrainedConfig that say nothing about weights or the forward pass.
 GENERIC_KEYS = frozenset(
     """_name_or_path _attn_implementation add_cross_attention architectures auto_map bad_words_ids
@@ -25,7 +28,27 @@ GENERIC_KEYS = frozenset(
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
     tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
     use_bfloat16 use_cache cache_implementation quantization_config""".split()
+    + list(OF_IMAGES)
 )
+
+#: Keys that tools leave in config.json, as shell-style patterns: who made the folder, how it was trained or is to be
+#: served. No model of Transformers reads them. `quantization` is MLX's, whose tensors have names of their own.
+PROVENANCE = tuple(
+    """_* unsloth_* axolotl_* transformers.js_config neftune_noise_alpha attn_implementation gradient_checkpointing
+    hf_device_map keys_to_ignore_at_inference quantization library_name pipeline_tag base_model license tags
+    datasets""".split()
+)
+
+
+def is_provenance(key: str) -> bool:
+    """Whether a key of config.json says only where a model came from."""
+    return any(fnmatchcase(key, pattern) for pattern in PROVENANCE)
+
+
+def provenance_note(config: Mapping[str, Value]) -> tuple[str, ...]:
+    """A note of the keys of a config.json that say where the model came from; none for keys of Transformers' own."""
+    found = sorted(key for key in config if is_provenance(key) and not key.startswith("_"))
+    return (f"config.json: {', '.join(found)} say where the model came from; no model reads them",) if found else ()
 
 
 #: Keys that the whole model's config says for its text model too, each under one of its names.
@@ -37,7 +60,8 @@ def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
 
     Of a model that holds a text model beside a vision tower, the text model's: `text_config` over the keys around it.
     Models with one rotary set per layer type keep the full-attention one under these names; the other
-    becomes `rope_local_base_freq`. UsageError when two spellings of one key disagree.
+    becomes `rope_local_base_freq`. How positions in an image turn (`mrope_section`, `mrope_interleaved`) stands apart
+    from the scaling rule, whichever way it is said. UsageError when two spellings of one key disagree.
     """
     out = _text_of(config)
     if "dtype" in out:
@@ -63,7 +87,7 @@ def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
 def _scaling(out: dict[str, Value], said: Mapping[str, Value], where: str) -> dict[str, Value] | None:
     """A scaling rule under its `rope_type`, None where there is none; the base and the rotated share go into `out`."""
     rope = dict(said)
-    for key in ("rope_theta", "partial_rotary_factor"):
+    for key in ("rope_theta", "partial_rotary_factor", *OF_IMAGES):
         if key in rope:
             _put(out, key, rope.pop(key))
     if "type" in rope:
@@ -74,7 +98,7 @@ def _scaling(out: dict[str, Value], said: Mapping[str, Value], where: str) -> di
     kind = rope.get("rope_type")
     if kind is None and (left := [key for key, value in rope.items() if value is not None and key != "rope_type"]):
         raise UsageError(f"config.json: `{where}` has `{left[0]}`, and no `rope_type` that says what it is for")
-    return None if kind in (None, "default") else rope
+    return None if kind in (None, "default") or kind == "mrope" and len(rope) == 1 else rope
 
 
 def _take_local(out: dict[str, Value], nested: Mapping[str, Value]) -> None:
@@ -95,6 +119,8 @@ def _take_local(out: dict[str, Value], nested: Mapping[str, Value]) -> None:
 
 
 def _text_of(config: Mapping[str, Value]) -> dict[str, Value]:
+    if isinstance(thinker := config.get("thinker_config"), Mapping):  # one that also speaks: what thinks, in its place
+        config = {**thinker, **{key: value for key, value in config.items() if key != "thinker_config"}}
     text = config.get("text_config")
     around = {key: value for key, value in config.items() if key != "text_config"}
     if not isinstance(text, Mapping):

@@ -13,6 +13,11 @@ from converters.errors import CoverageError
 _NEAR_MISS_LIMIT = 50
 #: A name up to its first number, and that number: the layer of every checkpoint that numbers its layers.
 _LAYER = re.compile(r"([^0-9]*)\.(\d+)\.")
+#: What quantisers call the parts of a weight that are none of its codes.
+_PART = re.compile(
+    r"(weight|proj)_(scale|scale_inv|scale_2|scales|blocks|packed|shape|zero_point|global_scale|g_idx)$"
+    r"|\.(input_scale|qweight|qzeros|scales|biases|g_idx|absmax|quant_map|nested_\w+|quant_state\.\w+|SCB)$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,7 @@ def settle(
         raise CoverageError(
             f"{side}: {' and '.join(parts)}, first `{(missing or unused)[0]}`",
             hint=_layer_counts(present, want, [*missing, *unused])
+            or _parts_of_codes(unused)
             or "`mbx models check TABLE ‹against› SRC` lists them by row; waive by name with "
             "‹allow-missing› GLOB (written as zeros) or ‹allow-unused› GLOB",
             details=[f"missing  {line}" for line in _with_near(missing, unused)]
@@ -112,6 +118,16 @@ def _layer_counts(present: Collection[str], want: Collection[str], odd: Sequence
     return (
         f"`{stem}` goes from 0 to {max(have)} in the source, and by the config to {max(asked)}: "
         "does config.json belong to these weights, and are all of them here?"
+    )
+
+
+def _parts_of_codes(unused: Sequence[str]) -> str | None:
+    """A hint where tensors that are left over look like parts of quantised weights: nobody can do without those."""
+    if not any(map(_PART.search, unused)):
+        return None
+    return (
+        "these are parts of quantised weights, and `quantization_config` in config.json does not say how to read "
+        "them: restore the config that they were published with, or dequantise them with the library that wrote them"
     )
 
 

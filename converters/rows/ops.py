@@ -8,7 +8,7 @@ layout follow; nothing here is written twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converters.errors import CoverageError, TableError
 from converters.rows.pack import Pack
@@ -76,6 +76,21 @@ def _mamba_atoms(d: Dims) -> tuple[int, ...]:
     return d["ssm_inner"], d["ssm_inner"], d["ssm_bc"], d["ssm_bc"], d["ssm_heads"]
 
 
+def _gated_by_head(d: Dims, rows: int) -> Form:
+    """Atoms: the queries and the gates of each head in its group in turn, then keys and values."""
+    query, key, value = _qkv_atoms(d)
+    in_group = _share(d["heads"], d["groups"])
+    pairs = (_share(query, in_group),) * (2 * in_group)
+    count = len(pairs)
+    held = ((d["groups"], tuple(range(count))), (1, (count,)), (1, (count + 1,)))
+    return Form((*pairs, key, value), held, d["groups"], cut=0)
+
+
+def _by_key_head(op: str) -> Callable[[Dims, int], Form]:
+    """An op of the gated delta net whose Megatron Core tensor repeats all atoms for each key head."""
+    return lambda d, rows: replace(OPS[op](d, rows), mcore_groups=d["gdn_k_heads"])
+
+
 def _one(cut: int | None) -> Callable[[Dims, int], Form]:
     return lambda d, rows: Form((rows,), _each(1), cut=cut)
 
@@ -111,6 +126,11 @@ OPS: dict[str, Callable[[Dims, int], Form]] = {
     ),
     "gdn_in_split": lambda d, rows: Form(_gdn_atoms(d), ((1, (0, 1, 2)), (1, (3,)), (1, (4,)), (1, (5,))), cut=0),
     "gdn_conv": lambda d, rows: Form(_gdn_atoms(d)[:3], ((1, (0, 1, 2)),), cut=0),
+    # the same in whole tensors, packed by head (the flavour of mcore-bridge)
+    "gdn_in_by_head": _by_key_head("gdn_in"),
+    "gdn_in_split_by_head": _by_key_head("gdn_in_split"),
+    "gdn_conv_by_head": _by_key_head("gdn_conv"),
+    "qgkv_by_head": _gated_by_head,
     # Mamba-2: atoms z, x, B, C, dt; the convolution sees x, B, C
     "mamba_in": lambda d, rows: Form(_mamba_atoms(d), ((1, (0, 1, 2, 3, 4)),), cut=0),
     "mamba_conv": lambda d, rows: Form(_mamba_atoms(d)[1:4], ((1, (0, 1, 2)),), cut=0),

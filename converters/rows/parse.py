@@ -2,28 +2,38 @@
 
 Grammar (see docs/add-a-model.md): `[sites]` say where blocks repeat, `[when]` at which layers, `[rows.BLOCK]`
 pair one Megatron Core parameter with its Hugging Face tensors under an op. `{L}` is the global layer,
-`{I}` the index within the site, `{E}` the expert.
+`{I}` the index within the site, `{E}` the expert. A table with `[text]` takes the text model's rows from another table
+and has rows of what stands beside that, the towers, alone.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converters.errors import TableError
 from converters.rows.config_map import parse_config
 from converters.rows.ops import OPS
-from converters.rows.table import RowSpec, Site, Table
+from converters.rows.table import Arrangement, RowSpec, Site, Table
 from converters.toml import tomllib
+from mappings import table_names, table_text
 
 GAMMA = {"zero": 0, "one": 1}
 FAMILIES = ("gpt", "hybrid")
 _TOP_KEYS = frozenset(
-    "model_types architectures mcore notes unsupported experts gamma config wrapped dims sites when rows".split()
+    """model_types architectures mcore notes unsupported experts gamma config text towers kept flavours dims sites when
+    rows""".split()
 )
-_ROW_KEYS = frozenset("transpose hf_gamma dtype keep_dtype when optional same_as drop hf".split())
-_SITE_KEYS = frozenset("hf mcore first n rows optional".split())
+_ROW_KEYS = frozenset("transpose hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
+_FLAGS = ("transpose", "keep_dtype", "optional", "state")
+_SITE_KEYS = frozenset("hf mcore first n rows optional part".split())
+_TEXT_KEYS = frozenset("table names rows".split())
+_FLAVOUR_KEYS = frozenset("text kept sites".split())
+#: Sections that say what stands beside a text model.
+_OF_TOWERS = ("config", "kept", "flavours", "dims", "sites", "when", "rows")
+#: What stands before the text model's names in most tools' checkpoints.
+_PREFIX = "language_model."
 
 
 def parse_table(name: str, text: str) -> Table:
@@ -34,17 +44,21 @@ def parse_table(name: str, text: str) -> Table:
         raise TableError(f"{name}: {error}") from error
     parser = _Parser(name)
     parser.keys("the table", raw, _TOP_KEYS)
+    if "towers" in raw:
+        raw = parser.with_towers(raw)
     gamma = parser.strings("gamma", raw.get("gamma", {}))
     for side, convention in gamma.items():
         if side not in ("hf", "mcore") or convention not in GAMMA:
             parser.fail("gamma", f"`{side} = {convention!r}`; sides are hf, mcore, conventions zero, one")
+    around = "text" in raw
     blocks = {}
-    for block, rows in parser.mapping("rows", raw.get("rows")).items():
+    for block, rows in parser.mapping("rows", raw.get("rows", {} if around else None)).items():
         entries = parser.mapping(f"rows.{block}", rows)
         blocks[block] = tuple(
             parser.alternatives(f"rows.{block}", param, spec, gamma) for param, spec in entries.items()
         )
-    sites = tuple(parser.site(site, spec, blocks) for site, spec in parser.mapping("sites", raw.get("sites")).items())
+    places = parser.mapping("sites", raw.get("sites", {} if around else None))
+    sites = tuple(parser.site(site, spec, blocks) for site, spec in places.items())
     when = parser.strings("when", raw.get("when", {}))
     for block in when:
         if block not in blocks:
@@ -52,12 +66,10 @@ def parse_table(name: str, text: str) -> Table:
     unused = set(blocks) - {block for site in sites for block in site.blocks}
     if unused:
         parser.fail("rows", f"no site uses {', '.join(sorted(unused))}")
-    wrapped = parser.mapping("wrapped", raw.get("wrapped", {}))
-    parser.keys("wrapped", wrapped, frozenset(("names", "beside")))
     family = raw.get("mcore", "gpt")
     if family not in FAMILIES:
         parser.fail("mcore", f"{family!r} is not one of {', '.join(FAMILIES)}")
-    return Table(
+    table = Table(
         name=name,
         model_types=parser.string_list("model_types", raw.get("model_types")),
         architectures=parser.string_list("architectures", raw.get("architectures", [])),
@@ -70,9 +82,8 @@ def parse_table(name: str, text: str) -> Table:
         sites=sites,
         when=when,
         blocks=blocks,
-        wrapped=parser.ways("wrapped.names", wrapped.get("names", [])),
-        beside=parser.string_list("wrapped.beside", wrapped.get("beside", [])),
     )
+    return parser.around(table, raw, gamma) if around else table
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +145,67 @@ class _Parser:
         bounds = self.numbers(place, {"first": spec.get("first", 0), "n": spec.get("n", 1)})
         optional = self.flag(place, "optional", spec.get("optional", False))
         hf, mcore = str(spec.get("hf", "")), str(spec.get("mcore", ""))
-        return Site(name, hf, mcore, bounds["first"], bounds["n"], used, optional)
+        part = str(spec.get("part", ""))
+        return Site(name, hf, mcore, bounds["first"], bounds["n"], used, optional, part=part)
+
+    def around(self, own: Table, raw: Mapping[str, object], gamma: Mapping[str, str]) -> Table:
+        """The table of a model with towers: `own` has their rows, `[text]` names the table of its text model."""
+        said = self.mapping("text", raw["text"])
+        self.keys("text", said, _TEXT_KEYS)
+        text = parse_table(*self.shipped("text", said.get("table")))
+        blocks = {**text.blocks}
+        for block, rows in self.mapping("text.rows", said.get("rows", {})).items():
+            place = f"text.rows.{block}"
+            if block not in blocks:
+                self.fail(place, f"the table `{text.name}` has no such block")
+            other = {p: self.alternatives(place, p, spec, gamma) for p, spec in self.mapping(place, rows).items()}
+            blocks[block] = (*(row for row in blocks[block] if row[0].param not in other), *other.values())
+        if twice := sorted(blocks.keys() & own.blocks.keys()):
+            self.fail("rows", f"`{twice[0]}` is a block of the table `{text.name}` already")
+        kept = self.strings("kept", raw.get("kept", {}))
+        flavours = self.mapping("flavours", raw.get("flavours", {}))
+        return replace(
+            own,
+            family=text.family,
+            unsupported=own.unsupported or text.unsupported,
+            experts=text.experts,
+            config=text.config.extended(own.config),
+            text_types=text.model_types,
+            dims=text.dims,
+            sites=text.sites,
+            when={**text.when, **own.when},
+            blocks={**blocks, **own.blocks},
+            wrapped=self.ways("text.names", said.get("names", [])),
+            towers=own.sites,
+            kept=kept,
+            part_dims=own.dims,
+            flavours={name: self.flavour(name, spec, own, kept) for name, spec in flavours.items()},
+        )
+
+    def shipped(self, place: str, name: object) -> tuple[str, str]:
+        """Name and text of a shipped table that this one refers to."""
+        if not isinstance(name, str) or name not in table_names() or name == self.table:
+            raise TableError(f"{self.table}: [{place}]: there is no table `{name}`")
+        return name, table_text(name)
+
+    def with_towers(self, raw: Mapping[str, object]) -> dict[str, object]:
+        """`raw` with all that the table named by `[towers]` says of its towers, where it says nothing else itself."""
+        said = self.mapping("towers", raw["towers"])
+        self.keys("towers", said, frozenset(("table",)))
+        other = tomllib.loads(self.shipped("towers", said.get("table"))[1])
+        taken = {key: other[key] for key in _OF_TOWERS if key in other}
+        return {key: value for key, value in _over(raw, taken).items() if key != "towers"}
+
+    def flavour(self, name: str, value: object, own: Table, kept: Collection[str]) -> Arrangement:
+        """Where one tool puts the towers."""
+        place = f"flavours.{name}"
+        spec = self.mapping(place, value)
+        self.keys(place, spec, _FLAVOUR_KEYS)
+        held = self.strings(f"{place}.kept", spec.get("kept", {}))
+        sites = self.string_list(f"{place}.sites", spec.get("sites", []))
+        if odd := sorted({*held} - {*kept} | {*sites} - {site.name for site in own.sites}):
+            self.fail(place, f"`{odd[0]}` is neither in [kept] nor in [sites]")
+        return Arrangement(str(spec.get("text", _PREFIX)), sites, held)
 
     def flag(self, place: str, key: str, value: object) -> bool:
         """A truth value."""
@@ -176,7 +247,7 @@ class _Parser:
         dtype = spec.get("dtype")
         if dtype not in (None, "fp32"):
             self.fail(where, f"dtype = {dtype!r}; only fp32 can be asked for")
-        flags = {key: self.flag(where, key, spec.get(key, False)) for key in ("transpose", "keep_dtype", "optional")}
+        flags = {key: self.flag(where, key, spec.get(key, False)) for key in _FLAGS}
         return RowSpec(
             param=param,
             op=op,
@@ -189,4 +260,18 @@ class _Parser:
             optional=flags["optional"] or "drop" in spec,
             same_as=str(spec["same_as"]) if "same_as" in spec else None,
             drop="drop" in spec,
+            state=flags["state"],
+            last=self.numbers(f"{where}.last", spec.get("last", {})),
         )
+
+
+def _over(own: Mapping[str, object], other: Mapping[str, object]) -> dict[str, object]:
+    """`own` with the entries of `other` that it lacks, tables within tables too; lists are put together."""
+    out = {**other, **own}
+    for key in own.keys() & other.keys():
+        mine, theirs = own[key], other[key]
+        if isinstance(mine, dict) and isinstance(theirs, dict) and not OPS.keys() & mine.keys() | {"hf"} & mine.keys():
+            out[key] = _over(mine, theirs)
+        elif isinstance(mine, list) and isinstance(theirs, list):
+            out[key] = [*theirs, *mine]
+    return out

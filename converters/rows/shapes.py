@@ -36,6 +36,8 @@ EXPECTED: Mapping[str, tuple[str | None, ...]] = {
     "self_attention.linear_kv_down_proj.weight": ("kv_lora_rank + qk_pos_emb_head_dim", "hidden_size"),
     "self_attention.linear_kv_up_proj.weight": ("num_attention_heads * (qk_head_dim + v_head_dim)", "kv_lora_rank"),
     "self_attention.linear_kv_up_proj.layer_norm_weight": ("kv_lora_rank",),
+    "self_attention.q_layernorm.weight": ("kv_channels * (num_attention_heads if qk_layernorm_over_heads else 1)",),
+    "self_attention.k_layernorm.weight": ("kv_channels * (num_query_groups if qk_layernorm_over_heads else 1)",),
     "input_layernorm.weight": _HIDDEN,
     "pre_mlp_layernorm.weight": _HIDDEN,
     "mlp.linear_fc1.layer_norm_weight": _HIDDEN,
@@ -54,6 +56,7 @@ _DEFAULTS: Mapping[str, None | bool] = {
     "moe_latent_size": None,
     "kv_channels": None,
     "v_head_dim": None,
+    "qk_layernorm_over_heads": False,
 }
 
 
@@ -62,7 +65,7 @@ def expected_shape(row: Row, env: Env) -> tuple[int | None, ...] | None:
 
     Heterogeneous models set sizes by layer, so none are expected of them.
     """
-    wanted = EXPECTED.get(row.site + row.spec.param) or EXPECTED.get(row.spec.param)
+    wanted = None if row.kept else EXPECTED.get(row.site + row.spec.param) or EXPECTED.get(row.spec.param)
     if wanted is None or env.get("heterogeneous_block_specs"):
         return None
     full = {**_DEFAULTS, **env}

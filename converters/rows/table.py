@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-from converters.errors import TableError
+from converters.errors import TableError, UsageError
 from converters.rows.config_map import ConfigTable
 from converters.rows.digest import digest_of
 from converters.rows.expr import Env, Value, evaluate, evaluate_int
@@ -20,7 +20,9 @@ class RowSpec:
 
     `shift` is added to values on the way to Megatron Core. `dtype` is what Megatron Core stores whatever
     the source has; `keep_dtype` exempts the row from a requested cast. `same_as` names the Hugging Face
-    tensor this one repeats; `drop` marks a tensor Transformers recomputes.
+    tensor this one repeats; `drop` marks a tensor Transformers recomputes. `state` marks a module of Megatron Core's
+    own that has an `_extra_state` where its name does not say so. `last` are sizes of the last dimensions of
+    Hugging Face tensors, which tell spellings under one name apart.
     """
 
     param: str
@@ -34,6 +36,8 @@ class RowSpec:
     optional: bool = False
     same_as: str | None = None
     drop: bool = False
+    state: bool = False
+    last: Mapping[str, str | int] = field(default_factory=dict)
 
     @property
     def stacked(self) -> bool:
@@ -43,9 +47,11 @@ class RowSpec:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place where blocks of rows repeat: `n` times from layer `first` on.
+    """A place where blocks of rows repeat: `n` times, or once for each entry of a list, from layer `first` on.
 
-    An `optional` one exists where the checkpoint holds any tensor below its prefix, and then whole.
+    An `optional` one exists where the checkpoint holds any tensor below its prefix, and then whole. One that is `kept`
+    is a module that Megatron holds as Hugging Face's own: every tensor below one prefix is the same below the other.
+    A native one belongs to the `part` whose config fields begin so.
     """
 
     name: str
@@ -55,6 +61,8 @@ class Site:
     n: str | int
     blocks: tuple[str, ...]
     optional: bool = False
+    kept: bool = False
+    part: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,8 @@ class Row:
     """A row at one layer and expert: names are final on the Hugging Face side.
 
     `site` and `spec.param` spell the Megatron Core parameter; `index` is its number within the site's
-    stack and `expert` its expert, both None where the parameter has none.
+    stack and `expert` its expert, both None where the parameter has none. `count` are the entries of that stack where
+    it is a tower's, None where it is the decoder's. `kept` and `part` are the site's.
     """
 
     spec: RowSpec
@@ -72,6 +81,9 @@ class Row:
     expert: int | None
     hf: tuple[str, ...]
     same_as: str | None = None
+    count: int | None = None
+    kept: bool = False
+    part: str = ""
 
     @property
     def mcore(self) -> str:
@@ -82,12 +94,32 @@ class Row:
         return name if self.expert is None else name.replace("{E}", str(self.expert))
 
 
+#: Releases of a tool whose arrangement is the usual one's where a table has none for them.
+_RELEASES_OF = {"bridge-0.3": "bridge", "bridge-main": "bridge"}
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How one flavour of Megatron checkpoints arranges a model with towers.
+
+    `prefix` stands before the text model's names; `sites` are those of the table's towers that it has, and `kept` the
+    modules that it holds as they are, by the prefix of their tensors.
+    """
+
+    prefix: str
+    sites: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A parsed mapping table.
 
-    Inside a larger model, one with a vision tower say, names begin otherwise: `wrapped` are the ways, each from a
-    beginning in the rows to that in the checkpoint. Tensors that begin as one of `beside` are that model's own: they
+    Inside a larger model, one with a vision tower say, names of a folder begin otherwise than rows say: `wrapped` are
+    the ways, each from a beginning in the rows to that in the folder. `towers` are the sites of what stands beside the
+    text model, whose own types are `text_types`, and `kept` the prefixes of modules that may be held as they are; each
+    of `flavours` takes some of both. Dims of a tower are `part_dims`, over the fields of its part.
+    As long as no `flavour` is chosen the table is of the text model alone, and tensors that begin as one of `beside`
     travel beside the Megatron Core ones as they are.
     """
 
@@ -104,17 +136,57 @@ class Table:
     when: Mapping[str, str]
     blocks: Mapping[str, tuple[tuple[RowSpec, ...], ...]]
     wrapped: tuple[Mapping[str, str], ...] = ()
-    beside: tuple[str, ...] = ()
+    text_types: tuple[str, ...] = ()
+    towers: tuple[Site, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+    part_dims: Mapping[str, str | int] = field(default_factory=dict)
+    flavours: Mapping[str, Arrangement] = field(default_factory=dict)
+    flavour: str = ""
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Beginnings of the folder's tensors that are no part of what this table converts."""
+        own = [*self.kept.values(), *(site.hf.partition("{")[0] for site in self.towers)]
+        if self.flavour:
+            held = tuple(site.hf for site in self.sites if site.kept or site in self.towers)
+            own = [name for name in own if not any(at.startswith(name) or name.startswith(at) for at in held)]
+        ways: tuple[Mapping[str, str], ...] = self.wrapped or ({},)
+        return tuple(dict.fromkeys(respelt(name, way) for way in ways for name in own))
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the text model's Megatron Core names."""
+        return self.arrangement(self.flavour).prefix if self.flavour else ""
+
+    def arrangement(self, flavour: str) -> Arrangement:
+        """Where `flavour` puts the towers; UsageError where the table has none of that name."""
+        chosen = self.flavours.get(flavour) or self.flavours.get(_RELEASES_OF.get(flavour, flavour))
+        if chosen is None:
+            known = ", ".join(self.flavours) or "none"
+            raise UsageError(f"the table `{self.name}` has no flavour `{flavour}`", hint=f"its flavours: {known}")
+        return chosen
+
+    def in_flavour(self, name: str) -> Table:
+        """The table of the whole model as the flavour `name` arranges it; UsageError where there is none such."""
+        chosen = self.arrangement(name)
+        text = tuple(replace(site, mcore=chosen.prefix + site.mcore) for site in self.sites)
+        kept = (Site(name, self.kept[name], at, 0, 1, (), kept=True) for name, at in chosen.kept.items())
+        towers = tuple(site for site in self.towers if site.name in chosen.sites)
+        return replace(self, sites=(*text, *kept, *towers), flavour=name)
 
     @property
     def digest(self) -> str:
         """SHA-256 of what the table says of a model: not its name, its notes, its comments or its layout."""
-        return digest_of(self, leave_out=("name", "table", "notes"))
+        return digest_of(self, leave_out=("name", "table", "notes", "waived", "idle"))
 
-    def dims_at(self, env: Env) -> dict[str, int]:
-        """Values of `[dims]` for one config; dims whose config value is null are left out."""
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts whose native sites this table has."""
+        return tuple(dict.fromkeys(site.part for site in self.sites if site.part))
+
+    def dims_at(self, env: Env, *, of_part: bool = False) -> dict[str, int]:
+        """Values of `[dims]` for one config, or for a part's; dims whose config value is null are left out."""
         values = {}
-        for name, expression in self.dims.items():
+        for name, expression in (self.part_dims if of_part else self.dims).items():
             if (value := evaluate(expression, env)) is not None:
                 if isinstance(value, bool) or not isinstance(value, int):
                     raise TableError(f"{self.name}: dim `{name}` = `{expression}` is {value!r}, not a whole number")
@@ -140,11 +212,16 @@ class Table:
         experts = self.num_experts(env)
         beginnings = self.beginnings(present)
         for site in self.sites:
+            if site.kept:
+                yield from _Place(site, 0, 0, beginnings).kept(present or (), keys or ())
+                continue
             first, count = evaluate_int(site.first, env), evaluate(site.n, env) or 0
+            if isinstance(count, list | tuple):
+                count = len(count)
             if not isinstance(count, int):
                 raise TableError(f"{self.name}: site `{site.name}` repeats {count!r} times")
             for i in range(count):
-                place = _Place(site, i, first + i, beginnings)
+                place = _Place(site, i, first + i, beginnings, count)
                 here: dict[str, Value] = {**env, "L": place.layer, "I": i}
                 names, prefix = (present, place.spelt("")) if keys is None else (keys, place.filled(site.mcore))
                 if site.optional and names is not None and not any(name.startswith(prefix) for name in names):
@@ -154,25 +231,32 @@ class Table:
                         continue
                     for alternatives in self.blocks[block]:
                         usable = [spec for spec in alternatives if spec.when is None or evaluate(spec.when, here)]
-                        if usable and (spec := place.chosen(usable, present)) is not None:
+                        if usable and (spec := place.chosen(usable, present, here)) is not None:
                             yield from place.rows(spec, experts)
 
     def beginnings(self, present: Collection[str] | None) -> Mapping[str, str]:
-        """How names of a checkpoint that holds `present` begin: one of `wrapped`, or empty for the rows' own."""
-        for way in self.wrapped:
-            if any(name.startswith(next(iter(way.values()))) for name in present or ()):
-                return way
-        return {}
+        """How names of a folder that holds `present` begin: the one of `wrapped` most of whose beginnings are there.
+
+        Without `present` it is the first; without any the rows' own.
+        """
+
+        def shown(way: Mapping[str, str]) -> int:
+            return sum(any(name.startswith(start) for name in names) for start in way.values())
+
+        names = {".".join(name.split(".")[:4]) for name in present or ()}
+        best = max(self.wrapped, key=shown, default={})
+        return best if present is None or shown(best) else {}
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A site the `number`th time it repeats; names of the checkpoint begin as `beginnings` say."""
+    """A site the `number`th time of `count` that it repeats; names of the checkpoint begin as `beginnings` say."""
 
     site: Site
     number: int
     layer: int
     beginnings: Mapping[str, str]
+    count: int = 1
 
     def filled(self, template: str) -> str:
         """A name with this place's numbers in it."""
@@ -180,19 +264,23 @@ class _Place:
 
     def respelt(self, name: str) -> str:
         """A Hugging Face name of the rows as the checkpoint has it."""
-        name = self.filled(name)
-        way = next((own for own in self.beginnings if name.startswith(own)), None)
-        return name if way is None else self.beginnings[way] + name[len(way) :]
+        return respelt(self.filled(name), self.beginnings)
 
     def spelt(self, name: str) -> str:
         """A Hugging Face name relative to the site, whole."""
         return self.respelt(self.site.hf + name)
 
-    def chosen(self, usable: list[RowSpec], present: Collection[str] | None) -> RowSpec | None:
+    def chosen(self, usable: list[RowSpec], present: Collection[str] | None, env: Env) -> RowSpec | None:
         """The one of a row's spellings that the checkpoint has, None where it has no such row."""
 
         def found(spec: RowSpec) -> bool:
-            return all(self.spelt(name).replace("{E}", "0") in (present or ()) for name in spec.hf)
+            names = [self.spelt(name).replace("{E}", "0") for name in spec.hf]
+            if not all(name in (present or ()) for name in names):
+                return False
+            if not isinstance(present, Mapping):
+                return True
+            said = {self.spelt(name): evaluate(size, env) for name, size in spec.last.items()}
+            return all(name not in present or present[name].shape[-1] == size for name, size in said.items())
 
         spec = usable[0]
         if present is None:
@@ -207,9 +295,25 @@ class _Place:
         mcore = self.site.mcore
         numbered = "{I}" in mcore or "{L}" in mcore or "{L}" in self.site.hf
         index, layer = (self.number, self.layer) if numbered else (None, None)
+        part = self.site.part
+        count = self.count if part and numbered else None
         if "{E}" not in spec.param and not any("{E}" in name for name in spec.hf):
-            yield Row(spec, mcore, index, layer, None, names, same_as)
+            yield Row(spec, mcore, index, layer, None, names, same_as, count=count, part=part)
             return
         for e in range(experts):
             own = names if spec.stacked else tuple(name.replace("{E}", str(e)) for name in names)
             yield Row(spec, mcore, index, layer, e, own, same_as)
+
+    def kept(self, present: Iterable[str], keys: Iterable[str]) -> Iterator[Row]:
+        """A row for each tensor of a kept module, whichever side has it: the same name behind either prefix."""
+        sides = ((self.spelt(""), present), (self.site.mcore, keys))
+        inner = dict.fromkeys(name[len(start) :] for start, names in sides for name in names if name.startswith(start))
+        for name in inner:
+            spec = RowSpec(name, "copy", (name,))
+            yield Row(spec, self.site.mcore, None, None, None, (self.spelt(name),), kept=True)
+
+
+def respelt(name: str, beginnings: Mapping[str, str]) -> str:
+    """`name` with its beginning replaced by what `beginnings` says, if it has one of them."""
+    own = next((own for own in beginnings if name.startswith(own)), None)
+    return name if own is None else beginnings[own] + name[len(own) :]

@@ -12,16 +12,20 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from converters.errors import UnsupportedError
+from converters.errors import UnsupportedError, UsageError
 from converters.rows.config_map import ConfigTable, parse_config
 from converters.rows.config_spelling import GENERIC_KEYS, canonical
 from converters.rows.expr import Value
+from converters.rows.flags import idle_flags
+from converters.rows.isos import FIELDS
 from converters.rows.ops import OPS
 from converters.toml import tomllib
 from mappings import table_names, table_text
 from mbx.text import printable
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+#: Keys that name the function between the products of an MLP.
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 Raw = dict[str, object]
 
 
@@ -70,7 +74,8 @@ def templates(names: Iterable[str]) -> dict[str, Template]:
 def draft(config: Mapping[str, Value], tensors: Iterable[str]) -> Draft:
     """Draft a table for a checkpoint of these tensor names; UnsupportedError where no shipped table comes close."""
     present = templates(tensors)
-    raw = {name: tomllib.loads(table_text(name)) for name in table_names()}
+    every = {name: tomllib.loads(table_text(name)) for name in table_names()}
+    raw = {name: table for name, table in every.items() if "text" not in table}  # towers around one draft nothing
     rows = [row for name, table in raw.items() for row in _rows(name, table)]
     score = {name: len({hf for row in rows if row.table == name for hf in row.hf if hf in present}) for name in raw}
     donor = max(score, key=lambda name: (score[name], _fit(name, raw[name], config)))
@@ -97,11 +102,16 @@ def draft(config: Mapping[str, Value], tensors: Iterable[str]) -> Draft:
 def _fit(name: str, table: Raw, config: Mapping[str, Value]) -> int:
     """Config keys a table shares with the checkpoint, less what it would have to assume.
 
-    A constant weighs more than an expression: it is some other model's value.
+    A constant weighs more than an expression: it is some other model's value. Fields that its class always has are
+    assumed as well.
     """
     (_, parsed), present = _config_of(name, table), set(canonical(config))
     assumed = [row.otherwise for row in parsed.rows if row.hf.split(".")[0] not in present]
-    return len(parsed.known_keys() & present) - sum(1 if isinstance(value, str) else 2 for value in assumed)
+    return (
+        len(parsed.known_keys() & present)
+        - sum(1 if isinstance(value, str) else 2 for value in assumed)
+        - len(parsed.fixed)
+    )
 
 
 def _config_of(name: str, table: Raw) -> tuple[dict[str, object], ConfigTable]:
@@ -131,6 +141,10 @@ def _names(option: object) -> list[str]:
     return [value] if isinstance(value, str) else [str(name) for name in value]
 
 
+def _op(option: object) -> str:
+    return next((key for key in option if key in OPS), "copy") if isinstance(option, Mapping) else "copy"
+
+
 def _write(
     raw: Mapping[str, Raw],
     donor: str,
@@ -139,7 +153,7 @@ def _write(
     config: Mapping[str, Value],
     original: Mapping[str, Value],
 ) -> tuple[str, list[str]]:
-    frame = raw[donor]
+    frame, sources = raw[donor], dict.fromkeys([donor, *(row.table for row in kept)])
     lines = [
         f"# Drafted from `{donor}`; check every row, then `mbx models check`",
         f"model_types   = {_toml([original.get('model_type')])}",
@@ -147,7 +161,11 @@ def _write(
         f"mcore         = {_toml(frame.get('mcore', 'gpt'))}",
     ]
     lines += [f"{key} = {_toml(frame[key])}" for key in ("experts", "gamma") if key in frame]
-    config_lines, unknown = _config(raw, donor, config)
+    lines += [f"unsupported = {_toml(why)}" for name in sources if (why := raw[name].get("unsupported"))][:1]
+    ops: dict[str, set[str]] = {}
+    for row in kept:
+        ops.setdefault(row.param, set()).add(_op(row.spec))
+    config_lines, unknown, odd = _config(raw, donor, config, ops)
     lines += ["", *config_lines]
     lines += _section("dims", frame.get("dims", {}))
     blocks: dict[tuple[str, str], list[_Row]] = {}
@@ -164,35 +182,76 @@ def _write(
             by_param.setdefault(row.param, []).append(row.spec)
         lines += ["", f"[rows.{block}]"]
         lines += [f"{_toml(p)} = {_toml(specs[0] if len(specs) == 1 else specs)}" for p, specs in by_param.items()]
-    return "\n".join(lines) + "\n" + _comment("config keys no known table maps", unknown), unknown
+    text = "\n".join(lines) + "\n" + _comment(f"fields that `{donor}` has, and nothing here speaks for", odd)
+    return text + _comment("config keys no known table maps", unknown), unknown
 
 
-def _config(raw: Mapping[str, Raw], donor: str, config: Mapping[str, Value]) -> tuple[list[str], list[str]]:
+def _config(
+    raw: Mapping[str, Raw], donor: str, config: Mapping[str, Value], rows: Mapping[str, set[str]]
+) -> tuple[list[str], list[str], list[str]]:
+    """`[config]` in lines, the keys it leaves, and the donor's fields that it leaves out.
+
+    A donor's word on a key holds for the donor's class. It is taken over where the checkpoint's config fulfils what
+    it was said under: a value that is required, a key that is idle while another has its value. What no class reads
+    is ignored, a switch that is off is required off, and everything else is left for a reader of the class.
+    """
     section, parsed = _config_of(donor, raw[donor])
+    tables = {name: _config_of(name, table) for name, table in raw.items()}
     lines = ["[config]"]
     for row in parsed.rows:
         if row.hf.split(".")[0] in config or row.otherwise is not None:
             lines.append(f"{_key(row.mcore)} = {_toml(section[row.mcore])}")
-    require = {k: v for k, v in parsed.require.items() if k not in config or config[k] == v}
-    left = [k for k in config if k not in parsed.known_keys() | GENERIC_KEYS]
-    left += [k for k in parsed.require if k not in require]
-    fields = {row.mcore for row in parsed.rows} | set(parsed.fixed)
-    ignore = set(parsed.ignore)
-    for name in raw:
-        other_section, other = _config_of(name, raw[name])
+    held = {key for key, value in parsed.require.items() if config.get(key) == value}
+    require = {key: value for key, value in parsed.require.items() if key not in config or key in held}
+    via = dict(parsed.groups)
+    placed = {row.hf.split(".")[0] for row in parsed.rows} | {key for keys in via.values() for key in keys} | held
+    idle = {key: [k for k in keys if k in config] for key, keys in parsed.idle.items() if key in held}
+    placed = placed.union(GENERIC_KEYS, *idle.values())
+    left = [key for key in config if key not in placed]
+    fields = {row.mcore for row in parsed.rows} | set(parsed.fixed) | {f for name in via for f in FIELDS[name].mcore}
+    for other_section, other in tables.values():
         for row in other.rows:
             if row.hf in left and row.mcore not in fields:
-                lines.append(f"{_key(row.mcore)} = {_toml(other_section[row.mcore])}")
+                lines.append(f"{_key(row.mcore)} = {_toml(_without_default(other_section[row.mcore]))}")
                 fields.add(row.mcore)
                 left.remove(row.hf)
-        ignore |= {key for key in left if key in other.ignore}
-        require |= {key: config[key] for key in left if key in other.require and other.require[key] == config[key]}
-        left = [key for key in left if key not in ignore and key not in require]
-    lines.append(f"ignore = {_toml(sorted(ignore))}")
-    sections: dict[str, object] = {"via": section.get("via", {}), "require": require, "fixed": parsed.fixed}
+        for name, keys in other.groups.items():
+            # several keys together are one class's reading of them
+            if len(keys) == 1 and keys[0] in left and fields.isdisjoint(FIELDS[name].mcore) and _takes(name, config):
+                via[name] = keys
+                fields |= set(FIELDS[name].mcore)
+                left.remove(keys[0])
+    read = set().union(*(other.known_keys() - other.ignore for _, other in tables.values()))
+    ignored = set().union(*(other.ignore for _, other in tables.values())) - read
+    ignore = sorted(key for key in left if key in ignored)
+    off = [key for key in left if not config[key] and any(key in other.require for _, other in tables.values())]
+    require |= {key: config[key] for key in off}
+    left = [key for key in left if key not in ignored and key not in off]
+    odd = idle_flags(parsed.fixed, rows)
+    if any(key in left for key in _ACTIVATIONS):
+        odd.append("activation_func")
+    fixed = {field: value for field, value in parsed.fixed.items() if field not in odd}
+    lines += [f"ignore = {_toml(ignore)}"] if ignore else []
+    sections: dict[str, object] = {"via": via, "require": require, "idle": idle, "fixed": fixed}
     for name, values in sections.items():
         lines += _section(f"config.{name}", values)
-    return lines, [f"{key} = {json.dumps(config[key])}" for key in left]
+        if name == "fixed":
+            lines.insert(-len(fixed), f"# `{donor}` always has these; of another class only the forward leg tells")
+    said = [f"{field} = {_toml(parsed.fixed[field])}" for field in odd if field in parsed.fixed]
+    return lines, [f"{key} = {json.dumps(config[key])}" for key in left], said
+
+
+def _takes(group: str, config: Mapping[str, Value]) -> bool:
+    """Whether a registered conversion expresses what a config says."""
+    try:
+        return bool(FIELDS[group].to_mcore(config))
+    except UsageError:
+        return False
+
+
+def _without_default(spec: object) -> object:
+    """A row of another table without what holds there where the key is absent."""
+    return {key: value for key, value in spec.items() if key != "else"} if isinstance(spec, Mapping) else spec
 
 
 def _sites(frame: Raw, blocks: Mapping[tuple[str, str], list[_Row]]) -> list[str]:

@@ -17,7 +17,22 @@ import typer
 from typer.core import TyperGroup
 
 from converters.errors import MbxError
-from mbx.cli import adapter, budget, diff, doctor, inspect, merge, mlm_args, models, reshard, train, verify
+from mbx.cli import (
+    adapter,
+    budget,
+    diff,
+    doctor,
+    inspect,
+    merge,
+    mlm_args,
+    models,
+    push,
+    reshard,
+    train,
+    train_matrix,
+    verify,
+    verify_training,
+)
 from mbx.cli.failures import Interrupted, help_text, known_failure, usage_failure
 from mbx.cli.options import Quiet, Verbose, epilog
 from mbx.cli.output import out
@@ -25,19 +40,20 @@ from mbx.cli.output import out
 BROKEN_PIPE = 141
 
 
-class _Ordered(TyperGroup):
-    """Lists commands in the order a user meets them."""
+#: Commands in the order a user meets them.
+_ORDER = ["convert", "verify", "diff", "inspect", "models", "train", "budget", "mlm-args", "doctor"]
 
+
+class _Ordered(TyperGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        order = ["convert", "verify", "diff", "inspect", "models", "train", "budget", "mlm-args", "doctor"]
-        return sorted(self.commands, key=lambda name: order.index(name) if name in order else len(order))
+        return sorted(self.commands, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
 
 app = typer.Typer(
     name="mbx",
     cls=_Ordered,
     help="Move model weights between Hugging Face and Megatron Core, and prove that nothing was lost.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     epilog=epilog(
@@ -47,8 +63,10 @@ app = typer.Typer(
     ),
 )
 app.add_typer(reshard.app, name="convert")  # convert's own app, to which these modules added their commands
-assert reshard.app is adapter.app is merge.app
-app.add_typer(verify.app, name="verify")
+assert reshard.app is adapter.app is merge.app and train.app is train_matrix.app
+app.add_typer(verify_training.app, name="verify")  # verify's own app, likewise
+assert verify_training.app is verify.app
+app.command("push", epilog=push.EPILOG)(push.push)
 app.command("diff", epilog=diff.EPILOG)(diff.diff)
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.add_typer(models.app, name="models")
@@ -68,6 +86,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
@@ -75,6 +94,8 @@ def _root(
     verbose: Verbose = 0,
 ) -> None:
     out.configure(json=False, quiet=quiet, verbose=verbose)
+    if ctx.invoked_subcommand is None:
+        out.result({"commands": _ORDER}, lambda: ctx.get_help().splitlines())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,9 +130,9 @@ def _run(arguments: list[str]) -> int:
             return error.exit_code
         return out.error(usage_failure(error), error.exit_code)
     except BaseException as error:  # torch's CheckpointException, for one, is no Exception
-        return out.error(known_failure(error))
+        return out.error(known_failure(error, arguments))
     if code == Interrupted.exit_code:  # what typer makes of a KeyboardInterrupt
-        return out.error(Interrupted())
+        return out.error(Interrupted(arguments))
     return code if isinstance(code, int) else 0
 
 

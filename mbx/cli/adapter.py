@@ -11,7 +11,8 @@ import typer
 from mbx.cli.convert import app
 from mbx.cli.groups import grouped
 from mbx.cli.layout_options import LayoutOptions
-from mbx.cli.options import Mapping, Output, epilog
+from mbx.cli.options import AllowUnusedKey, Mapping, Output, epilog
+from mbx.cli.push import Pushing
 from mbx.cli.running import Running, carry_out
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def adapter_to_mcore(
     *,
     layout: LayoutOptions,
     mapping: Mapping = None,
+    allow_unused_key: AllowUnusedKey = None,
     running: Running,
     output: Output,
 ) -> None:
@@ -54,7 +56,7 @@ def adapter_to_mcore(
     from mbx.run.adapters import plan_adapter_to_mcore
 
     options = replace(running.options(mapping), layout=layout.layout())
-    model = find_base(src, base, mapping)
+    model = find_base(src, base, mapping, tuple(allow_unused_key or ()))
     carry_out(lambda: plan_adapter_to_mcore(src, dst, options, model, fused=fused), running.dry_run)
 
 
@@ -72,8 +74,10 @@ def adapter_to_hf(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The PEFT folder to make.")],
     base: BaseModel = None,
     mapping: Mapping = None,
+    allow_unused_key: AllowUnusedKey = None,
     *,
     running: Running,
+    pushing: Pushing,
     output: Output,
 ) -> None:
     """Convert a Megatron checkpoint of adapters to a PEFT folder.
@@ -84,11 +88,14 @@ def adapter_to_hf(
     from mbx.run.adapters import plan_adapter_to_hf
 
     options = running.options(mapping)
-    model = find_base(src, base, mapping)
+    pushing.check()
+    model = find_base(src, base, mapping, tuple(allow_unused_key or ()))
     carry_out(lambda: plan_adapter_to_hf(src, dst, options, model), running.dry_run)
+    if not running.dry_run:
+        pushing.after(dst)
 
 
-def find_base(src: Path, base: str | None, mapping: str | None) -> Base:
+def find_base(src: Path, base: str | None, mapping: str | None, allowed_keys: tuple[str, ...]) -> Base:
     """The base model that is named, or that the adapter names; its config only. UsageError where neither does."""
     from converters.errors import UsageError
     from mbx.cli.source import fetch
@@ -97,4 +104,4 @@ def find_base(src: Path, base: str | None, mapping: str | None) -> Base:
     named = base or stated_base(src)
     if named is None:
         raise UsageError(f"`{src}` does not say which model it adapts", hint="name it: --base DIR")
-    return open_base(fetch(named, weights=False).path, mapping)
+    return open_base(fetch(named, weights=False).path, mapping, allowed_keys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +11,9 @@ import typer
 from mbx.cli import settings
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
-from mbx.cli.layout_options import LayoutOptions, ToFormat
-from mbx.cli.options import Dtype, Mapping, Output, epilog
+from mbx.cli.layout_options import Flavour, LayoutOptions, ModelClass, ToFormat
+from mbx.cli.options import AllowUnusedKey, CodecChoice, Dtype, Mapping, Output, epilog
+from mbx.cli.push import Pushing
 from mbx.cli.running import Running, carry_out
 
 if TYPE_CHECKING:
@@ -27,13 +27,6 @@ app = typer.Typer(
 )
 
 
-class CodecChoice(str, Enum):
-    """How an export stores what the source had quantised."""
-
-    plain = "plain"
-    same = "same"
-
-
 ToDtype = Annotated[
     Dtype | None, typer.Option("--dtype", help="Cast floats to this; each tensor keeps its own if not given.")
 ]
@@ -44,10 +37,6 @@ AllowMissing = Annotated[
 AllowUnused = Annotated[
     list[str] | None,
     typer.Option("--allow-unused", metavar="GLOB", help="Leave these source tensors out; repeatable."),
-]
-AllowUnusedKey = Annotated[
-    list[str] | None,
-    typer.Option("--allow-unused-key", metavar="NAME", help="Accept this unknown config.json key; repeatable."),
 ]
 
 
@@ -84,6 +73,8 @@ def hf_to_mcore(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder or hub model org/name[@revision].")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint folder to make.")],
     format: ToFormat = "torch_dist",
+    model_class: ModelClass = None,
+    flavour: Flavour = None,
     *,
     layout: LayoutOptions,
     dtype: ToDtype = None,
@@ -108,6 +99,8 @@ def hf_to_mcore(
         dtype=dtype and dtype.value,
         layout=layout.layout(make_vocab_size_divisible_by),
         format=format,
+        model_class=model_class,
+        flavour=flavour,
     )
     _check_target(options)
     if running.dry_run:
@@ -144,6 +137,7 @@ def mcore_to_hf(
     *,
     coverage: Coverage,
     running: Running,
+    pushing: Pushing,
     output: Output,
 ) -> None:
     """Convert a Megatron Core checkpoint, torch_dist or legacy, to a Hugging Face model.
@@ -161,8 +155,11 @@ def mcore_to_hf(
         codec=codec.value,
         max_shard_bytes=settings.number("max_shard_size", max_shard_size),
     )
+    pushing.check()
     reference = fetch(hf_config, weights=False).path if hf_config is not None else None
     carry_out(lambda: plan_mcore_to_hf(src, dst, options, reference), running.dry_run)
+    if not running.dry_run:
+        pushing.after(dst, src if dtype is None and codec is CodecChoice.plain and hf_config is None else None)
 
 
 def _check_target(options: Options) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
-from mbx.cli.options import Mapping, Output, Resources, epilog
+from mbx.cli.options import AllowUnusedKey, HfConfig, Mapping, Output, Resources, epilog
 from mbx.cli.output import out
 from mbx.text import aligned, plural
 
@@ -28,6 +28,8 @@ def diff(
     right: Annotated[str, typer.Argument(metavar="B", help="The later one, in any format or layout.")],
     top: Annotated[int, typer.Option(metavar="N", min=0, help="Changed tensors to show.")] = 20,
     mapping: Mapping = None,
+    hf_config: HfConfig = None,
+    allow_unused_key: AllowUnusedKey = None,
     *,
     resources: Resources,
     output: Output,
@@ -44,8 +46,15 @@ def diff(
     from mbx.proof.diff import diff as compare
 
     sides = [fetch(side).path for side in (left, right)]
+    beside = None if hf_config is None else fetch(hf_config, weights=False).path
     with Meter("comparing", None) as meter:
-        found = compare(*sides, mapping=mapping, reading=resources.reading(meter.advance))
+        found = compare(
+            *sides,
+            mapping=mapping,
+            reading=resources.reading(meter),
+            hf_config=beside,
+            allowed_keys=tuple(allow_unused_key or ()),
+        )
     out.result(_document(found), lambda: _lines(found, top))
     raise typer.Exit(0 if found.same else 1)
 

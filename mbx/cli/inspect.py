@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbx.cli.groups import grouped
-from mbx.cli.options import Output, epilog
+from mbx.cli.options import HfConfig, Output, epilog
 from mbx.cli.output import out, paint
 from mbx.text import SCREEN_WIDTH, aligned, human_bytes, plural, wrapped
 
@@ -24,6 +24,7 @@ EPILOG = epilog("mbx inspect ckpt", "mbx inspect ./llama --tensors", "mbx inspec
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face, PEFT or Megatron checkpoint.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its chunks.")] = False,
+    hf_config: HfConfig = None,
     *,
     output: Output,
 ) -> None:
@@ -33,9 +34,10 @@ def inspect(
     Exit code 4 for a checkpoint that is unfinished or damaged, with what is known of it.
     """
     output.configure()
+    from mbx.cli.source import fetch
     from mbx.formats.summary import summarize
 
-    found = summarize(path)
+    found = summarize(path, None if hf_config is None else fetch(hf_config, weights=False).path)
     doc = _document(found, tensors)
     out.result(doc, lambda: _lines(doc))
     if found.fault is not None:
@@ -47,10 +49,13 @@ def _document(found: Summary, tensors: bool) -> dict[str, Any]:
         "path": str(found.path),
         "format": found.format,
         "writer": found.writer,
+        "core": found.core,
+        "model_class": found.model_class,
         "fault": found.fault,
         "iteration": found.iteration,
         "architecture": found.architecture,
         "table": found.table,
+        "flavour": found.flavour,
         "adapter": None if found.adapter is None else asdict(found.adapter),
         "layout": dict(found.layout),
         "tensors": found.num_tensors,
@@ -92,6 +97,7 @@ def _wrapped(label: str, words: Iterable[str]) -> list[tuple[str, str]]:
 
 def _lines(doc: dict[str, Any]) -> list[str]:
     writer = f", written by {doc['writer']}" if doc["writer"] else ""
+    writer += f" with Megatron Core {doc['core']}" if doc["writer"] and doc["core"] else ""
     rows = [("path", doc["path"]), ("format", doc["format"] + writer)]
     if doc["fault"]:
         rows.append(("fault", paint(doc["fault"], "red")))
@@ -99,7 +105,9 @@ def _lines(doc: dict[str, Any]) -> list[str]:
         rows.append(("iteration", str(doc["iteration"])))
     if doc["architecture"]:
         covered = f"table {doc['table']}" if doc["table"] else "no table covers it"
-        rows.append(("model", f"{doc['architecture']}, {covered}"))
+        form = ", as a HybridModel" if doc["model_class"] == "hybrid" else ""
+        form += f", flavour {doc['flavour']}" if doc["flavour"] else ""
+        rows.append(("model", f"{doc['architecture']}, {covered}{form}"))
     if doc["adapter"]:
         rows += _adapter_rows(doc["adapter"])
     if doc["layout"]:

@@ -27,6 +27,14 @@ FirstStage = Annotated[
 LastStage = Annotated[
     int | None, typer.Option("--decoder-last-pipeline-num-layers", metavar="N", help="Layers of the last stage.")
 ]
+ModelClass = Annotated[
+    str | None,
+    typer.Option("--model-class", metavar="<Class>", help="gpt or hybrid: the class that loads it."),
+]
+Flavour = Annotated[
+    str | None,
+    typer.Option("--flavour", metavar="<Flavour>", help="bridge, mcore-bridge, …: whose keys towers get; text: none."),
+]
 ToFormat = Annotated[
     str,
     typer.Option(

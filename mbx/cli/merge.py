@@ -12,7 +12,8 @@ import typer
 from mbx.cli.convert import app
 from mbx.cli.groups import grouped
 from mbx.cli.layout_options import LayoutOptions
-from mbx.cli.options import Mapping, Output, epilog
+from mbx.cli.options import AllowUnusedKey, Mapping, Output, epilog
+from mbx.cli.push import Pushing
 from mbx.cli.running import Running, carry_out
 
 __all__ = ["app", "merge"]
@@ -42,7 +43,9 @@ def merge(
     *,
     layout: LayoutOptions,
     mapping: Mapping = None,
+    allow_unused_key: AllowUnusedKey = None,
     running: Running,
+    pushing: Pushing,
     output: Output,
 ) -> None:
     """Merge an adapter into its base.
@@ -54,6 +57,11 @@ def merge(
     from mbx.cli.source import fetch
     from mbx.run.merge import plan_merge
 
-    options = replace(running.options(mapping), layout=layout.layout())
+    options = replace(
+        running.options(mapping), layout=layout.layout(), allow_unused_keys=tuple(allow_unused_key or ())
+    )
+    pushing.check()
     source = fetch(base).path
     carry_out(lambda: plan_merge(source, adapter, dst, options, to=to and to.value), running.dry_run)
+    if not running.dry_run:
+        pushing.after(dst)

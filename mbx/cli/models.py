@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbx.cli.groups import grouped
-from mbx.cli.options import Output, epilog
+from mbx.cli.options import Output, complete_table, epilog
 from mbx.cli.output import out, paint
 from mbx.text import aligned
 
@@ -47,7 +47,10 @@ def list_models(output: Output) -> None:
 @app.command("show", epilog=epilog("mbx models show llama", "mbx models show llama > mine.toml"))
 @grouped
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A table that `mbx models list` names.")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="A table that `mbx models list` names.", autocompletion=complete_table),
+    ],
     output: Output,
 ) -> None:
     """Print a table as it is: TOML that --mapping takes back."""
@@ -107,7 +110,8 @@ def check(
     """Check that tables are well formed, or that one covers a checkpoint exactly.
 
     With --against, every tensor without a row, every row without a tensor and every unknown config key is listed, and
-    the exit code is 3 unless there are none. Headers and config.json are read, no weights.
+    the exit code is 3 unless there are none. Of the weights no more is read than tells rows apart: a table is not
+    proved by those that hold constants, and they are named.
     """
     output.configure()
     if against is None:
@@ -149,6 +153,7 @@ def _short(forward: str) -> str:
 def _check_tables(names: list[str] | None) -> dict[str, Any]:
     """Parse tables; a malformed one is a finding, an unknown name an error."""
     from converters.errors import TableError
+    from converters.rows.flags import contradictions
     from mappings import table_names
     from mbx.tables import from_file, shipped
 
@@ -156,7 +161,8 @@ def _check_tables(names: list[str] | None) -> dict[str, Any]:
     for name in names or table_names():
         try:
             found = from_file(Path(name)) if name.endswith(".toml") else shipped(name)
-            checked.append({"table": found.name, "against": None, "sha256": found.digest, "findings": []})
+            findings = contradictions(found)
+            checked.append({"table": found.name, "against": None, "sha256": found.digest, "findings": findings})
         except TableError as error:
             checked.append({"table": name, "against": None, "sha256": None, "findings": [error.fact, *error.details]})
     return {"ok": not any(entry["findings"] for entry in checked), "checked": checked}
@@ -165,25 +171,33 @@ def _check_tables(names: list[str] | None) -> dict[str, Any]:
 def _check_cover(folder: Path, table: str | None) -> dict[str, Any]:
     """Plan an import of `folder`; config and tensors are checked apart, so that one does not hide the other."""
     from converters.errors import MbxError
+    from converters.mcore.flavours import in_flavour, usual_of
     from converters.mcore.layout import Layout
     from converters.planning.importer import plan_import
+    from converters.rows.flags import contradictions
     from mbx.formats.registry import open_hf
+    from mbx.proof.told_apart import not_told_apart
     from mbx.tables import table_for
 
     model = open_hf(folder)
     found = table_for(model.config, table)
-    findings: list[str] = []
+    whole = in_flavour(found, usual_of(found))
+    findings = contradictions(found)
     try:
         found.config.to_mcore(model.config)
     except MbxError as error:
         findings += [f"config   {line}" for line in error.details or (error.fact,)]
+    untold: list[str] = []
     try:
-        plan_import(found, model.config, model.tensors, Layout(), allow_unused_keys=tuple(model.config))
+        plan = plan_import(whole, model.config, model.tensors, Layout(), allow_unused_keys=tuple(model.config))
+        with model:
+            untold += [gap.what for gap in not_told_apart(plan, model.source)]
     except MbxError as error:
         lines = list(error.details or (error.fact,))
         findings += [line for line in lines if f"config   {line}" not in findings]
     entry = {"table": found.name, "against": str(folder), "sha256": found.digest, "findings": findings}
-    return {"ok": not findings, "checked": [{**entry, "tensors": len(model.tensors)}]}
+    counts = {"tensors": len(model.tensors), "not_told_apart": untold}
+    return {"ok": not findings, "checked": [{**entry, **counts}]}
 
 
 def _lines(doc: dict[str, Any]) -> list[str]:
@@ -197,6 +211,8 @@ def _lines(doc: dict[str, Any]) -> list[str]:
             lines += [f"  {text}" for text in entry["findings"]]
         else:
             lines.append(f"{paint('✓', 'green')} {entry['table']}{where}")
+        for what in entry.get("not_told_apart", ()):
+            lines.append(f"  {paint('not told apart', 'yellow')}: {what}; these weights cannot prove the table")
     return lines
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ from mbx.cli import settings
 from mbx.cli.output import out
 
 if TYPE_CHECKING:
+    from mbx.cli.progress import Meter
     from mbx.proof.compare import Reading
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, errors included.")]
@@ -24,9 +24,31 @@ Quiet = Annotated[
 Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say each step; no progress bar.")
 ]
+
+
+def complete_table(incomplete: str) -> list[str]:
+    """Names of shipped tables that begin so, for the shell."""
+    from mappings import table_names
+
+    return [name for name in table_names() if name.startswith(incomplete)]
+
+
 Mapping = Annotated[
     str | None,
-    typer.Option("--mapping", metavar="TABLE", help="A table's name or .toml file; found by the config if not given."),
+    typer.Option(
+        "--mapping",
+        metavar="TABLE",
+        help="A table's name or .toml file; found by the config if not given.",
+        autocompletion=complete_table,
+    ),
+]
+AllowUnusedKey = Annotated[
+    list[str] | None,
+    typer.Option("--allow-unused-key", metavar="NAME", help="Accept this unknown config.json key; repeatable."),
+]
+HfConfig = Annotated[
+    str | None,
+    typer.Option("--hf-config", metavar="DIR", help="config.json for a Megatron checkpoint that carries none."),
 ]
 Workers = Annotated[
     str | None, typer.Option("--workers", metavar="N", help="Threads that read and write (default: cores, at most 8).")
@@ -73,11 +95,11 @@ class Resources:
         """`max_memory` likewise."""
         return settings.number("max_memory", self.max_memory)
 
-    def reading(self, progress: Callable[[int], None]) -> Reading:
-        """How a comparison reads both sides."""
+    def reading(self, meter: Meter) -> Reading:
+        """How a comparison reads both sides, `meter` being told of it."""
         from mbx.proof.compare import Reading
 
-        return Reading(self.num_workers, self.max_bytes, progress)
+        return Reading(self.num_workers, self.max_bytes, meter.advance, meter.expect)
 
 
 EXIT_CODES = (
@@ -85,6 +107,13 @@ EXIT_CODES = (
     "3 unsupported architecture or incomplete table, 4 file or hub,",
     "5 memory, disk space or device, 70 internal, 130 interrupted",
 )
+
+
+class CodecChoice(str, Enum):
+    """How an export stores what the source had quantised."""
+
+    plain = "plain"
+    same = "same"
 
 
 class Dtype(str, Enum):

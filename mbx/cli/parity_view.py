@@ -29,6 +29,7 @@ def document(report: ParityReport, *, forward: bool) -> dict[str, Any]:
         legs["forward"] = {"status": "not run", "summary": "not asked for; add --forward", "details": []}
     return {
         "passed": report.passed,
+        "proved": report.proved,
         "left": report.left,
         "right": report.right,
         "table": report.table,
@@ -43,6 +44,7 @@ def document(report: ParityReport, *, forward: bool) -> dict[str, Any]:
         ],
         "padding": list(report.padding),
         "waived": list(report.waived),
+        "gaps": [{"kind": gap.kind, "what": gap.what, "open": gap in report.open_gaps} for gap in report.gaps],
         "compared_values": report.compared_values,
         "borders": [
             {"name": one.name, "max_abs": _finite(one.max_abs), "relative": _finite(one.relative)}
@@ -88,11 +90,15 @@ def lines(doc: dict[str, Any]) -> list[str]:
     mixed = [row for row in doc["dtypes"] if row["expected"] != row["found"]]
     out += [f"  dtypes: {row['tensors']} tensors are {row['found']}, {row['expected']} was expected" for row in mixed]
     out += _causes(doc)
-    if doc["passed"]:
+    for kind in dict.fromkeys(gap["kind"] for gap in doc["gaps"]):
+        named = "; ".join(gap["what"] for gap in doc["gaps"] if gap["kind"] == kind)
+        out += textwrap.wrap(f"{kind}: {named}", SCREEN_WIDTH, initial_indent="  ", subsequent_indent="    ")
+    if doc["proved"]:
         return [*out, paint(f"parity holds in {', '.join(doc['asked'])}", "green")]
-    open_legs = [f"{name} {doc['legs'][name]['status']}" for name in doc["asked"]]
-    open_legs = [text for text in open_legs if not text.endswith("passed")]
-    return [*out, paint(f"parity is not proved: {', '.join(open_legs)}", "red")]
+    left = [f"{name} {doc['legs'][name]['status']}" for name in doc["asked"]]
+    left = [text for text in left if not text.endswith("passed")]
+    left += dict.fromkeys(f"some of it is {gap['kind']}" for gap in doc["gaps"] if gap["open"])
+    return [*out, paint(f"parity is not proved: {', '.join(left)}", "red")]
 
 
 def _causes(doc: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters.mcore.keys import EMBEDDING, bare, held_as
 from mbx.cli.output import paint
 from mbx.text import SCREEN_WIDTH, human_bytes, human_memory, plural, wrapped
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from converters.tensors import StoredTensor
     from mbx.run.job import Job
 
-_EMBEDDING = "embedding.word_embeddings.weight"
 _SHOWN_FILES = 4
 _SHOWN_NOTES = 3
 #: Bytes from which a speed says something of the disk; below, start-up counts most.
@@ -32,9 +32,9 @@ def document(job: Job) -> Document:
     importing = job.sidecars is not None
     free = _free_bytes(job.target)
     size = plan.config.get("model.vocab_size")
-    rows = next((draft.shape[0] for draft in plan.drafts if draft.name == _EMBEDDING), None)
-    if rows is None and _EMBEDDING in plan.sources:
-        rows = plan.sources[_EMBEDDING].shape[0]
+    rows = next((draft.shape[0] for draft in plan.drafts if bare(draft.name) == EMBEDDING), None)
+    if rows is None and (embedding := plan.sources.get(held_as(EMBEDDING, plan.sources))) is not None:
+        rows = embedding.shape[0]
     needed = job.output_bytes  # made of every header beside the weights: DeepSeek-V3 keeps 45,000 scales
     return {
         "direction": plan.direction,
@@ -102,7 +102,7 @@ def summary(doc: Document, result: Mapping[str, Any]) -> list[str]:
         ("written", [f"{text}, peak memory {human_memory(result['peak_memory_bytes'])}"]),
         ("tensors", [ledger_line(doc)]),
         ("dtypes", [_changes(doc)]),
-        ("vocab", [_vocab(doc)] if doc["vocab"]["size"] != doc["vocab"]["padded"] else []),
+        ("vocab", [_vocab(doc)] if doc["vocab"]["size"] not in (None, doc["vocab"]["padded"]) else []),
         ("notes", _note_lines(doc)),
         ("to", [paint(result["target"], "green")]),
     ]

@@ -1,4 +1,4 @@
-"""Progress of a run in bytes: a bar on a terminal, a line every half minute elsewhere."""
+"""Progress of a run in bytes: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mbx.text import human_bytes, human_memory
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-LINE_EVERY_S = 30.0
+LINE_EVERY_S = 5.0
 
 
 def peak_memory_bytes() -> int:
@@ -45,6 +45,11 @@ class Meter:
         with self._lock:
             self.done += nbytes
 
+    def expect(self, nbytes: int) -> None:
+        """Note `nbytes` more to come."""
+        with self._lock:
+            self.total = (self.total or 0) + nbytes
+
     def reach(self, done: int, total: int) -> None:
         """Note that `done` of `total` bytes are there, however many were noted before."""
         with self._lock:
@@ -71,6 +76,9 @@ class Meter:
 
     def line(self) -> str:
         """Where the run stands, in words."""
+        if self.total and self.done >= self.total:  # models are run, files flushed
+            done = f"{self.what}: all {human_bytes(self.total)} done, still at work"
+            return f"{done}, peak memory {human_memory(peak_memory_bytes())}"
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = self.done / seconds
         text = f"{self.what}: {human_bytes(self.done)}"

@@ -12,7 +12,7 @@ import typer
 from mbx.cli.convert import app
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
-from mbx.cli.layout_options import LayoutOptions, ToFormat
+from mbx.cli.layout_options import LayoutOptions, ModelClass, ToFormat
 from mbx.cli.options import Mapping, Output, epilog
 from mbx.cli.running import Running, carry_out
 
@@ -42,6 +42,7 @@ def reshard(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A Megatron checkpoint, or one iter_* folder of it.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The checkpoint folder to make.")],
     format: ToFormat = "torch_dist",
+    model_class: ModelClass = None,
     *,
     layout: LayoutOptions,
     make_vocab_size_divisible_by: Annotated[
@@ -67,6 +68,7 @@ def reshard(
 
     divisor = make_vocab_size_divisible_by
     options = replace(running.options(mapping), layout=layout.layout(divisor or 1), format=format)
+    options = replace(options, model_class=model_class)
     spec: Spec = "local" if transformer_impl is LayerSpec.local else "transformer_engine"
     carry_out(
         lambda: plan_mcore_to_mcore(

@@ -49,6 +49,14 @@ class Running(Resources):
         )
 
 
+def warn_of_unknown_core() -> None:
+    """Say that the installed Megatron Core is newer than what is known of it, where it is."""
+    from mbx.installed import unknown_core
+
+    if (text := unknown_core()) is not None:
+        out.warning(text)
+
+
 def carry_out(make_plan: Callable[[], Job], dry_run: bool) -> None:
     """Plan; then print the plan, or run it and print what it did."""
     from converters.errors import DeviceError
@@ -64,6 +72,8 @@ def carry_out(make_plan: Callable[[], Job], dry_run: bool) -> None:
     finally:
         gc.freeze()
         gc.enable()
+    if job.sidecars is not None and job.options.format != "torch_dist":
+        warn_of_unknown_core()
     plan = plan_view.document(job)
     if dry_run:
         out.result({"dry_run": True, "plan": plan, "result": None}, lambda: plan_view.lines(plan))

@@ -12,9 +12,13 @@ import typer
 from typer.core import TyperGroup
 
 from converters.errors import UnsupportedError, UsageError
+from mbx.cli.data_view import SHOWN, data_document, data_lines, show_data
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
 from mbx.cli.output import out
+from mbx.cli.recipes import RecipeName, Words, named
+from mbx.cli.running import warn_of_unknown_core
+from mbx.extras import require
 from mbx.text import aligned, human_count
 
 if TYPE_CHECKING:
@@ -26,6 +30,10 @@ class _OwnWords(TyperGroup):
     """A group that is a command as well: words of which the first names no command of it are its own."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        args = [
+            f"{word}={SHOWN}" if word == "--show-data" and not "".join(args[at + 1 : at + 2]).isdecimal() else word
+            for at, word in enumerate(args)  # its number may be left out
+        ]
         ctx.allow_interspersed_args = False
         first = (self.make_parser(ctx).parse_args(list(args))[0].get("words") or ("",))[0]
         # a word like a command's name is left to the group, which says which one was meant
@@ -46,9 +54,11 @@ app = typer.Typer(
     epilog=epilog(
         "mbx train --recipe llama32_1b_lora model=./Llama-3.2-1B data=chat.jsonl",
         "torchrun --nproc-per-node 2 -m mbx train --recipe NAME parallel.tp=2",
+        "mbx train --recipe llama32_1b_lora model=DIR data=chat.jsonl --show-data",
         "mbx train --recipe llama32_1b_lora model=DIR data=chat.jsonl --resume",
         "mbx train export runs/llama32_1b_lora out-folder",
         "mbx train report runs/llama32_1b_lora",
+        'mbx train generate runs/llama32_1b_lora --prompt "Who are you?"',
     ),
 )
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
@@ -58,9 +68,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 class Asked:
     """What to do with which recipe."""
 
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", metavar="NAME", help="A shipped recipe's name or a .toml file.")
-    ] = None
+    recipe: RecipeName = None
     init_from: Annotated[
         str | None, typer.Option("--init-from", metavar="DIR", help="Take the first weights from here.")
     ] = None
@@ -70,15 +78,17 @@ class Asked:
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan; train nothing.")] = (
         False
     )
+    show_data: Annotated[
+        int | None,
+        typer.Option("--show-data", metavar="[N]", min=1, help="Print N examples (3) with what is learned marked."),
+    ] = None
 
 
 @app.callback()
 @grouped
 def train(
     ctx: typer.Context,
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the recipe's keys.")
-    ] = None,
+    words: Words = None,
     *,
     asked: Asked,
     output: Output,
@@ -128,6 +138,7 @@ def export(
     run: Run,
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
     merged: Annotated[bool, typer.Option("--merged", help="Adapters merged into the base.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint of the best validation loss.")] = False,
     *,
     output: Output,
 ) -> None:
@@ -136,8 +147,53 @@ def export(
     output.hush()
     from mbx.train.checkpoints.export import export_run
 
-    path, kind = export_run(run, dst, merged=merged)
+    path, kind = export_run(run, dst, merged=merged, best=best)
     out.result({"export": str(path), "kind": kind}, lambda: [f"{path}: {kind}"])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen."""
+
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Tokens of an answer.")] = 128
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", min=0.0, help="0 takes the likeliest token, always.")
+    ] = 0.0
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="P", min=0.0, max=1.0, help="Draw from the likeliest of this share.")
+    ] = 1.0
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Random stream of what is drawn.")] = 0
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False
+
+
+@app.command(
+    "generate",
+    epilog=epilog(
+        'mbx train generate runs/llama32_1b_lora --prompt "Who are you?"',
+        'mbx train generate ./adapter --base ./Llama-3.2-1B --prompt "Hello"',
+    ),
+)
+@grouped
+def generate(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a PEFT adapter or a model's folder.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="What to answer; may be repeated.")],
+    base: Annotated[
+        Path | None, typer.Option("--base", metavar="DIR", help="The adapter's base (default: what it names).")
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="A run's checkpoint of the best validation loss.")] = False,
+    *,
+    choice: Choice,
+    output: Output,
+) -> None:
+    """Answer prompts with what a run trained, through Transformers."""
+    output.configure()
+    output.hush()
+    from mbx.train.checkpoints.generate import Sampling, generate
+
+    sampling = Sampling(choice.max_tokens, choice.temperature, choice.top_p, choice.seed, choice.raw)
+    answers = generate(source, prompt, sampling, base=base, best=best)
+    pairs = [{"prompt": asked, "answer": answer} for asked, answer in zip(prompt, answers, strict=True)]
+    out.result({"answers": pairs}, lambda: answers)
 
 
 def _list() -> None:
@@ -147,25 +203,30 @@ def _list() -> None:
     out.result({"recipes": [{"name": n, "description": d} for n, d in rows]}, lambda: aligned(rows))
 
 
-def _train(asked: Asked, overrides: list[str]) -> None:
+def _train(asked: Asked, words: list[str]) -> None:
     from mbx.train.recipe.catalogue import load_recipe
 
-    if asked.recipe is None:
-        raise UsageError("no recipe is named", hint="mbx train --list shows them; --recipe NAME takes one")
-    recipe = load_recipe(asked.recipe, overrides)
+    recipe = load_recipe(*named(asked.recipe, words))
     if asked.show:
         from mbx.train.recipe.toml import dump_toml
 
         out.result(recipe.to_dict(), lambda: dump_toml(recipe.to_dict()).splitlines())
         return
+    require("train", "`mbx train`")
     from mbx.train.run.loop import train
     from mbx.train.run.prepare import prepare
 
-    recipe = _fetched(recipe)
-    prepared = prepare(recipe, asked.init_from, asked.resume, dry=asked.dry_run)
+    warn_of_unknown_core()
+    recipe = fetched(recipe)
+    prepared = prepare(recipe, asked.init_from, asked.resume, dry=asked.dry_run or asked.show_data is not None)
+    if asked.show_data is not None:
+        show_data(prepared, asked.show_data)
+        return
     if asked.dry_run:
         _show_plan(prepared)
         return
+    for line in data_lines(prepared):
+        out.message(line)
     done = train(prepared, live=out.shows_progress)
     last = done.losses[-1] if done.losses else None
     out.result(
@@ -174,7 +235,7 @@ def _train(asked: Asked, overrides: list[str]) -> None:
     )
 
 
-def _fetched(recipe: Recipe) -> Recipe:
+def fetched(recipe: Recipe) -> Recipe:
     """The recipe with a hub model's id replaced by its folder in the cache."""
     if not recipe.model.path or Path(recipe.model.path).is_dir():
         return recipe
@@ -193,6 +254,7 @@ def _show_plan(prepared: Prepared) -> None:
         prepared.start.why,
         f"{t.steps} steps of {t.global_batch} x {recipe.data.length} tokens in {t.precision}"
         + ("" if recipe.fp8.recipe == "none" else f", FP8 {recipe.fp8.recipe}"),
+        *data_lines(prepared),
         f"{ranks.world_size} process(es) on {ranks.device}: {axes}, dp {ranks.dp}",
     ]
     memory: dict[str, object]
@@ -206,11 +268,13 @@ def _show_plan(prepared: Prepared) -> None:
         memory = {
             "parameters": c.base,
             "adapters": c.adapters,
+            "trained_whole": c.whole,
             "memory_bytes": dict(budget.parts),
             "memory_total_bytes": budget.total,
         }
         adapters = f", {human_count(c.adapters)} of adapters" if c.adapters else ""
+        adapters += f", {human_count(c.whole)} of the weights trained whole" if c.whole else ""
         said.append(f"{human_count(c.base)} weights a rank{adapters}")
         said += lines(budget, suggestions(recipe, plan, ranks.dp))
     place = {"start": prepared.start.why, "world_size": ranks.world_size, "dp": ranks.dp, "device": ranks.device}
-    out.result({**place, **memory, "recipe": recipe.to_dict()}, lambda: said)
+    out.result({**place, "data": data_document(prepared), **memory, "recipe": recipe.to_dict()}, lambda: said)

@@ -12,8 +12,10 @@ import typer
 from mbx.cli import settings
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
-from mbx.cli.options import Dtype, Mapping, Output, Resources, Workers, epilog
+from mbx.cli.options import AllowUnusedKey, CodecChoice, Dtype, HfConfig, Mapping, Output, Resources, Workers, epilog
 from mbx.cli.output import flag, in_flags, out, paint
+from mbx.cli.running import warn_of_unknown_core
+from mbx.extras import require
 from mbx.text import human_bytes
 
 if TYPE_CHECKING:
@@ -28,10 +30,15 @@ class Device(str, Enum):
 
 
 app = typer.Typer(
-    help="Prove that a conversion lost nothing.",
+    help="Prove that a conversion lost nothing, and that a training learns what it should.",
     no_args_is_help=True,
     rich_markup_mode=None,
-    epilog=epilog("mbx verify parity HF CKPT --forward", "mbx verify integrity DIR", "mbx verify ci"),
+    epilog=epilog(
+        "mbx verify parity HF CKPT --forward",
+        "mbx verify training --recipe NAME model=DIR data=FILE",
+        "mbx verify integrity DIR",
+        "mbx verify ci",
+    ),
 )
 
 
@@ -65,8 +72,17 @@ def parity(
     ] = None,
     loss: Annotated[bool, typer.Option("--loss", help="Also compare the loss of a fixed batch.")] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="The --dtype that A was converted with.")] = None,
+    codec: Annotated[
+        CodecChoice, typer.Option(help="The --codec that the folder was exported from the checkpoint with.")
+    ] = CodecChoice.plain,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a report in one HTML file.")] = None,
+    allow_gap: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Do without what was not compared, reached or told apart, by its line."),
+    ] = None,
     mapping: Mapping = None,
+    hf_config: HfConfig = None,
+    allow_unused_key: AllowUnusedKey = None,
     *,
     resources: Resources,
     output: Output,
@@ -75,35 +91,39 @@ def parity(
 
     Either may be a Hugging Face folder or a Megatron checkpoint of any layout. Legs are reported apart: cover (every
     tensor has its counterpart), config (settings agree), weights (every byte agrees, and a likely cause where it does
-    not), forward (the logits agree; the first layer that diverges where they do not) and loss. Exit code 1 unless
-    every leg that was asked for ran and passed.
+    not), forward (the logits agree; the first layer that diverges where they do not) and loss. What no leg looked at
+    is named. Exit code 1 unless every leg that was asked for ran and passed, and --allow-gap names all that is left.
     """
     output.configure()
     import_numpy()
     from mbx.cli.parity_view import document, lines
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
-    from mbx.models.device import is_main
     from mbx.models.prompts import Prompts
     from mbx.proof.parity import parity as compare
 
     sides = [fetch(side).path for side in (first, second)]
+    beside = None if hf_config is None else fetch(hf_config, weights=False).path
     if forward or loss:
+        require("verify", "a forward pass")
         output.hush()
+        warn_of_unknown_core()
     with Meter("comparing", None) as meter:
         report = compare(
             *sides,
             forward=forward,
             loss=loss,
             dtype=None if dtype is None else dtype.value,
+            codec=codec.value,
             spread=_spread(device, tp, pp, ep),
             prompts=Prompts(text_file=text),
             mapping=mapping,
-            reading=resources.reading(meter.advance),
+            reading=resources.reading(meter),
+            hf_config=beside,
+            allow_gaps=allow_gap or (),
+            allowed_keys=tuple(allow_unused_key or ()),
         )
-    if not is_main():  # rank 0 has the report
-        if not (forward or loss):
-            out.warning("this process compared nothing: rank 0 has the report, and ranks are for --forward and --loss")
+    if not report.is_whole:  # this process took part in rank 0's
         raise typer.Exit(0)
     if html is not None:
         from mbx.proof.report.html import write
@@ -111,7 +131,7 @@ def parity(
         write(report, html, flag)
     doc = document(report, forward=forward)
     out.result(doc, lambda: lines(doc))
-    raise typer.Exit(0 if report.passed else 1)
+    raise typer.Exit(0 if report.proved else 1)
 
 
 @app.command("ci", epilog=epilog("mbx verify ci", "mbx verify ci checks.toml --junit parity.xml --markdown parity.md"))
@@ -171,7 +191,9 @@ def integrity(
     from mbx.proof.integrity import check
 
     with Meter("checking", None) as meter:
-        report = check(folder, workers=settings.number("workers", workers), progress=meter.advance)
+        report = check(
+            folder, workers=settings.number("workers", workers), progress=meter.advance, expect=meter.expect
+        )
     doc = {
         "passed": report.passed,
         "tensors": report.num_tensors,

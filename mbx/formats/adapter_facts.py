@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converters.adapters.megatron import MARKS
+from converters.adapters.peft_keys import NESTED, parse_key
 from converters.tensors import Shape
 from mbx.formats.adapter_folder import BESIDE, stated
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.peft import CONFIG
 from mbx.untrusted.small_files import read_json
 
-_PEFT = re.compile(r"^base_model\.model\.(.+?)((?:\.base_layer)*)\.lora_(A|B|magnitude_vector)(?:\.weight)?$")
 _A = re.compile(r"^(.+?)\.(?:adapter\.(?:adapter_(\w+)\.)?linear_in\.weight|lora_a)$")
 
 
@@ -59,11 +59,11 @@ def describe(opened: Checkpoint) -> AdapterFacts | None:
 
 def _of_peft(config: Mapping[str, object], shapes: Mapping[str, Shape]) -> tuple[set[str], set[int]]:
     """What a PEFT folder adapts, and the ranks."""
-    found = [match for name in shapes if (match := _PEFT.match(name))]
+    found = [key for name in shapes if (key := parse_key(name)) and key.part in ("a", "b", "m")]
     pattern, parameters = config.get("rank_pattern") or {}, config.get("target_parameters")
     ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
     named = {str(name).rpartition(".")[2] for name in parameters} if isinstance(parameters, list) else set[str]()
-    modules = {match[1].rpartition(".")[2] for match in found} - ({"experts"} if named else set())
+    modules = {key.module.replace(NESTED, "").rpartition(".")[2] for key in found} - ({"experts"} if named else set())
     return modules | named, {rank for rank in ranks if isinstance(rank, int)}
 
 
@@ -73,6 +73,6 @@ def _of_megatron(shapes: Mapping[str, Shape]) -> tuple[set[str], set[int]]:
     for name, shape in shapes.items():
         if match := _A.match(name):
             targets.add(match[1].rpartition(".")[2] + (f" ({match[2]})" if match[2] else ""))
-            parts = sum(f"{match[1]}.lora_b{n}" in shapes for n in range(3)) or 1
-            ranks.add(shape[-2] // parts)
+            apart = [own for key, own in shapes.items() if key.startswith(f"{match[1]}.lora_b")]
+            ranks |= {own[-1] for own in apart} or {shape[-2]}
     return targets, ranks

@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import CoverageError, LayoutError, MbxError, StorageError, UnsupportedError, UsageError
+from converters.errors import MbxError, StorageError, UsageError
 from converters.mcore.bridge_config import config_of_run_config
-from converters.mcore.field_equality import alike
-from converters.mcore.megatron_args import NEUTRAL, TRAINING, config_of_args
-from converters.planning.exporter import plan_export
+from converters.mcore.flavours import flavoured
+from converters.mcore.megatron_args import config_of_args
+from converters.mcore.named import NAME_A_FOLDER
 from converters.rows.expr import Value
 from converters.rows.table import Table
-from mappings import table_names
 from mbx.formats import hf
-from mbx.tables import shipped, table_for
+from mbx.formats.beside import config_beside, reference_files, token_ids, tokenizer_beside, tokenizer_files
+from mbx.formats.fitting import fitting, unequal_fields
+from mbx.tables import table_for
 
 if TYPE_CHECKING:
     from mbx.formats.checkpoint import Checkpoint
 
 _TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-#: The table that is taken where several describe the model alike: the one most tools know.
-_PREFERRED = ("llama", "qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe", "deepseek_v3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,42 +42,101 @@ class Stated:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A Hugging Face config, the table that reads it, and the folder it lies in, None where it was put together."""
+    """A Hugging Face config, the table that reads it, and the folder it lies in, None where it was put together.
+
+    `side_files` are what belongs beside the weights, by name: those of `reference`, or the checkpoint's own tokenizer.
+    """
 
     config: Mapping[str, Value]
     table: Table
     reference: Path | None
     notes: tuple[str, ...] = ()
+    side_files: Mapping[str, Path] = field(default_factory=dict)
 
 
-def architecture_of(
-    opened: Checkpoint,
-    mapping: str | None = None,
-    reference: Path | None = None,
-    *,
-    allow_unused_keys: tuple[str, ...] = (),
-) -> Architecture:
+def table_of(opened: Checkpoint, config: Mapping[str, Value], mapping: str | None = None) -> Table:
+    """The table for the config of a checkpoint, its waived keys being known; UnsupportedError where there is none.
+
+    Keys that no conversion waived are left to whoever reads the config.
+    """
+    table = table_for(config, mapping)
+    if table.config.unknown_keys(config):
+        return replace(table, config=table.config.waiving(opened.waived_keys))
+    return table
+
+
+def architecture_of(opened: Checkpoint, mapping: str | None = None, reference: Path | None = None) -> Architecture:
     """The architecture of a checkpoint: `reference` or its hf/ folder, else what Megatron's own sidecars say.
 
-    Raises StorageError where nothing says it, UnsupportedError where no table fits. A disagreement between hf/
-    and the args is a note.
+    Where these say nothing, a config.json in a place where its trainer keeps one. Raises StorageError where nothing
+    says it, UnsupportedError where no table fits. A disagreement between config.json and the sidecars is a note.
     """
     folder = reference or opened.hf
     if folder is not None and (reference is not None or (folder / hf.CONFIG).is_file()):
-        config = hf.read_config(folder)
-        table = table_for(config, mapping)
-        fields = table.config.to_mcore(config, allow_unused=allow_unused_keys)
-        return Architecture(config, table, folder, tuple(conflicts(fields, opened)))
+        return _by_config(opened, folder, mapping)
     known, origin = stated_config(opened)
     if not known:
+        if (found := config_beside(opened)) is not None:
+            note = f"config.json is that of `{found}`"
+            return _by_config(opened, found, mapping, note, whole=False)
         raise StorageError(
-            f"`{opened.iteration}` says nothing of its architecture: it has neither hf/, run_config.yaml nor args",
+            f"`{opened.iteration}` says nothing of its architecture: it has neither hf/, run_config.yaml nor args"
+            + _model_dir(opened),
             hint="name a folder with config.json and the tokenizer: ‹hf-config› DIR",
         )
+    _check_agreement(opened)
     held, corrected = _as_held(known, opened, origin)
-    table, config = _fitting(held, opened, mapping)
-    note = f"config.json was made from {origin} with the table `{table.name}`; there is no tokenizer to copy"
-    return Architecture(config, table, None, (note, *corrected))
+    fit = fitting(held, opened, mapping)
+    tokenizer = tokenizer_beside(opened)
+    files = {} if tokenizer is None else tokenizer_files(tokenizer)
+    config = fit.config if tokenizer is None else {**token_ids(tokenizer), **fit.config}
+    there = "there is no tokenizer to copy" if tokenizer is None else f"the tokenizer is that of `{tokenizer}`"
+    note = f"config.json was made from {origin} with the table `{fit.table.name}`; {there}"
+    return Architecture(config, fit.table, None, (note, *corrected, *fit.notes), files)
+
+
+def _by_config(
+    opened: Checkpoint,
+    folder: Path,
+    mapping: str | None,
+    *notes: str,
+    whole: bool = True,
+) -> Architecture:
+    """The architecture by a folder's config.json; its tokenizer, or the checkpoint's own where it has none."""
+    config = hf.read_config(folder)
+    files = reference_files(folder, whole=whole)
+    if not any(map(hf.is_tokenizer_file, files)) and (tokenizer := tokenizer_beside(opened)) is not None:
+        files = {**files, **tokenizer_files(tokenizer)}
+    table = flavoured(table_of(opened, config, mapping), opened.tensors)
+    fields = table.config.to_mcore(config)
+    return Architecture(config, table, folder, (*notes, *_arrangement(table), *conflicts(fields, opened)), files)
+
+
+def _arrangement(table: Table) -> tuple[str, ...]:
+    """In words, whose arrangement of a model with towers a checkpoint has."""
+    if not table.flavours:
+        return ()
+    held = f"arranged as {table.flavour} does" if table.flavour else "the text model alone; the rest is kept in hf/"
+    return (f"flavour: {held}",)
+
+
+def _model_dir(opened: Checkpoint) -> str:
+    """Where the args say that the model's folder was, which is not here."""
+    named = (opened.args or {}).get("model_dir")
+    return f" that describe a model (they name `{named}`, which is not here)" if isinstance(named, str) else ""
+
+
+def _check_agreement(opened: Checkpoint) -> None:
+    """UsageError where run_config.yaml and args say different things of the model."""
+    if not opened.run_config or not opened.args:
+        return
+    config, args = config_of_run_config(opened.run_config), config_of_args(opened.args)
+    if wrong := unequal_fields(config, args):
+        key = wrong[0]
+        raise UsageError(
+            f"`{key}` is {config[key]!r} by run_config.yaml and {args[key]!r} by the checkpoint's args",
+            hint=NAME_A_FOLDER,
+        )
 
 
 def architecture_name(opened: Checkpoint) -> str | None:
@@ -112,8 +170,8 @@ def stated_config(opened: Checkpoint) -> tuple[dict[str, Value], str]:
     """What Megatron's own sidecars say of the model, as a flat config, and which of them; empty where none does."""
     if opened.run_config and (config := config_of_run_config(opened.run_config)):
         return config, "run_config.yaml"
-    if opened.args:
-        return config_of_args(opened.args), "the checkpoint's args"
+    if opened.args and (config := config_of_args(opened.args)):
+        return config, "the checkpoint's args"
     return {}, ""
 
 
@@ -147,82 +205,9 @@ def conflicts(stated: Mapping[str, Value], opened: Checkpoint) -> list[str]:
     other, origin = stated_config(opened)
     return [
         f"`{k}` is {stated[k]!r} by config.json and {other[k]!r} by {origin}; config.json counts"
-        for k in _unequal(stated, other)
+        for k in unequal_fields(stated, other)
+        if not (k == "mtp_num_layers" and not stated[k])  # what the checkpoint holds counts
     ]
-
-
-def _unequal(left: Mapping[str, Value], right: Mapping[str, Value]) -> list[str]:
-    shared = (set(left) & set(right)) - TRAINING
-    return sorted(key for key in shared if not alike(key, left, right))
-
-
-def _fitting(known: Mapping[str, Value], opened: Checkpoint, mapping: str | None) -> tuple[Table, dict[str, Value]]:
-    """The table (and the config.json it makes) that says the same as `known` and covers every tensor."""
-    names = [mapping] if mapping is not None else table_names()
-    fits: list[tuple[Table, dict[str, Value]]] = []
-    reasons = []
-    for name in names:
-        table = table_for({}, mapping) if mapping is not None else shipped(name)
-        try:
-            fits.append((table, _try(table, known, opened)))
-        except (CoverageError, UsageError, UnsupportedError, LayoutError) as error:
-            reasons.append((table.name, error))
-    if not fits:
-        if mapping is not None:
-            raise UnsupportedError(
-                f"the table `{mapping}` does not describe this checkpoint: {reasons[0][1].fact}",
-                hint="the sidecar may leave it out: name a folder with the model's config.json: ‹hf-config› DIR",
-                details=reasons[0][1].details,
-            )
-        raise UnsupportedError(
-            "no shipped table describes this checkpoint",
-            hint="name a folder with the model's config.json: ‹hf-config› DIR (the sidecar may leave out what a table "
-            "needs, as Megatron-Bridge's does YaRN); or a table, to see why it does not: ‹mapping› TABLE",
-            details=[f"{name}: {error.fact}" for name, error in reasons],
-        )
-    if _norms_span_heads(opened, known):  # the preferred tables' models normalise each head for itself
-        fits = [fit for fit in fits if fit[0].name not in _PREFERRED] or fits
-    chosen = next((fit for wish in _PREFERRED for fit in fits if fit[0].name == wish), None)
-    if chosen is None and len(fits) > 1:
-        raise UsageError(
-            f"{len(fits)} tables describe this checkpoint alike: {', '.join(table.name for table, _ in fits)}",
-            hint=f"choose one: ‹mapping› {fits[0][0].name}",
-        )
-    return chosen or fits[0]
-
-
-def _norms_span_heads(opened: Checkpoint, known: Mapping[str, Value]) -> bool:
-    """Whether query norms are as wide as all heads together."""
-    widths = {t.shape[-1] for name, t in opened.tensors.items() if name.endswith("self_attention.q_layernorm.weight")}
-    return bool(widths - {known.get("kv_channels")})
-
-
-def _try(table: Table, known: Mapping[str, Value], opened: Checkpoint) -> dict[str, Value]:
-    """The config.json that `table` makes of `known`; raises where it loses something, or tensors are left."""
-    stated = {key: value for key, value in known.items() if key not in TRAINING}
-    made = table.config.to_hf(stated)
-    for row in table.config.rows:
-        if row.mcore in TRAINING and (value := known.get(row.mcore)) is not None:
-            made[row.hf] = value
-    config: dict[str, Value] = {key: _without_none(value) for key, value in made.items() if value is not None}
-    config["model_type"] = table.model_types[0]
-    if table.architectures:
-        config["architectures"] = [table.architectures[0]]
-    back = table.config.to_mcore(config)
-    if wrong := _unequal(back, known):
-        key = wrong[0]
-        raise UsageError(f"`{key}` is {known[key]!r}; the table `{table.name}` makes it {back[key]!r}")
-    for key, value in known.items():
-        if key in back or key in TRAINING or not value or value in NEUTRAL.get(key, ()):
-            continue
-        raise UsageError(f"`{key}` is {value!r}, of which the table `{table.name}` knows nothing")
-    plan_export(table, back, opened.tensors)
-    return config
-
-
-def _without_none(value: Value) -> Value:
-    """A nested object without the keys that nothing says."""
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
 
 
 def config_text(config: Mapping[str, Value], dtypes: Sequence[str]) -> bytes:

@@ -15,6 +15,7 @@ from mbx.torchfile.torch_values import TensorStub
 from mbx.untrusted.names import is_inside
 from mbx.untrusted.small_files import INDEX as INDEX_BYTES
 from mbx.untrusted.small_files import read_json
+from mbx.untrusted.stand_ins import stand_in
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -38,7 +39,7 @@ def read_bin_folder(folder: Path) -> tuple[dict[str, StoredTensor], tuple[str, .
     for name in names:
         if not (folder / name).is_file():
             raise StorageError(f"`{folder / name}` is missing", hint="download the missing files")
-        for key, tensor in _read_file(folder / name).items():
+        for key, tensor in read_bin_file(folder / name).items():
             if key in tensors:
                 raise StorageError(f"`{key}` is in `{tensors[key].chunks[0].file}` and in `{name}`")
             tensors[key] = tensor
@@ -61,8 +62,12 @@ def _read_index(path: Path) -> dict[str, str]:
     return found
 
 
-def _read_file(path: Path) -> dict[str, StoredTensor]:
-    loaded, storages = load_archive(path)
+def read_bin_file(path: Path) -> dict[str, StoredTensor]:
+    """Tensors of one such file by name; StorageError for a damaged file and for what is no tensor."""
+    try:
+        loaded, storages = load_archive(path)
+    except StorageError as error:
+        raise stand_in(path) or error from None
     if not isinstance(loaded, dict):
         raise StorageError(f"`{path}` holds a {type(loaded).__name__}; a dict of tensors was expected")
     out = {}
@@ -84,4 +89,6 @@ def whole_stub(path: Path, name: object, value: object) -> TensorStub:
 
 def safetensors_name(file: str) -> str:
     """What a shard is called once it is a safetensors file."""
+    if not file.endswith(".bin"):
+        return file
     return file.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"

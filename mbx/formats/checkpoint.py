@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -16,8 +16,9 @@ from converters.mcore.layout import Layout
 from converters.rows.expr import Value
 from converters.stored import read_box
 from converters.tensors import Shape, StoredTensor
-from mbx.formats.files import FileSource
+from mbx.formats.files import MANIFEST, MANIFEST_BYTES, WAIVED_KEYS, FileSource
 from mbx.formats.tensors import NamedTensors, Spec
+from mbx.untrusted.small_files import read_json
 
 #: Whose names tensors go by: Hugging Face's, Megatron Core's canonical keys (torch_dist's), or PEFT's.
 Spelling = Literal["hf", "mcore", "peft"]
@@ -29,16 +30,19 @@ class Checkpoint(NamedTensors):
 
     `path` is what was named, `home` the folder that the files of `tensors` are relative to, `root` the folder with
     Megatron's tracker (`home` where there is none). `format` is a format's name, `spelling` whose names the tensors
-    have. `writer` is the tool that made it, as far as that shows. `config` is the config.json among its files, empty
-    where there is none; `hf` the folder that it and the other Hugging Face side files lie in.
+    have. `writer` is the tool that made it, `core` the releases of Megatron Core that write so (`0.19 or newer`), as
+    far as that shows. `config` is the config.json among its files, empty where there is none; `hf` the folder that it
+    and the other Hugging Face side files lie in. `allowed_keys` are keys of it that whoever opened this waives.
 
-    Of Hugging Face folders: `weight_files` and `side_files` by name.
+    Of Hugging Face folders: `weight_files` and `side_files` by name; `passed_over` are weight files with copies of
+    tensors that do not count, and an index that does not, `notes` what a user should know of them.
 
-    Of Megatron checkpoints: `objects` are the `_extra_state` objects, `num_objects` counts all. `args` are the
-    attributes of Megatron-LM's Namespace, `common` what else the common state holds, `run_config` is
-    Megatron-Bridge's; each None where there is none. `layout` is the one the files were written under, as far as they
-    tell. `left_out` says in words what else is stored, `other_state` counts it by kind as (tensors, bytes); `state`
-    are the optimizer's tensors by stored name, of torch_dist checkpoints alone.
+    Of Megatron checkpoints: `model_class` is the class whose tensors are stored, `gpt` or `hybrid`; a HybridModel that
+    has a GPTModel's form comes under that one's keys, with its args. `objects` are the `_extra_state` objects,
+    `num_objects` counts all. `args` are the attributes of Megatron-LM's Namespace, `common` what else the common state
+    holds, `run_config` is Megatron-Bridge's; each None where there is none. `layout` is the one the files were written
+    under, as far as they tell. `left_out` says in words what else is stored, `other_state` counts it by kind as
+    (tensors, bytes); `state` are the optimizer's tensors by stored name, of torch_dist checkpoints alone.
     """
 
     path: Path
@@ -48,9 +52,14 @@ class Checkpoint(NamedTensors):
     tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Value] = field(default_factory=dict)
     writer: str | None = None
+    core: str | None = None
+    model_class: str | None = None
     root: Path = Path()
     hf: Path | None = None
+    allowed_keys: tuple[str, ...] = ()
     weight_files: tuple[str, ...] = ()
+    passed_over: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
     side_files: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
     num_objects: int = 0
@@ -102,6 +111,20 @@ class Checkpoint(NamedTensors):
     def iteration(self) -> Path:
         """The folder of a Megatron checkpoint's tensors, `iter_*`."""
         return self.home
+
+    @cached_property
+    def waived_keys(self) -> tuple[str, ...]:
+        """Unknown keys of config.json that were waived: now, or by the conversion that made this checkpoint."""
+        folders = dict.fromkeys((self.path, self.home, self.home.parent))
+        made = next((folder / MANIFEST for folder in folders if (folder / MANIFEST).is_file()), None)
+        waived = {} if made is None else read_json(made, MANIFEST_BYTES).get("waived")
+        keys = waived.get(WAIVED_KEYS) if isinstance(waived, dict) else None
+        recorded = [str(key) for key in keys] if isinstance(keys, list) else []
+        return tuple(dict.fromkeys((*self.allowed_keys, *recorded)))
+
+    def allowing(self, keys: Iterable[str]) -> Checkpoint:
+        """The same, with more keys of its config.json waived."""
+        return replace(self, allowed_keys=tuple(dict.fromkeys((*self.allowed_keys, *keys))))
 
     @cached_property
     def source(self) -> FileSource:

@@ -18,6 +18,10 @@ from mbx.untrusted.small_files import open_regular
 
 #: What mbx writes beside a checkpoint of either kind: where it came from, and the CRC-32 of every byte.
 MANIFEST = "mbx_manifest.json"
+#: It has a line a tensor, with every chunk of it.
+MANIFEST_BYTES = 1 << 30
+#: Where among its waivers the unknown keys of config.json stand.
+WAIVED_KEYS = "config_keys"
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 #: Bytes written at once. Linux gives a longer write larger pages (ext4 since 6.16), which are seldom the ones just
 #: freed: where a hypervisor must find memory for them first, writes of 4 MiB took three times the processor's time.

@@ -18,6 +18,7 @@ from converters.mcore.cuts import is_gated
 from converters.mcore.fsdp_dtensor import Part, is_fused_glu, is_weight, parse_stored, parts_of
 from converters.mcore.keys import parse_key
 from converters.mcore.megatron_args import config_of_args
+from converters.mcore.releases import Release
 from converters.rows.expr import Value
 from converters.tensors import Chunk, Shape, StoredTensor
 from mbx.formats import torch_dist
@@ -59,7 +60,7 @@ class FsdpDtensor:
         """Lay out `__R_N.distcp` files whose index names layers and halves apart."""
         assert order.sidecars is not None
         swiglu = is_swiglu(order.plan.config, order.sidecars.args)
-        return place(order.plan.drafts, order.sidecars.common, swiglu=swiglu)
+        return place(order.plan.drafts, order.sidecars.common, swiglu=swiglu, release=order.release)
 
 
 def is_swiglu(config: Mapping[str, Value], args: Mapping[str, object]) -> bool:
@@ -153,7 +154,7 @@ class PartsPlacement(torch_dist.ArchivePlacement):
         return out
 
 
-def place(drafts: Iterable[Draft], common: Mapping[str, object], *, swiglu: bool) -> PartsPlacement:
+def place(drafts: Iterable[Draft], common: Mapping[str, object], *, swiglu: bool, release: Release) -> PartsPlacement:
     """Lay out a checkpoint whose gated MLPs are `swiglu`; `common` holds the objects Megatron-LM looks for.
 
     UnsupportedError for layers that the format is not known to hold.
@@ -163,7 +164,7 @@ def place(drafts: Iterable[Draft], common: Mapping[str, object], *, swiglu: bool
     shapes = {draft.name: draft.shape for draft in drafts}
     for draft in drafts:
         halves = swiglu and is_fused_glu(draft.name) and is_gated(draft.name, shapes)
-        parts[draft.name] = parts_of(draft.name, draft.shape, halves=halves)
+        parts[draft.name] = parts_of(draft.name, draft.shape, halves=halves, release=release)
         cut.append(_cut(draft, parts[draft.name]))
     payloads = {name: object_archive(common[name]) for name in _OBJECTS if name in common}
     placed = torch_dist.place(cut, payloads, {draft.name: parse_key(draft.name).depth for draft in cut})

@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.codecs import quantization_of
 from converters.codecs.decode import decoded_view
-from converters.engine.plan import Draft
-from converters.errors import StorageError, UsageError
+from converters.errors import StorageError
 from converters.planning.exporter import HfTensor
 from converters.protocols import Source
 from converters.rows.expr import Value
-from converters.tensors import StoredTensor, nbytes_of
+from converters.tensors import StoredTensor
 from mbx.formats.bin_weights import INDEX as BIN_INDEX
 from mbx.formats.bin_weights import has_bin_weights, read_bin_folder, safetensors_name
+from mbx.formats.bitsandbytes import with_shapes
 from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.files import MANIFEST as MANIFEST
 from mbx.formats.placement import Order, Placement
-from mbx.formats.safetensors import TensorRange, build_header, parse_header, read_folder, read_header
+from mbx.formats.safetensors import TensorRange, build_header, parse_header, read_header
+from mbx.formats.safetensors_folder import SafetensorsFolder, read_folder
+from mbx.formats.shards import INDEX as INDEX
+from mbx.formats.shards import place
 from mbx.untrusted.names import inside, leads_out
 from mbx.untrusted.small_files import INDEX as INDEX_BYTES
 from mbx.untrusted.small_files import open_regular, read_json
 
 CONFIG = "config.json"
+#: Where ModelOpt says how it quantised a folder whose config.json does not.
+QUANT_CONFIG = "hf_quant_config.json"
 LAYOUT = "mbx_layout.json"
 #: Tensors without a Megatron Core counterpart (buffers Transformers recomputes), kept for a faithful export.
 KEPT = "mbx_kept.safetensors"
 #: Scales of a quantised source that its values do not tell, kept for an export that encodes again.
 SCALES = "mbx_scales.safetensors"
-INDEX = "model.safetensors.index.json"
 _BLOCK = 4 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
 
@@ -72,9 +77,16 @@ class HuggingFace:
 
 
 def read_config(folder: Path) -> dict[str, Value]:
-    """`config.json` of a folder; StorageError when it is absent or not a JSON object."""
+    """`config.json` of a folder, with what ModelOpt says of its weights beside it.
+
+    StorageError when it is absent or not a JSON object.
+    """
     try:
-        return read_json(folder / CONFIG)
+        config: dict[str, Value] = read_json(folder / CONFIG)
+        if (folder / QUANT_CONFIG).is_file() and config.get("quantization_config") is None:
+            said = read_json(folder / QUANT_CONFIG).get("quantization")
+            config["quantization_config"] = {"quant_method": "modelopt", **(said if isinstance(said, dict) else {})}
+        return config
     except FileNotFoundError:
         raise StorageError(f"`{folder}` has no `{CONFIG}`") from None
     except NotADirectoryError:
@@ -93,12 +105,25 @@ def open_hf(path: Path) -> Checkpoint:
     config = read_config(path)
     if has_bin_weights(path):
         tensors, files = read_bin_folder(path)
+        passed_over, notes = frozenset[str](), tuple[str, ...]()
     else:
         weights = read_folder(path)
-        tensors, files = weights.tensors, weights.files
-    sides = tuple(side_files(path))
+        tensors, files, passed_over, notes = weights.tensors, weights.files, weights.passed_over, weights.notes
+    if (quantization_of(config) or {}).get("quant_method") == "bitsandbytes":
+        tensors = with_shapes(path, tensors)
     return Checkpoint(
-        path, "huggingface", "hf", path, tensors, config, root=path, hf=path, weight_files=files, side_files=sides
+        path,
+        "huggingface",
+        "hf",
+        path,
+        tensors,
+        config,
+        root=path,
+        hf=path,
+        weight_files=files,
+        passed_over=passed_over,
+        notes=notes,
+        side_files=tuple(name for name in side_files(path) if name not in passed_over),
     )
 
 
@@ -132,19 +157,22 @@ def _beside(path: Path) -> Iterator[Path]:
 
 def is_tokenizer_file(name: str) -> bool:
     """Whether a side file belongs to the tokenizer, which Megatron-Bridge keeps in a folder of its own."""
-    stems = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
-    return name.startswith(stems)
+    stems = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece", "tekken")
+    return name.startswith(stems) or name.endswith((".model", ".tiktoken"))
 
 
-def record_layout(folder: Checkpoint) -> str:
+def record_layout(folder: Checkpoint, changed: Collection[str] = ()) -> str:
     """JSON text that `recorded_layout` reads back: the header of every weight file, byte for byte.
 
-    `pytorch_model.bin` files get the header that they would have as safetensors, under that name.
+    `pytorch_model.bin` files get the header that they would have as safetensors, under that name, and files with
+    tensors that are `changed` against what lies there the header that the folder's tensors make.
     """
     files = []
     for name in folder.weight_files:
-        if name.endswith(".bin"):
-            held = [tensor for tensor in folder.tensors.values() if tensor.chunks[0].file == name]
+        held = [tensor for tensor in folder.tensors.values() if tensor.chunks[0].file == name]
+        if not held:
+            continue
+        if name.endswith(".bin") or name in folder.passed_over or any(tensor.name in changed for tensor in held):
             header = build_header(held, {"format": "pt"})[8:].decode("utf-8")
             files.append({"file": safetensors_name(name), "header": header})
             continue
@@ -155,8 +183,14 @@ def record_layout(folder: Checkpoint) -> str:
 
 
 def bin_index(folder: Checkpoint) -> bytes | None:
-    """The index that a folder of several `pytorch_model-*.bin` has once its files are safetensors."""
-    if len(folder.weight_files) < 2 or not folder.weight_files[0].endswith(".bin"):
+    """The index that a folder of several files has where its own does not serve: once they are no pickles, say."""
+    stale = folder.weight_files[0].endswith(".bin") or INDEX in folder.passed_over
+    return index_of(folder) if stale else None
+
+
+def index_of(folder: Checkpoint) -> bytes | None:
+    """The index of a folder's tensors over its weight files; None where there is one file."""
+    if len(folder.weight_files) < 2:
         return None
     total = sum(tensor.nbytes for tensor in folder.tensors.values())
     weight_map = {name: safetensors_name(tensor.chunks[0].file) for name, tensor in sorted(folder.tensors.items())}
@@ -170,7 +204,10 @@ def recorded_layout(folder: Path) -> tuple[WeightFile, ...] | None:
     """
     path = folder / LAYOUT
     if not path.is_file():
-        return tuple(_weight_file(p) for p in sorted(folder.glob("*.safetensors"))) or None
+        if not any(folder.glob("*.safetensors")):
+            return None
+        weights = read_folder(folder)
+        return tuple(_weight_file(folder / name, weights) for name in weights.files)
     try:
         files = read_json(path, INDEX_BYTES)["files"]
         if not isinstance(files, list):
@@ -204,9 +241,12 @@ def decoded_layout(files: tuple[WeightFile, ...], quantization: Mapping[str, obj
     return tuple(out)
 
 
-def _weight_file(path: Path) -> WeightFile:
+def _weight_file(path: Path, weights: SafetensorsFolder) -> WeightFile:
+    """A file as it is, or without the copies that the folder's index passes over."""
     header = read_header(path)
-    return WeightFile(path.name, header.header_bytes[8:], _in_data_order(header.tensors))
+    whole = path.name not in weights.passed_over
+    held = {n: t for n, t in header.tensors.items() if whole or weights.tensors[n].chunks[0].file == path.name}
+    return WeightFile(path.name, header.header_bytes[8:] if whole else None, _in_data_order(held))
 
 
 def _in_data_order(ranges: Mapping[str, TensorRange]) -> dict[str, HfTensor]:
@@ -259,58 +299,3 @@ def _tensors_of(path: Path, iteration: Path) -> dict[str, StoredTensor]:
         key: StoredTensor.whole(key, dtype, shape, name, header.data_start + start)
         for key, (dtype, shape, start, _) in header.tensors.items()
     }
-
-
-def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_shard_bytes: int) -> Placement:
-    """Lay out safetensors files: the recorded ones where the names still fit, else shards of a bounded size."""
-    by_name = {draft.name: draft for draft in drafts}
-    if recorded is not None and {n for f in recorded for n in f.tensors} >= set(by_name):
-        groups: list[tuple[str, list[Draft], WeightFile | None]]
-        groups = [(f.name, [by_name[n] for n in f.tensors if n in by_name], f) for f in recorded]
-        groups = [group for group in groups if group[1]]
-        whole = all(f.header is not None for f in recorded)
-        same = whole and {n for f in recorded for n in f.tensors} == set(by_name)
-    else:
-        shards = _shards(list(by_name.values()), max_shard_bytes)
-        groups = [(name, members, None) for name, members in shards]
-        same = False
-    tensors: dict[str, StoredTensor] = {}
-    headers: dict[str, bytes] = {}
-    sizes: dict[str, int] = {}
-    for name, members, old in groups:
-        described = [(d.name, d.dtype, d.shape) for d in members]
-        unchanged = old is not None and [(n, t.dtype, t.shape) for n, t in old.tensors.items()] == described
-        if old is not None and old.header is not None and unchanged:
-            header = len(old.header).to_bytes(8, "little") + old.header
-        else:
-            header = build_header([StoredTensor(*parts, ()) for parts in described], {"format": "pt"})
-        at = len(header)
-        for draft in members:
-            tensors[draft.name] = StoredTensor.whole(draft.name, draft.dtype, draft.shape, name, at)
-            at += tensors[draft.name].nbytes
-        headers[name], sizes[name] = header, at
-    texts = {}
-    if len(groups) > 1 and not same:
-        total = sum(nbytes_of(d.dtype, d.shape) for d in by_name.values())
-        weight_map = {d.name: name for name, members, _ in groups for d in members}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        texts[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-    return Placement(tensors, sizes, headers=headers, texts=texts)
-
-
-def _shards(drafts: list[Draft], max_bytes: int) -> list[tuple[str, list[Draft]]]:
-    if max_bytes < 1:
-        raise UsageError(f"a shard cannot be {max_bytes} bytes")
-    shards: list[list[Draft]] = [[]]
-    room = max_bytes
-    for draft in drafts:
-        nbytes = nbytes_of(draft.dtype, draft.shape)
-        if shards[-1] and nbytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(draft)
-        room -= nbytes
-    if len(shards) == 1:
-        return [("model.safetensors", shards[0])]
-    count = len(shards)
-    return [(f"model-{n:05d}-of-{count:05d}.safetensors", shard) for n, shard in enumerate(shards, 1)]

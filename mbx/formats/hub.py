@@ -6,18 +6,16 @@ takes its settings from the client's own constants.
 
 from __future__ import annotations
 
-import errno
 import glob
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from converters.errors import DeviceError, StorageError, UsageError
-from mbx.text import redacted
+from converters.errors import StorageError, UsageError
+from mbx.formats.hub_errors import hub_errors
 from mbx.untrusted.small_files import INDEX, read_json
 
 if TYPE_CHECKING:
@@ -27,7 +25,10 @@ if TYPE_CHECKING:
 #: Called with (bytes here so far, bytes to download), from several threads but one at a time.
 Progress = Callable[[int, int], None]
 
+CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
+#: Files that an error names one by one.
+_SHOWN = 4
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
@@ -80,19 +81,22 @@ def resolve(
     """The folder of `source`: a local path where one exists, else the hub model `org/name[@revision]`, downloaded.
 
     A branch or tag is first resolved to a commit, and that commit is downloaded: tokenizer, config, modeling code and,
-    with `weights`, safetensors files (pytorch_model*.bin only where there are none). A commit that is complete in the
+    with `weights`, safetensors files (pytorch_model*.bin only where there are none). Without, a config.json stands for
+    its folder. A commit that is complete in the
     cache is used without a request. When the hub cannot be reached, the commit last seen for the branch is used.
     Raises StorageError when the source cannot be had, UsageError for two different revisions, DeviceError for a full
     disk.
     """
     local = _local_folder(source, revision)
     if local is not None:
-        return LocalModel(local, None, None)
+        named = local.name == CONFIG_FILE and not weights and local.is_file()
+        return LocalModel(local.parent if named else local, None, None)
     repo_id, wanted = _parse(source, revision)
-    with _hub_errors(repo_id, wanted):
+    with hub_errors(repo_id, wanted):
         from huggingface_hub import snapshot_download
 
         plan = _plan(repo_id, wanted, cache_dir, weights)
+        _require_cached(plan)
         folder = snapshot_download(
             repo_id,
             revision=plan.revision_sha,
@@ -111,7 +115,7 @@ def plan_download(
     if _local_folder(source, revision) is not None:
         return DownloadPlan(None, None, ())
     repo_id, wanted = _parse(source, revision)
-    with _hub_errors(repo_id, wanted):
+    with hub_errors(repo_id, wanted):
         return _plan(repo_id, wanted, cache_dir, weights)
 
 
@@ -165,12 +169,19 @@ def _plan(repo_id: str, revision: str | None, cache_dir: Path | None, weights: b
 
     api = HfApi(library_name="mbx")
     sha = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved
-    sizes = _list_files(api, repo_id, sha, cache_dir)
+    sizes, whole = _list_files(api, repo_id, sha, cache_dir)
     chosen = select_files(sizes, weights=weights)
     if weights and not any(path.endswith((".safetensors", ".bin")) for path in chosen):
+        if not whole:
+            raise StorageError(
+                f"the hub cannot be reached, and the cache holds of `{repo_id}` only {_shown(sizes)}: its weights "
+                "were never downloaded",
+                hint=f"with a network: `hf download {repo_id}`; or name a folder that has the weights",
+                details=sorted(sizes),
+            )
         raise StorageError(
-            f"`{repo_id}` holds no weights in safetensors or pytorch_model*.bin files",
-            hint="look for the repo with the original weights; quantised copies in other formats cannot be converted",
+            f"`{repo_id}` holds no weights in safetensors or pytorch_model*.bin files, but {_shown(sizes)}",
+            hint="GGUF, ONNX and the like are made from a repository with the original weights: name that one",
             details=sorted(sizes),
         )
     files = tuple(
@@ -184,8 +195,31 @@ def _plan(repo_id: str, revision: str | None, cache_dir: Path | None, weights: b
     return DownloadPlan(repo_id, sha, files)
 
 
-def _list_files(api: HfApi, repo_id: str, sha: str, cache_dir: Path | None) -> dict[str, int]:
-    """Bytes by path of a commit: from the cached listing, else the hub, else what the cache holds of it."""
+def _shown(names: Iterable[str]) -> str:
+    """The first of some files, in words."""
+    listed = sorted(names)
+    rest = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return (", ".join(f"`{name}`" for name in listed[:_SHOWN]) or "nothing") + rest
+
+
+def _require_cached(plan: DownloadPlan) -> None:
+    """StorageError where the hub client is told to stay offline and the cache lacks files of a commit."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE and (lacks := [file.path for file in plan.files if not file.cached]):
+        raise StorageError(
+            f"{len(lacks)} of the {len(plan.files)} files of `{plan.repo_id}` are not in the cache, and "
+            f"HF_HUB_OFFLINE is set: {_shown(lacks)}",
+            hint=f"unset HF_HUB_OFFLINE; or on a connected machine `hf download {plan.repo_id}`, and copy the cache",
+            details=lacks,
+        )
+
+
+def _list_files(api: HfApi, repo_id: str, sha: str, cache_dir: Path | None) -> tuple[dict[str, int], bool]:
+    """Bytes by path of a commit, from the cached listing, else the hub, else what the cache holds of it.
+
+    The second says whether that is the whole commit.
+    """
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's
         CachedRepoTreeNotFoundError,
@@ -196,12 +230,13 @@ def _list_files(api: HfApi, repo_id: str, sha: str, cache_dir: Path | None) -> d
     from huggingface_hub.hf_api import RepoFile
 
     try:
-        return {file.path: file.size for file in get_cached_repo_tree(repo_id, revision=sha, cache_dir=cache_dir)}
+        tree = get_cached_repo_tree(repo_id, revision=sha, cache_dir=cache_dir)
+        return {file.path: file.size for file in tree}, True
     except CachedRepoTreeNotFoundError:
         pass  # never downloaded by this client; ask the hub
     try:
-        tree = api.list_repo_tree(repo_id, recursive=True, revision=sha)
-        return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+        entries = api.list_repo_tree(repo_id, recursive=True, revision=sha)
+        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}, True
     except (HTTPError, OfflineModeIsEnabled) as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise  # the hub answered
@@ -209,7 +244,7 @@ def _list_files(api: HfApi, repo_id: str, sha: str, cache_dir: Path | None) -> d
         folder = Path(snapshot_download(repo_id, revision=sha, cache_dir=cache_dir, local_files_only=True))
         _require_shards(repo_id, folder)
         files = (path for path in folder.rglob("*") if path.is_file())
-        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}, False
 
 
 def _require_shards(repo_id: str, folder: Path) -> None:
@@ -249,50 +284,3 @@ def _bar_class(progress: Progress | None, total: int) -> type[tqdm]:
             return None
 
     return BytesBar
-
-
-@contextmanager
-def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what the hub client raises into one StorageError that says what to do."""
-    from huggingface_hub import constants, errors
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    def failed(fact: str, hint: str, error: Exception) -> StorageError:
-        details = [redacted(line) for line in str(error).splitlines() if line.strip()]
-        return StorageError(redacted(fact), hint=redacted(hint), details=details)
-
-    where = constants.ENDPOINT
-    at = f"`{repo_id}`" + (f" at revision `{revision}`" if revision else "")
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise failed(f"`{repo_id}` is not a valid model name", "name a hub model as `org/name`", error) from error
-    except errors.GatedRepoError as error:
-        hint = f"accept its terms at {where}/{repo_id}, then run `hf auth login` or set HF_TOKEN"
-        raise failed(f"access to `{repo_id}` is gated", hint, error) from error
-    except errors.RevisionNotFoundError as error:
-        raise failed(f"`{repo_id}` has no revision `{revision}`", f"see {where}/{repo_id}/tree/main", error) from error
-    except errors.RepositoryNotFoundError as error:
-        hint = "check the spelling; for a private model run `hf auth login` or set HF_TOKEN"
-        raise failed(f"no model `{repo_id}` on {where} that this user may read", hint, error) from error
-    except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if constants.HF_HUB_OFFLINE:
-            hint = "unset HF_HUB_OFFLINE, or download it on a connected machine and copy the cache folder"
-            raise failed(f"{at} is not in the cache, and HF_HUB_OFFLINE is set", hint, error) from error
-        hint = "check the network and HF_ENDPOINT, or name a local folder"
-        raise failed(f"{where} cannot be reached, and {at} is not in the cache", hint, error) from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            hint = "renew the token: `hf auth login`, or set HF_TOKEN"
-            raise failed(f"{where} refused the token for `{repo_id}` (HTTP {status})", hint, error) from error
-        raise failed(f"{where} answered HTTP {status} for {at}", "try again later", error) from error
-    except (HTTPError, errors.XetDownloadError, errors.FileMetadataError) as error:
-        hint = "check the network and HF_ENDPOINT, then run again: finished files are kept"
-        raise failed(f"the download of {at} from {where} failed", hint, error) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free space, or set HF_HOME to a larger disk"
-            raise DeviceError(f"no space left for {at} in {constants.HF_HUB_CACHE}", hint=hint) from error
-        hint = "check the cache folder's rights, or set HF_HOME"
-        raise failed(f"{at} could not be stored: {error}", hint, error) from error

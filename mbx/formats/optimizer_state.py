@@ -44,7 +44,8 @@ def carried_states(opened: Checkpoint, ep: int) -> dict[str, StoredTensor]:
     if not isinstance(groups, Mapping):
         raise UnsupportedError(f"‹with-optimizer›: `{opened.iteration}` lacks the optimizer's parameter groups")
     apart = "optimizer" not in groups  # a chain of optimizers, by number
-    if apart != (ep > 1) and any(parse_key(name).experts for name in opened.tensors):
+    ours = isinstance(plain := groups.get("optimizer"), Mapping) and plain.get("by") == "parameter"  # of `mbx train`
+    if not ours and apart != (ep > 1) and any(parse_key(name).experts for name in opened.tensors):
         raise UnsupportedError(
             f"‹with-optimizer›: Megatron Core gives experts an optimizer of their own above ‹ep› 1 only, and loads no "
             f"state across; the source has {'two' if apart else 'one'}, ‹ep› {ep} wants {'two' if ep > 1 else 'one'}",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from converters.errors import StorageError, UnsupportedError
 from converters.tensors import StoredTensor
-from mbx.formats.bin_weights import has_bin_weights
+from mbx.formats.bin_weights import has_bin_weights, read_bin_file
 from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.hf import side_files
 from mbx.formats.placement import Order, Placement
@@ -14,6 +14,8 @@ from mbx.formats.safetensors import read_header
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+#: The same as PEFT wrote it before safetensors, and still writes it where it is asked to.
+PICKLE = "adapter_model.bin"
 
 
 class Peft:
@@ -32,22 +34,23 @@ class Peft:
 
     def open(self, path: Path, home: Path) -> Checkpoint:
         """Open a folder; nothing but headers is read."""
-        if not (home / WEIGHTS).is_file():
-            old = (home / "adapter_model.bin").is_file()
+        file = next((name for name in (WEIGHTS, PICKLE) if (home / name).is_file()), None)
+        if file is None:
             raise StorageError(
-                f"`{home}` has no `{WEIGHTS}`",
-                hint="load adapter_model.bin with PEFT and save it again: newer versions write safetensors"
-                if old
-                else None,
+                f"`{home}` has `{CONFIG}`, and neither `{WEIGHTS}` nor `{PICKLE}`",
+                hint="the factors lie in one of these: copy it beside, or download the adapter again",
             )
-        header = read_header(home / WEIGHTS)
-        tensors = {
-            name: StoredTensor.whole(name, dtype, shape, WEIGHTS, header.data_start + at)
-            for name, (dtype, shape, at, _) in header.tensors.items()
-        }
+        if file == PICKLE:
+            tensors = read_bin_file(home / PICKLE)
+        else:
+            header = read_header(home / WEIGHTS)
+            tensors = {
+                name: StoredTensor.whole(name, dtype, shape, WEIGHTS, header.data_start + at)
+                for name, (dtype, shape, at, _) in header.tensors.items()
+            }
         sides = tuple(side_files(home))
         return Checkpoint(
-            path, "peft", "peft", home, tensors, root=home, hf=home, weight_files=(WEIGHTS,), side_files=sides
+            path, "peft", "peft", home, tensors, root=home, hf=home, weight_files=(file,), side_files=sides
         )
 
     def place(self, order: Order) -> Placement:

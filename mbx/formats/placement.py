@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from converters.engine.plan import Plan
+from converters.mcore.releases import Release
 from converters.tensors import StoredTensor
+from mbx.installed import core_release
 
 if TYPE_CHECKING:
     from mbx.formats.hf import WeightFile
@@ -22,13 +24,15 @@ class Order:
     """What a format is asked to lay out: the targets of `plan`.
 
     `sidecars` are what a Megatron checkpoint carries beside its tensors, None for other targets. `recorded` are the
-    weight files that the tensors once lay in, where that is known; new ones hold at most `max_shard_bytes`.
+    weight files that the tensors once lay in, where that is known; new ones hold at most `max_shard_bytes`. Formats
+    that hold a rank's own names take them from `release`, the installed Megatron Core's.
     """
 
     plan: Plan
     sidecars: Sidecars | None = None
     recorded: tuple[WeightFile, ...] | None = None
     max_shard_bytes: int = 5 * 10**9
+    release: Release = field(default_factory=core_release)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -53,6 +54,10 @@ class Format(Protocol):
 #: Asked in this order: a Megatron checkpoint may have any file of the others beside it, an adapter a config.json.
 _BUILT_IN: tuple[Format, ...] = (Legacy(), FsdpDtensor(), TorchDist(), Peft(), HuggingFace())
 _registered: list[Format] = []
+#: Folders of a trainer's own in which the tensors lie: verl's, NeMo 2's.
+_WITHIN = ("dist_ckpt", "weights")
+#: Folders that are looked into, below one that is no checkpoint, and checkpoints that a message names.
+_LOOKED_AT, _SHOWN = 64, 3
 #: Installed packages offer a format as an entry point of this group: a class without arguments.
 ENTRY_POINTS = "mbx.formats"
 
@@ -103,12 +108,18 @@ class Sniffed:
         """Open it, as its format does."""
         opened = self.format.open(self.path, self.home)
         made = any((folder / hf.MANIFEST).is_file() for folder in (self.path, self.home, self.home.parent))
-        return replace(opened, writer="mbx") if made else opened
+        return replace(opened, writer="mbx", core=None) if made else opened
 
 
 def find(path: Path) -> Sniffed | None:
-    """What the folder at `path` is, None where it is nothing that is known."""
-    return next((Sniffed(path, one, home) for one in formats() if (home := one.find(path)) is not None), None)
+    """What the folder at `path` is, None where it is nothing that is known.
+
+    One that keeps its checkpoint in a folder of a name that trainers use is that checkpoint.
+    """
+    found = next((Sniffed(path, one, home) for one in formats() if (home := one.find(path)) is not None), None)
+    if found is None:
+        return next((inner for name in _WITHIN if (path / name).is_dir() and (inner := find(path / name))), None)
+    return found
 
 
 def sniff(path: Path) -> Sniffed:
@@ -123,11 +134,27 @@ def sniff(path: Path) -> Sniffed:
             f"`{path}` is no Megatron Core checkpoint: it has neither `metadata.json` nor `{TRACKER}`",
             hint=f"name an iteration: {path / unfinished[-1]}",
         )
+    if below := _below(path):
+        held = ", ".join(f"{one.format.title} `{one.path}`" for one in below)
+        raise StorageError(
+            f"`{path}` is no checkpoint itself: it holds {held}",
+            hint=f"name that: {below[0].path}" if len(below) == 1 else "name one of them",
+        )
     raise StorageError(
         f"`{path}` is no checkpoint that mbx knows: neither a model of either kind nor an adapter",
         hint=f"a Megatron checkpoint has `{TRACKER}` or `.metadata`; it is no Hugging Face folder either: that has "
         f"`{hf.CONFIG}`, an adapter `{PEFT_CONFIG}`",
     )
+
+
+def _below(path: Path) -> list[Sniffed]:
+    """Checkpoints one folder down, as trainers keep adapters, and in a hub cache's `snapshots`."""
+    folders = [path, path / "snapshots"]
+    inside = (
+        folder for parent in folders if parent.is_dir() for folder in islice(sorted(parent.iterdir()), _LOOKED_AT)
+    )
+    known = (find(folder) for folder in inside if folder.is_dir())
+    return list(islice((one for one in known if one is not None), _SHOWN))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

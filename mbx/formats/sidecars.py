@@ -12,9 +12,11 @@ from pathlib import Path
 from converters.engine.plan import Plan
 from converters.errors import StorageError
 from converters.mcore.bridge_config import run_config_of
+from converters.mcore.keys import EMBEDDING, bare, parse_key
 from converters.mcore.local import Spec
 from converters.mcore.megatron_args import args_of, layout_args
 from converters.mcore.releases import CURRENT
+from converters.rows.expr import Value
 from mbx.torchfile.archive import file_reader, load_archive, read_object
 from mbx.torchfile.archive_layout import lay_out
 from mbx.torchfile.dcp import StoredObject
@@ -22,6 +24,8 @@ from mbx.torchfile.torch_values import Namespace, TensorStub
 from mbx.untrusted.small_files import open_regular
 from mbx.untrusted.values import check_bounded
 
+#: Megatron-LM's default of `--make-vocab-size-divisible-by`.
+_MEGATRON_DIVISOR = 128
 _COMMON_OBJECT = "common_state/shard_0_1"
 
 
@@ -42,6 +46,13 @@ def common_of(iteration: Path, objects: Mapping[str, StoredObject]) -> dict[str,
     common = {str(key): value.values if isinstance(value, Namespace) else value for key, value in loaded.items()}
     check_bounded(common, f"`{iteration}`: the common state")
     return common
+
+
+def common_place(iteration: Path, objects: Mapping[str, StoredObject]) -> str | None:
+    """The file that the common state lies in, empty where it lies among the tensors; None where there is none."""
+    if (iteration / "common.pt").is_file():
+        return "common.pt"
+    return "" if _COMMON_OBJECT in objects else None
 
 
 def read_stored(iteration: Path, stored: StoredObject) -> object:
@@ -90,12 +101,13 @@ def megatron_sidecars(
     of the common state that belongs to an optimizer whose state goes along. What Megatron-Bridge
     reads goes beside torch_dist and fsdp_dtensor weights only, the formats it takes.
     """
-    rows = next((d.shape[0] for d in plan.drafts if d.name == "embedding.word_embeddings.weight"), None)
-    config, layout = plan.config, plan.layout
+    rows = next((d.shape[0] for d in plan.drafts if bare(d.name) == EMBEDDING), None)
+    config, layout = _with_heads(plan), plan.layout
+    classes = () if plan.table is None else plan.table.architectures
     known = {} if origin is None else {key: value for key, value in origin.items() if is_plain(value)}
-    written: dict[str, object] = {**known, **layout_args(layout), "padded_vocab_size": rows}
+    written: dict[str, object] = {**known, **layout_args(layout), "padded_vocab_size": _stated_rows(rows, format)}
     if origin is None:
-        written = args_of(config, layout, rows)
+        written = args_of(config, layout, _stated_rows(rows, format), classes)
     written |= {"ckpt_format": format, "transformer_impl": spec, "iteration": iteration}
     # Megatron-LM asks a checkpoint for no state that its args say was not saved.
     written |= {"no_save_optim": optimizer is None, "no_save_rng": True}
@@ -104,11 +116,30 @@ def megatron_sidecars(
     folder = f"iter_{iteration:07d}"
     if format in ("torch_dist", "fsdp_dtensor"):
         dtype = Counter(draft.dtype for draft in plan.drafts).most_common(1)[0][0] if plan.drafts else ""
-        run_config = run_config_of(config, layout, rows, dtype, tokenizer, format)
+        run_config = run_config_of(config, layout, rows, dtype, tokenizer, format, classes)
         if run_config is not None and config.get("num_layers"):
             texts[f"{folder}/run_config.yaml"] = dump_yaml(run_config)
             texts[f"{folder}/train_state.pt"] = texts["latest_train_state.pt"] = train_state_archive(iteration)
     return Sidecars(iteration, written, common, texts, spec)
+
+
+def _with_heads(plan: Plan) -> Mapping[str, Value]:
+    """The config with the prediction layers that the checkpoint holds, where config.json leaves them out."""
+    heads = {key.layer for key in map(parse_key, (draft.name for draft in plan.drafts)) if key.site == "mtp"}
+    if not heads or plan.config.get("mtp_num_layers", 0) is not None:
+        return plan.config
+    return {**plan.config, "mtp_num_layers": len(heads)}
+
+
+def _stated_rows(rows: int | None, format: str) -> int | None:
+    """The vocabulary's rows as the args are to say them, None where Megatron-LM is to pad for the layout it runs in.
+
+    torch_dist and fsdp_dtensor load a vocabulary of any padding, but Megatron-LM takes a number in the args as it is,
+    and stops where its ranks do not divide it. A multiple of its own default divisor serves all; it stays, since a
+    tokenizer may be shorter than the vocabulary. Files of ranks load at their own rows alone.
+    """
+    shared = format == "torch" or rows is None or rows % _MEGATRON_DIVISOR == 0
+    return rows if shared else None
 
 
 def dump_yaml(value: object) -> bytes:

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.errors import MbxError, StorageError, UnsupportedError
+from converters.mcore.flavours import TEXT_ALONE, arranged
+from converters.rows.table import Table
 from converters.tensors import StoredTensor
 from mbx.formats import hf
 from mbx.formats.adapter_facts import AdapterFacts, describe
 from mbx.formats.architecture import architecture_of
+from mbx.formats.beside import with_config
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.registry import Sniffed, sniff
-from mbx.formats.safetensors import read_folder
+from mbx.formats.safetensors_folder import read_folder
 from mbx.formats.torch_dist import count_by, is_weight
 from mbx.tables import table_for
 from mbx.torchfile.dcp import METADATA_NAME, read_dcp
@@ -38,17 +41,21 @@ class Summary:
     """What a checkpoint is. `fault` says what is missing or damaged; None means whole.
 
     `tensors` are the model's weights; `other_state` counts the rest by kind, as (tensors, bytes). `files` holds the
-    data files with their sizes, `layout` the parallel sizes as far as they show. `adapter` is set where the tensors
+    data files with their sizes, `layout` the parallel sizes as far as they show. `flavour` is the tool whose keys the
+    towers of a Megatron checkpoint have, for a model with any. `adapter` is set where the tensors
     are those of an adapter.
     """
 
     path: Path
     format: str
     writer: str | None = None
+    core: str | None = None
+    model_class: str | None = None
     fault: str | None = None
     iteration: int | None = None
     architecture: str | None = None
     table: str | None = None
+    flavour: str | None = None
     layout: Mapping[str, int] = field(default_factory=dict)
     tensors: tuple[Tensor, ...] = ()
     other_state: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -83,8 +90,11 @@ class Summary:
         return count_by((tensor.dtype, tensor.nbytes) for tensor in self.tensors)
 
 
-def summarize(path: Path) -> Summary:
-    """Find out what `path` is; StorageError for a path that is no checkpoint at all."""
+def summarize(path: Path, hf_config: Path | None = None) -> Summary:
+    """Find out what `path` is; StorageError for a path that is no checkpoint at all.
+
+    `hf_config` is a folder with config.json for a Megatron checkpoint that carries none.
+    """
     try:
         found = sniff(path)
     except StorageError:
@@ -96,7 +106,7 @@ def summarize(path: Path) -> Summary:
     if path.name.endswith(".partial"):
         faults.append("unfinished: this is the working folder of a run that did not end")
     try:
-        opened = found.open()
+        opened = with_config(found.open(), hf_config)
     except MbxError as error:
         faults.append(error.fact)
         opened = _salvaged(found)
@@ -112,10 +122,13 @@ def summarize(path: Path) -> Summary:
         path,
         found.format.title,
         writer=opened.writer,
+        core=opened.core,
+        model_class=opened.model_class,
         fault=faults[0] if faults else None,
         iteration=_iteration(opened),
         architecture=architecture,
-        table=table,
+        table=None if table is None else table.name,
+        flavour=(table.flavour or TEXT_ALONE) if table and table.flavours and opened.spelling == "mcore" else None,
         layout=_layout(opened, listed),
         tensors=listed,
         other_state=opened.other_state,
@@ -140,14 +153,17 @@ def _salvaged(found: Sniffed) -> Checkpoint:
     return Checkpoint(found.path, found.format.name, spelling, home, tensors, hf=beside)
 
 
-def _table(opened: Checkpoint, architecture: str | None) -> str | None:
-    """The table that covers a checkpoint, by its config.json or else by Megatron's sidecars; None where none does."""
+def _table(opened: Checkpoint, architecture: str | None) -> Table | None:
+    """The table that covers a checkpoint, by its config.json or else by Megatron's sidecars; None where none does.
+
+    Of a Megatron one with towers it is in the flavour that the keys tell.
+    """
     if architecture is None:
         return None
     try:
         if (config := hf.config_file(opened)) is not None:
-            return table_for(config).name
-        return architecture_of(opened).table.name
+            return arranged(table_for(config), opened.tensors)
+        return architecture_of(opened).table
     except UnsupportedError:
         return None
 

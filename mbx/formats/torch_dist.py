@@ -14,15 +14,19 @@ from pathlib import Path
 
 from converters.engine.plan import Draft
 from converters.errors import StorageError
-from converters.mcore.fsdp_dtensor import is_apart, parse_apart
+from converters.mcore.fsdp_dtensor import Stored, is_apart, parse_apart
+from converters.mcore.hybrid_form import from_hybrid, gpt_args, has_gpt_form
 from converters.mcore.keys import canonical_names
-from converters.mcore.megatron_args import config_of_args
+from converters.mcore.megatron_args import config_of_args, is_silent
+from converters.mcore.optimizer_state import is_state, weight_of
+from converters.mcore.releases import CURRENT, written_by
+from converters.rows.expr import Value
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.files import frame_bytes
 from mbx.formats.gathering import gather
 from mbx.formats.placement import Framing, Order, Placement
-from mbx.formats.sidecars import common_of, hf_folder, read_run_config
+from mbx.formats.sidecars import common_of, common_place, hf_folder, read_run_config
 from mbx.torchfile.archive import extra_state_archive, object_archive
 from mbx.torchfile.dcp import build_dcp_metadata, read_dcp
 from mbx.untrusted.small_files import POINTER, read_json, read_small
@@ -36,6 +40,8 @@ _LARGEST_FILE = 1 << 30
 #: Names of a checkpoint that are an optimizer's, and of all that is no weight.
 _OPTIMIZER = ("optimizer.", "chained_")
 _STATE = (*_OPTIMIZER, "rng_state", "rerun_state", "opt_param_scheduler", "common_state")
+#: What NeMo 2 puts before every name: its module around the model.
+_WRAPPER = "module."
 #: Files of an iteration's folder, one of which every Megatron format has; or one of these folders and files.
 _OF_ITERATION = (".metadata", "metadata.json", "common.pt")
 _WITHIN_ITERATION = ("mp_rank_*", "__*.distcp")
@@ -92,6 +98,13 @@ def is_weight(name: str) -> bool:
     return not name.startswith(_STATE)
 
 
+def _unwrapped(weights: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Weights by their names in the model, where all of them carry the wrapper's around it (NeMo 2)."""
+    if not weights or not all(name.startswith(_WRAPPER) for name in weights):
+        return dict(weights)
+    return {bare: replace(t, name=bare) for name, t in weights.items() for bare in (name.removeprefix(_WRAPPER),)}
+
+
 def open_torch_dist(path: Path, iteration: Path) -> Checkpoint:
     """Open the iteration of the checkpoint at `path`; StorageError where it is not whole."""
     metadata = iteration / "metadata.json"
@@ -104,15 +117,23 @@ def open_torch_dist(path: Path, iteration: Path) -> Checkpoint:
     if backend != "torch_dist":
         raise StorageError(f"`{metadata}` says sharded_backend = {backend!r}; this reader takes torch_dist")
     dcp = read_dcp(iteration)
-    weights = {name: tensor for name, tensor in dcp.tensors.items() if is_weight(name)}
-    rest = [tensor for name, tensor in dcp.tensors.items() if name not in weights]
+    weights = _unwrapped({name: tensor for name, tensor in dcp.tensors.items() if is_weight(name)})
+    rest = [tensor for name, tensor in dcp.tensors.items() if not is_weight(name)]
     common = common_of(iteration, dcp.objects)
     args = common.pop("args", None)
-    objects = [name for name in dcp.objects if "_extra_state/shard_" in name and is_weight(name)]
-    if any(map(is_apart, weights)):  # saved with singleton_local_shards; `_extra_state`s are apart as well
-        weights = gather(weights, parse_apart, config_of_args(args) if isinstance(args, dict) else {})
-        objects = []
+    states = (name.removeprefix(_WRAPPER) for name in dcp.objects if is_weight(name))
+    objects = [name for name in states if "_extra_state/shard_" in name]
+    tensors, model_class = canonical_tensors(weights), CURRENT.kind_of(weights)
     state = {tensor.name: tensor for tensor in rest if tensor.name.startswith(_OPTIMIZER)}
+    if has_gpt_form(tensors):
+        args = gpt_args(args) if isinstance(args, dict) else None
+        tensors, state = as_gpt(tensors, state, config_of_args(args) if args else {})
+        objects = []
+    elif any(map(is_apart, weights)):  # saved with singleton_local_shards; `_extra_state`s are apart as well
+        tensors = canonical_tensors(
+            gather(weights, parse_apart, config_of_args(args) if isinstance(args, dict) else {})
+        )
+        objects = []
     left_out = []
     if state:
         size = sum(tensor.nbytes for tensor in state.values())
@@ -125,8 +146,10 @@ def open_torch_dist(path: Path, iteration: Path) -> Checkpoint:
         "torch_dist",
         "mcore",
         iteration,
-        canonical_tensors(weights),
-        writer="Megatron-Bridge" if run_config else "Megatron-LM" if isinstance(args, dict) else "torch",
+        tensors,
+        writer=_writer(run_config, args),
+        core=written_by(common_place(iteration, dcp.objects)),
+        model_class=model_class,
         root=root_of(path, iteration),
         hf=hf_folder(iteration),
         objects=tuple(objects),
@@ -140,6 +163,15 @@ def open_torch_dist(path: Path, iteration: Path) -> Checkpoint:
     )
 
 
+def _writer(run_config: object, args: object) -> str:
+    """The tool by what it leaves beside the tensors; only they are torch's."""
+    if run_config:
+        return "Megatron-Bridge"
+    if isinstance(args, dict):
+        return "mcore-bridge" if is_silent(args) else "Megatron-LM"
+    return "torch"
+
+
 def canonical_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Tensors under the names that Transformer Engine's layers give them; StorageError when two meet in one name."""
     names = canonical_names(tensors)
@@ -147,6 +179,31 @@ def canonical_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTe
         (twice, _), *_ = Counter(names.values()).most_common(1)
         raise StorageError(f"`{twice}` is stored under two names")
     return {names[name]: replace(tensor, name=names[name]) for name, tensor in tensors.items()}
+
+
+def as_gpt(
+    tensors: Mapping[str, StoredTensor], state: Mapping[str, StoredTensor], config: Mapping[str, Value]
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """Weights of a HybridModel, and an optimizer's states of them by stored name, as the GPTModel of `config` has.
+
+    States that are not in the space of the weights keep their names.
+    """
+
+    def parse(name: str) -> Stored:
+        return Stored(from_hybrid(name), None, None)
+
+    groups: dict[str, dict[str, StoredTensor]] = {}
+    out = {}
+    for name, tensor in state.items():
+        if is_state(name):
+            groups.setdefault(name.removesuffix(weight_of(name)), {})[weight_of(name)] = tensor
+        else:
+            out[name] = tensor
+    for prefix, part in groups.items():
+        names = canonical_names(part)
+        found = gather({names[key]: tensor for key, tensor in part.items()}, parse, config)
+        out |= {prefix + key: replace(tensor, name=prefix + key) for key, tensor in found.items()}
+    return gather(tensors, parse, config), out
 
 
 def count_by(items: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:

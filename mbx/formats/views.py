@@ -13,15 +13,15 @@ from converters.codecs.decode import decoded_view
 from converters.engine.plan import Plan
 from converters.engine.planned import PlannedTensors
 from converters.errors import UsageError
+from converters.mcore.flavours import in_flavour, usual_of
 from converters.mcore.layout import Layout
 from converters.planning.exporter import Origin, plan_export
 from converters.planning.importer import plan_import
 from converters.planning.pairing import pair_by_name
-from converters.tensors import Shape
+from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.formats import hf
-from mbx.formats.architecture import architecture_of
+from mbx.formats.architecture import architecture_of, table_of
 from mbx.formats.tensors import NamedTensors, Spec
-from mbx.tables import table_for
 
 if TYPE_CHECKING:
     from mbx.formats.checkpoint import Checkpoint
@@ -46,6 +46,34 @@ class View(NamedTensors):
 
     def _read(self, name: str, offsets: Shape, sizes: Shape) -> npt.NDArray[np.uint8]:
         return self._made.read(name, offsets, sizes)
+
+
+class ViewSource:
+    """A view's tensors as a storage that is read by byte: each is a file of its own, and one chunk of that.
+
+    A read makes the rows that it touches.
+    """
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        specs = (view._spec(name) for name in view.names())
+        self.tensors = {
+            s.name: StoredTensor.whole(s.name, s.dtype, s.shape, s.name, 0) for s in specs if s is not None
+        }
+
+    def data_start(self, chunk: Chunk) -> int:
+        """Nothing stands before the data."""
+        return chunk.start
+
+    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `start` of a tensor on."""
+        tensor = self.tensors[file]
+        row = max(1, nbytes_of(tensor.dtype, tensor.shape[1:]))
+        first, last = start // row, -(-(start + len(buffer)) // row)
+        offsets, sizes = ((first, *(0 for _ in tensor.shape[1:])), (last - first, *tensor.shape[1:]))
+        made = self.view._read(file, offsets, sizes) if tensor.shape else self.view._read(file, (), ())
+        skip = start - first * row
+        buffer[:] = made.reshape(-1)[skip : skip + len(buffer)].data
 
 
 def hf_view(opened: Checkpoint, mapping: str | None = None) -> View:
@@ -74,7 +102,8 @@ def mcore_view(opened: Checkpoint, mapping: str | None = None) -> View:
     Raises what the conversion would: UnsupportedError without a table, CoverageError for tensors left over.
     """
     _require_model(opened)
-    table = table_for(opened.config, mapping)
+    table = table_of(opened, opened.config, mapping)
+    table = in_flavour(table, usual_of(table))
     return View(plan_import(table, opened.config, opened.tensors, Layout()), opened)
 
 

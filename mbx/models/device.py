@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from converters.errors import LayoutError, UsageError
@@ -59,8 +62,25 @@ class Spread:
 ONE_PROCESS = Spread()
 
 
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Work that no other process shares, whatever ranks the environment gives: a pod's scheduler may set them for all.
+
+    Within it this process is the only one. UsageError as of `world_of`.
+    """
+    world_of()
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
 def world_of() -> tuple[int, int]:
-    """This process's rank, and how many there are, from torchrun's environment; (0, 1) without.
+    """This process's rank, and how many there are, from torchrun's environment; (0, 1) without, and within `alone`.
 
     UsageError where the two do not go together: a rank that nobody started would wait for a report that nobody makes.
     """
@@ -69,7 +89,7 @@ def world_of() -> tuple[int, int]:
         raise UsageError(
             f"the environment says RANK={rank} of WORLD_SIZE={world}", hint="unset both, or start with torchrun"
         )
-    return int(rank), int(world)
+    return (0, 1) if _ALONE.get() else (int(rank), int(world))
 
 
 def is_main() -> bool:

@@ -38,7 +38,7 @@ from mbx.torchfile.torch_values import TORCH_NAMES, Opaque, TensorStub
 from mbx.untrusted.names import inside
 from mbx.untrusted.small_files import open_regular
 
-#: Classes of NumPy's arrays and scalars, in which random states are saved (`mbx/train/checkpoints/restore.py`).
+#: Classes of NumPy's arrays and scalars, in which random states are saved (`mbx/train/checkpoints/random_streams.py`).
 _NUMPY = tuple(
     f"{module}.{name}"
     for module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.errors import StorageError, UsageError
 from converters.rows.expr import Value
+from mbx.models.pictures import Pictures
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,8 @@ class Prompts:
 
     `num_tokens` is the length of a drawn prompt, `max_text_tokens` cuts a text. `far` adds, for models with scaled
     rotary positions, a second pass whose later half starts at the original context length: the range that scaling
-    was made for, at the cost of a few tokens.
+    was made for, at the cost of a few tokens. `telling` are ids that stand in the last drawn prompt, as far as half of
+    it has room.
     """
 
     token_ids: tuple[tuple[int, ...], ...] = ()
@@ -30,6 +32,12 @@ class Prompts:
     max_text_tokens: int = 512
     seed: int = 0
     far: bool = True
+    telling: tuple[int, ...] = ()
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the tokens are drawn."""
+        return not self.token_ids and self.text_file is None
 
 
 #: What is compared when nobody asks for other prompts.
@@ -38,10 +46,11 @@ DRAWN = Prompts()
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One pass: `ids: [b, s]`, and `positions: [s]` where they are not 0, 1, 2, …"""
+    """One pass: `ids: [b, s]`, `positions: [s]` where they are not 0, 1, 2, …, and the pictures among the ids."""
 
     ids: torch.Tensor
     positions: torch.Tensor | None = None
+    pictures: Pictures | None = None
 
     @property
     def far(self) -> torch.Tensor:
@@ -95,6 +104,10 @@ def passes(
         generator = torch.Generator().manual_seed(prompts.seed)
         batches = [torch.randint(0, vocab_size, (prompts.num_prompts, length), generator=generator)]
         origin = f"{prompts.num_prompts} drawn prompts of {length} tokens (seed {prompts.seed})"
+        if telling := prompts.telling[: length // 2]:
+            places = [number * length // len(telling) for number in range(len(telling))]
+            batches[0][-1, places] = torch.tensor(telling)
+            origin += f", {len(telling)} of them special ones or of the smallest and largest embeddings"
     plain = [Batch(ids) for ids in batches]
     start = original_context(hf_config) if prompts.far else None
     if start is None:
@@ -108,9 +121,12 @@ def passes(
 
 
 def original_context(hf_config: Mapping[str, Value]) -> int | None:
-    """Positions a model with scaled rotary embeddings saw before scaling; None for one without scaling."""
+    """Positions a model with scaled rotary embeddings saw before scaling; None for one without scaling.
+
+    Dynamic scaling sets in behind the context itself: there is nothing of the model's to compare.
+    """
     scaling = hf_config.get("rope_scaling")
-    if not isinstance(scaling, Mapping):
+    if not isinstance(scaling, Mapping) or scaling.get("rope_type") == "dynamic":
         return None
     for value in (scaling.get("original_max_position_embeddings"), hf_config.get("max_position_embeddings")):
         if isinstance(value, int):

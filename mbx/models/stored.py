@@ -9,15 +9,15 @@ import numpy as np
 
 from converters import stored
 from converters.engine.regions import matrix
+from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor
-from mbx.formats.files import FileSource
 
 if TYPE_CHECKING:
     import torch
 
 
 def read_rows(
-    tensor: StoredTensor, source: FileSource, runs: Sequence[tuple[int, int]], index: Shape = ()
+    tensor: StoredTensor, source: Source, runs: Sequence[tuple[int, int]], index: Shape = ()
 ) -> torch.Tensor:
     """Rows of one entry of `tensor`: [rows of all runs, *rest], in the stored dtype.
 
@@ -33,12 +33,12 @@ def read_rows(
     return in_torch(data, tensor.name, tensor.dtype, shape)
 
 
-def read_whole(tensor: StoredTensor, source: FileSource) -> torch.Tensor:
+def read_whole(tensor: StoredTensor, source: Source) -> torch.Tensor:
     """All of `tensor`, in the stored dtype."""
     return read_rows(tensor, source, [(0, matrix(tensor.shape, 0)[0])])
 
 
-def read_box(tensor: StoredTensor, source: FileSource, index: Shape, offsets: Shape, sizes: Shape) -> torch.Tensor:
+def read_box(tensor: StoredTensor, source: Source, index: Shape, offsets: Shape, sizes: Shape) -> torch.Tensor:
     """The box of `sizes` from `offsets` on within the entry at `index`: `sizes`, in the stored dtype."""
     data = stored.read_box(tensor, source, (*index, *offsets), (*(1 for _ in index), *sizes))
     from converters.torch_casts import in_torch

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mbx.models.pictures import Seen
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,12 +27,14 @@ class Trace:
     """Hidden states of one implementation on the CPU, in fp32.
 
     `hidden`: border → [positions, hidden], all passes one behind the other, in the order of the model. `head` makes
-    the logits, a part of the vocabulary at a time, until `close` closes the files it reads.
+    the logits, a part of the vocabulary at a time, until `close` closes the files it reads. `seen`: what a tower made
+    of each pass's pictures, None for a pass without.
     """
 
     hidden: dict[str, torch.Tensor]
     head: Head
     close: Callable[[], None] = lambda: None
+    seen: tuple[Seen | None, ...] = ()
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -89,6 +89,10 @@ class Detective:
         limits: Mapping[str, int],
         max_memory: int,
     ) -> None:
+        if plan.reencoded:  # the parts of a codec have no rows of a model
+            coded = plan.reencoded.keys()
+            plain = tuple(unit for unit in plan.units if coded.isdisjoint(entry.tensor for entry in unit.entries))
+            plan = replace(plan, units=plain, reencoded={})
         self.plan, self.actual, self.left, self.right, self.fields = plan, actual, left, right, fields
         self.limits = limits
         self.budget = max(1 << 20, max_memory // 8)

@@ -28,11 +28,12 @@ EntryId = tuple[str, Shape]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How both sides are read: threads, bytes in flight, and whom to tell of bytes that were compared."""
+    """How both sides are read: threads, bytes in flight, and whom to tell of bytes to compare and of those done."""
 
     workers: int = 2
     max_memory: int = DEFAULT_MAX_MEMORY
     progress: Progress = lambda _: None
+    expect: Progress = lambda _: None
 
 
 #: As a caller reads who says nothing of it.
@@ -203,6 +204,7 @@ def compare(
     sink = ComparingSink(right, targets, depths, limits, norms=norms)
     # A sixteenth for the stored blocks of every worker, which the engine knows nothing of.
     max_memory = reading.max_memory * 15 // 16
+    reading.expect(narrowed.target_bytes)
     Engine(narrowed, targets, left, sink, workers=reading.workers, max_memory=max_memory).run(reading.progress)
     return sink
 
@@ -218,6 +220,11 @@ def repeats(plan: Plan, mine: StoredTensor, other: StoredTensor, source: Source)
 
 def narrow(plan: Plan, targets: Mapping[str, StoredTensor]) -> Plan:
     """The part of a plan that makes all of `targets` and nothing else, in the dtypes that they have."""
-    units = tuple(u for u in plan.units if u.entries and all(entry.tensor in targets for entry in u.entries))
+
+    def is_there(name: str) -> bool:
+        whole = plan.reencoded.get(name)
+        return name in targets if whole is None else all(part.name in targets for part in whole.parts.values())
+
+    units = tuple(u for u in plan.units if u.entries and all(is_there(entry.tensor) for entry in u.entries))
     drafts = tuple(Draft(t.name, t.dtype, t.shape, ()) for t in targets.values())
     return replace(plan, drafts=drafts, units=units)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from converters.codecs import quantization_of
 from converters.codecs.decode import Encoded, decoded_view
 from converters.engine.plan import Draft, Plan, requested_dtype
-from converters.errors import UnsupportedError, UsageError
-from converters.mcore.cuts import VOCAB
+from converters.errors import MbxError, UnsupportedError, UsageError
+from converters.mcore.cuts import is_vocab
+from converters.mcore.flavours import flavoured, in_flavour, usual_of
 from converters.mcore.keys import parse_key
 from converters.mcore.layout import Layout
 from converters.planning.importer import plan_import
@@ -18,11 +20,16 @@ from converters.protocols import Source
 from converters.rows.expr import Value
 from converters.rows.table import Table
 from converters.tensors import StoredTensor
-from mbx.formats.architecture import known_config
+from mbx.formats.architecture import known_config, table_of
+from mbx.formats.beside import with_config
 from mbx.formats.checkpoint import Checkpoint
-from mbx.formats.hf import kept_tensors
+from mbx.formats.hf import config_file, kept_tensors
+from mbx.formats.registry import open_checkpoint
+from mbx.formats.views import ViewSource, hf_view
+from mbx.proof.gaps import Gap
 from mbx.proof.respelling import respelt
 from mbx.tables import table_for
+from mbx.text import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +39,8 @@ class Pair:
     `swapped` says that the user named them the other way round. `equal` are tensors that have to repeat another one of
     their side, as (whether on the right side, name, the other's name). `repeated` are those that one side may lack:
     they repeat another, are recomputed, or belong to a model around this one. `fields` is the Megatron Core config as
-    far as it is known. `limits` are the rows that are the vocabulary; what follows is padding.
+    far as it is known. `limits` are the rows that are the vocabulary; what follows is padding. `gaps` are tensors of a
+    model around this one that one side alone has. `source` reads `actual` where that is in no file of `right`.
     """
 
     left: Checkpoint
@@ -46,13 +54,43 @@ class Pair:
     limits: Mapping[str, int]
     equal: tuple[tuple[bool, str, str], ...] = ()
     swapped: bool = False
+    gaps: tuple[Gap, ...] = ()
+    source: Source | None = None
 
     @property
     def nouns(self) -> tuple[str, str]:
         """What to call the two sides of the plan."""
         if self.left.spelling != self.right.spelling:
-            return "the folder", "the checkpoint"
+            named = ("the folder", "the checkpoint")
+            return named if self.left.spelling == "hf" else named[::-1]
         return ("the second", "the first") if self.swapped else ("the first", "the second")
+
+
+def open_sides(
+    first: Path,
+    second: Path,
+    mapping: str | None = None,
+    hf_config: Path | None = None,
+    allowed_keys: tuple[str, ...] = (),
+) -> tuple[Checkpoint, Checkpoint]:
+    """Open what is to be compared; `hf_config` is a folder with config.json for a Megatron checkpoint without one.
+
+    Unknown keys of config.json that the user waives, or that the conversion of either side waived, are so on both.
+    """
+    left, right = (with_config(open_checkpoint(path), hf_config).allowing(allowed_keys) for path in (first, second))
+    keys = (*left.waived_keys, *right.waived_keys) if _has_unknown_keys((left, right), mapping) else ()
+    return left.allowing(keys), right.allowing(keys)
+
+
+def _has_unknown_keys(sides: Iterable[Checkpoint], mapping: str | None) -> bool:
+    for side in sides:
+        config = config_file(side)
+        try:
+            if config is not None and table_for(config, mapping).config.unknown_keys(config):
+                return True
+        except MbxError:  # pairing says it
+            return False
+    return False
 
 
 def pair_sides(
@@ -82,12 +120,13 @@ def pair_sides(
     if first.spelling == second.spelling == "hf":
         return _hf_pair(first, second, mapping)
     folder, checkpoint = (first, second) if first.spelling == "hf" else (second, first)
-    table = table_for(folder.config, mapping)
+    table = flavoured(table_of(folder, folder.config, mapping), checkpoint.tensors)
     plan = plan_import(table, folder.config, folder.tensors, Layout(), dtype=requested_dtype(dtype))
     wanted = [draft.name for draft in plan.drafts]
     actual = respelt(checkpoint.tensors, wanted, source[id(checkpoint)])
     known = set(wanted)
     carried = _carried(checkpoint, plan.ledger.beside)
+    left_beside = tuple(name for name in plan.ledger.beside if name not in carried)
     return Pair(
         folder,
         checkpoint,
@@ -95,12 +134,20 @@ def pair_sides(
         {**actual, **carried},
         tuple(name for name in wanted if name not in actual),
         tuple(name for name in actual if name not in known),
-        tuple(name for name in plan.ledger.beside if name not in carried),
+        left_beside,
         plan.config,
         _limits(plan.config, actual),
         tuple((False, name, other) for name, other in plan.equal),
         swapped=first.spelling == "mcore",
+        gaps=_alone(left_beside, "the folder"),
     )
+
+
+def _alone(names: Collection[str], noun: str) -> tuple[Gap, ...]:
+    """The gap of tensors around the text model that one side alone has."""
+    if not names:
+        return ()
+    return (Gap("not compared", f"{plural(len(names), 'tensor')} beside the text model, which {noun} alone has"),)
 
 
 def _carried(checkpoint: Checkpoint, beside: tuple[str, ...]) -> dict[str, StoredTensor]:
@@ -121,18 +168,74 @@ def _mcore_pair(first: Checkpoint, second: Checkpoint, source: Mapping[int, Sour
     if mapping is not None:
         table_for({}, mapping)  # known_config would go on without a table that is not there
     fields = known_config(first, mapping)[0] or known_config(second, mapping)[0]
+    if _arranged_otherwise(first, second, mapping):
+        return _by_folder(first, second, fields, mapping)
     actual = respelt(second.tensors, first.tensors, source[id(second)])
     found = pair_by_name(first.tensors, actual, lambda name: parse_key(name).depth, fields)
-    return _pair(first, second, found, actual, fields)
+    mine, other = (_beside_of(side, mapping) for side in (first, second))
+    both = {name: other[name] for name in mine if name in other}
+    plan = replace(found.plan, sources={**found.plan.sources, **{name: mine[name] for name in both}})
+    pair = _pair(first, second, replace(found, plan=_with_carried(plan, both)), {**actual, **both}, fields)
+    alone = _alone(mine.keys() - both.keys(), "the first") + _alone(other.keys() - both.keys(), "the second")
+    return replace(pair, gaps=alone)
+
+
+def _beside_of(checkpoint: Checkpoint, mapping: str | None) -> dict[str, StoredTensor]:
+    """Tensors of a model around the text model (a vision tower) that travel with a Megatron checkpoint."""
+    config = config_file(checkpoint)
+    if config is None or checkpoint.hf is None:
+        return {}
+    try:
+        beside = table_for(config, mapping).beside
+    except MbxError:
+        return {}
+    kept = kept_tensors(checkpoint.home, checkpoint.hf) if beside else {}
+    return {name: tensor for name, tensor in kept.items() if name.startswith(beside)}
+
+
+def _arranged_otherwise(first: Checkpoint, second: Checkpoint, mapping: str | None) -> bool:
+    """Whether two checkpoints of one model are known to be of two flavours."""
+    configs = config_file(first), config_file(second)
+    if None in configs:
+        return False
+    try:
+        left, right = (
+            flavoured(table_for(config or {}, mapping), side.tensors)
+            for config, side in zip(configs, (first, second), strict=True)
+        )
+    except MbxError:
+        return False
+    return left.name == right.name and (left.flavour, left.sites, left.blocks) != (
+        right.flavour,
+        right.sites,
+        right.blocks,
+    )
+
+
+def _by_folder(first: Checkpoint, second: Checkpoint, fields: Mapping[str, Value], mapping: str | None) -> Pair:
+    """Two flavours of one model, as the folders that both stand for."""
+    left, right = hf_view(first, mapping), ViewSource(hf_view(second, mapping))
+    plan, actual = left.plan, right.tensors
+    names = [draft.name for draft in plan.drafts]
+    return Pair(
+        first,
+        second,
+        plan,
+        actual,
+        tuple(name for name in names if name not in actual),
+        tuple(name for name in actual if name not in set(names)),
+        (),
+        fields,
+        {},
+        source=right,
+    )
 
 
 def _hf_pair(first: Checkpoint, second: Checkpoint, mapping: str | None) -> Pair:
     left, right = first.tensors, second.tensors
-    try:
-        table: Table | None = table_for(first.config, mapping)
-    except UnsupportedError:
-        table = None
-    fields = {} if table is None else table.config.to_mcore(first.config, allow_unused=first.config)
+    table, fields = _read_by_table(first.config, mapping)
+    if table is not None and table.flavours:
+        table = in_flavour(table, usual_of(table))
     if table is None or _same_headers(left, right):
         found = pair_by_name(left, right, config=fields)
         found = replace(found, plan=replace(found.plan, table=table))
@@ -148,6 +251,20 @@ def _hf_pair(first: Checkpoint, second: Checkpoint, mapping: str | None) -> Pair
         first, second, mine, other = second, first, other, mine
     found = pair_by_table(table, fields, mine, other, mine_encoded or other_encoded)
     return replace(_pair(first, second, found, other, fields), swapped=swapped)
+
+
+def _read_by_table(config: Mapping[str, Value], mapping: str | None) -> tuple[Table | None, dict[str, Value]]:
+    """The table of a folder, and what its config.json says by it; none where no table describes it.
+
+    A model for which Megatron Core has no counterpart is still the same in two folders.
+    """
+    try:
+        table = table_for(config, mapping)
+        return table, table.config.to_mcore(config, allow_unused=config)
+    except MbxError:
+        if mapping is None:
+            return None, {}
+        raise
 
 
 def _decoded(side: Checkpoint) -> tuple[dict[str, StoredTensor], dict[str, Encoded]]:
@@ -166,7 +283,8 @@ def _pair(
     fields: Mapping[str, Value],
 ) -> Pair:
     limits = _limits(fields, actual) if left.spelling == "mcore" else {}
-    for name in VOCAB & found.plan.sources.keys() & actual.keys() if left.spelling == "mcore" else ():
+    shared = found.plan.sources.keys() & actual.keys()
+    for name in filter(is_vocab, shared) if left.spelling == "mcore" else ():
         limits.setdefault(name, min(found.plan.sources[name].shape[0], actual[name].shape[0]))
     return Pair(
         left,
@@ -184,4 +302,4 @@ def _pair(
 
 def _limits(fields: Mapping[str, Value], tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
     size = fields.get("model.vocab_size")
-    return {name: size for name in VOCAB if name in tensors} if isinstance(size, int) else {}
+    return {name: size for name in tensors if is_vocab(name)} if isinstance(size, int) else {}

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from converters.codecs import quantization_of
 from converters.codecs.decode import decoded_view
 from converters.engine.plan import Plan
 from converters.errors import MbxError
-from converters.mcore.field_equality import alike, listed
+from converters.mcore.bridge_config import config_of_run_config
+from converters.mcore.field_equality import alike, is_idle, listed
+from converters.mcore.hybrid_form import hybrid_config
+from converters.mcore.keys import parse_key
 from converters.mcore.layout import count_of
-from converters.mcore.megatron_args import TRAINING
+from converters.mcore.megatron_args import TRAINING, config_of_args
 from converters.rows.config_spelling import GENERIC_KEYS, canonical
 from converters.rows.expr import Value
 from converters.rows.isos.rope import LLAMA3_FIXED
-from mbx.formats.architecture import stated_config
+from mbx.formats.architecture import stated_config, table_of
 from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.fitting import unequal_fields as unequal_shared
 from mbx.formats.hf import config_file
+from mbx.models.transformers.defaults import completed_pair, unequal_keys
 from mbx.proof.comparison import Pair
+from mbx.proof.gaps import Gap
 from mbx.proof.legs import Leg
-from mbx.tables import table_for
+from mbx.proof.side_files import compare_side_files
 
 #: What a field means to the forward pass, for a reader who does not know Megatron Core's names.
 MEANINGS = {
@@ -51,15 +58,38 @@ MEANINGS = {
 }
 
 
+#: Keys that tables ignore and that change no pass: of training, of caches and kernels, or read by no code.
+_IDLE = frozenset(
+    """pretraining_tp output_router_logits router_jitter_noise router_aux_loss_coef seq_aux ep_size for_llm_compressor
+    use_mamba_kernels num_logits_to_keep rescale_prenorm_residual mamba_ssm_cache_dtype moe_shared_expert_overlap
+    mtp_loss_scaling_factor keep_mtp_spec_in_bf16 full_attn_mod interpolate_factor initial_context_length
+    experts_per_token sliding_window_size""".split()
+)
+#: Keys that are read under `use_sliding_window` alone, where a config has that switch.
+_WINDOWED = frozenset(("sliding_window", "max_window_layers"))
 #: Llama 4 scales queries behind `floor_scale` positions unless this says otherwise; no Megatron Core field does.
 _TEMPERATURE = "attn_temperature_tuning"
 
 
-def config(pair: Pair) -> Leg:
-    """Settings of both sides, field by field, in Megatron Core's names."""
+def config(pair: Pair) -> tuple[Leg, tuple[Gap, ...]]:
+    """Settings of both sides, and what lies beside their weights; also what one side alone has.
+
+    Three statements of a Megatron checkpoint are held against each other: hf/config.json, run_config.yaml and args.
+    """
+    both_hf = pair.left.spelling == pair.right.spelling == "hf"
+    leg = _hf_config(pair) if both_hf else _by_field(pair)
+    try:
+        beside = compare_side_files(pair.left, pair.right, pair.nouns)
+        findings = [*_without_effect(pair), *_sidecars(pair), *beside.findings]
+    except MbxError as error:
+        return replace(leg, status="failed", details=(*leg.details, error.fact, *error.details)), ()
+    found = dict.fromkeys((*leg.details, *findings))
+    return (replace(leg, status="failed", details=tuple(found)) if findings else leg), tuple(beside.gaps)
+
+
+def _by_field(pair: Pair) -> Leg:
+    """Settings of two sides of which at least one is Megatron Core's, field by field, in its names."""
     left, right = pair.nouns
-    if pair.left.spelling == "hf" and pair.right.spelling == "hf":
-        return _hf_config(pair)
     sides = []
     for side, noun in ((pair.left, left), (pair.right, right)):
         fields, origin = _fields(side, pair)
@@ -84,6 +114,68 @@ def config(pair: Pair) -> Leg:
     return Leg("config", "failed" if findings else "passed", summary, tuple(findings))
 
 
+def _without_effect(pair: Pair) -> list[str]:
+    """Keys that the table ignores, since Megatron Core has no use of them, and by which the sides are two models.
+
+    Behind the lengths that both can run, beside the text model, or in a layer's kind they may change the pass.
+    """
+    mine, other = config_file(pair.left), config_file(pair.right)
+    if pair.plan.table is None or mine is None or other is None:
+        return []
+    left, right = canonical(dict(mine)), canonical(dict(other))
+    ignored = pair.plan.table.config.ignore - _IDLE - {_TEMPERATURE}
+    if not (left.get("use_sliding_window", True) or right.get("use_sliding_window", True)):
+        ignored -= _WINDOWED
+    read = completed_pair(mine, other)
+    names = [key for key in unequal_keys(*read) if key in ignored]
+    return [line for name in names for line in _nested(pair, name, read[0].get(name), read[1].get(name))]
+
+
+def _nested(pair: Pair, name: str, mine: Value, other: Value) -> Iterator[str]:
+    """A line for each key of two objects that says different things; of a plain value, one."""
+    if isinstance(mine, Mapping) and isinstance(other, Mapping):
+        for key in sorted(set(mine) | set(other)):
+            if mine.get(key) != other.get(key):
+                yield from _nested(pair, f"{name}.{key}", mine.get(key), other.get(key))
+        return
+    left, right = pair.nouns
+    yield f"`{name}`: {mine!r} in {left}, {other!r} in {right}"
+
+
+def _sidecars(pair: Pair) -> list[str]:
+    """Fields by which run_config.yaml or args of a Megatron checkpoint say another model than its config.json."""
+    findings = []
+    for side, noun in zip((pair.left, pair.right), pair.nouns, strict=True):
+        if side.spelling != "mcore" or config_file(side) is None:
+            continue
+        fields, _ = _fields(side, pair)
+        if fields is None:
+            continue
+        stated = []
+        if side.run_config:  # which speaks of the class that is stored; args were read as the GPTModel's
+            is_other = side.model_class == "hybrid" and fields.get("model.mcore_model", "gpt") == "gpt"
+            own = hybrid_config(fields) if is_other else fields
+            stated.append((own, config_of_run_config(side.run_config), "run_config.yaml"))
+        if side.args:
+            stated.append((fields, config_of_args(side.args), "args"))
+        absent = _of_absent_layers(pair.plan)
+        for own, said, origin in stated:
+            names = [name for name in (*unequal_shared(own, said), *_more(own, said)) if name not in absent]
+            findings += [
+                f"`{name}`{_meaning(pair.plan, name)}: {own.get(name)!r} by config.json of {noun}, "
+                f"{said[name]!r} by its {origin}"
+                for name in names
+                if not (name == "mtp_num_layers" and not own.get(name))  # what the checkpoint holds counts
+            ]
+    return findings
+
+
+def _more(own: Mapping[str, Value], said: Mapping[str, Value]) -> list[str]:
+    """Mechanisms that a sidecar states and config.json gives the model no setting of."""
+    names = said.keys() - own.keys() - TRAINING
+    return sorted(name for name in names if not is_idle(name, said[name]))
+
+
 def _fields(side: Checkpoint, pair: Pair) -> tuple[Mapping[str, Value] | None, str]:
     """Fields that a side states, and what states them where that is not a whole config.json; or why there are none.
 
@@ -97,7 +189,7 @@ def _fields(side: Checkpoint, pair: Pair) -> tuple[Mapping[str, Value] | None, s
         try:
             if not config or canonical(config).get("model_type") != canonical(stored).get("model_type"):
                 table = None
-            return (table or table_for(stored)).config.to_mcore(stored), ""
+            return (table or table_of(side, stored)).config.to_mcore(stored), ""
         except MbxError as error:
             return None, f"has a config.json that cannot be read: {error.fact}"
     fields, origin = stated_config(side)
@@ -152,7 +244,7 @@ def unequal_fields(left: Mapping[str, Value], right: Mapping[str, Value]) -> lis
 
 def _of_absent_layers(plan: Plan) -> set[str]:
     """Fields about prediction layers that neither side has a tensor of: configs promise them, savers drop them."""
-    has_some = any(draft.name.startswith("mtp.") for draft in plan.drafts)
+    has_some = any(parse_key(draft.name).site == "mtp" for draft in plan.drafts)
     return set() if has_some else {"mtp_num_layers", "model.mtp_num_layers"}
 
 
@@ -190,7 +282,9 @@ def _hf_config(pair: Pair) -> Leg:
     known.discard("model_type")
     findings += _quantization(pair)
     keys = sorted(key for key in set(mine) | set(other) if key not in known and not key.startswith("_"))
-    findings += _findings(pair, (key for key in keys if mine.get(key) != other.get(key)), mine, other)
+    read = completed_pair(pair.left.config, pair.right.config)
+    apart = [key for key in unequal_keys(*read) if key not in known]
+    findings += [line for key in apart for line in _nested(pair, key, read[0].get(key), read[1].get(key))]
     summary = f"{len(names)} fields, {len(keys)} other keys" if table is not None else f"{len(keys)} keys"
     return Leg("config", "failed" if findings else "passed", summary, tuple(findings))
 

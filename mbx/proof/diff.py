@@ -15,9 +15,8 @@ from mbx.formats.architecture import stated_config
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
 from mbx.formats.hf import config_file
-from mbx.formats.registry import open_checkpoint
 from mbx.proof.compare import PLAIN, Reading, Tally, add_tally, compare
-from mbx.proof.comparison import Pair, pair_sides
+from mbx.proof.comparison import Pair, open_sides, pair_sides
 
 Progress = Callable[[int], None]
 
@@ -64,13 +63,23 @@ class Diff:
         return not (self.removed or self.added or self.changes or self.config)
 
 
-def diff(left: Path, right: Path, *, mapping: str | None = None, reading: Reading = PLAIN) -> Diff:
+def diff(
+    left: Path,
+    right: Path,
+    *,
+    mapping: str | None = None,
+    reading: Reading = PLAIN,
+    hf_config: Path | None = None,
+    allowed_keys: tuple[str, ...] = (),
+) -> Diff:
     """Compare two checkpoints of any format.
 
-    Against a Megatron checkpoint, names are its keys, and norms of one of each kind are relative to the folder. Raises
+    Against a Megatron checkpoint, names are its keys, and norms of one of each kind are relative to the folder.
+    `hf_config` is a folder with config.json for a Megatron checkpoint that carries none, `allowed_keys` are unknown
+    keys of config.json that are waived. Raises
     MbxError where one cannot be read, or no table brings them together.
     """
-    sides = open_checkpoint(left), open_checkpoint(right)
+    sides = open_sides(left, right, mapping, hf_config, allowed_keys)
     sources = {id(side): FileSource(side.home) for side in sides}
     try:
         pair = pair_sides(*sides, sources, mapping)

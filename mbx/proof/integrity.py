@@ -51,14 +51,22 @@ class Report:
         return not self.changes
 
 
-def check(folder: Path, *, workers: int = 2, progress: Callable[[int], None] = lambda _: None) -> Report:
+def check(
+    folder: Path,
+    *,
+    workers: int = 2,
+    progress: Callable[[int], None] = lambda _: None,
+    expect: Callable[[int], None] = lambda _: None,
+) -> Report:
     """Re-read everything `mbx_manifest.json` lists in `folder`.
 
+    `expect` is called once with the bytes of all tensors, `progress` with those that were read since it was called.
     Raises StorageError when there is no manifest, or it cannot be read; what differs is a change of the report.
     """
     listed = manifest.read(folder)
     if not listed.tensors:
         raise StorageError(f"`{folder / MANIFEST}` is damaged: it lists no tensor, so nothing would be checked")
+    expect(sum(span.nbytes for spans in listed.tensors.values() for span in spans))
     source = FileSource(folder)
     try:
         checker = _Checker(folder, listed, source, progress)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from converters.engine.plan import Draft
-from converters.mcore.cuts import VOCAB
+from converters.mcore.cuts import is_vocab
 from converters.mcore.keys import parse_key
 from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor, nbytes_of
@@ -114,7 +114,7 @@ def cover(pair: Pair) -> tuple[Leg, frozenset[str], tuple[Difference, ...]]:
 
 def _only_padding(pair: Pair, draft: Draft, tensor: StoredTensor) -> bool:
     """Whether the shapes differ by rows behind the vocabulary alone, which Megatron Core pads."""
-    if draft.name not in VOCAB or pair.right.spelling != "mcore" or tensor.shape[1:] != draft.shape[1:]:
+    if not is_vocab(draft.name) or pair.right.spelling != "mcore" or tensor.shape[1:] != draft.shape[1:]:
         return False
     limit = pair.limits.get(draft.name)
     return limit is not None and min(tensor.shape[0], draft.shape[0]) >= limit
@@ -169,7 +169,7 @@ def weights(
 def _depth(found: Difference) -> tuple[int, int]:
     """How deep in the model a tensor lies: embeddings, layers by number, what follows them."""
     if match := re.search(r"\blayers\.(\d+)\.", found.name):
-        return 2 if found.name.startswith("mtp.") else 1, int(match[1])
+        return 2 if parse_key(found.name).site == "mtp" else 1, int(match[1])
     if parse_key(found.name).stacked:
         return 1, found.first[0] if found.first else 0
     return (0 if "embed" in found.name else 3), 0
@@ -220,7 +220,7 @@ def _unequal_repeats(pair: Pair, left: Source, right: Source) -> list[str]:
 def _padding(side: Checkpoint, pair: Pair, source: Source) -> list[str]:
     """What stands behind the vocabulary on a Megatron Core side, read in blocks."""
     lines = []
-    for name in sorted(VOCAB & side.tensors.keys()) if side.spelling == "mcore" else ():
+    for name in sorted(filter(is_vocab, side.tensors)) if side.spelling == "mcore" else ():
         limit, tensor = pair.limits.get(name), side.tensors[name]
         if limit is None or tensor.shape[0] <= limit:
             continue

@@ -1,18 +1,16 @@
-"""Megatron Core tensors under the keys of another checkpoint: layers stacked or apart, heads by either name."""
+"""Megatron Core tensors under the keys of another checkpoint: layers stacked or apart."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 
-from converters.mcore.keys import parse_key
-from converters.mcore.releases import PREDICTION_LAYERS
+from converters.mcore.keys import Key, parse_key
 from converters.protocols import Source
 from converters.tensors import Chunk, StoredTensor, nbytes_of
 
 
 def respelt(tensors: Mapping[str, StoredTensor], wanted: Collection[str], source: Source) -> dict[str, StoredTensor]:
-    """`tensors` (torch_dist keys) with layers stacked or apart, and heads named, as the keys `wanted` have them.
+    """`tensors` (torch_dist keys) with layers stacked or apart as the keys `wanted` have them.
 
     What is there under a wanted key stays, and another spelling of it keeps its own key. Chunks are cut at layers
     where they must be, and then name their data's first byte themselves.
@@ -23,16 +21,14 @@ def respelt(tensors: Mapping[str, StoredTensor], wanted: Collection[str], source
     apart: dict[str, dict[int, StoredTensor]] = {}
     for name, tensor in tensors.items():
         key = parse_key(name)
-        joined = f"decoder.layers.{key.param}"
+        joined = _stem(name, key) + key.param
         if name in asked:
             out[name] = tensor
-        elif key.site == "decoder" and key.layer is not None and joined in want:
+        elif key.site in ("decoder", "tower") and key.layer is not None and joined in want:
             apart.setdefault(joined, {})[key.layer] = tensor
-        elif key.stacked and want.intersection(ones := _apart(key.param, tensor)) and not tensors.keys() & ones:
+        elif key.stacked and want.intersection(ones := _apart(name, key, tensor)) and not tensors.keys() & ones:
             for layer, one in enumerate(ones):
                 out[one] = _layer(tensor, layer, one, source)
-        elif (other := next(filter(want.__contains__, _head_names(name)), None)) is not None:
-            out[other] = StoredTensor(other, tensor.dtype, tensor.shape, tensor.chunks)
         else:
             out[name] = tensor
     for joined, layers in apart.items():
@@ -45,17 +41,15 @@ def respelt(tensors: Mapping[str, StoredTensor], wanted: Collection[str], source
     return out
 
 
-def _apart(param: str, tensor: StoredTensor) -> list[str]:
+def _stem(name: str, key: Key) -> str:
+    """What stands before a layer's number in a name, or before the parameter where the layers are stacked."""
+    before = name.removesuffix(key.param)
+    return before if key.layer is None else before.removesuffix(f"{key.layer}.")
+
+
+def _apart(name: str, key: Key, tensor: StoredTensor) -> list[str]:
     """Keys of the layers that a stack holds, each under its own."""
-    return [f"decoder.layers.{layer}.{param}" for layer in range(tensor.shape[0])]
-
-
-def _head_names(name: str) -> list[str]:
-    """The other names of a tensor in a prediction head's layer; none for any other tensor."""
-    match = re.match(r"(mtp\.layers\.\d+\.)(\w+)(\..+)", name)
-    if match is None or match[2] not in PREDICTION_LAYERS:
-        return []
-    return [match[1] + other + match[3] for other in sorted(PREDICTION_LAYERS - {match[2]})]
+    return [f"{_stem(name, key)}{layer}.{key.param}" for layer in range(tensor.shape[0])]
 
 
 def _stack(name: str, layers: list[StoredTensor], source: Source) -> StoredTensor:

@@ -12,6 +12,7 @@ from converters.adapters.sites import is_weight
 from converters.engine.plan import Plan
 from converters.errors import UnsupportedError, UsageError
 from converters.mcore.bridge_config import run_config_of
+from converters.mcore.keys import ROUTER
 from converters.planning.exporter import HfTensor
 from converters.rows.config_map import environment
 from converters.rows.expr import Value
@@ -20,7 +21,9 @@ from mbx.formats.adapter_folder import BESIDE, Adapter, Base, common_rank, open_
 from mbx.formats.peft import CONFIG, WEIGHTS
 from mbx.formats.placement import Order
 from mbx.formats.registry import format_named, sniff
+from mbx.formats.safetensors import build_header
 from mbx.formats.sidecars import Sidecars, dump_yaml, megatron_sidecars
+from mbx.run.adapter_vocabulary import WholeLayer, described_whole, stored_whole, with_whole
 from mbx.run.commit import check_target
 from mbx.run.job import Job, Options
 
@@ -40,10 +43,14 @@ def plan_adapter_to_mcore(source: Path, target: Path, options: Options, base: Ba
             f"`{source}` is no PEFT folder: it has no {CONFIG}", hint=f"mbx convert adapter-to-hf {source} DST"
         )
     adapter = open_adapter(source, base)
-    if adapter.saved:
-        names = sorted(adapter.saved)
+    kinds = {
+        "modules_to_save or bias": adapter.saved,
+        "trainable_token_indices": adapter.rows,
+        "LoRA of an embedding": adapter.as_stored,
+    }
+    if names := [f"`{name}` ({what})" for what, held in kinds.items() for name in sorted(held)]:
         raise UnsupportedError(
-            f"`modules_to_save` holds `{names[0]}`, which is no adapter: an adapter checkpoint has no place for it",
+            f"{names[0]} is no adapter of a linear: an adapter checkpoint has no place for it",
             hint="`mbx convert merge` puts it into the base",
             details=names,
         )
@@ -51,10 +58,9 @@ def plan_adapter_to_mcore(source: Path, target: Path, options: Options, base: Ba
     node = _peft_node(adapter, plan)
     notes = () if node else ("run_config.yaml names no adapter class: Megatron-Bridge has none that holds this one",)
     sidecars = _sidecars(plan, base, node)
-    plan = replace(plan, config=_without_vocab(plan.config), notes=notes)
+    plan = replace(plan, config=_without_vocab(plan.config), notes=(*adapter.notes, *notes))
     at = f"{sidecars.folder}/"
-    assert adapter.recorded is not None
-    layout = {"files": [{"file": f.name, "header": (f.header or b"").decode()} for f in adapter.recorded]}
+    layout = {"files": [{"file": WEIGHTS, "header": _header(adapter)}]}
     texts = {f"{at}{BESIDE}/{hf.LAYOUT}": json.dumps(layout).encode(), **sidecars.texts}
     sides = {f"{at}{BESIDE}/{name}": source / name for name in hf.side_files(source)}
     if base.config_file is not None:
@@ -72,9 +78,17 @@ def plan_adapter_to_hf(source: Path, target: Path, options: Options, base: Base)
     if sniff(source).format.spelling == "peft":
         raise UsageError(f"`{source}` is a PEFT folder already", hint=f"mbx convert adapter-to-mcore {source} DST")
     adapter = open_adapter(source, base)
+    return plan_factors(adapter, target, options, base, stored_whole(adapter, base, source))
+
+
+def plan_factors(
+    adapter: Adapter, target: Path, options: Options, base: Base, whole: tuple[WholeLayer, ...] = ()
+) -> Job:
+    """`plan_adapter_to_hf` of an adapter that is open, or of a model that runs; `whole` are layers trained whole."""
     recorded = adapter.recorded
     names = None if recorded is None else {name for file in recorded for name in file.tensors}
     plan = plan_to_peft(base.table, base.fields, adapter.adapted, adapter.tensors, names)
+    plan = with_whole(plan, whole)
     made = {draft.name: HfTensor(draft.dtype, draft.shape) for draft in plan.drafts}
     if recorded is None or names != set(made):
         recorded = (hf.WeightFile(WEIGHTS, None, made),)
@@ -84,9 +98,19 @@ def plan_adapter_to_hf(source: Path, target: Path, options: Options, base: Base)
     if adapter.beside is not None:
         sides = {name: adapter.beside / name for name in hf.side_files(adapter.beside)}
     if CONFIG not in sides:
-        described = json.dumps(_described(adapter, base, names), indent=2, ensure_ascii=False) + "\n"
+        said = _described(adapter, base, names) | described_whole(whole)
+        described = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
         texts[CONFIG] = described.encode()
-    return Job(plan, source, target, adapter.root, sides, texts, options, placed, {"base": str(base.path)})
+    return Job(plan, adapter.path, target, adapter.root, sides, texts, options, placed, {"base": str(base.path)})
+
+
+def _header(adapter: Adapter) -> str:
+    """The header of the adapter's safetensors file, the one that it would have for one that is a pickle."""
+    assert adapter.recorded is not None
+    (file,) = adapter.recorded
+    if file.header is not None:
+        return file.header.decode()
+    return build_header(adapter.tensors.values(), {"format": "pt"})[8:].decode()
 
 
 def _reads(source: Path, base: Base) -> list[Path | None]:
@@ -126,7 +150,7 @@ def _peft_node(adapter: Adapter, plan: Plan) -> dict[str, object] | None:
     apart = [draft.name for draft in plan.drafts if ".adapter.adapter_" in draft.name]
     if len(ranks) > 1 or len(scales) > 1 or (apart and adapter.settings.dora):
         return None
-    if any(".experts." in name for name in apart):
+    if any(".experts." in name or ".in_proj." in name for name in apart):
         return None
     linears = {draft.name.partition(".adapter.")[0].rpartition(".")[2] for draft in plan.drafts}
     kind = "canonical_lora.CanonicalLoRA" if apart else "dora.DoRA" if adapter.settings.dora else "lora.LoRA"
@@ -152,13 +176,18 @@ def _described(adapter: Adapter, base: Base, names: set[str] | None) -> dict[str
     """adapter_config.json of an adapter that carries none: targets from its tensors, ranks as they are."""
     modules: dict[str, int] = {}
     parameters: set[str] = set()
+    alphas: dict[str, Value] = {}
     for found in adapter.adapted:
         row = spelt(base.table, found, names)
+        router = row.spec.param == ROUTER  # of most classes of Transformers no linear, but of all of them a weight
         for site in found.sites:
-            for name in found.modules_of(row, site):
+            for module in found.modules_of(row, site):
+                name = f"{module}.weight" if router else module
                 modules[name] = site.rank
-                if row.spec.stacked:
+                if row.spec.stacked or router:
                     parameters.add(name)
+                if router and (alpha := adapter.settings.alpha_of(module)) != adapter.settings.alpha:
+                    alphas[name.replace(".", r"\.")] = alpha
     rank = common_rank(adapter.adapted)
     leaves = {name.rpartition(".")[2] for name in set(modules) - parameters}
     rows = base.table.expand(environment(base.fields), None)
@@ -171,8 +200,10 @@ def _described(adapter: Adapter, base: Base, names: set[str] | None) -> dict[str
         "base_model_name_or_path": adapter.config.get("base_model_name_or_path") or named,
         "r": rank,
         "rank_pattern": {name.replace(".", r"\."): own for name, own in sorted(modules.items()) if own != rank},
+        **({"alpha_pattern": alphas | dict(adapter.settings.alpha_pattern)} if alphas else {}),
         "use_dora": adapter.settings.dora,
         "inference_mode": True,
         "target_modules": [*sorted(everywhere), *odd],
-        **({"target_parameters": sorted(parameters)} if parameters else {}),
+        # PEFT loads no adapter of a parameter that had dropout in training
+        **({"target_parameters": sorted(parameters), "lora_dropout": 0.0} if parameters else {}),
     }

@@ -29,7 +29,7 @@ class Codes:
 
     quantization: Mapping[str, Value] | None
     encode: Mapping[str, Encoded] = field(default_factory=dict)
-    scales: Mapping[str, StoredTensor] = field(default_factory=dict)
+    scales: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     beside: Mapping[str, StoredTensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -67,20 +67,22 @@ def codes_of(
         )
     encode = encodings(encoded)
     known = hf.known_parts(iteration, reference)
-    scales = {name: known[whole.parts["scale"].name] for name, whole in encode.items() if _held(whole, known)}
+    scales = {name: held for name, whole in encode.items() if (held := _held(whole, known))}
     others = [tensor.name for tensor in discarded(stored, view, encoded)]
     lost = [f"not carried: `{name}`, an activation scale" for name in others if name not in known]
     beside = {name: known[name] for name in others if name in known}
     return Codes(quantization, encode, scales, beside, (*_notes(encode, scales), *lost))
 
 
-def _held(whole: Encoded, known: Mapping[str, StoredTensor]) -> bool:
-    part = whole.parts["scale"]
-    found = known.get(part.name)
-    return found is not None and (found.dtype, found.shape) == (part.dtype, part.shape)
+def _held(whole: Encoded, known: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The source's scales of a tensor and parts that no value changes, by role; none unless all are as they were."""
+    wanted = {role: whole.parts[role] for role in ("scale", *whole.codec.constant_parts)}
+    found = {role: known[part.name] for role, part in wanted.items() if part.name in known}
+    same = all((found[role].dtype, found[role].shape) == (wanted[role].dtype, wanted[role].shape) for role in found)
+    return found if same and len(found) == len(wanted) else {}
 
 
-def _notes(encode: Mapping[str, Encoded], scales: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _notes(encode: Mapping[str, Encoded], scales: Mapping[str, Mapping[str, StoredTensor]]) -> Iterator[str]:
     """By codec: how many tensors, and where their scales come from."""
     tensors = Counter(whole.codec.name for whole in encode.values())
     unknown = Counter(whole.codec.name for name, whole in encode.items() if name not in scales)

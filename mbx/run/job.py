@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.engine.plan import Plan, requested_dtype
+from converters.errors import CoverageError, UsageError
+from converters.mcore.flavours import TEXT_ALONE, in_flavour, usual_of
 from converters.mcore.layout import Layout
 from converters.planning.exporter import HfTensor, Origin, plan_export
 from converters.planning.importer import plan_import
@@ -17,14 +20,16 @@ from converters.rows.expr import Value
 from converters.rows.table import Table
 from converters.tensors import StoredTensor
 from mbx.formats import hf
-from mbx.formats.architecture import Architecture, architecture_of, config_text
+from mbx.formats.architecture import Architecture, architecture_of, config_text, table_of
+from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.placement import Order, Placement
 from mbx.formats.registry import format_named, open_hf, open_model
 from mbx.formats.sidecars import Sidecars, megatron_sidecars
+from mbx.installed import core_release
 from mbx.run.commit import check_target
 from mbx.run.execution import Outcome, Progress, run
 from mbx.run.export_codec import PLAIN, codes_of
-from mbx.tables import table_for
+from mbx.run.model_class import form_said, in_form
 from mbx.untrusted.small_files import SETTINGS, read_small
 
 DEFAULT_MAX_MEMORY = 1 << 30
@@ -45,7 +50,12 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a conversion runs, whatever its direction; `exact_norms` is for trained weights (see `plan_export`)."""
+    """How a conversion runs, whatever its direction; `exact_norms` is for trained weights (see `plan_export`).
+
+    `model_class` is the form of a Megatron Core target, `gpt` or `hybrid`; None is the source's, or the installed
+    release's. `flavour` is the tool whose arrangement of a model with towers a Megatron Core target has; None is the
+    usual one where the format and the class can hold more than the text model.
+    """
 
     dtype: str | None = None
     exact_norms: bool = False
@@ -61,11 +71,16 @@ class Options:
     max_shard_bytes: int = DEFAULT_MAX_SHARD
     sync: bool = True
     resume: bool = False
+    model_class: str | None = None
+    flavour: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A planned conversion: everything a dry run shows and a run needs."""
+    """A planned conversion: everything a dry run shows and a run needs.
+
+    `waived_keys` of its config.json were waived by a conversion before this one, which reads none.
+    """
 
     plan: Plan
     source: Path
@@ -77,6 +92,7 @@ class Job:
     placed: Placement
     origin: Mapping[str, str | None] = field(default_factory=dict)
     sidecars: Sidecars | None = None
+    waived_keys: tuple[str, ...] = ()
 
     def run(self, progress: Progress = lambda _: None) -> Outcome:
         """Carry the job out, as this machine's only process; `progress` is called with bytes as they are written."""
@@ -117,9 +133,23 @@ def plan_hf_to_mcore(
 ) -> Job:
     """Plan a Hugging Face folder → torch_dist conversion; headers are read, nothing is written."""
     check_target(target, [source], overwrite=options.overwrite)
-    folder = open_hf(source)
-    config = folder.config
-    table = table_for(config, options.mapping)
+    return import_job(open_hf(source).allowing(options.allow_unused_keys), target, options, origin or {})
+
+
+def import_job(
+    folder: Checkpoint,
+    target: Path,
+    options: Options,
+    origin: Mapping[str, str | None],
+    beside: Mapping[str, bytes | None] | None = None,
+) -> Job:
+    """The job of converting an opened Hugging Face folder.
+
+    `beside` are files of the target's hf/ that are not the folder's own, None for those that it shall not have.
+    """
+    source, config = folder.path, folder.config
+    table = table_of(folder, config, options.mapping)
+    table = in_flavour(table, _flavour(options, table))
     plan = plan_import(
         table,
         config,
@@ -127,12 +157,16 @@ def plan_hf_to_mcore(
         options.layout,
         dtype=requested_dtype(options.dtype),
         waivers=options.waivers,
-        allow_unused_keys=options.allow_unused_keys,
     )
-    plan = replace(plan, notes=(*plan.notes, *_idle(options, plan, table, config), *left_out_of(folder.home)))
-    tokenizer = (origin or {}).get("repo_id") or str(source.resolve())
+    plan = replace(
+        plan, notes=(*plan.notes, *folder.notes, *_idle(options, plan, table, config), *left_out_of(folder.home))
+    )
+    formed = in_form(plan, options.model_class, core_release().model_class, options.format)
+    tokenizer = origin.get("repo_id") or str(source.resolve())
     has_tokenizer = any(map(hf.is_tokenizer_file, folder.side_files))
-    sidecars = megatron_sidecars(plan, options.format, 0, tokenizer=tokenizer if has_tokenizer else None)
+    sidecars = megatron_sidecars(formed, options.format, 0, tokenizer=tokenizer if has_tokenizer else None)
+    if formed is not plan:
+        plan, sidecars = formed, form_said(sidecars, formed)
     placed = format_named(options.format, "mcore").place(Order(plan, sidecars))
     at = f"{sidecars.folder}/"
     sides = {f"{at}hf/{name}": folder.home / name for name in folder.side_files}
@@ -141,7 +175,22 @@ def plan_hf_to_mcore(
     texts |= {at + name: text for name, text in placed.texts.items()}
     if (index := hf.bin_index(folder)) is not None:
         texts[f"{at}hf/{hf.INDEX}"] = index
-    return Job(plan, source, target, folder.home, sides, texts, options, placed, origin or {}, sidecars)
+    for name, text in (beside or {}).items():
+        sides.pop(f"{at}hf/{name}", None)
+        if text is not None:
+            texts[f"{at}hf/{name}"] = text
+    return Job(plan, source, target, folder.home, sides, texts, options, placed, origin, sidecars)
+
+
+def _flavour(options: Options, table: Table) -> str:
+    """The flavour of a target; UsageError where its format or class holds the text model alone."""
+    alone = options.format != "torch_dist" or options.model_class == "hybrid"
+    if options.flavour not in (None, TEXT_ALONE) and alone:
+        raise UsageError(
+            f"‹flavour› {options.flavour} is written as ‹format› torch_dist for a GPTModel only",
+            hint=f"‹flavour› {TEXT_ALONE} keeps what stands beside the text model in hf/",
+        )
+    return options.flavour or (TEXT_ALONE if alone else usual_of(table))
 
 
 def left_out_of(folder: Path) -> list[str]:
@@ -157,14 +206,43 @@ def _idle(options: Options, plan: Plan, table: Table, config: Mapping[str, Value
     return [*options.waivers.idle(plan.ledger), *keys]
 
 
+@contextmanager
+def _of_config(named: Path | None) -> Iterator[None]:
+    """Where tensors and the config that the user named do not fit, ask for that first."""
+    try:
+        yield
+    except CoverageError as error:
+        if named is not None:
+            asked = f"is `{named}` the config of this very model?"
+            error.hint = asked if error.hint is None else f"{asked} Else: {error.hint}"
+        raise
+
+
 def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Path | None = None) -> Job:
     """Plan a torch_dist → Hugging Face conversion; headers are read, nothing is written.
 
     `hf_config` is a folder with `config.json` and tokenizer files, needed only where the checkpoint carries none.
     """
     check_target(target, [source, hf_config], overwrite=options.overwrite)
-    opened = open_model(source)
-    found = architecture_of(opened, options.mapping, hf_config, allow_unused_keys=options.allow_unused_keys)
+    opened = open_model(source).allowing(options.allow_unused_keys)
+    found = architecture_of(opened, options.mapping, hf_config)
+    with _of_config(hf_config):
+        plan, files = export_plan(opened, found, options)
+    placed = format_named("huggingface", "hf").place(Order(plan, None, files, options.max_shard_bytes))
+    sides = dict(found.side_files)
+    texts = dict(placed.texts)
+    if found.reference is None or hf.recorded_layout(found.reference) is None or hf.INDEX in texts:
+        sides.pop(hf.INDEX, None)
+    if not plan.reencoded:
+        sides.pop(hf.QUANT_CONFIG, None)
+    _config_file(found, plan, options, sides, texts)
+    return Job(plan, source, target, opened.iteration, sides, texts, options, placed)
+
+
+def export_plan(
+    opened: Checkpoint, found: Architecture, options: Options
+) -> tuple[Plan, tuple[hf.WeightFile, ...] | None]:
+    """The plan of an export, and the weight files that the source had, where that is recorded."""
     reference, config, table = found.reference, found.config, found.table
     recorded_files = None if reference is None else hf.recorded_layout(reference)
     codes = codes_of(options.codec, config, recorded_files, opened.iteration, reference)
@@ -177,7 +255,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     kept = {} if reference is None else hf.kept_tensors(opened.iteration, reference)
     plan = plan_export(
         table,
-        table.config.to_mcore(config, allow_unused=options.allow_unused_keys),
+        table.config.to_mcore(config),
         opened.tensors,
         Origin(recorded, {**kept, **codes.beside}, codes.encode, codes.scales),
         dtype=requested_dtype(options.dtype),
@@ -192,14 +270,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
         kinds = ", ".join(sorted({whole.codec.name for whole in plan.reencoded.values()}))
         kept_codes = [f"‹dtype› {options.dtype} casts the other tensors: {len(plan.reencoded):,} stay {kinds}"]
     plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out, *codes.notes, *kept_codes, *idle))
-    files = recorded_files if plan.reencoded else plain
-    placed = format_named("huggingface", "hf").place(Order(plan, None, files, options.max_shard_bytes))
-    sides = {} if reference is None else {name: reference / name for name in hf.side_files(reference)}
-    texts = dict(placed.texts)
-    if recorded_files is None or hf.INDEX in texts:
-        sides.pop(hf.INDEX, None)
-    _config_file(found, plan, options, sides, texts)
-    return Job(plan, source, target, opened.iteration, sides, texts, options, placed)
+    return plan, recorded_files if plan.reencoded else plain
 
 
 def _config_file(
@@ -218,12 +289,23 @@ def _config_file(
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def edited_config(config: bytes, dtype: str | None, codec: str) -> bytes:
-    """`config.json` for tensors stored by `codec`, cast to `dtype` if one is asked for; nothing else changes."""
+def edited_config(config: bytes, dtype: str | None, codec: str, settings: Mapping[str, Value] | None = None) -> bytes:
+    """`config.json` for tensors stored by `codec`, cast to `dtype` if one is asked for; nothing else changes.
+
+    `settings` are keys of the model that get other values, in the config of a text model inside a larger one too.
+    """
     loaded = json.loads(config)
-    before = dict(loaded)
-    if codec == PLAIN and loaded.get("quantization_config") is not None:
-        del loaded["quantization_config"]
+    before = json.loads(config)
+    text = loaded.get("text_config")
+    for key, value in (settings or {}).items():
+        inside = isinstance(text, dict) and (key in text or key not in loaded)
+        if inside:
+            text[key] = value
+        if not inside or key in loaded or key == "tie_word_embeddings":
+            loaded[key] = value
+    for said in (loaded, text) if codec == PLAIN else ():
+        if isinstance(said, dict) and said.get("quantization_config") is not None:
+            del said["quantization_config"]
     if dtype is not None:
         loaded["dtype" if "dtype" in loaded else "torch_dtype"] = _DTYPE_NAMES[dtype]
     if loaded == before:

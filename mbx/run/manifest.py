@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from converters.checksums import crc32
 from converters.errors import StorageError, spelt
+from converters.mcore.keys import EMBEDDING, held_as
 from converters.tensors import StoredTensor, nbytes_of
-from mbx.formats.files import MANIFEST
+from mbx.formats.files import MANIFEST, MANIFEST_BYTES, WAIVED_KEYS
 from mbx.untrusted.names import is_inside
 from mbx.untrusted.small_files import read_json
 from mbx.version import __version__
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 20
 _LISTS = ("tensors", "containers", "files")
-#: A manifest has a line a tensor, with every chunk of it.
-_MOST_BYTES = 1 << 30
 #: Fills a buffer from a byte of a file, as `Source.read_into`.
 Read = Callable[[str, int, memoryview], None]
 
@@ -90,7 +89,11 @@ def compose(
         "layout": asdict(plan.layout),
         "vocab": {"size": vocab, "padded": _embedding_rows(job) or vocab},
         "dtype_changes": [[a, b, count] for (a, b), count in plan.dtype_changes.items()],
-        "waived": {"missing": list(plan.ledger.waived_missing), "unused": list(plan.ledger.waived_unused)},
+        "waived": {
+            "missing": list(plan.ledger.waived_missing),
+            "unused": list(plan.ledger.waived_unused),
+            WAIVED_KEYS: sorted({*job.waived_keys, *(() if plan.table is None else plan.table.config.waived)}),
+        },
         "dropped": list(plan.ledger.dropped),
         "beside": list(plan.ledger.beside),
         "notes": list(map(spelt, plan.notes)),
@@ -110,8 +113,7 @@ def compose(
 def _embedding_rows(job: Job) -> int | None:
     """Rows of the embedding on the Megatron Core side, padding included."""
     sides = (job.tensors, job.plan.sources)
-    name = "embedding.word_embeddings.weight"
-    return next((side[name].shape[0] for side in sides if name in side), None)
+    return next((side[name].shape[0] for side in sides if (name := held_as(EMBEDDING, side)) in side), None)
 
 
 def spans_of(
@@ -128,7 +130,7 @@ def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint that mbx made; StorageError when there is none, or it is not valid."""
     path = folder / MANIFEST
     try:
-        stored = read_json(path, _MOST_BYTES)
+        stored = read_json(path, MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise StorageError(
             f"`{folder}` has no `{MANIFEST}`", hint="only checkpoints that mbx wrote can be checked"
@@ -140,20 +142,27 @@ def read(folder: Path) -> Manifest:
     try:
         tensors = {
             str(name): tuple(
-                Span(_inside(file), int(start), int(nbytes), int(crc, 16))
+                Span(_inside(file), _whole(start), _whole(nbytes), int(crc, 16))
                 for file, start, nbytes, crc in entry["chunks"]
             )
             for name, entry in stored["tensors"].items()
         }
-        containers = {_inside(file): (int(size), int(crc, 16)) for file, (size, crc) in stored["containers"].items()}
+        sizes = stored["containers"].items()
+        containers = {_inside(file): (_whole(size), int(crc, 16)) for file, (size, crc) in sizes}
         files = {_inside(file): int(crc, 16) for file, crc in stored["files"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"`{path}` is damaged: an entry cannot be read: {error}") from error
     for name, spans in tensors.items():
         for span in spans:
-            if span.file not in containers or span.start < 0 or span.nbytes < 0:
+            if span.file not in containers:
                 raise StorageError(f"`{path}` is damaged: a chunk of `{name}` has no place")
     return Manifest(tensors, containers, files)
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no number of bytes")
+    return value
 
 
 def _inside(file: str) -> str:

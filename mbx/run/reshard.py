@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from converters.errors import LayoutError, UsageError
+from converters.errors import LayoutError, UnsupportedError, UsageError
 from converters.mcore.bridge_config import vocab_divisor_of
+from converters.mcore.keys import EMBEDDING, held_as, inner_prefix, parse_key
 from converters.mcore.layout import Layout
 from converters.mcore.local import Spec
 from converters.mcore.torch_dist import stacks_layers
@@ -16,6 +17,7 @@ from converters.planning.reshard import plan_reshard
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
 from mbx.formats.architecture import known_config
+from mbx.formats.beside import with_config
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.optimizer_state import carried_common, carried_states
 from mbx.formats.placement import Order
@@ -23,10 +25,9 @@ from mbx.formats.registry import format_named, open_model
 from mbx.formats.sidecars import megatron_sidecars
 from mbx.run.commit import check_target
 from mbx.run.job import Job, Options
+from mbx.run.model_class import form_said, in_form
 from mbx.text import plural
 from mbx.untrusted.names import leads_out
-
-EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def plan_mcore_to_mcore(
@@ -52,8 +53,12 @@ def plan_mcore_to_mcore(
             f"‹with-optimizer›: only ‹format› torch_dist can take it, got {options.format}",
             hint="leave out one of the two",
         )
-    opened = open_model(source)
+    opened = with_config(open_model(source), None)
     states = carried_states(opened, options.layout.ep) if with_optimizer else {}
+    if options.format != "torch_dist" and any(map(inner_prefix, opened.tensors)):
+        raise UnsupportedError(
+            f"this checkpoint holds more than a text model, which ‹format› torch_dist takes only, got {options.format}"
+        )
     config, notes = known_config(opened, options.mapping)
     layout, rows = _vocabulary(opened, config, options.layout, vocab_divisor)
     plan = plan_reshard(
@@ -64,8 +69,9 @@ def plan_mcore_to_mcore(
         objects=opened.objects,
         notes=(*notes, *_notes(opened, config, rows, states)),
     )
+    formed = in_form(plan, options.model_class, opened.model_class or "gpt", options.format)
     sidecars = megatron_sidecars(
-        plan,
+        formed,
         options.format,
         _iteration(opened),
         origin=opened.args,
@@ -73,6 +79,8 @@ def plan_mcore_to_mcore(
         tokenizer=_tokenizer(opened),
         optimizer=carried_common(opened) if with_optimizer else None,
     )
+    if formed is not plan:
+        plan, sidecars = formed, form_said(sidecars, formed)
     placed = format_named(options.format, "mcore").place(Order(plan, sidecars))
     sides = {
         f"{sidecars.folder}/{folder}/{path.name}": path
@@ -81,8 +89,15 @@ def plan_mcore_to_mcore(
         for path in sorted((opened.iteration / folder).iterdir())
         if path.is_file() and not leads_out(path)
     }
+    if with_optimizer:  # what `mbx train ‹resume›` continues by
+        sides |= {
+            f"{sidecars.folder}/{name}": path
+            for name in ("mbx_train.json", "recipe.json")
+            if (path := opened.iteration / name).is_file() and not leads_out(path)
+        }
     texts = {**sidecars.texts, **{f"{sidecars.folder}/{name}": text for name, text in placed.texts.items()}}
-    return Job(plan, source, target, opened.iteration, sides, texts, options, placed, {}, sidecars)
+    waived = opened.waived_keys
+    return Job(plan, source, target, opened.iteration, sides, texts, options, placed, {}, sidecars, waived)
 
 
 def _tokenizer(opened: Checkpoint) -> str | None:
@@ -107,7 +122,7 @@ def _vocabulary(
 
     The source's own divisor holds by default, so that a layout and back gives the same rows.
     """
-    embedding = opened.tensors.get(EMBEDDING)
+    embedding = opened.tensors.get(held_as(EMBEDDING, opened.tensors))
     if embedding is None:
         return layout, None
     stored, size = embedding.shape[0], config.get("model.vocab_size")
@@ -135,10 +150,11 @@ def _notes(
     left = [what for what in opened.left_out if not (states and what.startswith("optimizer state"))]
     notes += [f"not carried: {what}" for what in left]
     notes = notes or ["weights only"]
-    stored = opened.tensors[EMBEDDING].shape[0] if EMBEDDING in opened.tensors else None
+    embedding = opened.tensors.get(held_as(EMBEDDING, opened.tensors))
+    stored = None if embedding is None else embedding.shape[0]
     if rows is not None and stored is not None and rows < stored:
         notes.append(f"{plural(stored - rows, 'padding row')} behind the vocabulary left out: {stored} → {rows}")
-    stacked = any(name.startswith("decoder.layers.") and not name.split(".")[2].isdigit() for name in opened.tensors)
+    stacked = any(key.stacked and key.site == "decoder" for key in map(parse_key, opened.tensors))
     if config.get("num_layers") and stacked != stacks_layers("gpt", config):
         notes.append("layers stay " + ("stacked" if stacked else "apart") + ", as the source has them")
     return notes

@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import stat
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from converters.errors import StorageError
-from mbx.untrusted.values import check_integers
+from mbx.untrusted.stand_ins import stand_in
+from mbx.untrusted.values import check_plain
 
 #: The largest file of each kind that is read whole, in bytes, far above what any known tool writes.
 POINTER = 4 << 10
@@ -59,6 +61,15 @@ def read_small(path: Path, limit: int) -> bytes:
     return b"".join(parts)
 
 
+def digest_of(path: Path) -> str:
+    """SHA-256 of a regular file of any size, in hexadecimal; errors as of `open_regular`."""
+    done = sha256()
+    with open(open_regular(path), "rb", buffering=0) as file:
+        while block := file.read(8 * _BLOCK):
+            done.update(block)
+    return done.hexdigest()
+
+
 def read_text(path: Path, limit: int) -> str:
     """The same as UTF-8 text; StorageError where it is none."""
     try:
@@ -71,11 +82,13 @@ def read_json(path: Path, limit: int = SETTINGS) -> dict[str, Any]:
     """A JSON object from a small file; StorageError where there is none, FileNotFoundError where there is no file."""
     try:
         loaded = json.loads(read_text(path, limit))
-        check_integers(loaded)
+        check_plain(loaded)
     except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink() and (found := stand_in(path)) is not None:
+            raise found from None
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"`{path}` cannot be read: {error}") from error
+        raise stand_in(path) or StorageError(f"`{path}` cannot be read: {error}") from error
     if not isinstance(loaded, dict):
         raise StorageError(f"`{path}` is not a JSON object")
     return loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from converters.toml import tomllib
-from mbx.untrusted.values import check_integers
+from mbx.untrusted.values import check_plain
 
 
 def parse_toml(text: str) -> dict[str, object]:
@@ -12,5 +12,5 @@ def parse_toml(text: str) -> dict[str, object]:
         parsed: dict[str, object] = tomllib.loads(text)
     except RecursionError as error:
         raise ValueError("values nested too deep") from error
-    check_integers(parsed)
+    check_plain(parsed)
     return parsed

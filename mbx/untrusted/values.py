@@ -21,15 +21,24 @@ def check_bounded(value: object, source: str) -> None:
         raise StorageError(f"{source}: {error}") from error
 
 
-def check_integers(value: object) -> None:
-    """ValueError for an integer that float() refuses, or str() for its digits, and any far above a machine's."""
+def check_plain(value: object, depth: int = 0) -> None:
+    """ValueError for what JSON or TOML can say and nobody can go on with.
+
+    Such are an integer that float() refuses, or str() for its digits, and any far above a machine's; text that is no
+    Unicode; values nested deeper than other formats can write.
+    """
+    if depth > _DEEPEST:
+        raise ValueError(f"values nested deeper than {_DEEPEST}")
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple | set | frozenset):
         for part in value:
-            check_integers(part)
-    elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
-        raise ValueError(f"an integer of {value.bit_length()} bits; at most {_MOST_BITS} are read")
+            check_plain(part, depth + 1)
+    elif isinstance(value, int):
+        if value.bit_length() > _MOST_BITS:
+            raise ValueError(f"an integer of {value.bit_length()} bits; at most {_MOST_BITS} are read")
+    elif isinstance(value, str) and not value.isascii():
+        value.encode()  # half of a surrogate pair: UnicodeEncodeError is a ValueError
 
 
 def _weigh(value: object, known: dict[int, int], depth: int) -> int:
@@ -39,7 +48,7 @@ def _weigh(value: object, known: dict[int, int], depth: int) -> int:
     elif isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes | bytearray):
         parts = list(value)
     else:
-        check_integers(value)
+        check_plain(value)
         return 1
     if (weight := known.get(id(value))) is not None:
         if not weight:

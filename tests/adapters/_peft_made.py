@@ -23,6 +23,11 @@ CASES: dict[str, dict[str, object]] = {
     "qwen3_moe": {"target_modules": ATTENTION, "target_parameters": EXPERTS},
     "mixtral": {"target_modules": ["q_proj", "w1", "w2", "w3"]},
     "gpt_oss": {"target_modules": ["q_proj", "v_proj"], "target_parameters": EXPERTS},
+    "qwen3_next": {"target_modules": [*ATTENTION, "in_proj_qkvz", "in_proj_ba", "linear_attn.out_proj"]},
+    "qwen3_5_text": {
+        "target_modules": ["q_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj", "down_proj"],
+        "use_dora": True,
+    },
     "deepseek_v2": {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
 }
 
@@ -52,6 +57,8 @@ def adapt(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16, **con
                 parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
             elif "lora_" in key:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.requires_grad:  # what is trained whole, rows of it, and biases
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(folder / "peft")
     return Made(base, folder / "peft", adapted.eval())
 

@@ -100,8 +100,9 @@ def test_whole_tensors_of_the_adapter_replace_the_bases(tmp_path: Path) -> None:
     got = weights(tmp_path / "merged")
     assert torch.equal(got["lm_head.weight"], head.to(torch.bfloat16))
     assert torch.equal(got["model.norm.weight"], weights(made.base)["model.norm.weight"])
-    with pytest.raises(UnsupportedError, match="lm_head"):
-        plan_merge(made.base, made.adapter, tmp_path / "m", Options(), to="mcore")
+    run(plan_merge(made.base, made.adapter, tmp_path / "mcore", Options(), to="mcore"))
+    run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "back", Options()))
+    assert equal(weights(tmp_path / "back"), got)
     with pytest.raises(UnsupportedError, match="lm_head"):
         plan_adapter_to_mcore(made.adapter, tmp_path / "a", Options(), open_base(made.base))
 

@@ -18,7 +18,7 @@ from mbx.models.megatron.processes import process_group
 from mbx.train.checkpoints.export import export_run
 from mbx.train.lora import attach as lora
 from mbx.train.lora.adapter import Slots
-from mbx.train.lora.peft_folder import load_peft
+from mbx.train.lora.peft_folder import by_weight, like_adapter, load_peft, open_for
 from mbx.train.model.blueprint import blueprint
 from mbx.train.model.weights import load_weights
 from mbx.train.recipe.parse import parse_recipe
@@ -32,6 +32,11 @@ DENSE = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 MODELS: dict[str, tuple[list[str], dict[str, object]]] = {
     "qwen3_moe": (DENSE, CASES["qwen3_moe"]),
     "gpt_oss": (DENSE, {"target_modules": ATTENTION, "target_parameters": EXPERTS}),
+    "qwen3": (
+        ["q_proj", "v_proj", "gate_proj"],  # some parts of two linears, with ranks and scales of their own
+        {**CASES["qwen3"], "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"gate_proj": 3}},
+    ),
+    "gemma3_text": (["all-linear"], {"target_modules": "all-linear"}),
     "phi3": (DENSE, {"target_modules": "all-linear"}),
     "deepseek_v2": (
         ["linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj"],
@@ -58,8 +63,9 @@ def adapted_logits(made: Made, recipe: dict[str, dict[str, object]], adapter: Pa
     with megatron_on_cpu(), process_group():
         model = build_model(plan.config)
         load_weights(model, plan, made.base)
-        lora.attach(model, parsed.lora, plan, 0)
-        load_peft(model, plan, adapter)
+        opened = open_for(plan, adapter)
+        lora.attach(model, like_adapter(parsed.lora, opened), plan, 0, by_weight(opened))
+        load_peft(model, opened)
         return mcore_logits(model, ids, vocab_size=plan.vocab)
 
 
@@ -89,11 +95,11 @@ def test_adapters_agree_with_peft(tmp_path: Path, name: str) -> None:
 def test_targets_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
     made = adapt("deepseek_v2", tmp_path)
     parsed = parse_recipe(recipe_of(made, tmp_path / "run", DENSE))
-    with pytest.raises(UsageError, match="has no linear_qkv"):
+    with pytest.raises(UsageError, match="has no linear_qkv; its linears are down_proj"):
         lora.check_lora(parsed, blueprint(parsed))
     raw = recipe_of(made, tmp_path / "run", ["linear_fc1"])
-    parsed = parse_recipe({**raw, "parallel": {"tp": 2, "etp": 2}})
-    with pytest.raises(UnsupportedError, match="cut over ranks"):
+    parsed = parse_recipe({**raw, "parallel": {"tp": 4, "etp": 2}})
+    with pytest.raises(UnsupportedError, match="cut over all ranks of tensor parallelism or over none"):
         lora.check_lora(parsed, blueprint(parsed))
 
 
@@ -112,24 +118,24 @@ class TEColumnParallelGroupedLinear(nn.Module):
 
 
 def test_grouped_experts_are_their_merged_weights() -> None:
-    from converters.rows.pack import Pack
     from mbx.train.lora.attach import LoraGrouped
 
     with megatron_on_cpu(), process_group():
         base = TEColumnParallelGroupedLinear(3, 8, 5)
-        layer = LoraGrouped(base, Lora(rank=2, alpha=6.0), Slots(Pack(1, (4, 4)), gated=True), None, [1, 2, 3])  # type: ignore[arg-type]
+        slots = Slots(1, 8, ((0, 4, 0), (4, 4, 1)), ("0", "1"), (2, 2), (3.0, 3.0))
+        layer = LoraGrouped(base, Lora(rank=2, alpha=6.0), slots, None, [1, 2, 3])  # type: ignore[arg-type]
         x = torch.randn(7, 5)
         assert torch.equal(layer(x, [2, 0, 5])[0], base(x, [2, 0, 5])[0])
         with torch.no_grad():
-            for i in range(2):
-                layer.b(i).normal_()
+            for b in layer.factors():
+                b.normal_()
         out, _ = layer(x, torch.tensor([2, 0, 5]))
         for expert, rows in ((0, slice(0, 2)), (2, slice(2, 7))):
             a = layer.lora_a[expert]
-            delta = torch.cat([layer.b(i)[expert] @ a[2 * i : 2 * i + 2] for i in range(2)])
+            delta = torch.cat([b[expert] @ a[2 * i : 2 * i + 2] for i, b in enumerate(layer.factors())])
             whole = base.get_parameter(f"weight{expert}") + 3.0 * delta
             assert torch.allclose(out[rows], x[rows] @ whole.t(), atol=1e-5)
         out.sum().backward()
         assert layer.lora_a.grad is not None and bool((layer.lora_a.grad[1] == 0).all())
         with pytest.raises(UnsupportedError, match="DoRA"):
-            LoraGrouped(base, Lora(rank=2, dora=True), Slots(Pack(1, (8,))), None, [1, 2, 3])  # type: ignore[arg-type]
+            LoraGrouped(base, Lora(rank=2, dora=True), slots, None, [1, 2, 3])  # type: ignore[arg-type]

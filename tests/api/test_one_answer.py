@@ -110,8 +110,9 @@ def test_every_way_in_gives_the_same_answer(
     elif not bare:
         assert command("convert", "merge", folder, kinds / "lora", tmp_path / "merged", "--dry-run") == 0
         assert command("diff", folder, kinds / "hf") == 0
-        assert command("verify", "parity", folder, kinds / "hf") == 0
-        assert mbx.verify(folder, kinds / "hf").passed
+        holds_two = name in ("hf+lora", "dist+weights")  # whole weights, and what other readers make another model of
+        assert (command("verify", "parity", folder, kinds / "hf") == 0) != holds_two
+        assert mbx.verify(folder, kinds / "hf").proved != holds_two
 
 
 @pytest.mark.parametrize(

@@ -57,14 +57,17 @@ def _run(result: Result, worker: str, seeds: Path, work: Path, todo: list[int | 
     command = [sys.executable, "-m", worker, result.name, str(seeds), str(work)]
     asked = json.dumps([one if isinstance(one, int) else str(one) for one in todo])
     environment = {**os.environ, "TMPDIR": str(work), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         ended = subprocess.run(
             command, cwd=work, env=environment, input=asked, stdout=subprocess.PIPE, stderr=errors, text=True
         )
-        lines = [json.loads(line) for line in ended.stdout.splitlines()]
         errors.seek(0)
         said = errors.read()[-3000:]
+    ready, *lines = map(json.loads, ended.stdout.splitlines() or ["false"])
+    if ready is not True:  # it could not import what it needs, or refuses the valid folder
+        raise AssertionError(said)
     for number, line in zip(todo, lines, strict=False):
         result.inputs += 1
         result.accepted += line["accepted"]
@@ -74,8 +77,6 @@ def _run(result: Result, worker: str, seeds: Path, work: Path, todo: list[int | 
             result.findings.append(f"{number} ({line['what']}): {line['wrong']}")
     if len(lines) == len(todo):
         return len(todo)
-    if not lines and "the valid folder is refused" in said:
-        raise AssertionError(said)
     result.inputs += 1
     result.findings.append(f"{todo[len(lines)]}: the worker died, {ended.returncode}: {said}")
     return len(lines) + 1

@@ -133,16 +133,20 @@ def _tokenizer_files(folder: Path, out: Path) -> Iterator[Callable[[], object]]:
 @cache
 def _tokenizer() -> Any:
     from transformers import AutoTokenizer
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     from mbx.train.data import template_process
+    from tests.attack._renderers import Forked
 
     template_process.SECONDS = 0.5  # most of an attack's time would go to templates that never end
+    template_process._start = Forked  # type: ignore[assignment]
+    render_jinja_template(conversations=[CHATS[0]["messages"]], chat_template=TEMPLATE)  # what children need is there
     return AutoTokenizer.from_pretrained(LLAMA)
 
 
 def _chats(folder: Path, out: Path) -> Iterator[Callable[[], object]]:
-    from mbx.train.data.examples import read_examples
     from mbx.train.recipe.sections import Data
+    from tests.listed_examples import read_examples
 
     tokenizer = _tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -150,8 +154,8 @@ def _chats(folder: Path, out: Path) -> Iterator[Callable[[], object]]:
 
 
 def _template(folder: Path, out: Path) -> Iterator[Callable[[], object]]:
-    from mbx.train.data.examples import read_examples
     from mbx.train.recipe.sections import Data
+    from tests.listed_examples import read_examples
 
     path = folder / "template.jinja"
     tokenizer = _tokenizer()

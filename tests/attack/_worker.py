@@ -1,4 +1,4 @@
-"""A process that reads hostile inputs one after another, watched: one line of JSON each, a finding where one is.
+"""A process that reads hostile inputs one after another, watched: `true`, and a line of JSON each.
 
 `python -m tests.attack._worker TARGET SEEDS WORK`, with a JSON list of mutants' numbers and corpus files on standard
 input. It dies of what it cannot survive, and whoever started it counts that as a finding of the input it was at.
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from converters.errors import MbxError
+from tests.attack import _renderers
 from tests.attack._mutations import copy_of, mutate
 from tests.attack._targets import TARGETS, Target
 
@@ -54,6 +55,8 @@ class Watch:
         elif event == "subprocess.Popen":
             if RENDERER not in list(args[1]):  # type: ignore[call-overload]
                 self.seen.append(f"started {args[1]}")
+        elif event == "os.fork" and sys._getframe(1).f_code.co_filename == _renderers.__file__:
+            pass  # in place of the program that mbx starts
         elif event in _ENDS or event.startswith("socket."):
             self.seen.append(f"{event} {args}")
 
@@ -137,6 +140,8 @@ def main(name: str, seeds: Path, work: Path, numbers: list[int | Path]) -> None:
     accepted, wrong = attempt(list(target.calls(work / "input", work / "out")))
     assert accepted and not wrong, f"the valid folder is refused: {wrong}"
     before = limit_memory()
+    sys.stdout.write("true\n")
+    sys.stdout.flush()
     for number in numbers:
         line = one(target, seeds, work, number, watch)
         line["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import pytest
 
 from converters.errors import MbxError
-from mbx.train.data.examples import read_examples
+from mbx.train.data.sources import open_sources
 from mbx.train.recipe.catalogue import load_recipe
-from mbx.train.recipe.sections import Data
 from mbx.train.run.report import read_metrics
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "data.jsonl": lambda path: read_examples(Data(kind="text"), path, cast("None", None)),  # type: ignore[arg-type]
+    "data.jsonl": lambda path: list(open_sources(str(path))[0].records()),
     "recipe.toml": lambda path: load_recipe(str(path)),
     "metrics.jsonl": lambda path: read_metrics(path.parent),
 }

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from converters.errors import UsageError
 from mbx.train.data import template_process
-from mbx.train.data.template_process import opened
+from mbx.train.data.template_process import Template
 
 TURNS = [{"role": "user", "content": "hi"}]
 
@@ -25,15 +25,15 @@ class Tokenizer:
 
 
 def render(template: str) -> str:
-    with opened(cast("PreTrainedTokenizerBase", Tokenizer(template))) as process:
-        try:
-            return process.render(TURNS)
-        finally:
-            started = process._process
-            process.close()
-            if started is not None:
-                with pytest.raises(ProcessLookupError):
-                    os.kill(started.pid, 0)
+    process = Template(cast("PreTrainedTokenizerBase", Tokenizer(template)))
+    try:
+        return process.turns(TURNS, {}, ()).text
+    finally:
+        started = process._process
+        process.close()
+        if started is not None:
+            with pytest.raises(ProcessLookupError):
+                os.kill(started.pid, 0)
 
 
 @pytest.mark.timeout(60)

@@ -221,7 +221,8 @@ sys.exit(main(sys.argv[1:]))
     argv = [sys.executable, "-c", code, "convert", "hf-to-mcore", str(TINY / "llama"), "out", "--workers", "1"]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=here, env=_environment())
     assert done.returncode == 130 and "interrupted" in done.stderr and "Traceback" not in done.stderr
-    assert "goes on with --resume" in done.stderr  # where work was done, a plain rerun is refused
+    line = f"to go on: mbx convert hf-to-mcore {TINY / 'llama'} out --workers 1 --resume"
+    assert line in " ".join(done.stderr.split())  # where work was done, a plain rerun is refused
     assert not (here / "out").exists()
     # The piece in hand may have been finished, and is then kept for --resume.
     assert mbx("convert", "hf-to-mcore", TINY / "llama", "out", "--resume").code == 0

@@ -295,6 +295,21 @@ def test_offline_with_a_cache_that_has_no_listing_misses_no_shard(hub: Hub, clie
     assert "1 of 2 shards" in error["fact"] and error["details"] == ["model-2.safetensors"]
 
 
+def test_offline_with_the_config_alone_says_what_was_never_downloaded(hub: Hub, client, tmp_path: Path):
+    """A job that only loaded the tokenizer: the repository is fine, the cache has no weights of it."""
+    client().resolve("org/tiny", weights=False)
+    offline = client(HF_HUB_OFFLINE="1")
+    error = offline.resolve("org/tiny")
+    assert "1 of the 8 files" in error["fact"] and error["details"] == ["model.safetensors"]
+    assert "hf download org/tiny" in error["hint"]
+    for listing in tmp_path.rglob("trees/*.json"):
+        listing.unlink()
+    error = client(HF_HUB_OFFLINE="1").resolve("org/tiny")
+    assert error["code"] == 4 and "its weights were never downloaded" in error["fact"]
+    assert "`config.json`" in error["fact"] and "hf download org/tiny" in error["hint"]
+    assert "other formats" not in error["hint"] and "original weights" not in error["hint"]
+
+
 def test_tokens_and_refusals(hub: Hub, client):
     right = client(HF_TOKEN=TOKEN)
     assert right.resolve("org/gated", weights=False)["sha"] == SHA_1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from converters.codecs import Codec, Fp8Block, Fp8Scaled, Int4Packed
 from fixtures.make_tiny import make
+
+Parts = dict[str, torch.Tensor]
+#: Stored parts by what follows the module's name, and what they stand for.
+Stored = tuple[Parts, torch.Tensor]
 
 INT4 = {
     "quant_method": "compressed-tensors",
@@ -83,3 +88,50 @@ def change(folder: Path, edit: Any) -> None:
     stored = load_file(folder / "model.safetensors")
     edit(stored)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def stored_as(
+    store: Callable[[torch.Tensor], Stored],
+    quantization: dict[str, object],
+    folder: Path,
+    *,
+    apart: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Parts:
+    """The tiny Llama of `dtype` with every linear stored by `store`; what its tensors stand for.
+
+    `quantization` stands in config.json, or `apart`, in ModelOpt's own file.
+    """
+    make("llama", folder)
+    torch.manual_seed(3)
+    stored: Parts = {}
+    values = {}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        if "_proj" not in key:
+            stored[key] = values[key] = tensor.to(dtype)
+            continue
+        parts, values[key] = store(tensor.to(dtype))
+        stem = key.removesuffix("weight")
+        stored |= {stem + part: value for part, value in parts.items()}
+    save_file(dict(sorted(stored.items())), folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if apart:
+        said = {"producer": {"name": "modelopt"}, "quantization": quantization}
+        (folder / "hf_quant_config.json").write_text(json.dumps(said, indent=2))
+    else:
+        config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return values
+
+
+def compressed(storage: str, bits: int, kind: str, **weights: object) -> dict[str, object]:
+    said = {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": True,
+        "actorder": "static" if kind == "int" else None,
+        **weights,
+    }
+    groups = {"group_0": {"targets": ["Linear"], "weights": said}}
+    return {"quant_method": "compressed-tensors", "format": storage, "config_groups": groups}

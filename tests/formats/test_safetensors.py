@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from converters.errors import StorageError
 from converters.tensors import Chunk, StoredTensor, nbytes_of
-from mbx.formats.safetensors import MAX_HEADER_BYTES, build_header, read_folder, read_header
+from mbx.formats.safetensors import MAX_HEADER_BYTES, build_header, read_header
+from mbx.formats.safetensors_folder import read_folder
 
 
 def whole(name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
@@ -135,7 +136,7 @@ def test_an_absent_and_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot be read"):
         read_header(tmp_path / "none.safetensors")
     (tmp_path / "x.safetensors").write_bytes(b"")
-    with pytest.raises(StorageError, match="too few"):
+    with pytest.raises(StorageError, match="an empty file"):
         read_header(tmp_path / "x.safetensors")
 
 
@@ -209,6 +210,42 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     index(tmp_path, {"a": "m-1.safetensors", "ghost": "m-1.safetensors", "b": "m-2.safetensors"})
     with pytest.raises(StorageError, match="both model.safetensors and"):
         read_folder(tmp_path)
+
+
+def test_the_index_decides_between_two_copies(tmp_path: Path) -> None:
+    shard(tmp_path, "m-1.safetensors", "a", "b")
+    shard(tmp_path, "overlay.safetensors", "b")
+    index(tmp_path, {"a": "m-1.safetensors", "b": "overlay.safetensors"})
+    read = read_folder(tmp_path)
+    assert read.tensors["b"].chunks[0].file == "overlay.safetensors"
+    assert read.passed_over == {"m-1.safetensors"}
+    assert read.notes == ("`b`: the copy in m-1.safetensors is passed over",)
+
+
+def test_an_index_of_another_cutting_is_passed_over_where_all_weights_are_there(tmp_path: Path) -> None:
+    shard(tmp_path, "model-00001-of-00002.safetensors", "a")
+    shard(tmp_path, "model-00002-of-00002.safetensors", "b")
+    index(tmp_path, {"a": "model-00001-of-00003.safetensors", "b": "model-00002-of-00003.safetensors"})
+    read = read_folder(tmp_path)
+    assert read.tensors.keys() == {"a", "b"} and "another cutting" in read.notes[0]
+    index(tmp_path, {"a": "model-00001-of-00003.safetensors", "c": "model-00003-of-00003.safetensors"})
+    with pytest.raises(StorageError, match="2 of 2 shards are missing") as caught:
+        read_folder(tmp_path)
+    assert "hold 1 of its 2 tensors" in (caught.value.hint or "") and "hf download" in (caught.value.hint or "")
+
+
+def test_an_index_whose_shards_became_one_file_is_passed_over(tmp_path: Path) -> None:
+    shard(tmp_path, "model.safetensors", "a", "b")
+    index(tmp_path, {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"})
+    assert read_folder(tmp_path).files == ("model.safetensors",)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / "model.safetensors").write_text(text)
+    with pytest.raises(StorageError, match="Git LFS pointer") as caught:
+        read_folder(tmp_path)
+    assert "git lfs pull" in (caught.value.hint or "")
 
 
 def test_folders_without_weights_and_with_two_indexes(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from _alone import Found, report  # noqa: E402
+from _hidden import hidden  # noqa: E402
 from _verdict import judge  # noqa: E402
 
 from converters.errors import MbxError  # noqa: E402
@@ -165,9 +166,7 @@ def _references(source: Path, read: Passes, device: str, found: Found) -> dict[s
     """Transformers' fp32 logits on the CPU, and on the GPU where there is one; its torch code, not fla's kernels."""
     from tests.oracles import compare_logits, load_transformers, transformers_passes
 
-    hidden = sys.modules.pop("fla", None)
-    sys.modules["fla"] = None  # type: ignore[assignment]  # reads as "not installed"
-    try:
+    with hidden("fla"):
         logits = {"cpu": transformers_passes(load_transformers(source), read.batches)}
         if device == "cuda":
             try:
@@ -175,11 +174,7 @@ def _references(source: Path, read: Passes, device: str, found: Found) -> dict[s
                 found["transformers_between_devices"] = _figures(compare_logits(logits["cpu"], logits["cuda"]))
             except (RuntimeError, ValueError, ImportError, TypeError) as error:
                 found["transformers_on_cuda"] = f"{type(error).__name__}: {error}"[:300]
-        return logits
-    finally:
-        del sys.modules["fla"]
-        if hidden is not None:
-            sys.modules["fla"] = hidden
+    return logits
 
 
 def _keys(

@@ -2,7 +2,8 @@
 
 A small random model learns the same counting rows in fp32, bf16, fp16 and under each FP8 recipe. Every loss must fall,
 stay near that of bf16, and (FP8) not be that of bf16: weights that are cast once and kept would stall the fall. MXFP8
-must be refused by name on a GPU older than Blackwell. DIR gets `train_precision.json`.
+must be refused by name on a GPU older than Blackwell. A run that is stopped half way and resumed must have the very
+losses of one that is not: what scales FP8 has gone through is in the checkpoint. DIR gets `train_precision.json`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ STEPS = 40
 #: The loss of each precision must fall at least so far, and end within so much of bf16's.
 FALL, NEAR = 1.0, 0.15
 FP8 = ("delayed", "tensorwise", "blockwise", "mxfp8")
+PRECISIONS = ("fp32", "bf16", "fp16", *(f"fp8 {kind}" for kind in FP8))
 SHAPE = {
     "num_layers": 4,
     "hidden_size": 256,
@@ -40,7 +42,7 @@ SHAPE = {
 }
 
 
-def recipe(name: str, work: Path, device: str, precision: str, fp8: str = "none") -> Raw:
+def recipe(name: str, work: Path, device: str, precision: str, fp8: str = "none", *, save: bool = False) -> Raw:
     """The small model under one precision."""
     return {
         "model": {"init": "random", "shape": SHAPE},
@@ -48,7 +50,7 @@ def recipe(name: str, work: Path, device: str, precision: str, fp8: str = "none"
         "train": {"steps": STEPS, "micro_batch": 2, "global_batch": 8, "precision": precision},
         "optim": {"lr": 3e-3},
         "fp8": {"recipe": fp8},
-        "run": {"dir": str(work / name.replace(" ", "")), "device": device, "save": False},
+        "run": {"dir": str(work / name.replace(" ", "")), "device": device, "save": save},
     }
 
 
@@ -56,7 +58,7 @@ def judge(curves: Curves, failures: dict[str, str]) -> list[dict[str, object]]:
     """One row a precision: first and last loss, distance of the last from bf16's, and whether that is right."""
     rows: list[dict[str, object]] = []
     bf16 = curves.get("bf16", [])
-    for name in ("fp32", "bf16", "fp16", *(f"fp8 {kind}" for kind in FP8)):
+    for name in PRECISIONS:
         if name not in curves:
             why = failures.get(name, "was not run")
             refused = name == "fp8 mxfp8" and "DeviceError: fp8.recipe=mxfp8 needs compute capability" in why
@@ -66,7 +68,25 @@ def judge(curves: Curves, failures: dict[str, str]) -> list[dict[str, object]]:
         fell, apart = curve[0] - curve[-1], abs(curve[-1] - bf16[-1]) if bf16 else float("nan")
         ok = fell > FALL and apart < NEAR and (not name.startswith("fp8") or curve != bf16)
         rows.append({"run": name, "ok": ok, "first": curve[0], "last": curve[-1], "from_bf16": apart})
+        parts = curves.get(f"{name} stopped", []) + curves.get(f"{name} resumed", [])
+        resumed = f"{name} resumed"
+        if len(parts) != len(curve):
+            rows.append({"run": resumed, "ok": False, "reason": failures.get(resumed, f"{len(parts)} steps")[:400]})
+            continue
+        off = max(abs(a - b) for a, b in zip(parts, curve, strict=True))
+        rows.append({"run": resumed, "ok": off == 0, "first": parts[0], "last": parts[-1], "from_whole": off})
     return rows
+
+
+def jobs_of(name: str, work: Path, device: str) -> list[Job]:
+    """A precision's run, and the same stopped half way and resumed."""
+    fp8 = name.removeprefix("fp8 ") if name.startswith("fp8 ") else "none"
+    precision = "bf16" if fp8 != "none" else name
+    whole = Job(name, recipe(name, work, device, precision, fp8))
+    if fp8 == "mxfp8":
+        return [whole]
+    saved = recipe(f"{name} saved", work, device, precision, fp8, save=True)
+    return [whole, Job(f"{name} stopped", saved, stop_at=STEPS // 2), Job(f"{name} resumed", saved, resume=True)]
 
 
 def main() -> int:
@@ -79,8 +99,7 @@ def main() -> int:
     work, device = arguments.work, arguments.device
     for folder in (work, arguments.out):
         folder.mkdir(parents=True, exist_ok=True)
-    jobs = [Job(name, recipe(name, work, device, name)) for name in ("fp32", "bf16", "fp16")]
-    jobs += [Job(f"fp8 {kind}", recipe(f"fp8 {kind}", work, device, "bf16", kind)) for kind in FP8]
+    jobs = [job for name in PRECISIONS for job in jobs_of(name, work, device)]
     curves, failures = run_jobs(jobs, 1, arguments.gpus, work, 90.0)
     rows = judge(curves, failures)
     document = {"rows": rows, "curves": curves, "failures": failures}

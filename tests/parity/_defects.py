@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from _stores import Tensors
+from safetensors.torch import save_file
 
 DIM, GROUPS, HIDDEN = 16, 4, 32
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
@@ -25,7 +29,8 @@ ROUTER = "decoder.layers.mlp.router.weight"
 class Defect:
     """`base` is the tiny checkpoint. `row` replaces text in its table, by which the conversion and the check then run
     (a wrong table judged by itself); `change` edits the converted tensors; `config` the config.json beside them;
-    `folder` the tensors of the Hugging Face folder that is checked against. `leg` must fail."""
+    `folder` the tensors of the Hugging Face folder that is checked against; `beside` files of the checkpoint's
+    iteration. `leg` must fail. `kind` is what it has in common with others, planted in other families."""
 
     name: str
     leg: str
@@ -34,6 +39,8 @@ class Defect:
     change: Callable[[Tensors], object] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     folder: Callable[[Tensors], object] | None = None
+    beside: Callable[[Path], object] | None = None
+    kind: str = ""
 
     @property
     def needs_forward(self) -> bool:
@@ -99,6 +106,80 @@ def config(name: str, base: str = "qwen3", **changes: Any) -> Defect:
     return Defect(name, "config", base, config=changes)
 
 
+def said(file: str, **changes: Any) -> Callable[[Path], object]:
+    """Other values in a JSON file beside a checkpoint's weights."""
+
+    def change(iteration: Path) -> None:
+        path = iteration / "hf" / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def turned_vocabulary(iteration: Path) -> None:
+    path = iteration / "hf" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {word: len(words) - 1 - number for word, number in words.items()}
+    path.write_text(json.dumps(tokenizer))
+
+
+def args_say(**changes: Any) -> Callable[[Path], object]:
+    """Other values in Megatron's args."""
+
+    def change(iteration: Path) -> None:
+        common = torch.load(iteration / "common.pt", weights_only=False)
+        vars(common["args"]).update(changes)
+        torch.save(common, iteration / "common.pt")
+
+    return change
+
+
+def an_adapter(iteration: Path) -> None:
+    (iteration / "hf" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    save_file({"lora": torch.ones(1)}, iteration / "hf" / "adapter_model.safetensors")
+
+
+def own_code(iteration: Path) -> None:
+    (iteration / "hf" / "modeling_own.py").write_text("class Own: ...\n")
+    said("config.json", auto_map={"AutoModelForCausalLM": "modeling_own.Own"})(iteration)
+
+
+def other_run_config(iteration: Path) -> None:
+    path = iteration / "run_config.yaml"
+    lines = path.read_text().splitlines()
+    changed = [re.sub(r"(layernorm_epsilon): .*", r"\1: 0.125", line) for line in lines]
+    assert changed != lines
+    path.write_text("\n".join(changed) + "\n")
+
+
+#: What lies beside the weights and says another model; each planted in all of `OF_MANY`.
+BESIDE: dict[str, Callable[[Path], object]] = {
+    "args say another epsilon": args_say(norm_epsilon=0.125, layernorm_epsilon=0.125),
+    "args say a scale that config.json has not": args_say(softmax_scale=0.3),
+    "run_config.yaml says another epsilon": other_run_config,
+    "another vocabulary of the tokenizer": turned_vocabulary,
+    "another end token": said("tokenizer_config.json", eos_token="<other>"),
+    "another end id": said("config.json", eos_token_id=77),
+    "sampled otherwise": said("generation_config.json", do_sample=True, top_k=3),
+    "texts get an end token": said("tokenizer_config.json", add_eos_token=True),
+    "another special token": said("tokenizer_config.json", additional_special_tokens=["w5"]),
+    "outputs with names": said("config.json", id2label={"0": "good", "1": "bad"}),
+    "an adapter beside the weights": an_adapter,
+    "code of its own": own_code,
+}
+OF_MANY = ("llama", "qwen3", "gemma", "mixtral", "deepseek_v3", "gpt_oss")
+_NORMS = exchange('"input_layernorm.weight"', '"post_attention_layernorm.weight"')
+
+
+def of_many() -> Iterator[Defect]:
+    for base in OF_MANY:
+        for name, change in BESIDE.items():
+            yield Defect(f"{name}, {base}", "config", base, beside=change, kind=name)
+        norms = "row: norms of the layer exchanged"
+        yield Defect(f"{norms}, {base}", "forward", base, row=_NORMS, kind=norms)
+
+
 def cover(name: str, change: Callable[[Tensors], object], base: str = "qwen3") -> Defect:
     return Defect(name, "cover", base, change=change)
 
@@ -134,7 +215,7 @@ DEFECTS: tuple[Defect, ...] = (
     ),
     row(
         "row: scaling of positions dropped",
-        ('rope = "rope_scaling"', ""),
+        ('yarn = "rope_scaling"', ""),
         ('ignore = ["', 'ignore = ["rope_scaling", "'),
         base="llama",
     ),
@@ -197,4 +278,5 @@ DEFECTS: tuple[Defect, ...] = (
     config("routing weights not normed", "qwen3_moe", norm_topk_prob=False),
     config("another vocabulary size", vocab_size=256),
     config("a longer context", max_position_embeddings=1024),
+    *of_many(),
 )

@@ -28,7 +28,7 @@ from mbx.models.device import Spread
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
-from mbx.train.checkpoints.restore import allocate, count_steps
+from mbx.train.checkpoints.optimizer import allocate
 
 CONFIG = {**QWEN3_MOE, "model.vocab_size": 250, "moe_router_dtype": None}
 LAYOUTS = {
@@ -150,7 +150,10 @@ def load(name: str, work: Path) -> None:
         model.module.load_state_dict(loaded["model"], strict=True)
         with torch.no_grad():
             optimizer.load_state_dict(loaded["optimizer"])
-        count_steps(optimizer)
+        for one in optimizer.chained_optimizers:  # a counter each, which loading leaves with the group
+            for group in one.optimizer.param_groups:
+                for parameter in group["params"]:
+                    one.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
         found[folder.name] = held(model, optimizer)
     fresh, optimizer = trainer(sizes, 4)
     allocate(optimizer)

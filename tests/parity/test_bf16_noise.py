@@ -19,6 +19,7 @@ from mbx.models.forward.bf16_noise import outside_noise
 from mbx.models.forward.logits import LogitTally
 from mbx.models.forward.models import TransformersModel
 from mbx.models.forward.parity import Forward, compare_models
+from mbx.models.pictures import Seen
 from mbx.models.prompts import Batch, Passes, Prompts, passes
 from mbx.models.trace import Trace
 from mbx.models.transformers.tracing import trace_transformers
@@ -59,7 +60,7 @@ class Turned:
     position: int
     title: str = field(default="another library", init=False)
 
-    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
+    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread, seen: Sequence[Seen | None] = ()) -> Trace:
         """The pass of Transformers, with that one position's logits negated."""
         found = trace_transformers(self.path, batches)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +38,15 @@ class Confusion:
     def __init__(self) -> None:
         self.found: Counter[tuple[str, str]] = Counter()
         self.planted: Counter[str] = Counter()
+        self.kinds: dict[str, list[bool]] = {}
         self.causes = self.correct = self.accused = 0
 
-    def note(self, leg: str, report: ParityReport) -> None:
+    def note(self, defect: Defect, report: ParityReport) -> None:
+        leg = defect.leg
         self.planted[leg] += 1
+        if defect.kind:
+            found = any(one.name == leg and one.status == "failed" for one in report.legs)
+            self.kinds.setdefault(defect.kind, []).append(found)
         for found in report.legs:
             self.found[leg, found.name] += found.status == "failed"
         self.causes += any(d.cause for d in report.differences)
@@ -52,6 +58,9 @@ class Confusion:
             yield f"{leg:<14}{self.planted[leg]:>8}  {seen}{self.planted[leg] - self.found[leg, leg]:>9}"
         yield f"{'all':<14}{sum(self.planted.values()):>8}   a likely cause was named for {self.causes}"
         yield f"correct pairs {self.correct:>8}   accused: {self.accused}"
+        yield f"{'planted in several families':<45}{'planted':>8}{'found':>8}{'missed':>8}"
+        for kind, found in self.kinds.items():
+            yield f"{kind:<45}{len(found):>8}{sum(found):>8}{len(found) - sum(found):>8}"
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +124,9 @@ def planted(defect: Defect, bases: Bases, work: Path) -> ParityReport:
     if defect.row:
         mapping = own_table(defect, work)
         checkpoint = convert(folder, work / "mcore", mapping)
+    elif defect.beside is not None:
+        checkpoint = Path(shutil.copytree(bases.mcore(defect.base), work / "mcore"))
+        defect.beside(checkpoint / "iter_0000000")
     else:
         checkpoint = changed_mcore(bases.mcore(defect.base), work / "mcore", defect.change or (lambda t: None))
     if defect.config:
@@ -130,12 +142,12 @@ def test_a_planted_defect_is_found_by_its_leg(
     defect: Defect, bases: Bases, confusion: Confusion, tmp_path: Path
 ) -> None:
     report = planted(defect, bases, tmp_path)
-    confusion.note(defect.leg, report)
+    confusion.note(defect, report)
     failed = {leg.name for leg in report.legs if leg.status == "failed"}
     assert defect.leg in failed and not report.passed
     if defect.row:
         assert failed == {"forward"}, "a table cannot judge itself: only the other implementation sees this"
-    if defect.config:
+    if defect.config or defect.beside:
         assert failed == {"config"}
     named = {found.name for found in report.differences}
     assert bool(named) == (defect.leg == "weights" and defect.folder is None) or defect.leg == "cover"
@@ -144,6 +156,8 @@ def test_a_planted_defect_is_found_by_its_leg(
 def test_the_catalogue_is_large_enough_and_reaches_every_leg() -> None:
     assert len(DEFECTS) >= 40 and len({defect.name for defect in DEFECTS}) == len(DEFECTS)
     assert {defect.leg for defect in DEFECTS} == set(LEGS)
+    families = Counter(defect.kind for defect in DEFECTS if defect.kind)
+    assert len(families) >= 12 and min(families.values()) >= 5
 
 
 LAYOUTS = (Layout(), Layout(tp=2, vocab_divisor=64), Layout(pp=2), Layout(tp=4, pp=2))
@@ -175,7 +189,7 @@ def test_correct_pairs_are_not_accused(name: str, bases: Bases, confusion: Confu
         reports += [parity(folder, tmp_path / "legacy"), parity(tmp_path / "legacy", apart)]
         reports.append(parity(folder, checkpoints[1], forward=True, loss=True, prompts=SHORT))
     confusion.correct += len(reports)
-    confusion.accused += sum(not report.passed for report in reports)
-    assert all(report.passed for report in reports), [
+    confusion.accused += sum(not report.proved for report in reports)
+    assert all(report.proved for report in reports), [
         (report.left, report.right, leg) for report in reports for leg in report.legs if leg.status != "passed"
     ]

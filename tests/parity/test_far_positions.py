@@ -16,6 +16,7 @@ from mbx.models.device import Spread
 from mbx.models.forward.logits import LogitDiff
 from mbx.models.forward.models import TransformersModel
 from mbx.models.forward.parity import FORWARD_TOLERANCE, Forward, compare_models
+from mbx.models.pictures import Seen
 from mbx.models.prompts import Batch, Passes, Prompts, passes
 from mbx.models.trace import Trace
 from mbx.models.transformers.shallow import PartialTransformers
@@ -60,7 +61,7 @@ class Rounded:
     off: tuple[int, float] = (0, 0.0)
     title: str = field(default="another library", init=False)
 
-    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
+    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread, seen: Sequence[Seen | None] = ()) -> Trace:
         """The pass, with other frequencies: those of `downwards`."""
         found = trace_transformers(self.path, batches, nudged=True)
 

@@ -56,6 +56,6 @@ def test_one_rotary_base_for_all_layers_fails(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("off", [None, False])
 def test_a_feature_that_is_off_needs_no_field_and_one_that_is_on_does(off: object) -> None:
-    assert transformer_config({**SMALL, "final_logit_softcapping": off}).num_layers == SMALL["num_layers"]  # type: ignore[dict-item]
-    with pytest.raises(UnsupportedError, match="final_logit_softcapping"):
-        transformer_config({**SMALL, "final_logit_softcapping": 30.0})
+    assert transformer_config({**SMALL, "mrope_interleaved": off}).num_layers == SMALL["num_layers"]  # type: ignore[dict-item]
+    with pytest.raises(UnsupportedError, match="mrope_interleaved"):
+        transformer_config({**SMALL, "mrope_interleaved": True})

@@ -150,7 +150,10 @@ def test_weights_that_transformers_would_invent_are_no_pass(tiny: Path, tmp_path
     assert found.details == ("model.layers.2.mlp.up_proj.weight",)
 
 
-@pytest.mark.parametrize("arguments", [("llama_tied", "--pp", "2"), ("qwen3_moe", "--tp", "2", "--ep", "2")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("qwen3_moe", "--tp", "2", "--ep", "2"), pytest.param(("llama_tied", "--pp", "2"), marks=pytest.mark.slow)],
+)
 def test_torchrun_spreads_megatron_core_over_processes(arguments: tuple[str, ...], tmp_path: Path) -> None:
     name, *options = arguments
     source = make(name, tmp_path / "hf")

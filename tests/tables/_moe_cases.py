@@ -13,11 +13,11 @@ from fixtures.families import FAMILIES, Family
 from fixtures.headers import hub_headers
 from fixtures.index import Header
 from fixtures.make_tiny import make, tiny_config
-from mbx.formats.safetensors import read_folder
+from mbx.formats.safetensors_folder import read_folder
 
 Case = tuple[Mapping[str, Any], Mapping[str, Header]]
 
-#: Families that Megatron Core runs on a CPU, and those that need a GPU or that it cannot run.
+#: Families that Megatron Core runs on a CPU, and those that need a GPU.
 ON_A_CPU = (
     "qwen3_moe",
     "gpt_oss",
@@ -30,10 +30,13 @@ ON_A_CPU = (
     "moonlight",
     "glm4_moe",
     "glm4_moe_air",
+    "glm_4_7_flash",
+    "dots1",
     "llama4_scout",
     "llama4_maverick",
+    "olmoe",
+    "minimax_m2",
 )
-UNSUPPORTED = ("olmoe", "minimax_m2")
 ELSEWHERE = (
     "sarvam_moe",
     "qwen3_next",
@@ -44,7 +47,7 @@ ELSEWHERE = (
     "nemotron_nano_v3",
     "nemotron_super",
 )
-ALL = (*ON_A_CPU, *UNSUPPORTED, *ELSEWHERE)
+ALL = (*ON_A_CPU, *ELSEWHERE)
 #: Families without a Transformers class, so without layout v5.
 REMOTE_CODE = ("kimi_k2", "sarvam_moe")
 LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
@@ -59,6 +62,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3_one_a_group": ("deepseek_v3", {"num_experts_per_tok": 2}),
     "kimi_k2_by_class": ("kimi_k2", {"model_type": "deepseek_v3"}),
     "moonlight_with_heads": ("moonlight", {"num_nextn_predict_layers": 1}),
+    "glm_4_7_flash_with_heads": ("glm_4_7_flash", {"num_nextn_predict_layers": 1}),
+    "glm_4_7_flash_whole_queries": ("glm_4_7_flash", {"q_lora_rank": None}),
     # Megatron Core's own constants of rotary scaling are not Scout's.
     "llama4_scout_unscaled": ("llama4_scout", {"rope_scaling": None}),
     "nemotron_mtp_mlp": (
@@ -66,6 +71,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"hybrid_override_pattern": "MEM*EM-M", "mtp_hybrid_override_pattern": "*-"},
     ),
 }
+
+#: Families, variants and layouts whose logits Transformers and Megatron Core both give on a CPU.
+FORWARD = [
+    *(
+        (name, "v4")
+        for name in """qwen3_moe qwen3_moe_dense_layer qwen3_moe_all_softmax gpt_oss mixtral
+        mixtral_window qwen2_moe qwen2_moe_dense_layer deepseek_v2 deepseek_v3
+        kimi_k2_by_class moonlight glm4_moe glm_4_7_flash glm_4_7_flash_whole_queries
+        dots1 llama4_scout_unscaled llama4_maverick""".split()
+    ),
+    *((name, "v5") for name in "qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()),
+]
 
 
 def family(name: str) -> Family:
@@ -106,6 +123,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "deepseek_v2": ("deepseek_v2", "deepseek_v2_lite"),
     "deepseek_v3": ("deepseek_v3", "moonlight_with_heads"),
     "glm4_moe": ("glm4_moe", "glm4_moe_air"),
+    "glm4_moe_lite": ("glm_4_7_flash", "glm_4_7_flash_with_heads", "glm_4_7_flash_whole_queries"),
+    "dots1": ("dots1",),
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
     "sarvam_moe": ("sarvam_moe",),

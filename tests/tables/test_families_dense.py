@@ -18,7 +18,7 @@ from torch.distributed import checkpoint as dcp
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from _dense_cases import ALL, FORWARD, MUTATED, REMOTE_CODE, UNSUPPORTED  # noqa: E402
+from _dense_cases import ALL, FORWARD, MUTATED, REMOTE_CODE  # noqa: E402
 from _scaffold import (  # noqa: E402
     DEFECT,
     FORWARD_TOLERANCE,
@@ -49,7 +49,7 @@ from mbx.run.job import Options, plan_mcore_to_hf, run  # noqa: E402
 from mbx.tables import table_for  # noqa: E402
 
 LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
-FULL_SIZE = sorted({FAMILIES[name].reference for name in ALL} | {"Qwen2.5-7B"})
+FULL_SIZE = sorted({FAMILIES[name].reference for name in ALL} | {"Qwen2.5-7B", "Qwen1.5-0.5B", "Phi-4-mini-instruct"})
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +125,6 @@ def test_megatron_core_names_are_the_pinned_ones(
     assert golden(checkpoint(name, "v4"), tmp_path / "mcore") == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_megatron_core_cannot_run_says_so_and_converts(name: str) -> None:
-    config, headers = load_index(FAMILIES[name].reference)
-    table = table_for(config)
-    assert table.unsupported.endswith(".")
-    assert plan_headers(table, (config, headers)).drafts
-
-
 def reference(source: Path, work: Path) -> Path:
     """The folder itself; MiMo, whose code lies on the hub, as the Qwen2 that its main path is."""
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -157,12 +149,15 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 #: Config variants of the families above that take another path through the forward pass.
 VARIANTS: list[tuple[str, Config]] = [
     *((name, {}) for name in FORWARD),
+    ("granite", {"logits_scaling": 0.5}),
     ("mistral", {"sliding_window": 8}),
     ("phi3", {"sliding_window": 8}),
     ("phi3", {"partial_rotary_factor": 0.5}),
-    ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    *(("qwen2", {"rope_scaling": {"rope_type": kind, "factor": 2.0}}) for kind in ("linear", "dynamic")),
     ("qwen3", {"rope_scaling": YARN, "max_position_embeddings": 64}),
+    *((name, {"rope_scaling": YARN, "max_position_embeddings": 64}) for name in ("llama", "mistral")),
     ("smollm3", {"no_rope_layers": [0, 1, 0, 1]}),
+    *((name, {"rope_scaling": YARN}) for name in ("llama2", "mistral", "seed_oss", "starcoder2", "smollm3")),
 ]
 
 
@@ -216,6 +211,13 @@ def test_a_wrong_row_passes_every_check_but_the_forward_one(
         ("phi3", {"partial_rotary_factor": 0.5}, {"model.rotary_percent": 1.0}),
         ("qwen3", {"rope_scaling": YARN, "max_position_embeddings": 64}, {"yarn_rotary_scaling_factor": 2.0}),
         ("smollm3", {}, {"no_rope_freq": None}),
+        ("ernie4_5", {}, {"rotary_interleaved": False}),
+        ("starcoder2", {}, {"window_size": None}),
+        ("gemma2", {"attn_logit_softcapping": 0.25}, {"attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": 1.0}, {"final_logit_softcapping": None}),
+        ("granite", {"logits_scaling": 0.5}, {"residual_multiplier": 1.0}),
+        ("olmo3", {}, {"model.rotary_base_local": None}),
+        ("exaone4_32b", {}, {"no_rope_freq": None}),
     ],
 )
 def test_a_wrong_config_field_fails_the_forward_check(
@@ -244,8 +246,9 @@ def test_mimo_prediction_head_sees_the_embedding_first(checkpoint: Callable[[str
         ("nemotron", "hidden_act", "silu"),
         ("gemma", "hidden_activation", "silu"),
         ("seed_oss", "attention_out_bias", True),
-        ("qwen3", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+        ("qwen3", "rope_scaling", {"rope_type": "proportional", "factor": 2.0}),
         ("mistral", "unheard_of", 1),
+        ("phi3", "rope_scaling", YARN),
     ],
 )
 def test_a_config_the_table_does_not_cover_is_refused(name: str, key: str, value: Value) -> None:

@@ -19,9 +19,9 @@ sys.path[:0] = [str(ROOT)] if __name__ == "__main__" else [str(Path(__file__).pa
 
 from _moe_cases import (  # noqa: E402
     ALL,
+    FORWARD,
     LAYOUTS,
     TABLES,
-    UNSUPPORTED,
     cases,
     family,
     headers_in,
@@ -142,16 +142,7 @@ def test_config_survives_the_cycle_and_megatron_core_knows_every_field(
     table = table_for(config)
     fields = table.config.to_mcore(config)
     assert table.config.to_mcore(table.config.to_hf(fields)) == fields
-    if name not in UNSUPPORTED:
-        transformer_config({**fields, "moe_latent_size": None})  # which needs Transformer Engine
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_what_megatron_core_cannot_run_says_so_and_converts(name: str) -> None:
-    case = headers_of(name)
-    table = table_for(case[0])
-    assert table.unsupported.endswith(".")
-    assert plan_headers(table, case).drafts
+    transformer_config({**fields, "moe_latent_size": None})  # which needs Transformer Engine
 
 
 def test_a_cast_spares_state_space_parameters_and_the_router_bias() -> None:
@@ -191,29 +182,6 @@ def test_prediction_layers_may_be_absent_but_not_torn(checkpoint: Callable[..., 
         plan_headers(table_for(config), (config, torn))
 
 
-FORWARD = [
-    ("qwen3_moe", "v4"),
-    ("qwen3_moe", "v5"),
-    ("qwen3_moe_dense_layer", "v4"),
-    ("qwen3_moe_all_softmax", "v4"),
-    ("gpt_oss", "v4"),
-    ("mixtral", "v4"),
-    ("mixtral", "v5"),
-    ("mixtral_window", "v4"),
-    ("qwen2_moe", "v4"),
-    ("qwen2_moe_dense_layer", "v4"),
-    ("deepseek_v2", "v4"),
-    ("deepseek_v2_lite", "v5"),
-    ("deepseek_v3", "v4"),
-    ("kimi_k2_by_class", "v4"),
-    ("moonlight", "v4"),
-    ("glm4_moe", "v4"),
-    ("glm4_moe_air", "v5"),
-    ("llama4_scout_unscaled", "v4"),
-    ("llama4_maverick", "v4"),
-]
-
-
 @pytest.mark.parametrize(("name", "layout"), FORWARD)
 def test_logits_are_those_of_transformers(
     checkpoint: Callable[..., Path], tmp_path: Path, name: str, layout: str
@@ -249,6 +217,8 @@ W1_W3 = (
         ),
         ("deepseek_v2", "v4", SHARED),
         ("glm4_moe", "v4", SHARED),
+        ("glm_4_7_flash", "v4", SHARED),
+        ("dots1", "v4", EXPERTS),
         ("llama4_scout_unscaled", "v4", ("glu_fused", "glu_zip")),
     ],
 )
@@ -296,6 +266,8 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("deepseek_v3", "scoring_func", "softmax"),
         ("deepseek_v3", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("glm4_moe", "norm_topk_prob", False),
+        ("glm_4_7_flash", "mlp_layer_types", ["dense", "dense", "sparse", "sparse"]),
+        ("dots1", "layer_types", ["full_attention"] * 3 + ["sliding_attention"]),
         ("minimax_m2", "attn_type_list", [1, 0, 1, 1]),
         ("qwen3_next", "layer_types", ["full_attention", "linear_attention"] * 2),
         ("nemotron_h", "hybrid_override_pattern", "M-M*X*-M"),

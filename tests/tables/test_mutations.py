@@ -28,7 +28,7 @@ from fixtures.families import FAMILIES  # noqa: E402
 from fixtures.index import load_config  # noqa: E402
 from fixtures.make_tiny import make  # noqa: E402
 from mappings import table_names, table_text  # noqa: E402
-from mbx.formats.safetensors import read_folder  # noqa: E402
+from mbx.formats.safetensors_folder import read_folder  # noqa: E402
 from mbx.models.megatron.build import build_model  # noqa: E402
 from mbx.models.megatron.core.cpu import megatron_on_cpu  # noqa: E402
 from mbx.models.megatron.processes import process_group  # noqa: E402
@@ -46,8 +46,9 @@ RUN = (
 
 
 def test_every_table_is_mutated() -> None:
+    """All but those whose rows are another table's; what they add, towers, is spoilt in test_towers."""
     dense = {table_for(load_config(FAMILIES[name].reference)).name for name in MUTATED}
-    assert dense | set(TABLES) == set(table_names())
+    assert dense | set(TABLES) == {name for name in table_names() if "[text]" not in table_text(name)}
     assert not dense & set(TABLES)
 
 

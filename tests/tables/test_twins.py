@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from fixtures.make_tiny import make
-from fixtures.wrapped import WRAPPED, make_wrapped
+from fixtures.wrapped import TOWERS, WRAPPED, make_wrapped
 from mappings import table_text
 from mbx.models.prompts import Batch
 from mbx.models.transformers.equivalents import TWINS
@@ -25,11 +25,19 @@ CASES = [
     ("sarvam_moe", "sarvam_moe", "glm4_moe"),
     ("mimo", "mimo", "qwen2"),
     ("kimi_k2", "deepseek_v3", "deepseek_v3"),
-    ("gemma3", "gemma3_text", "gemma3_text"),
-    ("llama4", "llama4", "llama4_text"),
 ]
 GATE_UP = ('["mlp.gate_proj.weight", "mlp.up_proj.weight"]', '["mlp.up_proj.weight", "mlp.gate_proj.weight"]')
-HALVES = ('{ glu_fused = "feed_forward.experts', '{ glu_zip = "feed_forward.experts')
+#: The same in the table of a model around the text model.
+WRONG = {
+    "gemma3_vl": """
+[text.rows.mlp]
+"mlp.linear_fc1.weight" = { glu = ["mlp.up_proj.weight", "mlp.gate_proj.weight"] }
+""",
+    "llama4_vl": """
+[text.rows.moe]
+"mlp.experts.linear_fc1.weight{E}" = { glu_zip = "feed_forward.experts.gate_up_proj", transpose = true }
+""",
+}
 
 
 def forward(name: str, work: Path, mapping: str | None = None) -> Leg:
@@ -46,13 +54,13 @@ def test_forward_passes_and_says_against_what(tmp_path: Path, name: str, table: 
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("sarvam_moe", "sarvam_moe"), ("gemma3", "gemma3_text"), ("llama4", "llama4")]
+    ("name", "table"), [("sarvam_moe", "sarvam_moe"), ("gemma3", "gemma3_vl"), ("llama4", "llama4_vl")]
 )
 def test_a_wrong_row_fails(tmp_path: Path, name: str, table: str) -> None:
-    right, wrong = HALVES if name == "llama4" else GATE_UP
+    right, wrong = GATE_UP
     text = table_text(table)
-    assert right in text
-    (tmp_path / "own.toml").write_text(text.replace(right, wrong), encoding="utf-8")
+    assert (right in text) != (table in WRONG)
+    (tmp_path / "own.toml").write_text(text.replace(right, wrong) + WRONG.get(table, ""), encoding="utf-8")
     assert forward(name, tmp_path, str(tmp_path / "own.toml")).status == "failed"
 
 
@@ -71,6 +79,7 @@ def test_the_text_model_alone_computes_what_the_whole_model_does(tmp_path: Path,
 
 
 def test_every_twin_that_a_cpu_runs_is_tried() -> None:
-    """Qwen3.5 needs Transformer Engine on Megatron Core's side."""
+    """A model around a text model is its own reference (`test_pictures.py`), and trains as that text model."""
     types = {"llama_nemotron": "nemotron-nas"}
-    assert {types.get(name, name) for name, _, _ in CASES} | {"qwen3_5", "qwen3_5_moe"} == set(TWINS)
+    known = {types.get(name, name) for name, _, _ in CASES}
+    assert known | (set(TWINS) & {*TOWERS, *WRAPPED}) == set(TWINS)

@@ -1,4 +1,4 @@
-"""A text model beside a vision tower converts; the tower travels along and comes back as it was."""
+"""The text model of a larger one converts alone, as before there were towers; these travel along and come back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_round_trip_is_byte_identical(
     checkpoint: Callable[[str, str], Path], tmp_path: Path, kind: str, layout: str
 ) -> None:
     source = checkpoint(kind, layout)
-    job = plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False, layout=Layout(tp=2)))
+    job = plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False, layout=Layout(tp=2), flavour="text"))
     run(job)
     assert any("vis" in name for name in job.plan.ledger.beside)
     assert not any("vis" in name for name in job.tensors)
@@ -68,10 +68,10 @@ def test_the_text_part_is_the_text_model_alone(
             before = next((other for other in ways if name.startswith(other)), "")
             weights[ways.get(before, "") + name.removeprefix(before)] = tensor
     save_file(weights, alone / "model.safetensors", {"format": "pt"})
-    text = {**config["text_config"], "model_type": family.model_types[0], "architectures": [family.architectures[0]]}
+    text = {**config["text_config"], "model_type": family.text_types[0], "architectures": []}
     (alone / "config.json").write_text(json.dumps({**text, "dtype": "bfloat16"}), encoding="utf-8")
     run(plan_hf_to_mcore(alone, tmp_path / "a", Options(sync=False)))
-    run(plan_hf_to_mcore(source, tmp_path / "b", Options(sync=False)))
+    run(plan_hf_to_mcore(source, tmp_path / "b", Options(sync=False, flavour="text")))
     files = {path.name for path in (tmp_path / "a" / "iter_0000000").glob("*.distcp")}
     assert files
     assert filecmp.cmpfiles(*(tmp_path / side / "iter_0000000" for side in "ab"), files, shallow=False)[1:] == ([], [])
@@ -79,7 +79,8 @@ def test_the_text_part_is_the_text_model_alone(
 
 def test_the_tower_can_be_left_out(checkpoint: Callable[[str, str], Path], tmp_path: Path) -> None:
     source = checkpoint("gemma3", "v4")
-    waived = Options(sync=False, waivers=Waivers(unused=("vision_tower.*", "multi_modal_projector.*")))
+    unused = Waivers(unused=("vision_tower.*", "multi_modal_projector.*"))
+    waived = Options(sync=False, waivers=unused, flavour="text")
     job = plan_hf_to_mcore(source, tmp_path / "mcore", waived)
     run(job)
     assert job.plan.ledger.beside == ()
@@ -130,13 +131,13 @@ def test_two_answers_about_tied_embeddings_are_refused() -> None:
 
 def test_a_model_around_a_known_text_model_says_so() -> None:
     config = {
-        "model_type": "mistral3",
-        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "llava_next",
+        "architectures": ["LlavaNextForConditionalGeneration"],
         "text_config": {"model_type": "mistral"},
     }
-    with pytest.raises(UnsupportedError, match="Mistral3ForConditionalGeneration") as error:
+    with pytest.raises(UnsupportedError, match="LlavaNextForConditionalGeneration") as error:
         table_for(config)
-    assert error.value.hint is not None and "`mistral`" in error.value.hint and "[wrapped]" in error.value.hint
+    assert error.value.hint is not None and "`mistral`" in error.value.hint and "[text]" in error.value.hint
 
 
 def test_every_wrapped_model_is_tried() -> None:

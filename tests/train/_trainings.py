@@ -50,9 +50,14 @@ def run_here(recipe: Raw, **arguments: object) -> list[float]:
 
 
 def start_world(
-    size: int, jobs: list[dict[str, object]], out: Path, *, own_group: bool = False
+    size: int,
+    jobs: list[dict[str, object]],
+    out: Path,
+    *,
+    own_group: bool = False,
+    python: str = sys.executable,
 ) -> list[subprocess.Popen[bytes]]:
-    """Start `size` processes that run `jobs` one after the other; rank 0 writes their losses to `out`.
+    """Start `size` processes of `python` that run `jobs` one after the other; rank 0 writes their losses to `out`.
 
     `own_group`: each leads a process group, by which what it forked can be found.
     """
@@ -70,7 +75,7 @@ def start_world(
             "PYTHONWARNINGS": "ignore",
         }
         log = out.with_suffix(f".log{rank}").open("wb")
-        arguments = [sys.executable, __file__, str(out)]
+        arguments = [python, __file__, str(out)]
         processes.append(
             subprocess.Popen(arguments, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=own_group)
         )
@@ -86,9 +91,11 @@ def run_to_its_kill(job: dict[str, object], out: Path) -> None:
         os.killpg(killed.pid, signal.SIGKILL)
 
 
-def run_world(size: int, jobs: list[dict[str, object]], out: Path) -> list[list[float]]:
-    """Losses of every job, run by `size` processes."""
-    processes = start_world(size, jobs, out)
+def run_world(
+    size: int, jobs: list[dict[str, object]], out: Path, *, python: str = sys.executable
+) -> list[list[float]]:
+    """Losses of every job, run by `size` processes of `python`."""
+    processes = start_world(size, jobs, out, python=python)
     deadline = time.monotonic() + 600
     while any(process.poll() is None for process in processes):
         failed = any(process.poll() for process in processes)
@@ -137,9 +144,10 @@ def stall_writers() -> None:
 
 
 def main(out: Path) -> None:
-    """One process of a world. A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?}`.
+    """One process of a world. A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, verify?}`.
 
-    `stall_from`: the writers of asynchronous checkpoints hang from this step on.
+    `verify`: the recipe's training is compared rather than run; its result is the legs. `stall_from`: the writers of
+    asynchronous checkpoints hang from this step on.
     """
     import torch
 
@@ -161,6 +169,13 @@ def main(out: Path) -> None:
             if job.get("stop_at") == step.step:
                 os.kill(os.getpid(), job.get("signal", signal.SIGTERM))
 
+        if job.get("verify"):
+            from mbx.train.proof.training import verify_training
+
+            report = verify_training(parse_recipe(job["recipe"]))
+            results.append([] if report is None else [[leg.name, leg.status, *leg.details] for leg in report.legs])
+            del store
+            continue
         prepared = prepare(parse_recipe(job["recipe"]), resume=job.get("resume", False))
         results.append(list(train(prepared, live=False, on_step=watch).losses))
         del store

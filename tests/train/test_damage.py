@@ -104,7 +104,7 @@ def test_a_lost_tracker_is_not_a_lost_run(copy: Path) -> None:
         ("train", {"precision": "bf16"}),
         ("optim", {"optimizer": "sgd"}),
         ("run", {"save_optimizer": False}),
-        ("model", {"vocab_divisor": 64}),
+        ("train", {"seed": 5}),
         ("lora", {"rank": 4}),
     ],
 )
@@ -175,21 +175,34 @@ def test_adapters_on_random_weights_are_not_saved(tmp_path: Path) -> None:
 def test_adapters_need_targets(tmp_path: Path) -> None:
     for lora, words in (
         ({"targets": []}, "empty"),
-        ({"targets": ["q_proj"]}, "q_proj"),
+        ({"targets": ["q_prj"]}, "this model has no q_prj"),
         ({"adapter": "nowhere"}, "no folder"),
     ):
         with pytest.raises(MbxError, match=words):
             prepare(parse_recipe(short(tmp_path / "run", lora={"rank": 4, **lora})), dry=True)
 
 
-def test_linears_with_a_norm_behind_take_no_adapter(tmp_path: Path) -> None:
+def test_names_that_people_use_are_taken(tmp_path: Path) -> None:
+    from mbx.train.model.adapted import adapted
     from mbx.train.recipe.catalogue import load_recipe
 
     given = ["model.init=random", "data.kind=pattern", "run.save=false", f"run.dir={tmp_path}", "run.device=cpu"]
-    with pytest.raises(UnsupportedError, match="norm behind linear_proj") as caught:
-        prepare(load_recipe("gemma3_1b_lora", [*given, "lora.targets=linear_qkv,linear_proj"]), dry=True)
-    assert caught.value.hint == "lora.targets=linear_qkv,linear_fc1"
-    prepare(load_recipe("gemma3_1b_lora", given), dry=True)
+
+    def modules(*overrides: str) -> set[str]:
+        prepared = prepare(load_recipe("gemma3_1b_lora", [*given, *overrides]), dry=True)
+        found = adapted(prepared.recipe.lora, prepared.plan)
+        return {part.module.rpartition(".")[2] for linear in found.values() for part in linear.parts}
+
+    everything = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert modules() == modules("lora.targets=all-linear") == everything
+    assert modules("lora.targets=q_proj,self_attn.v_proj") == {"q_proj", "v_proj"}
+    assert modules("lora.targets=linear_qkv", "lora.exclude=k_proj") == {"q_proj", "v_proj"}
+    assert modules(r"lora.targets=.*\.mlp\..*") == {"gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(MbxError, match="this model has no q_prj") as caught:
+        modules("lora.targets=q_prj")
+    assert "q_proj" in str(caught.value.hint)
+    with pytest.raises(MbxError, match="leaves nothing"):
+        modules("lora.targets=q_proj", "lora.exclude=linear_qkv")
 
 
 def test_a_base_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

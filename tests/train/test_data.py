@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converters.errors import StorageError, UsageError
-from mbx.train.data.examples import Example, read_examples
+from mbx.train.data.examples import of_kind
 from mbx.train.data.rows import Pattern, example_rows, megatron_rows, micro_batches, pack
+from mbx.train.data.tokens import Example
 from mbx.train.recipe.sections import Data
+from tests.listed_examples import read_examples
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,20 @@ def test_templates_that_rewrite_turns(tokenizer, tmp_path: Path) -> None:  # typ
     record = chat("a", "why zz first ", "b", "so zz second")
     (example,) = read_examples(Data(), write(tmp_path / "d.jsonl", record), other)
     assert learned(other, example).replace(" ", "") == "first</s>sozzsecond</s>"
+
+
+def test_tokenizers_without_a_chat_template_read_completions_and_text(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    bare = AutoTokenizer.from_pretrained(QWEN3)
+    bare.chat_template = None
+    path = write(tmp_path / "d.jsonl", {"prompt": "ask", "completion": "answer", "text": "ask answer"})
+    for kind in ("completion", "text"):
+        (example,) = read_examples(of_kind(Data(), kind), path, bare)
+        assert example.learn[-1] and example.tokens[-1] == bare.eos_token_id
+    write(path, {"prompt": "ask", "completion": "a"}, {"prompt": "ask", "completion": [{"role": "assistant"}]})
+    with pytest.raises(UsageError, match=":2: the record has messages, and the first one had none"):
+        read_examples(Data(kind="completion"), path, bare)
 
 
 def test_completions(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

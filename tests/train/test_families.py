@@ -10,11 +10,10 @@ from _trainings import raw
 
 from converters.errors import DeviceError, UnsupportedError
 from fixtures.make_tiny import make
-from mappings import table_names
+from mappings import table_text
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
 from mbx.models.megatron.rotary import transformers_frequencies
-from mbx.tables import shipped
 from mbx.train.model.blueprint import blueprint
 from mbx.train.model.build import build
 from mbx.train.model.config import gpu_config
@@ -23,21 +22,32 @@ from mbx.train.recipe.parse import parse_recipe
 from mbx.train.run.prepare import prepare
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, dp=1, device="cpu", te=False)
-REFUSED = {name: why for name in table_names() if (why := shipped(name).unsupported)}
 
 
-def test_some_families_are_refused() -> None:
-    assert {"olmoe", "minimax_m2"} <= REFUSED.keys() and "llama" not in REFUSED
-
-
-@pytest.mark.parametrize("family", REFUSED)
-def test_refused_with_the_tables_reason(family: str, tmp_path: Path) -> None:
-    """These used to train another model, or to end in an error about fields of a config."""
-    recipe = parse_recipe(raw(tmp_path / "run", model={"path": str(make(family, tmp_path / "hf"))}))
-    with pytest.raises(UnsupportedError) as found:
-        prepare(recipe)
-    assert REFUSED[family] in found.value.fact
+def test_refused_with_the_tables_reason(tmp_path: Path) -> None:
+    """Such a table used to train another model, or to end in an error about fields of a config."""
+    own = tmp_path / "own.toml"
+    own.write_text('unsupported = "Megatron Core has no such layer."\n' + table_text("qwen3"), encoding="utf-8")
+    model = {"path": str(make("qwen3", tmp_path / "hf")), "mapping": str(own)}
+    with pytest.raises(UnsupportedError, match="Megatron Core has no such layer"):
+        prepare(parse_recipe(raw(tmp_path / "run", model=model)))
     assert not (tmp_path / "run").exists()
+
+
+def test_recomputed_stages_keep_no_positions_of_packed_rows(tmp_path: Path) -> None:
+    """Ministral 3 scales queries by position; a recomputed layer reads those of the last micro-batch."""
+    model = {"path": str(make("ministral3", tmp_path / "hf"))}
+    chats = tmp_path / "chat.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    data = {"kind": "chat", "path": str(chats), "length": 32}
+    sections = {"model": model, "data": data, "parallel": {"pp": 2}}
+    for recompute, refused in (("full", True), ("none", False)):
+        recipe = parse_recipe(raw(tmp_path / "run", **sections, train={"recompute": recompute}))
+        if refused:
+            with pytest.raises(UnsupportedError, match="scaled by position"):
+                prepare(recipe, dry=True)
+        else:
+            prepare(recipe, dry=True)
 
 
 @pytest.mark.parametrize(("family", "fused"), [("gpt_oss", False), ("qwen3_moe", True), ("qwen2", True)])

@@ -18,6 +18,7 @@ from mbx.train.model.build import first_microbatch
 from mbx.train.model.fp8 import check_capability, fp8_config
 from mbx.train.recipe.parse import parse_recipe
 from mbx.train.recipe.sections import Fp8
+from mbx.train.run.dataset import Dataset
 from mbx.train.run.log import METRICS, Log, Step, chart, line
 from mbx.train.run.loop import train
 from mbx.train.run.prepare import prepare
@@ -42,6 +43,53 @@ def test_evaluation_and_metrics(tmp_path: Path) -> None:
         write_report(tmp_path / "run", tmp_path / "x.pdf")
 
 
+def test_validation_is_one_pass_per_token_whatever_the_batch(tmp_path: Path) -> None:
+    """Five chats of different lengths, of which batches of two and of four leave some over: Transformers' own mean."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.listed_examples import read_examples
+
+    path = tmp_path / "d.jsonl"
+    lines = [{"prompt": "go " * n, "completion": "on " * (7 - n)} for n in range(1, 6)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = []
+    for kind, micro, total, packed in (("completion", 1, 2, False), ("completion", 2, 4, True), ("text", 2, 4, False)):
+        if kind == "text":
+            path = tmp_path / "d.txt"
+            path.write_text("the lazy dog does not mind " * 9)
+        run = tmp_path / f"{micro}{kind}"
+        run_here(
+            raw(
+                run,
+                train={"steps": 1, "eval_every": 1, "micro_batch": micro, "global_batch": total},
+                data={"kind": kind, "path": str(path), "eval_path": str(path), "pack": packed},
+                optim={"lr": 0.0},
+                run={"save": False},
+            )
+        )
+        found.append(json.loads((run / METRICS).read_text().splitlines()[1])["loss"])
+    recipe = parse_recipe(raw(tmp_path / "x", data={"kind": "completion", "length": 32}))
+    tokenizer, model = _tokenizer(), AutoModelForCausalLM.from_pretrained(QWEN3, dtype=torch.float32)
+    sums = []
+    for file, kind, length in ((tmp_path / "d.jsonl", "completion", 99), (tmp_path / "d.txt", "text", 32)):
+        data, loss, tokens = dataclasses.replace(recipe.data, kind=kind), 0.0, 0
+        for example in read_examples(data, file, tokenizer):
+            for at in range(0, len(example.tokens) - 1, length):  # a text is cut into rows
+                ids = torch.tensor(example.tokens[at : at + length + 1])[None]
+                labels = ids.masked_fill(~torch.tensor(example.learn[at : at + length + 1])[None], -100)
+                count = int((labels[:, 1:] != -100).sum())
+                loss, tokens = loss + float(model(ids, labels=labels).loss) * count, tokens + count
+        sums.append(loss / tokens)
+    assert np.abs(np.subtract(found, [sums[0], *sums])).max() < 1e-5
+
+
+def _tokenizer():  # type: ignore[no-untyped-def]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(QWEN3)
+
+
 @dataclasses.dataclass(frozen=True)
 class Poisoned:
     """Rows whose loss is not a number from row `bad` on: their weights are infinite."""
@@ -57,7 +105,7 @@ class Poisoned:
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     recipe = raw(tmp_path / "run", train={"steps": 6}, run={"save_every": 1})
-    prepared = dataclasses.replace(prepare(parse_recipe(recipe)), train_rows=Poisoned(24, float("nan")))
+    prepared = dataclasses.replace(prepare(parse_recipe(recipe)), data=Dataset(Poisoned(24, float("nan"))))
     with pytest.raises(DifferenceError, match="step 4: the loss is nan"):
         train(prepared, live=False)
     assert (tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text() == "3"
@@ -85,8 +133,8 @@ def test_a_spike_stops_the_run(tmp_path: Path) -> None:
         ({"run": {"kernels": "te"}}, DeviceError, "transformer_engine"),
         ({"run": {"device": "cuda"}}, DeviceError, "there is none"),
         ({"model": {"config": {"gradient_accumulation_fusion": True}}}, DeviceError, "Apex"),
-        ({"lora": {"rank": 4, "targets": ["q_proj"]}}, UsageError, "q_proj"),
-        ({"lora": {"rank": 4}, "model": {"config": {"multi_latent_attention": True}}}, UsageError, "no linear_qkv"),
+        ({"lora": {"rank": 4, "targets": ["q_prooj"]}}, UsageError, "q_prooj"),
+        ({"lora": {"rank": 4, "targets": ["linear_kv_up_proj"]}}, UsageError, "linear_kv_up_proj"),
         ({"data": {"kind": "chat", "path": "x"}, "parallel": {"cp": 2}}, UsageError, "world"),
     ],
 )
@@ -175,6 +223,18 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+@pytest.mark.parametrize(("first_s", "told"), [(70.0, True), (4.0, False), (11.0, False)])
+def test_a_slow_first_step_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first_s: float, told: bool
+) -> None:
+    log = Log(parse_recipe(raw(tmp_path / "run")), main=True, live=False)
+    for number, took in enumerate((first_s, 4.0, 4.0), 1):
+        log.step(Step(number, 1.0, 1e-3, 1.0, 64, took, 64 / took, 1.0, 0.0, 1.0))
+    said = capsys.readouterr().err
+    assert said.count("kernels were compiled") == told
+    log.close()
 
 
 def test_the_live_view_draws_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

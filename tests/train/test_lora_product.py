@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mbx.train.lora.product import biases, fits, joined_factors, norm_of, normed, product
+from mbx.train.lora.product import biases, fits, joined_factors, norm_of, normed, product, stacked
 
 
 def _tensors(seed: int) -> dict[str, torch.Tensor]:
@@ -53,10 +53,10 @@ def test_interleaved_factors_are_one_with_zeros_between() -> None:
     weight = t["weight"][:6]
     parts = [torch.randn(4, 1, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)]
     parts = [part.requires_grad_() for part in parts]
-    y = product(t["x"], weight, None, t["a"], parts, 0.5, groups=2)
+    y = product(t["x"], weight, None, t["a"], parts, 0.5, layout=stacked(parts, 2))
     order = [0, 1, 4, 2, 3, 5]  # rows of the block-diagonal factor in interleaved order
     joined = torch.block_diag(*parts)[order]
-    torch.testing.assert_close(joined_factors(parts, 2), joined.detach())
+    torch.testing.assert_close(joined_factors(parts, stacked(parts, 2)), joined.detach())
     expected = product(t["x"], weight, None, t["a"], [joined], 0.5)
     torch.testing.assert_close(y, expected)
     wanted = [t["x"], t["a"], *parts]

@@ -1,4 +1,8 @@
-"""The same run under tensor, pipeline and data parallelism gives the same losses (gloo, two processes)."""
+"""The same run under further layouts gives the same losses (gloo, two processes).
+
+Tensor, pipeline, expert and data parallelism by themselves, and LoRA under them, are held to one process more tightly
+in `test_resume_elsewhere.py`, where a run moves to them and back.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,12 @@ import pytest
 from _trainings import Raw, run_here, run_world
 from _trainings import raw as whole
 
-from fixtures.make_tiny import make
-
 TOLERANCE = 1e-4
 #: Steps of a run: layouts that differ do so in the first ones. On GPUs, tests/gpu/run_train_parallel.py takes 20.
-SHORT = 10
+SHORT = 6
 LORA = {"rank": 4, "alpha": 8.0}
 LAYOUTS: dict[str, dict[str, dict[str, object]]] = {
-    "tp": {"parallel": {"tp": 2}},
-    "pp": {"parallel": {"pp": 2}},
     "dp": {},
-    "tp_lora": {"parallel": {"tp": 2}, "lora": LORA},
     "tp_dora": {"parallel": {"tp": 2}, "lora": {**LORA, "dora": True}},
     "pp_lora_recompute": {"parallel": {"pp": 2}, "lora": LORA, "train": {"recompute": "full"}},
 }
@@ -40,18 +39,15 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     ]
     # the data-parallel run once more, told to stop on the way and continued: its optimizer's state is cut over ranks
     stopped = raw(folder / "stopped", model=PADDED)
-    jobs += [{"recipe": stopped, "stop_at": 6}, {"recipe": stopped, "resume": True}]
+    jobs += [{"recipe": stopped, "stop_at": 4}, {"recipe": stopped, "resume": True}]
     # interleaved stages, saved beside the training, stopped and continued: each rank holds two chunks
     chunks = raw(folder / "chunks", model=PADDED, parallel={"pp": 2, "vpp": 2}, run={"save_async": True})
-    jobs += [{"recipe": chunks, "stop_at": 6}, {"recipe": chunks, "resume": True}]
-    experts = {"model": {"path": str(make("qwen3_moe", folder / "moe")), **PADDED}}
-    jobs.append({"recipe": raw(folder / "ep", **experts, parallel={"ep": 2})})
-    names = [*LAYOUTS, "stopped", "resumed", "vpp_stopped", "vpp_resumed", "ep"]
+    jobs += [{"recipe": chunks, "stop_at": 4}, {"recipe": chunks, "resume": True}]
+    names = [*LAYOUTS, "stopped", "resumed", "vpp_stopped", "vpp_resumed"]
     found = dict(zip(names, run_world(2, jobs, folder / "losses.json"), strict=True))
     for name, lora in (("plain", {}), ("lora", {"lora": LORA}), ("dora", {"lora": {**LORA, "dora": True}})):
         found[name] = run_here(raw(folder / f"one-{name}", model=PADDED, **lora))
     found["vpp"] = found["vpp_stopped"] + found["vpp_resumed"]
-    found["experts"] = run_here(raw(folder / "one-experts", **experts))
     return found
 
 
@@ -63,23 +59,18 @@ def test_a_sharded_optimizer_resumes(curves: dict[str, list[float]]) -> None:
     assert curves["stopped"] + curves["resumed"] == curves["dp"]
 
 
-def test_experts_on_two_ranks_agree(curves: dict[str, list[float]]) -> None:
-    assert difference(curves["ep"], curves["experts"]) < TOLERANCE
-    assert difference(curves["experts"], curves["plain"]) > 100 * TOLERANCE
-
-
-@pytest.mark.parametrize("layout", ["tp", "pp", "dp", "vpp"])
+@pytest.mark.parametrize("layout", ["dp", "vpp"])
 def test_layouts_agree(curves: dict[str, list[float]], layout: str) -> None:
     assert difference(curves[layout], curves["plain"]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("layout", "one"), [("tp_lora", "lora"), ("tp_dora", "dora"), ("pp_lora_recompute", "lora")])
+@pytest.mark.parametrize(("layout", "one"), [("tp_dora", "dora"), ("pp_lora_recompute", "lora")])
 def test_adapters_agree(curves: dict[str, list[float]], layout: str, one: str) -> None:
     assert difference(curves[layout], curves[one]) < TOLERANCE
 
 
 def test_the_runs_learn_and_differ(curves: dict[str, list[float]]) -> None:
     """Without this, a loop that trains nothing would pass."""
-    assert curves["plain"][-1] < curves["plain"][0] - 0.3
+    assert curves["plain"][-1] < curves["plain"][0] - 0.1
     assert difference(curves["plain"], curves["lora"]) > 100 * TOLERANCE
     assert difference(curves["lora"], curves["dora"]) > 10 * TOLERANCE

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from converters.errors import CoverageError
 from converters.mcore.layout import Layout
+from mbx.live.shards import Model
 from mbx.models.device import Spread
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from mbx.train.model.blueprint import blueprint
-from mbx.train.model.weights import load_weights, model_shards
+from mbx.train.model.weights import load_weights
 from mbx.train.recipe.parse import parse_recipe
 from tests.judge import load_torch_dist
 
@@ -85,8 +86,9 @@ def test_shards_are_views_of_parameters() -> None:
     with megatron_on_cpu(), process_group():
         model = build_model(plan.config)
         storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        shards = list(model_shards(model))
-        assert {shard.data.untyped_storage().data_ptr() for shard in shards} == storages
+        held = Model([model])
+        views = held.views()
+        assert {views.memory(shard).untyped_storage().data_ptr() for shard in held.base} == storages
 
 
 def test_the_first_loss_is_transformers(tmp_path: Path) -> None:

@@ -436,12 +436,17 @@ KIMI = {
 
 def test_codecs_for_reads_the_quantization_config():
     assert codecs_for(None) == ()
-    assert codecs_for({"quant_method": "fp8", "weight_block_size": [128, 128]}) == (Fp8Block(),)
+    assert codecs_for({"quant_method": "fp8", "weight_block_size": [128, 128]}) == (
+        Fp8Block(),
+        Fp8Block(scale_suffix="_scale"),
+    )
     assert codecs_for({"quant_method": "fp8", "weight_block_size": [64, 32], "scale_fmt": "ue8m0"}) == (
         Fp8Block(block=(64, 32), scale_rule="ue8m0"),
+        Fp8Block(block=(64, 32), scale_rule="ue8m0", scale_suffix="_scale"),
     )
     assert codecs_for({"quant_method": "fp8", "weight_block_size": None}) == (
         Fp8Scaled(strategy="tensor", scale_suffix="_scale_inv"),
+        Fp8Scaled(strategy="tensor", scale_suffix="_scale"),
     )
     assert codecs_for({"quant_method": "mxfp4"}) == (Mxfp4(),)
     assert codecs_for(KIMI) == (Int4Packed(),)
@@ -455,7 +460,11 @@ def test_codecs_for_reads_the_quantization_config():
         {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"},
         {"quant_method": "compressed-tensors"},
         {**KIMI, "format": "marlin-24"},
-        {**KIMI, "config_groups": {"g": {"weights": {**KIMI["config_groups"]["group_0"]["weights"], "num_bits": 8}}}},
+        {**KIMI, "config_groups": {"g": {"weights": {**KIMI["config_groups"]["group_0"]["weights"], "num_bits": 3}}}},
+        {
+            **KIMI,
+            "config_groups": {"g": {"weights": {**KIMI["config_groups"]["group_0"]["weights"], "actorder": "group"}}},
+        },
         {
             **KIMI,
             "config_groups": {"g": {"weights": {**KIMI["config_groups"]["group_0"]["weights"], "symmetric": False}}},

@@ -14,6 +14,7 @@ PLANTED = {
     "floors inside mbx": ("mbx/formats/hf.py", "mbx.run.job"),
     "floors inside the trainer": ("mbx/train/recipe/parse.py", "mbx.train.run.log"),
     "floors inside the verifier": ("mbx/proof/compare.py", "mbx.proof.parity"),
+    "floors inside live models": ("mbx/live/source.py", "mbx.live.model"),
     "floors inside the models": ("mbx/models/stored.py", "mbx.models.forward.logits"),
     "the converters know no command line, no model library and no process group": ("converters/tensors.py", "typer"),
     "Megatron Core is imported through its doors alone": ("mbx/train/run/loop.py", "megatron.core"),

@@ -24,7 +24,9 @@ def optional(**fields: st.SearchStrategy[Value]) -> st.SearchStrategy[dict[str, 
 
 PLAIN = st.one_of(
     st.none(),
-    FACTORS.map(lambda factor: {"rope_type": "linear", "factor": factor}),
+    st.builds(
+        lambda kind, factor: {"rope_type": kind, "factor": factor}, st.sampled_from(["linear", "dynamic"]), FACTORS
+    ),
     FACTORS.map(lambda factor: {"rope_type": "llama3", "factor": factor, **LLAMA3_FIXED}),
 )
 YARN = st.builds(
@@ -67,6 +69,7 @@ GROUPS: dict[str, st.SearchStrategy[Mapping[str, Value]]] = {
     "longrope": st.fixed_dictionaries({"rope_scaling": PLAIN})
     | st.fixed_dictionaries({"rope_scaling": LONGROPE, "original_max_position_embeddings": LENGTHS}),
     "window": st.fixed_dictionaries({"sliding_window": st.none() | st.integers(1, 1 << 17)}),
+    "unrotated_full_layers": st.fixed_dictionaries({"sliding_window": st.integers(1, 1 << 17), "layer_types": KINDS}),
     "gelu_tanh": st.just({"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}),
 }
 VALUES: dict[str, st.SearchStrategy[Value]] = {
@@ -94,6 +97,44 @@ def test_values_come_back(name: str, data: st.DataObject) -> None:
     assert VALUE[name].to_hf(VALUE[name].to_mcore(value, {}), {}) == value
 
 
+@given(st.lists(st.sampled_from(["dense", "sparse"]), min_size=1, max_size=12))
+def test_mlp_layers_come_back_and_their_count_agrees(kinds: list[Value]) -> None:
+    hf: dict[str, Value] = {"num_hidden_layers": len(kinds), "mlp_layer_types": kinds}
+    back = FIELDS["mlp_layers"].to_hf(FIELDS["mlp_layers"].to_mcore(hf))
+    assert back.pop("mlp_layer_types") == kinds
+    counted = sorted(map(str, kinds)) == kinds
+    assert back == ({"first_k_dense_replace": kinds.count("dense")} if counted else {})
+    with pytest.raises(UsageError, match="mlp_layer_types"):
+        FIELDS["mlp_layers"].to_mcore({**hf, "mlp_layer_types": ["sparse"] * len(kinds), "first_k_dense_replace": 1})
+
+
+@pytest.mark.parametrize(
+    ("said", "windowed", "unrotated"),
+    [
+        ({"sliding_window": None, "layer_types": ["full_attention"] * 4}, None, None),
+        ({"sliding_window": 8, "sliding_window_pattern": "LLG"}, [1, 1, 0, 1], [0, 0, 1, 0]),
+        ({}, [1, 1, 1, 0], [0, 0, 0, 1]),
+    ],
+)
+def test_layers_without_a_window_are_not_rotated_where_others_have_one(
+    said: Mapping[str, Value], windowed: Value, unrotated: Value
+) -> None:
+    fields = FIELDS["unrotated_full_layers"].to_mcore({"num_hidden_layers": 4, **said})
+    assert (fields["window_attn_skip_freq"], fields["no_rope_freq"]) == (windowed, unrotated)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"sliding_window": 8, "max_window_layers": 1},
+    ],
+)
+def test_a_window_is_refused_where_none_is_covered(said: Mapping[str, Value]) -> None:
+    with pytest.raises(UsageError, match="covered without windows"):
+        FIELDS["full_layers"].to_mcore({"num_hidden_layers": 2, **said})
+
+
 def test_a_wrong_inverse_would_be_seen() -> None:
     """Negative control: windows that forget the current token do not come back."""
     fields = FIELDS["window"].to_mcore({"sliding_window": 8})
@@ -104,7 +145,7 @@ def test_a_wrong_inverse_would_be_seen() -> None:
 @pytest.mark.parametrize(
     ("name", "hf", "named"),
     [
-        ("rope", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ("rope", {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
         ("rope", {"rope_scaling": "linear"}, "linear"),
         ("yarn", {"rope_scaling": {"rope_type": "yarn"}}, "factor"),
         ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}}, "attention_factor"),

@@ -64,6 +64,10 @@ def gdn(qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
     return torch.cat([t.reshape(-1, qkvz.shape[1]) for t in (q, k, v, z, b, a)])
 
 
+def by_head(*parts: torch.Tensor) -> torch.Tensor:
+    return torch.cat([p.reshape(4, -1, p.shape[1]) for p in parts], 1).reshape(-1, parts[0].shape[1])
+
+
 ORACLE = {
     "copy": lambda w: w,
     "norm": lambda w: w,
@@ -80,11 +84,15 @@ ORACLE = {
     "gdn_in": gdn,
     "gdn_in_split": lambda qkv, z, b, a: torch.cat([qkv, z, b, a]),
     "gdn_conv": lambda w: w,
+    "gdn_in_by_head": lambda qkvz, ba: by_head(qkvz, ba),
+    "gdn_in_split_by_head": lambda qkv, z, b, a: by_head(*qkv.split([24, 24, 32]), z, b, a),
+    "gdn_conv_by_head": lambda w: by_head(*w.split([24, 24, 32])),
+    "qgkv_by_head": lambda q, k, v: grouped(q, k, v),  # the folder has each query beside its gate
     "mamba_in": lambda w: w,
     "mamba_conv": lambda w: w,
     "col_swap": lambda w: w.roll(w.shape[1] // 2, 1),
 }
-ROWS = {"qkv": 96, "qkv_own": 96, "qkv_fused": 96, "qgkv": 144, "vocab": 24}
+ROWS = {"qkv": 96, "qkv_own": 96, "qkv_fused": 96, "qgkv": 144, "qgkv_by_head": 144, "vocab": 24}
 
 
 def test_every_op_has_an_oracle() -> None:

@@ -24,7 +24,7 @@ def test_every_shipped_table_parses() -> None:
         ('rows = ["attn", "mlp"]', 'rows = ["attn"]', "no site uses mlp"),
         ("mcore         = ", "mcroe         = ", "unknown key `mcroe`"),
         ("[dims]", "[dims]\nheads = 1", "Cannot overwrite"),
-        ('rope = "rope_scaling"', 'rop = "rope_scaling"', "`rop` is not registered"),
+        ('= "rope_scaling"', '= "rope_scaling"\nrop = "rope_scaling"', "`rop` is not registered"),
         ('"model.norm.weight"', '"model.norm.{X}"', "unknown placeholder"),
         ("normalization = ", "num_layers = 3\nnormalization = ", "sets `num_layers` twice"),
         ('model_types   = ["llama"]', 'model_types = "llama"', "must be a list"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from converters.errors import StorageError
 from converters.tensors import Shape
@@ -96,6 +97,23 @@ _SCALE_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+
+
+def in_groups(matrix: torch.Tensor, group: int | None) -> torch.Tensor:
+    """[n, m], zero-padded, as [n, ceil(m/group), group]; one group a row where `group` is None."""
+    group = group or matrix.shape[1]
+    return pad(matrix, (0, -matrix.shape[1] % group)).reshape(matrix.shape[0], -1, group)
+
+
+def any_in_groups(codec: Any, mask: torch.Tensor) -> torch.Tensor:
+    """`any_by_scale` of a codec whose scales are of a row's groups, by its `group`."""
+    return in_groups(mask, codec.group).any(dim=-1)
+
+
+def divisors(scale: torch.Tensor) -> torch.Tensor:
+    """Stored scales as fp32 to divide by, 1 for a zero."""
+    found = scale.to(torch.float32)
+    return torch.where(found == 0, torch.ones_like(found), found)
 
 
 def unpack_nibbles(packed: torch.Tensor, values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

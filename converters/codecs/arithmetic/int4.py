@@ -10,8 +10,11 @@ from torch.nn.functional import pad
 from converters.codecs.arithmetic.common import (
     Arithmetic,
     Parts,
+    any_in_groups,
     as_scales,
     check_given,
+    divisors,
+    in_groups,
     pack_nibbles,
     part,
     require_finite,
@@ -44,7 +47,7 @@ def decode_int4(codec: Int4Packed, parts: Parts, dtype: torch.dtype | None) -> t
     for rows in row_chunks(*full):
         # Little-endian words: their bytes, low nibble first, are the elements in order.
         chunk = unpack_nibbles(packed[rows].contiguous().view(torch.uint8), values)
-        groups = _groups(chunk, codec.group)
+        groups = in_groups(chunk, codec.group)
         out[rows].copy_((groups * scale[rows].unsqueeze(-1)).flatten(1)[:, :width])
     return out
 
@@ -60,26 +63,20 @@ def encode_int4(
     dtype = as_scales(torch.ones(()), codec.scale_dtype).dtype
     scales = torch.empty(shapes["scale"], dtype=dtype) if scale is None else scale
     for rows in row_chunks(*tensor.shape):
-        groups = _groups(tensor[rows].to(torch.float32), codec.group)
+        groups = in_groups(tensor[rows].to(torch.float32), codec.group)
         require_finite(groups.abs().amax(dim=-1), codec.name)
         if scale is None:
             scales[rows] = _scales_of(groups, dtype)
-        divisor = scales[rows].to(torch.float32).unsqueeze(-1)
-        divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
-        codes = (groups / divisor).round_().clamp_(-ZERO, ZERO - 1).flatten(1)[:, :width].to(torch.int8)
+        codes = (
+            (groups / divisors(scales[rows]).unsqueeze(-1))
+            .round_()
+            .clamp_(-ZERO, ZERO - 1)
+            .flatten(1)[:, :width]
+            .to(torch.int8)
+        )
         nibbles = pad((codes + ZERO).to(torch.uint8), (0, -width % CODES_PER_WORD))
         packed[rows] = pack_nibbles(nibbles).view(torch.int32)
     return {"packed": packed, "scale": scales, "shape": torch.tensor(shape or tensor.shape, dtype=torch.int64)}
-
-
-def any_by_int4_scale(codec: Int4Packed, mask: torch.Tensor) -> torch.Tensor:
-    """`Int4Packed.any_by_scale`."""
-    return _groups(mask, codec.group).any(dim=-1)
-
-
-def _groups(matrix: torch.Tensor, group: int) -> torch.Tensor:
-    """[n, m], zero-padded, as [n, ceil(m/group), group]."""
-    return pad(matrix, (0, -matrix.shape[1] % group)).reshape(matrix.shape[0], -1, group)
 
 
 def _scales_of(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -114,11 +111,10 @@ def _with_neighbours(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 
 def _is_exact(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Whether each row of fp32 `values` [n, e] is what decoding its 4-bit codes under `scale` [n] gives."""
-    step = scale.to(torch.float32).unsqueeze(-1)
-    codes = (values / torch.where(step == 0, torch.ones_like(step), step)).round_()
+    codes = (values / divisors(scale).unsqueeze(-1)).round_()
     decoded = (codes.to(scale.dtype) * scale.unsqueeze(-1)).to(torch.float32)
     in_range = (codes >= -ZERO) & (codes < ZERO)
     return ((decoded == values) & in_range).all(dim=-1)
 
 
-INT4 = Arithmetic(decode_int4, encode_int4, any_by_int4_scale)
+INT4 = Arithmetic(decode_int4, encode_int4, any_in_groups)

@@ -89,8 +89,12 @@ def _exponents_of(amax: torch.Tensor) -> torch.Tensor:
 
 
 def _codes(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Nearest E2M1 codes, uint8 [n, g, 32], ties to even, saturated; groups: fp32 [n, g, 32], scales: uint8 [n, g]."""
-    scaled = groups / _half_factors(torch.float32)[scales.long()].unsqueeze(-1) / 2
+    """Nearest E2M1 codes, uint8 [n, g, 32]; groups: fp32 [n, g, 32], scales: uint8 [n, g]."""
+    return nearest_e2m1(groups / _half_factors(torch.float32)[scales.long()].unsqueeze(-1) / 2)
+
+
+def nearest_e2m1(scaled: torch.Tensor) -> torch.Tensor:
+    """Nearest E2M1 codes of fp32 values, uint8, ties to even, saturated."""
     size = scaled.abs().clamp_(max=MAGNITUDES[-1])
     # Steps of 0.5 up to 2, of 1 up to 4, of 2 up to 6. `round` breaks ties to even, and even codes have even steps.
     coarse = torch.where(size < 4, size.round() + 2, (size / 2).round() + 4)

@@ -18,12 +18,14 @@ __all__ = ["FIELDS", "LLAMA3_FIXED", "VALUE", "FieldsIso", "ValueIso", "inexpres
 FIELDS: dict[str, FieldsIso] = {
     "moe_layers": FieldsIso(("moe_layer_freq",), experts.moe_layers_to_mcore, experts.moe_layers_to_hf),
     "moe_step": FieldsIso(("moe_layer_freq",), experts.moe_step_to_mcore, experts.moe_step_to_hf),
+    "mlp_layers": FieldsIso(("moe_layer_freq",), experts.mlp_layers_to_mcore, experts.mlp_layers_to_hf),
     "greedy_groups": FieldsIso(
         ("moe_router_num_groups", "moe_router_group_topk"), experts.greedy_groups_to_mcore, experts.greedy_groups_to_hf
     ),
     "mla_rope": FieldsIso(
         ("rope_type", *(field for field, _ in rope.MLA_YARN.values())), rope.mla_rope_to_mcore, rope.mla_rope_to_hf
     ),
+    "full_layers": FieldsIso((), layers.full_layers_to_mcore, layers.full_layers_to_hf),
     "linear_layers": FieldsIso(("linear_attention_freq",), layers.linear_layers_to_mcore, layers.linear_layers_to_hf),
     "hybrid": FieldsIso(("num_layers", "model.hybrid_override_pattern"), layers.hybrid_to_mcore, layers.hybrid_to_hf),
     "hybrid_mtp": FieldsIso(
@@ -32,17 +34,20 @@ FIELDS: dict[str, FieldsIso] = {
         layers.hybrid_mtp_to_hf,
     ),
     "rope": FieldsIso(
-        ("model.rope_scaling", "model.rope_scaling_factor", "model.seq_len_interpolation_factor"),
+        rope.PLAIN,
         rope.rope_to_mcore,
         rope.rope_to_hf,
     ),
     "window": FieldsIso(("window_size",), layers.window_to_mcore, layers.window_to_hf),
+    "unrotated_full_layers": FieldsIso(
+        ("window_size", "window_attn_skip_freq", "no_rope_freq"),
+        layers.unrotated_full_layers_to_mcore,
+        layers.unrotated_full_layers_to_hf,
+    ),
     "yarn": FieldsIso(
         (
             "model.position_embedding_type",
-            "model.rope_scaling",
-            "model.rope_scaling_factor",
-            "model.seq_len_interpolation_factor",
+            *rope.PLAIN,
             *(field for field, _ in rope.YARN.values()),
             rope._QUERY_SCALING,
         ),
@@ -52,9 +57,7 @@ FIELDS: dict[str, FieldsIso] = {
     "longrope": FieldsIso(
         (
             "model.position_embedding_type",
-            "model.rope_scaling",
-            "model.rope_scaling_factor",
-            "model.seq_len_interpolation_factor",
+            *rope.PLAIN,
             "longrope_scaling",
             "longrope_original_max_position_embeddings",
         ),

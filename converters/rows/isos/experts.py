@@ -77,6 +77,30 @@ def first_dense_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
     return value.count(0)
 
 
+def mlp_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """`mlp_layer_types`, or as many dense layers first as `first_k_dense_replace` says (1 where it is absent)."""
+    kinds, dense = hf.get("mlp_layer_types"), hf.get("first_k_dense_replace")
+    by_count = first_dense_to_mcore(1 if dense is None else dense, hf)
+    if kinds is None:
+        return {"moe_layer_freq": by_count}
+    if not isinstance(kinds, list) or set(map(str, kinds)) - {"dense", "sparse"}:
+        raise UsageError(f"config: mlp_layer_types is {kinds!r}; layers are dense or sparse")
+    flags: list[Value] = [int(kind == "sparse") for kind in kinds]
+    if dense is not None and flags != by_count:
+        raise UsageError(f"config: first_k_dense_replace is {dense!r}, and mlp_layer_types is {kinds!r}")
+    return {"moe_layer_freq": flags}
+
+
+def mlp_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    """The layers themselves, and their count where it says the same."""
+    flags = mcore.get("moe_layer_freq")
+    if not isinstance(flags, list):
+        flags = [1] * layers_of(mcore, "num_layers")
+    kinds: Fields = {"mlp_layer_types": ["sparse" if flag else "dense" for flag in flags]}
+    dense_first = [0] * flags.count(0) + [1] * flags.count(1) == flags
+    return {**kinds, "first_k_dense_replace": flags.count(0)} if dense_first else kinds
+
+
 def shared_experts_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """Number of shared experts ↔ the width of all of them together, None where there is none."""
     count = whole(value or 0, "shared experts")

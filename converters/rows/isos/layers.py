@@ -8,6 +8,8 @@ from converters.errors import UsageError
 from converters.rows.expr import Value
 from converters.rows.isos.base import Fields, layers_of, positive, whole
 
+_WINDOWED, _FULL = "sliding_attention", "full_attention"
+
 
 def window_to_mcore(hf: Mapping[str, Value]) -> Fields:
     """Sliding window of W tokens, the current one included ↔ mcore's (W-1 to the left, 0 to the right)."""
@@ -29,7 +31,7 @@ def sliding_layers_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """`layer_types` ↔ mcore's flag per layer, 1 = windowed; without it every `sliding_window_pattern`-th is full."""
     if value is None:
         return hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    kinds = {"sliding_attention": 1, "full_attention": 0}
+    kinds = {_WINDOWED: 1, _FULL: 0}
     if not isinstance(value, list) or any(kind not in kinds for kind in value):
         raise UsageError(f"config: layer_types is {value!r}; only {' and '.join(kinds)} are known here")
     return [kinds[str(kind)] for kind in value]
@@ -41,7 +43,53 @@ def sliding_layers_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
         value = [int((layer + 1) % value != 0) for layer in range(layers)]
     if not isinstance(value, list):
         return None
-    return ["sliding_attention" if windowed else "full_attention" for windowed in value]
+    return [_WINDOWED if windowed else _FULL for windowed in value]
+
+
+def unrotated_full_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """EXAONE 4: a model with a window rotates its windowed layers alone, one without rotates all."""
+    window = window_to_mcore({"sliding_window": 4096, **hf})
+    if window["window_size"] is None:
+        if (kinds := hf.get("layer_types")) is not None and (not isinstance(kinds, list) or set(kinds) != {_FULL}):
+            raise UsageError(f"config: layer_types is {kinds!r}, and sliding_window is null")
+        return {**window, "window_attn_skip_freq": None, "no_rope_freq": None}
+    windowed = sliding_layers_to_mcore(hf.get("layer_types") or _by_pattern(hf), hf)
+    return {**window, "window_attn_skip_freq": windowed, "no_rope_freq": flipped(windowed)}
+
+
+def _by_pattern(hf: Mapping[str, Value]) -> list[Value]:
+    """`layer_types` where every `sliding_window_pattern`-th layer is full; "LLLG" says the same as 4."""
+    pattern, layers = hf.get("sliding_window_pattern", 4), layers_of(hf, "num_hidden_layers")
+    if isinstance(pattern, str) and set(pattern[:-1]) == {"L"} and pattern[-1] == "G":
+        pattern = len(pattern)
+    every = whole(positive(pattern, "sliding_window_pattern"), "sliding_window_pattern")
+    return [_WINDOWED if (layer + 1) % every else _FULL for layer in range(layers)]
+
+
+def unrotated_full_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    windowed, window = mcore.get("window_attn_skip_freq"), window_to_hf(mcore)
+    if window["sliding_window"] is None:
+        return {**window, "layer_types": [_FULL] * layers_of(mcore, "num_layers")}
+    if not isinstance(windowed, list) or mcore.get("no_rope_freq") != flipped(windowed):
+        raise UsageError("no_rope_freq and window_attn_skip_freq differ; unrotated layers are those without a window")
+    return {**window, "layer_types": sliding_layers_to_hf(windowed, mcore)}
+
+
+def full_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """No layer has a window, in any spelling of a class that windows layers from `max_window_layers` on."""
+    kinds, first = hf.get("layer_types"), hf.get("max_window_layers")
+    if kinds is None and hf.get("sliding_window") is not None and first is not None:
+        kinds = [_WINDOWED] if whole(first, "max_window_layers") < layers_of(hf, "num_hidden_layers") else None
+    if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) != {_FULL}):
+        raise UsageError(
+            f"config: sliding_window is {hf.get('sliding_window')!r} from layer {first!r} on, layer_types is "
+            f"{hf.get('layer_types')!r}; this architecture is covered without windows"
+        )
+    return {}
+
+
+def full_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    return {"sliding_window": None, "layer_types": [_FULL] * layers_of(mcore, "num_layers")}
 
 
 def no_rope_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
@@ -80,6 +128,13 @@ def linear_layers(period: int, count: int) -> list[Value]:
 
 
 def linear_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    freq = mcore.get("linear_attention_freq")
+    if isinstance(freq, list):  # a flag a layer, 1 = linear
+        if 0 not in freq or freq != [int((n + 1) % (freq.index(0) + 1) != 0) for n in range(len(freq))]:
+            raise UsageError(
+                f"linear_attention_freq is {freq!r}; one full-attention layer in each period was expected"
+            )
+        mcore = {**mcore, "linear_attention_freq": freq.index(0) + 1}
     period = layers_of(mcore, "linear_attention_freq")
     return {"full_attention_interval": period, "layer_types": linear_layers(period, layers_of(mcore, "num_layers"))}
 

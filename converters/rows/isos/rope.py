@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 from converters.errors import UsageError
@@ -11,9 +12,14 @@ from converters.rows.isos.base import Fields, number, positive
 #: What megatron.core.models.common.embeddings.rotary_pos_embedding hard-codes for Llama 3 scaling.
 LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+#: By how much the context may grow behind its end (`_compute_dynamic_ntk_parameters`); no field of Megatron Core.
+_DYNAMIC = "rope_dynamic_factor"
+#: Fields of rotary embeddings that are not YaRN's.
+PLAIN = ("model.rope_scaling", "model.rope_scaling_factor", "model.seq_len_interpolation_factor", _DYNAMIC)
+
 
 def rope_to_mcore(hf: Mapping[str, Value]) -> Fields:
-    """Llama 3 or linear scaling."""
+    """Llama 3, linear or dynamic scaling; dynamic leaves every position of the model's own context as it is."""
     scaling = hf.get("rope_scaling")
     off: Fields = {
         "model.rope_scaling": False,
@@ -25,15 +31,24 @@ def rope_to_mcore(hf: Mapping[str, Value]) -> Fields:
     if not isinstance(scaling, Mapping):
         raise UsageError(f"config: rope_scaling is {scaling!r}, an object was expected")
     kind = scaling.get("rope_type")
-    if kind not in ("linear", "llama3"):
+    if kind == "yarn":
         raise UsageError(
-            f"config: rope_scaling of type {kind!r} has no Megatron Core counterpart in this architecture",
-            hint="supported here: llama3, linear",
+            "config: rope_scaling of type 'yarn' is not tested with this architecture; Megatron Core itself has it",
+            hint='in a copy of the table put `yarn = "rope_scaling"` under [config.via] in place of `rope`, leave '
+            "`model.position_embedding_type` out of [config.fixed], and prove it: `mbx verify parity ‹forward›` with "
+            "‹mapping› FILE",
+        )
+    if kind not in ("linear", "llama3", "dynamic"):
+        raise UsageError(
+            f"config: rope_scaling of type {kind!r} is none that this table takes",
+            hint="tables take linear, llama3 and dynamic; those that say so, yarn or longrope",
         )
     _check_known(scaling, {"factor", *(LLAMA3_FIXED if kind == "llama3" else ())})
     factor = positive(scaling.get("factor"), "rope_scaling.factor")
     if kind == "linear":
         return {**off, "model.seq_len_interpolation_factor": factor}
+    if kind == "dynamic":
+        return {**off, _DYNAMIC: factor}
     return {**off, "model.rope_scaling": True, "model.rope_scaling_factor": factor}
 
 
@@ -52,6 +67,8 @@ def rope_to_hf(mcore: Mapping[str, Value]) -> Fields:
         return {
             "rope_scaling": {"rope_type": "llama3", "factor": mcore.get("model.rope_scaling_factor"), **LLAMA3_FIXED}
         }
+    if (factor := mcore.get(_DYNAMIC)) is not None:
+        return {"rope_scaling": {"rope_type": "dynamic", "factor": factor}}
     if (factor := mcore.get("model.seq_len_interpolation_factor")) is not None:
         return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
     return {"rope_scaling": None}
@@ -94,7 +111,7 @@ def yarn_to_mcore(hf: Mapping[str, Value]) -> Fields:
     scaling = hf.get("rope_scaling")
     if not isinstance(scaling, Mapping) or scaling.get("rope_type") != "yarn":
         return {"model.position_embedding_type": "rope", **rope_to_mcore(hf)}
-    _check_known(scaling, {*YARN, _QUERY_SCALING})
+    _check_known(scaling, {*YARN, _QUERY_SCALING, *_implied_factor(scaling)})
     fields: Fields = {
         "model.position_embedding_type": "yarn",
         **rope_to_mcore({}),
@@ -103,6 +120,15 @@ def yarn_to_mcore(hf: Mapping[str, Value]) -> Fields:
     if scaling.get(_QUERY_SCALING) is not None:
         fields[_QUERY_SCALING] = scaling[_QUERY_SCALING]
     return fields
+
+
+def _implied_factor(scaling: Mapping[str, Value]) -> set[str]:
+    """`attention_factor` where it says only what follows from the scaling factor without it (as in OLMo 3)."""
+    said, plain = scaling.get("attention_factor"), scaling.get("mscale") is None
+    if said is None or not plain:
+        return set()
+    implied = 0.1 * math.log(max(1.0, positive(scaling.get("factor"), "rope_scaling.factor"))) + 1.0
+    return {"attention_factor"} if math.isclose(number(said, "attention_factor"), implied, rel_tol=1e-9) else set()
 
 
 def _yarn_fields(

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from converters.errors import StorageError, UnsupportedError
 from converters.mcore.cuts import cuts_of
-from converters.mcore.keys import canonical_names
+from converters.mcore.keys import EMBEDDING, HEAD, TIED, canonical_names
 from converters.mcore.local import LocalName, atom_sizes, parse_local
 from converters.mcore.megatron_args import config_of_args, layout_of_args
+from converters.mcore.releases import written_by
 from converters.mcore.torch_dist import layers_alike, stacks_layers
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
@@ -33,7 +34,6 @@ from mbx.torchfile.torch_values import Namespace
 from mbx.untrusted.values import check_bounded
 
 WEIGHTS = "model_optim_rng.pt"
-EMBEDDING = "embedding.word_embeddings.weight"
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _MODEL = re.compile(r"model(\d*)")
 
@@ -87,6 +87,7 @@ def open_legacy(iteration: Path, path: Path | None = None) -> Checkpoint:
         iteration,
         whole,
         writer="Megatron-LM",
+        core=written_by(names=(name for file in files for chunk in file.chunks for name in chunk)),
         root=iteration.parent,
         hf=hf_folder(iteration),
         args=args,
@@ -193,7 +194,7 @@ class _Reader:
         self.found: dict[tuple[str, int | None], dict[tuple[int, int], Shard]] = {}
         #: the same keys → every rank's copy, with its tensor rank; later pipeline stages' included
         self.copies: dict[tuple[str, int | None], list[tuple[int, Copy]]] = {}
-        self.tied = bool(config.get("model.share_embeddings_and_output_weights"))
+        self.tied = bool(config.get(TIED))
 
     def tensors(self) -> dict[str, StoredTensor]:
         """Every weight of the model, whole."""
@@ -240,7 +241,7 @@ class _Reader:
 
     def _note(self, file: RankFile, shard: Shard, local: LocalName, offset: int, local_experts: int) -> None:
         key = local.param
-        if local.param == "output_layer.weight" and self.tied:
+        if local.param == HEAD and self.tied:
             key = EMBEDDING  # the last pipeline stage's own copy of it
         if local.layer is not None:
             key = f"{local.site}.layers.{local.layer + (offset if local.site == 'decoder' else 0)}.{local.param}"

@@ -10,11 +10,11 @@ from converters.checksums import combine
 from converters.engine.plan import Draft
 from converters.errors import LayoutError
 from converters.mcore.cuts import cuts_of
-from converters.mcore.keys import parse_key
+from converters.mcore.keys import EMBEDDING, HEAD, parse_key
 from converters.mcore.layout import Layout, count_of
 from converters.mcore.local import Spec, extra_states, order, spell_local
 from converters.mcore.pipeline import Stage
-from converters.mcore.releases import CURRENT
+from converters.mcore.releases import CURRENT, Release
 from converters.planning.reshard import with_counts
 from converters.rows.expr import Value
 from converters.rows.ops import ATOM_NAMES
@@ -71,7 +71,8 @@ def place(order: Order) -> RankPlacement:
     """
     sidecars, plan = order.sidecars, order.plan
     assert sidecars is not None
-    writer = _Writer({draft.name: draft for draft in plan.drafts}, plan.layout, plan.config, sidecars.spec)
+    drafts = {draft.name: draft for draft in plan.drafts}
+    writer = _Writer(drafts, plan.layout, plan.config, sidecars.spec, order.release)
     return writer.place(sidecars.args, sidecars.iteration)
 
 
@@ -84,21 +85,23 @@ def rank_folder(layout: Layout, tp: int, pp: int, ep: int) -> str:
 
 
 class _Writer:
-    def __init__(self, drafts: Mapping[str, Draft], layout: Layout, config: Mapping[str, Value], spec: Spec) -> None:
+    def __init__(
+        self, drafts: Mapping[str, Draft], layout: Layout, config: Mapping[str, Value], spec: Spec, release: Release
+    ) -> None:
         if layout.tp % layout.expert_tp:
             raise LayoutError(
                 f"‹etp› {layout.expert_tp} with ‹tp› {layout.tp}: legacy files are named by tensor rank, "
                 "and one name would stand for several expert shards",
                 hint="choose ‹etp› that divides ‹tp›, or ‹format› torch_dist",
             )
-        self.drafts, self.layout, self.spec = drafts, layout, spec
+        self.drafts, self.layout, self.spec, self.release = drafts, layout, spec, release
         shapes = {name: draft.shape for name, draft in drafts.items()}
         self.cuts = cuts_of(shapes, cut=layout.tp > 1 or layout.expert_tp > 1)
         counted = with_counts(config, shapes)
         self.num_experts = count_of(counted, "num_moe_experts")
         self.num_layers, self.mtp_layers = count_of(counted, "num_layers"), count_of(counted, "mtp_num_layers")
         self.stages = layout.stages(self.num_layers, self.mtp_layers)
-        self.tied = "output_layer.weight" not in drafts
+        self.tied = HEAD not in drafts
         self.by_layer: dict[int, list[str]] = {}
         for name, draft in drafts.items():
             parsed = parse_key(name)
@@ -141,7 +144,7 @@ class _Writer:
         states = [{name: stub(local) for name, local in model.items()} for model in models]
         top: dict[str, object] = {
             "args": Namespace(dict(args)),
-            "checkpoint_version": CURRENT.checkpoint_version,
+            "checkpoint_version": self.release.checkpoint_version,
             "iteration": iteration,
         }
         if len(states) == 1:
@@ -178,8 +181,8 @@ class _Writer:
             self._add(out, "output_layer.", tp)
             if self.tied and not (stage.embedding or has_mtp):
                 embedding: dict[str, _Local | None] = {}
-                self._add(embedding, "embedding.word_embeddings.weight", tp)
-                out["output_layer.weight"] = embedding["embedding.word_embeddings.weight"]
+                self._add(embedding, EMBEDDING, tp)
+                out[HEAD] = embedding[EMBEDDING]
             out.setdefault("output_layer._extra_state", None)
         return out
 
@@ -193,10 +196,11 @@ class _Writer:
             parsed = parse_key(name)
             param, at = _packed(parsed.param), (layer,) if parsed.stacked else ()
             if not parsed.experts:
-                self._extend(here, prefix + spell_local(param, None, self.spec), name, at, tp, self.layout.tp)
+                spelt = prefix + spell_local(param, None, self.spec, self.release)
+                self._extend(here, spelt, name, at, tp, self.layout.tp)
                 continue
             for expert in range(local):
-                spelt = prefix + spell_local(param, expert, self.spec)
+                spelt = prefix + spell_local(param, expert, self.spec, self.release)
                 self._extend(here, spelt, name, (*at, ep * local + expert), tp % etp, etp)
         self._finish(out, here)
 
@@ -209,7 +213,7 @@ class _Writer:
 
     def _finish(self, out: dict[str, _Local | None], here: Mapping[str, _Local]) -> None:
         """Add parameters and, behind the last of each module, its `_extra_state`."""
-        states = extra_states(list(here), self.spec)
+        states = extra_states(list(here), self.spec, self.release)
         waiting = dict(states)
         last = {name.rpartition(".")[0]: name for name in here}
         for name in here:

@@ -11,20 +11,28 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from converters.errors import UnsupportedError
-from mbx.models.forward.divergence import vocab_parts
+from mbx.models.forward.divergence import border_diffs, vocab_parts
 from mbx.models.forward.logits import Bf16Noise, LogitDiff
 from mbx.models.prompts import Passes
-from mbx.models.trace import Head
+from mbx.models.trace import Head, Trace
 
 if TYPE_CHECKING:
     from mbx.models.forward.models import TransformersModel
-    from mbx.models.trace import Trace
+
+#: An fp32 number has 16 bits more than a bf16 one.
+_FP32_TO_BF16 = 2.0**-16
+#: Two libraries sum in other orders, and errors of many sums add up: three times as much was seen on small models.
+_MARGIN = 16.0
+_MOST_EXPLAINED = 5e-5
 
 
 def with_bf16_noise(
     diff: LogitDiff, reference: TransformersModel, trace: Trace, read: Passes, vocab: int, device: str
-) -> LogitDiff:
-    """`diff` with its most likely tokens judged outside the noise of bf16.
+) -> tuple[LogitDiff, dict[str, float]]:
+    """`diff` with its most likely tokens judged outside the noise of bf16, and what rounding in fp32 explains.
+
+    The second is the relative difference of hidden states by border: what bf16 makes there, by the ratio of the two
+    precisions, with a margin; at most `_MOST_EXPLAINED`, since a router that turns over in bf16 alone tells nothing.
 
     `reference` runs the passes at positions 0, 1, 2, … once more, in bf16; `trace` is its fp32 run of all passes.
     Nothing is measured where logits are not finite. Rank 0 alone calls this. UnsupportedError where torch cannot run
@@ -33,12 +41,12 @@ def with_bf16_noise(
     import torch
 
     if diff.has_nan:
-        return diff
+        return diff, {}
     from mbx.models.transformers.tracing import trace_transformers
 
     near = tuple(batch for batch in read.batches if batch.positions is None)
     try:
-        rounded = trace_transformers(reference.path, near, device=device, dtype="bfloat16")
+        rounded = trace_transformers(reference.path, near, device=device, dtype="bfloat16", reading=reference.reading)
     except RuntimeError as error:  # torch's word for two dtypes in one product, or a kernel that it has not
         raise UnsupportedError(f"Transformers cannot run `{reference.path}` in bf16: {error}") from error
     rows = torch.cat([torch.full((batch.ids.numel(),), batch.positions is None) for batch in read.batches])
@@ -49,9 +57,14 @@ def with_bf16_noise(
             [number for number, row in enumerate(rows.nonzero().flatten().tolist()) if row in set(diff.other_top1)],
             vocab_parts(trace.hidden, 0, vocab),
         )
+        near_states = Trace({name: states[rows] for name, states in trace.hidden.items()}, trace.head)
+        explained = {
+            border.name: min(_MOST_EXPLAINED, _MARGIN * border.relative * _FP32_TO_BF16)
+            for border in border_diffs(near_states, rounded)
+        }
     finally:
         rounded.close()
-    return replace(diff, noise=found)
+    return replace(diff, noise=found), explained
 
 
 def outside_noise(exact: Head, rounded: Head, other_top1: list[int], parts: Iterable[tuple[int, int]]) -> Bf16Noise:

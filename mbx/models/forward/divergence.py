@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: A border diverges where its relative difference passes this and is this many times that of the border before.
 DIVERGES, JUMPS = 5e-6, 10.0
+#: What was measured of rounding where nothing was.
+_NOTHING: Mapping[str, float] = {}
 #: Bytes of an fp32 part of the output layer.
 _PART_BYTES = 1 << 27
 
@@ -38,8 +40,8 @@ class BorderDiff:
         return f"{self.name}: max |Δ| {self.max_abs:.2e}, relative {self.relative:.1e}"
 
 
-def border_diffs(a: Trace, b: Trace) -> tuple[BorderDiff, ...]:
-    """Differences at every border that both traces have, in the order of the model.
+def border_diffs(a: Trace, b: Trace, rows: torch.Tensor | None = None) -> tuple[BorderDiff, ...]:
+    """Differences at every border that both traces have, in the order of the model; of the positions `rows` alone.
 
     DifferenceError where the shapes differ: the sides did not see the same tokens.
     """
@@ -50,7 +52,7 @@ def border_diffs(a: Trace, b: Trace) -> tuple[BorderDiff, ...]:
             continue
         if left.shape != right.shape:
             raise DifferenceError(f"{name}: hidden states {list(left.shape)} against {list(right.shape)}")
-        found.append(_diff(name, left, right))
+        found.append(_diff(name, left, right) if rows is None else _diff(name, left[rows], right[rows]))
     return tuple(found)
 
 
@@ -64,13 +66,17 @@ def _diff(name: str, left: torch.Tensor, right: torch.Tensor) -> BorderDiff:
     return BorderDiff(name, float(difference.abs().max()), relative)
 
 
-def first_divergence(borders: Sequence[BorderDiff]) -> BorderDiff | None:
-    """The first border whose difference jumps: rounding grows slowly through the layers, a defect at once."""
+def first_divergence(borders: Sequence[BorderDiff], explained: Mapping[str, float] = _NOTHING) -> BorderDiff | None:
+    """The first border whose difference jumps: rounding grows slowly through the layers, a defect at once.
+
+    `explained` is the relative difference that rounding was measured to make behind a border; below it nothing jumps.
+    """
     before = 0.0
     for border in borders:
         if not math.isfinite(border.relative):
             return border
-        if border.relative > DIVERGES and border.relative > JUMPS * before:
+        limit = max(DIVERGES, explained.get(border.name, 0.0))
+        if border.relative > limit and border.relative > JUMPS * before:
             return border
         before = max(before, border.relative)
     return None
@@ -92,13 +98,14 @@ def vocab_parts(hidden: Mapping[str, torch.Tensor], first: int, last: int) -> It
 
 
 def compare_traces(
-    a: Trace, b: Trace, vocab: int, tolerance: float
+    a: Trace, b: Trace, vocab: int, tolerance: float, *, relative: bool = False
 ) -> tuple[LogitDiff, tuple[BorderDiff, ...]] | None:
     """Logits of the whole vocabulary, a part at a time, and the hidden states.
 
-    Collective where a head is; the result is rank 0's, None elsewhere.
+    `tolerance` is a difference of two logits, or with `relative` a share of their spread. Collective where a head is;
+    the result is rank 0's, None elsewhere.
     """
-    tally = LogitTally(tolerance)
+    tally = LogitTally(tolerance, relative=relative)
     for first, last in vocab_parts(a.hidden or b.hidden, 0, vocab):
         left, right = a.head(first, last), b.head(first, last)
         if is_main():

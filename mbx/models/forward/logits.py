@@ -50,7 +50,8 @@ class LogitDiff:
     position, in reading order, that is not finite or differs by more than `tolerance`; None where there is none.
     `has_nan`: either side holds NaN or an infinity. `largest`: the largest |Δ| of each position. `far`: the limit of
     far positions, where one of their own was measured (`rotary_floor`). `other_top1`: numbers of the positions with
-    another arg max. `noise`: those outside the noise of bf16, where it was measured.
+    another arg max. `noise`: those outside the noise of bf16, where it was measured. `spread`: the standard deviation
+    of a position's logits of `a` over the vocabulary, root mean square over positions.
     """
 
     max_abs: float
@@ -64,6 +65,7 @@ class LogitDiff:
     far: FarLimit | None = None
     other_top1: tuple[int, ...] = ()
     noise: Bf16Noise | None = None
+    spread: float = math.nan
 
     @property
     def ok(self) -> bool:
@@ -75,10 +77,13 @@ class LogitDiff:
 
 
 class LogitTally:
-    """Compares logits a part of the vocabulary at a time, in float64: nothing grows with the vocabulary."""
+    """Compares logits a part of the vocabulary at a time, in float64: nothing grows with the vocabulary.
 
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
+    `tolerance` is a difference of two logits, or with `relative` a share of their spread.
+    """
+
+    def __init__(self, tolerance: float, *, relative: bool = False) -> None:
+        self.tolerance, self.relative = tolerance, relative
         self.tokens = 0
         self._empty = True
 
@@ -97,10 +102,12 @@ class LogitTally:
             self.weighted = torch.zeros(rows, dtype=torch.float64)
             self.best = torch.full((2, rows), -math.inf, dtype=torch.float64)
             self.best_token = torch.zeros((2, rows), dtype=torch.long)
+            self.sums = torch.zeros((2, rows), dtype=torch.float64)
         both = torch.stack((a.detach().double().cpu(), b.detach().double().cpu()))
         difference = both[0] - both[1]
         self.finite &= both.isfinite().all(-1).all(0)
         self.largest = torch.maximum(self.largest, difference.abs().amax(-1))
+        self.sums += torch.stack((both[0].sum(-1), both[0].square().sum(-1)))
         log_sums = torch.logaddexp(self.log_sums, both.logsumexp(-1))
         # The expected difference under softmax(a) so far, carried over to the new sum.
         mine = (both[0] - log_sums[0][:, None]).exp()
@@ -119,7 +126,10 @@ class LogitTally:
         if self._empty or not self.tokens or not self.finite.numel():
             raise DifferenceError("no logits to compare")
         largest = self.largest.masked_fill(~self.finite, math.inf)
-        bad = torch.nonzero(largest > self.tolerance)
+        mean, square = self.sums / self.tokens
+        spread = math.sqrt(max(0.0, float((square - mean.square()).mean())))
+        tolerance = self.tolerance * spread if self.relative and math.isfinite(spread) else self.tolerance
+        bad = torch.nonzero(largest > tolerance)
         has_nan = not bool(self.finite.all())
         same = self.best_token[0] == self.best_token[1]
         kl = self.weighted - self.log_sums[0] + self.log_sums[1]
@@ -130,7 +140,8 @@ class LogitTally:
             first_bad_position=divmod(int(bad[0]), largest.numel() // rows) if len(bad) else None,
             has_nan=has_nan,
             num_positions=largest.numel(),
-            tolerance=self.tolerance,
+            tolerance=tolerance,
             largest=tuple(largest.tolist()),
             other_top1=tuple(torch.nonzero(~same).flatten().tolist()),
+            spread=spread,
         )

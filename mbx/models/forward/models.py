@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from converters.errors import UsageError
+from converters.mcore.keys import EMBEDDING
+from converters.protocols import Source
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_rope
 from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
-from mbx.formats.hf import read_config
+from mbx.formats.registry import open_hf
 from mbx.models.device import Spread, is_main
+from mbx.models.pictures import Seen
 from mbx.models.prompts import Batch
 from mbx.models.trace import Trace
+from mbx.models.transformers.reading import AS_IT_IS, FolderReading
 
 if TYPE_CHECKING:
     from mbx.models.megatron.weights import StoredWeights
@@ -23,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TransformersModel:
-    """Transformers' model of a Hugging Face folder."""
+    """Transformers' model of a Hugging Face folder, read as `reading` says."""
 
     path: Path
+    reading: FolderReading = AS_IT_IS
     title: str = field(default="Transformers", init=False)
 
     def padding(self, vocab: int) -> int:
@@ -35,29 +40,33 @@ class TransformersModel:
 
     @property
     def note(self) -> str:
-        """Under which class Transformers runs a model that it has none for; empty where it has."""
-        from mbx.models.transformers.equivalents import twin_of
+        """As which class Transformers runs a model that it has none for, and what mbx decodes; empty for neither."""
+        from mbx.models.transformers.folder_weights import FolderWeights
+        from mbx.models.transformers.pictures import compared_as
 
-        twin = twin_of(read_config(self.path))
-        return "" if twin is None else f"; {twin.note}"
+        folder = open_hf(self.path)
+        twin = compared_as(folder.config)
+        return ("" if twin is None else f"; {twin.note}") + FolderWeights(folder, self.reading).note
 
-    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
-        """The pass, on rank 0; an empty trace elsewhere."""
-        del vocab
+    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread, seen: Sequence[Seen | None] = ()) -> Trace:
+        """The pass, on rank 0; an empty trace elsewhere. What a tower sees is its own, whatever another has `seen`."""
+        del vocab, seen
         if not is_main():
             import torch
 
             return Trace({}, lambda first, last: torch.empty(0, last - first))
         from mbx.models.transformers.tracing import trace_transformers
 
-        return trace_transformers(self.path, batches, device=spread.device)
+        return trace_transformers(self.path, batches, device=spread.device, reading=self.reading)
 
 
 @dataclass(frozen=True, slots=True)
 class MegatronModel:
     """Megatron Core's model of a flat `config`, with the weights of a Megatron checkpoint of any format.
 
-    `tensors` by torch_dist key have their chunks below `root`; with `torch_dist`, torch's reader reads that folder.
+    `tensors` by torch_dist key have their chunks below `root`; with `torch_dist`, torch's reader reads that folder,
+    where `prefix` stands before the keys of a text model inside a larger one. `source` reads tensors that lie in no
+    file there.
     `reference` and `hf_config` (v4 spelling) say which rotary frequencies the config cannot express.
     """
 
@@ -67,11 +76,13 @@ class MegatronModel:
     torch_dist: bool = True
     reference: Path | None = None
     hf_config: Mapping[str, Value] = field(default_factory=dict)
+    prefix: str = ""
+    source: Source | None = None
     title: str = field(default="Megatron Core", init=False)
 
     def padding(self, vocab: int) -> int:
         """Rows of the embedding behind the vocabulary."""
-        embedding = self.tensors.get("embedding.word_embeddings.weight")
+        embedding = self.tensors.get(EMBEDDING)
         return 0 if embedding is None else max(0, embedding.shape[0] - vocab)
 
     @property
@@ -84,20 +95,22 @@ class MegatronModel:
         from mbx.models.megatron.weights import StoredWeights
 
         if not self.torch_dist:
-            return StoredWeights(self.tensors, source)
+            return StoredWeights(self.tensors, self.source or source)
         from mbx.models.megatron.dcp_weights import TorchDistWeights
 
-        return TorchDistWeights(self.root, self.tensors, source)
+        return TorchDistWeights(self.root, self.tensors, source, self.prefix)
 
-    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread) -> Trace:
-        """The pass; collective, inside `megatron_on`."""
+    def trace(self, batches: Sequence[Batch], vocab: int, spread: Spread, seen: Sequence[Seen | None] = ()) -> Trace:
+        """The pass, with pictures as a tower has `seen` them; collective, inside `megatron_on`."""
         from mbx.models.megatron.rotary import transformers_frequencies
         from mbx.models.megatron.tracing import trace_megatron
 
         source = FileSource(self.root)
         weights = self.weights(source)
         frequencies = transformers_frequencies(self.reference) if self.reference and self.lent else None
-        found = trace_megatron(self.config, weights, batches, vocab=vocab, spread=spread, frequencies=frequencies)
+        found = trace_megatron(
+            self.config, weights, batches, vocab=vocab, spread=spread, frequencies=frequencies, seen=seen
+        )
         return Trace(found.hidden, found.head, source.close)
 
 

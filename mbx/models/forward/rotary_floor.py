@@ -44,7 +44,7 @@ def _floor(reference: TransformersModel, trace: Trace, read: Passes, vocab: int,
     from mbx.models.transformers.tracing import trace_transformers
 
     again = tuple(batch for batch in read.batches if bool(batch.far.any()))
-    nudged = trace_transformers(reference.path, again, device=device, nudged=True)
+    nudged = trace_transformers(reference.path, again, device=device, nudged=True, reading=reference.reading)
     # Rows of the plain trace that belong to passes run again, and the far ones of those.
     run_again = torch.cat([torch.full((batch.ids.numel(),), bool(batch.far.any())) for batch in read.batches])
     rows = torch.cat([batch.far.expand_as(batch.ids).flatten() for batch in again])

@@ -6,20 +6,33 @@ import inspect
 from typing import TYPE_CHECKING
 
 from converters.errors import LayoutError, UnsupportedError, UsageError
+from converters.mcore.field_equality import is_idle
 from converters.rows.expr import Value
+from mbx.installed import core_release
 from mbx.models.device import ONE_PROCESS, Spread
-from mbx.models.megatron.config import MODEL_PREFIX, FlatConfig, mcore_version, refuse_unknown, transformer_config
+from mbx.models.megatron.config import (
+    MODEL_PREFIX,
+    OWN_FIELDS,
+    FlatConfig,
+    mcore_version,
+    refuse_unknown,
+    transformer_config,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mbx.models.megatron.core.config import TransformerConfig
 
-# Arguments of ours behind the same prefix: the model class, and what `family_layers` adds to a GPT model.
-_SANDWICH = ("post_layernorms", "rotary_base_local", "scale_embeddings")
+# Arguments of ours behind the same prefix: the model class, and what families add to a GPT model.
+_LAYERS = ("post_layernorms", "post_layernorms_only", "qk_layernorm_over_heads")
+_FAMILY = (*_LAYERS, "rotary_base_local", "scale_embeddings")
 # What the installed Megatron Core has no module for: tensors of it are left in the checkpoint.
 _ABSENT = ("mtp_num_layers", "mtp_hybrid_override_pattern", "mtp_block_layers")
-_NOT_CONSTRUCTOR = ("mcore_model", "latent_layernorm_epsilon", *_ABSENT, *_SANDWICH)
+#: What tables call the pattern of a hybrid model's layers.
+_PATTERN = "hybrid_override_pattern"
+_PATTERN_FIELD = MODEL_PREFIX + _PATTERN
+_NOT_CONSTRUCTOR = ("mcore_model", "latent_layernorm_epsilon", *_ABSENT, *_FAMILY)
 
 
 def build_model(
@@ -31,7 +44,7 @@ def build_model(
     vp_stage: int | None = None,
     streamed: bool = False,
 ) -> nn.Module:
-    """Build this rank's GPTModel (or MambaModel) inside an initialised process group; weights are random.
+    """Build this rank's GPTModel (or hybrid model) inside an initialised process group; weights are random.
 
     On a CPU, stay inside `megatron_on_cpu` for as long as the model is used. `padded_vocab_size` is the row count of
     the embedding, the true `model.vocab_size` by default; it must be a multiple of the spread's tp. `vp_stage` is the
@@ -49,7 +62,7 @@ def build_model(
     kind = config.get(MODEL_PREFIX + "mcore_model", "gpt")
     if kind not in ("gpt", "hybrid"):
         raise UsageError(f"model.mcore_model must be `gpt` or `hybrid`, got {kind!r}")
-    if kind == "hybrid" and not use_te:
+    if kind == "hybrid" and not use_te and not (core_release().hybrid_without_te and config.get(_PATTERN_FIELD)):
         raise UnsupportedError(
             f"{mcore_version()} builds hybrid (Mamba) models with Transformer Engine only",
             hint="run this leg on a GPU with Transformer Engine and mamba-ssm installed",
@@ -57,7 +70,9 @@ def build_model(
     built = transformer_config(config, spread, use_te=use_te)
     try:
         gpt = kind == "gpt"
-        model_class, specs = _gpt_parts(config, built, use_te, vp_stage) if gpt else _hybrid_parts(config, vp_stage)
+        model_class, specs = (
+            _gpt_parts(config, built, use_te, vp_stage) if gpt else _hybrid_parts(config, built, use_te, vp_stage)
+        )
         if streamed:
             from mbx.models.megatron.eviction import evicting_specs
 
@@ -72,10 +87,14 @@ def build_model(
             f"{mcore_version()} cannot build this model on {spread.device} "
             f"({'Transformer Engine' if use_te else 'local'} spec): {error}"
         ) from error
-    if config.get(MODEL_PREFIX + "scale_embeddings"):
-        from mbx.models.megatron.family_layers import scale_embeddings
+    if gpt:
+        from mbx.models.megatron.family_hooks import add_family_hooks
 
-        scale_embeddings(model, built.hidden_size)
+        add_family_hooks(model, config)
+        if config.get(MODEL_PREFIX + "qk_layernorm_over_heads"):
+            # From here on it means that ranks of tensor parallelism each hold a whole such norm, whose gradients
+            # `finalize_model_grads` sums; these are cut.
+            built.qk_layernorm = False
     latent = config.get(MODEL_PREFIX + "latent_layernorm_epsilon")
     if isinstance(latent, float) and latent != built.layernorm_epsilon:
         from mbx.models.megatron.family_layers import set_latent_epsilon
@@ -88,18 +107,17 @@ def _gpt_parts(
     config: FlatConfig, built: TransformerConfig, use_te: bool, vp_stage: int | None
 ) -> tuple[type[nn.Module], dict[str, object]]:
     from mbx.models.megatron.core.layers import GPTModel
-    from mbx.models.megatron.specs import gpt_block_spec, mtp_block_spec
+    from mbx.models.megatron.specs import FamilyParts, gpt_block_spec, mtp_block_spec
 
     base = config.get(MODEL_PREFIX + "rotary_base_local")
     if base is not None and (isinstance(base, bool) or not isinstance(base, int | float)):
         raise UsageError(f"model.rotary_base_local must be a number, got {base!r}")
-    block = gpt_block_spec(
-        built,
-        use_te=use_te,
-        post_layernorms=bool(config.get(MODEL_PREFIX + "post_layernorms")),
+    parts = FamilyParts(
+        **{name: bool(config.get(MODEL_PREFIX + name)) for name in _LAYERS},
         rotary_base_local=base,
-        vp_stage=vp_stage,
+        softcapped=bool(config.get("attn_logit_softcapping")),
     )
+    block = gpt_block_spec(built, use_te=use_te, parts=parts, vp_stage=vp_stage)
     return GPTModel, {
         "transformer_layer_spec": block,
         "mtp_block_spec": mtp_block_spec(built, block, use_te=use_te, vp_stage=vp_stage),
@@ -107,20 +125,30 @@ def _gpt_parts(
     }
 
 
-def _hybrid_parts(config: FlatConfig, vp_stage: int | None) -> tuple[type[nn.Module], dict[str, object]]:
-    added = [f"`{MODEL_PREFIX}{name}`" for name in _SANDWICH if config.get(MODEL_PREFIX + name)]
+def _hybrid_parts(
+    config: FlatConfig, built: TransformerConfig, use_te: bool, vp_stage: int | None
+) -> tuple[type[nn.Module], dict[str, object]]:
+    asked = (*(MODEL_PREFIX + name for name in _FAMILY), *OWN_FIELDS)
+    added = [f"`{name}`" for name in asked if not is_idle(name, config.get(name))]
     if added:
         raise UnsupportedError(f"{', '.join(added)}: hybrid models are built without")
     if vp_stage is not None:
         raise UnsupportedError(f"{mcore_version()} has no virtual pipeline stages for hybrid models")
-    from mbx.models.megatron.core.hybrid import MambaModel, mamba_stack_spec
+    from mbx.models.megatron.core.hybrid import HybridModel, hybrid_stack_spec
 
-    return MambaModel, {"mamba_stack_spec": mamba_stack_spec}
+    spec = hybrid_stack_spec
+    if not use_te:
+        from mbx.models.megatron.hybrid_layers import local_hybrid_spec
+
+        spec = local_hybrid_spec(built, str(config[_PATTERN_FIELD]))
+    return HybridModel, {core_release().hybrid_spec: spec}
 
 
 def _model_arguments(config: FlatConfig, model_class: type) -> dict[str, Value]:
     names = {k[len(MODEL_PREFIX) :]: v for k, v in config.items() if k.startswith(MODEL_PREFIX)}
     arguments = {k: v for k, v in names.items() if k not in _NOT_CONSTRUCTOR}
+    if _PATTERN in arguments:
+        arguments[core_release().hybrid_pattern] = arguments.pop(_PATTERN)
     accepted = set(inspect.signature(model_class).parameters)
     refuse_unknown([MODEL_PREFIX + k for k in sorted(set(arguments) - accepted)], model_class.__name__)
     missing = [MODEL_PREFIX + k for k in ("vocab_size", "max_sequence_length") if k not in arguments]

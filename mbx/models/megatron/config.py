@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from converters.errors import DeviceError, LayoutError, UnsupportedError, UsageError
 from converters.rows.expr import Value
+from converters.rows.isos.rope import YARN
+from mbx.installed import core_version
 from mbx.models.device import DTYPES, ONE_PROCESS, Spread
 
 if TYPE_CHECKING:
@@ -38,9 +40,12 @@ _CUDA_ONLY: dict[str, Value] = {
     ),
     "moe_token_dispatcher_type": "allgather",
 }
-# GPTModel (0.16.1, position_embedding_type="yarn") reads these from the config, which does not declare them.
-_YARN_ATTRIBUTES = """yarn_rotary_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow
-yarn_mscale yarn_mscale_all_dim yarn_correction_range_round_to_int""".split()
+# Of YaRN's constants, those that no class has a default for.
+_YARN_NEEDED = ("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings")
+#: Fields of families that no Megatron Core has: `family_hooks` reads them from the flat config. `rope_dynamic_factor`
+#: changes nothing before the end of the context, where sequences end here.
+OWN_FIELDS = """attn_logit_softcapping final_logit_softcapping embedding_multiplier residual_multiplier logits_scaling
+llama_4_scaling_beta rope_dynamic_factor""".split()
 # Any of these lets stages hold different numbers of layers; mcore checks those itself.
 _UNEVEN_STAGES = """num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout
 account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split""".split()
@@ -71,8 +76,14 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
         config, config_class = _with_encoded_layers(config), core.HeterogeneousTransformerConfig
     known = {field.name for field in fields(config_class) if field.init}
     yarn = not mla and config.get(MODEL_PREFIX + "position_embedding_type") == "yarn"
-    extra = {name: config[name] for name in _YARN_ATTRIBUTES if yarn and name in config and name not in known}
-    values = {k: v for k, v in config.items() if not k.startswith(MODEL_PREFIX) and k not in extra}
+    # GPTModel (0.16.1, position_embedding_type="yarn") reads these from the config, which does not declare them; what
+    # a recipe leaves out (TOML has no null) is what Transformers takes for an absent key
+    said = {field: config.get(field, default) for field, default in YARN.values()} if yarn else {}
+    if yarn and (unsaid := [field for field in _YARN_NEEDED if said[field] is None]):
+        raise UnsupportedError(f"position_embedding_type=yarn needs {' and '.join(unsaid)}")
+    extra = {field: value for field, value in said.items() if field not in known}
+    # fields with a dot are the model's arguments, or of what stands beside the text
+    values = {k: v for k, v in config.items() if "." not in k and k not in extra and k not in OWN_FIELDS}
     values = {k: v for k, v in values.items() if k in known or k in _OWNED or (v is not None and v is not False)}
     if mla:
         values.update(_mla_rotary(config))
@@ -202,6 +213,4 @@ def refuse_unknown(names: list[str], owner: str) -> None:
 
 def mcore_version() -> str:
     """The installed Megatron Core, as messages name it."""
-    from mbx.models.megatron.core.config import __version__
-
-    return f"megatron-core {__version__}"
+    return f"megatron-core {core_version()}"

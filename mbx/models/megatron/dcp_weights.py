@@ -45,11 +45,15 @@ class _Boxes(DefaultLoadPlanner):
 class TorchDistWeights(StoredWeights):
     """The weights of a torch_dist iteration; what is asked for has to be there, objects (`_extra_state`) included.
 
-    `tensors` and `source` are the same as mbx reads them, for rows of the vocabulary.
+    `tensors` and `source` are the same as mbx reads them, for rows of the vocabulary. `prefix` stands before all keys
+    there.
     """
 
-    def __init__(self, iteration: Path, tensors: Mapping[str, StoredTensor], source: FileSource) -> None:
+    def __init__(
+        self, iteration: Path, tensors: Mapping[str, StoredTensor], source: FileSource, prefix: str = ""
+    ) -> None:
         super().__init__(tensors, source)
+        self.prefix = prefix
         self.iteration = iteration
         self.reader = FileSystemReader(str(iteration))
         self.metadata = torch_index(iteration)
@@ -59,7 +63,7 @@ class TorchDistWeights(StoredWeights):
         """StorageError for objects that are not there."""
         stored = self.metadata.state_dict_metadata
         for name in names:
-            if not isinstance(stored.get(name), BytesStorageMetadata):
+            if not isinstance(stored.get(self.prefix + name), BytesStorageMetadata):
                 raise StorageError(f"the checkpoint lacks `{name}`")
 
     def read(self, wanted: list[Any]) -> list[torch.Tensor]:
@@ -68,16 +72,17 @@ class TorchDistWeights(StoredWeights):
         boxes: dict[tuple[str, torch.Size | None], torch.Tensor] = {}
         places = []
         for one in wanted:
-            found = self.metadata.state_dict_metadata.get(one.key)
+            key = self.prefix + one.key
+            found = self.metadata.state_dict_metadata.get(key)
             if not isinstance(found, TensorStorageMetadata):
                 raise StorageError(f"the checkpoint lacks `{one.key}`")
             self.check_shape(one, tuple(found.size))
             sizes = torch.Size((1,) * one.prepend_axis_num + tuple(one.local_shape))
             box = ChunkStorageMetadata(torch.Size(one.global_offset), sizes)
-            items = create_read_items_for_chunk_list(one.key, found, [box])
+            items = create_read_items_for_chunk_list(key, found, [box])
             if (filled := sum(item.lengths.numel() for item in items)) != sizes.numel():
                 raise StorageError(f"`{one.key}`: {filled} of {sizes.numel()} values are stored")
-            places.append((one.key, box.offsets))
+            places.append((key, box.offsets))
             boxes[places[-1]] = torch.empty(sizes, dtype=found.properties.dtype)
             plan += items
         try:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, cast
 
+from mbx.installed import core_release
+
 if TYPE_CHECKING:
     from torch import nn
 
     from mbx.models.megatron.core.layers import ModuleSpec
 
 _PARKED = "mbx_parked_shapes"
-_HYBRID_LAYERS = ("mamba_layer", "attention_layer", "mlp_layer", "moe_layer")
 
 
 def evict(layer: nn.Module) -> None:
@@ -38,12 +39,13 @@ def is_evicted(layer: nn.Module) -> bool:
 
 
 def evicting_specs(specs: dict[str, object]) -> dict[str, object]:
-    """The layer specs of a GPTModel (changed in place) or MambaModel, with layers that evict themselves."""
-    if "mamba_stack_spec" in specs:
-        stack = deepcopy(cast("ModuleSpec", specs["mamba_stack_spec"]))
-        for kind in _HYBRID_LAYERS:
+    """The layer specs of a GPTModel (changed in place) or hybrid model, with layers that evict themselves."""
+    hybrid = core_release().hybrid_spec
+    if hybrid in specs:
+        stack = deepcopy(cast("ModuleSpec", specs[hybrid]))
+        for kind in [name for name in vars(stack.submodules) if name.endswith("_layer")]:
             setattr(stack.submodules, kind, _evicting(getattr(stack.submodules, kind)))
-        return {**specs, "mamba_stack_spec": stack}
+        return {**specs, hybrid: stack}
     block = cast("Any", specs["transformer_layer_spec"])
     block.layer_specs = [_evicting(spec) for spec in block.layer_specs]
     return specs

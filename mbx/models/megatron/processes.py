@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from converters.errors import DeviceError, LayoutError, UsageError
 from mbx.models.device import ONE_PROCESS, Spread, world_of
 
 #: Seconds that processes wait for each other: one of them also runs the other side of a comparison.
 _PATIENCE_S = 7200.0
+
+_T = TypeVar("_T")
 
 
 @contextlib.contextmanager
@@ -59,6 +62,7 @@ def process_group(
     import torch
 
     from mbx.models.megatron.core.groups import model_parallel_cuda_manual_seed, parallel_state
+    from mbx.models.megatron.core.rotary import forget_tables
 
     tp, pp, ep, etp = spread.tp, spread.pp, spread.ep, spread.etp
     if world_size % (tp * pp) or world_size % (etp * ep * pp):
@@ -84,8 +88,20 @@ def process_group(
         model_parallel_cuda_manual_seed(seed)
         yield
     finally:
+        forget_tables()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def on_every_rank(value: _T) -> _T:
+    """Rank 0's `value`; collective."""
+    import torch
+
+    if torch.distributed.get_world_size() == 1:
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held, src=0)
+    return held[0]
 
 
 def _choose_gpu() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from converters.errors import UnsupportedError, UsageError
+from converters.errors import LayoutError, UnsupportedError, UsageError
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_rope
 from mbx.models.transformers.reference import transformers_config
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def rotated_at(model: nn.Module, positions: torch.Tensor | None) -> Iterator[None]:
-    """Make the rotary tables of `model` those of `positions: [s]`; mcore itself counts 0, 1, 2, … from the length."""
+def rotated_at(model: nn.Module, positions: torch.Tensor | None, axes: Sequence[int] = ()) -> Iterator[None]:
+    """Make the rotary tables of `model` those of `positions`; mcore itself counts 0, 1, 2, … from the length.
+
+    `positions: [s]`, or `[3, b, s]` by time, height and width, of which `axes` names the one that each pair of
+    dimensions turns by. Raises LayoutError where there are not as many axes as pairs.
+    """
     if positions is None:
         yield
         return
-    from mbx.models.megatron.core.layers import RotaryEmbedding
+    from mbx.models.megatron.core.rotary import RotaryEmbedding
 
     count = int(positions.max()) + 1
 
@@ -32,11 +36,13 @@ def rotated_at(model: nn.Module, positions: torch.Tensor | None) -> Iterator[Non
         return (count, *args[1:])
 
     def pick(module: nn.Module, args: object, output: object) -> object:
-        del module, args
-        if isinstance(output, tuple):  # YaRN: the table and its magnitude
-            return (output[0][positions.to(output[0].device)], *output[1:])
-        table = cast("torch.Tensor", output)
-        return table[positions.to(table.device)]
+        del args
+        table, *rest = output if isinstance(output, tuple) else (output,)  # YaRN: the table and its magnitude
+        at = positions.to(table.device)
+        found = (
+            table[at] if at.dim() == 1 else _turned(table, at, axes, bool(getattr(module, "rotary_interleaved", 0)))
+        )
+        return (found, *rest) if rest else found
 
     handles = []
     for module in model.modules():
@@ -47,6 +53,37 @@ def rotated_at(model: nn.Module, positions: torch.Tensor | None) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _turned(table: torch.Tensor, positions: torch.Tensor, axes: Sequence[int], interleaved: bool) -> torch.Tensor:
+    """Angles of `positions: [3, b, s]` from `table: [length, 1, 1, d]`, a row a position: [s, b, 1, d].
+
+    Dimensions of a pair stand beside each other where `interleaved`, else half the width apart.
+    """
+    import torch
+
+    width = table.shape[-1]
+    if len(axes) * 2 != width:
+        raise LayoutError(f"mrope_section names an axis for {len(axes)} rotary pairs; the model turns {width // 2}")
+    by_pair = torch.tensor(axes, device=table.device)
+    by_column = by_pair.repeat_interleave(2) if interleaved else by_pair.repeat(2)
+    angles = table[:, 0, 0][positions]  # [3, b, s, d]
+    picked = angles.gather(0, by_column.expand(1, *angles.shape[1:]))[0]
+    return picked.transpose(0, 1)[:, :, None]
+
+
+def axes_of_pairs(sections: Sequence[int], interleaved: bool) -> list[int]:
+    """Which of time, height and width (0, 1, 2) each rotary pair turns by, `sections` saying how many turn by each.
+
+    One axis behind the other (Qwen2-VL), or `interleaved`: height and width take every third pair in turn, as far as
+    their numbers go, and time the rest (Qwen3-VL).
+    """
+    if not interleaved:
+        return [axis for axis, count in enumerate(sections) for _ in range(count)]
+    axes = [0] * sum(sections)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = [axis] * sections[axis]
+    return axes
 
 
 def lend_frequencies(model: nn.Module, hf_path: Path, hf_config: Mapping[str, Value]) -> tuple[str, ...]:
@@ -85,7 +122,7 @@ def set_rope_frequencies(model: nn.Module, inv_freq: torch.Tensor) -> None:
     caller says so. Raises `UnsupportedError` where the model has no such table (learned positions, YaRN, MLA),
     `UsageError` for another number of frequencies.
     """
-    from mbx.models.megatron.core.layers import RotaryEmbedding
+    from mbx.models.megatron.core.rotary import RotaryEmbedding, forget_tables
 
     rope = getattr(model, "rotary_pos_emb", None)
     if rope is None or type(rope) is not RotaryEmbedding:
@@ -95,4 +132,4 @@ def set_rope_frequencies(model: nn.Module, inv_freq: torch.Tensor) -> None:
     if inv_freq.shape != rope.inv_freq.shape:
         raise UsageError(f"inv_freq must be {list(rope.inv_freq.shape)}, got {list(inv_freq.shape)}")
     rope.inv_freq = inv_freq.detach().to(rope.inv_freq)
-    RotaryEmbedding.forward.cache_clear()  # the cache is the class's, keyed by instance and length
+    forget_tables()  # the caches are the classes', keyed by instance and length

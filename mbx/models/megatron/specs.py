@@ -6,13 +6,17 @@ layers only. Checkpoints carry the Transformer Engine names, so the key maps her
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converters.errors import UnsupportedError
 from mbx.models.megatron.config import mcore_version
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mbx.models.megatron.core.config import TransformerConfig
     from mbx.models.megatron.core.layers import (
         ModuleSpec,
@@ -25,15 +29,12 @@ def gpt_block_spec(
     config: TransformerConfig,
     *,
     use_te: bool,
-    post_layernorms: bool = False,
-    rotary_base_local: float | None = None,
+    parts: FamilyParts | None = None,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Layer specs of this pipeline rank's decoder, dense and expert layers placed by `moe_layer_freq`.
 
-    `post_layernorms` adds a norm behind attention and behind the MLP, `rotary_base_local` gives windowed layers a
-    rotary base of their own; Megatron Core has neither (`family_layers`). `vp_stage` is the model chunk where
-    the pipeline is interleaved.
+    `parts` are what Megatron Core has not. `vp_stage` is the model chunk where the pipeline is interleaved.
     """
     from mbx.models.megatron.core import layers
 
@@ -58,17 +59,49 @@ def gpt_block_spec(
     else:
         block = _local_block_spec(config, vp_stage)
     block.layer_specs = [deepcopy(layer) for layer in block.layer_specs]  # mcore repeats one spec object
-    if config.qk_l2_norm and config.no_rope_freq:
-        _norm_rotated_layers_only(config, block, vp_stage)
-    if post_layernorms or rotary_base_local is not None:
-        from mbx.models.megatron.family_layers import add_post_layernorms, use_two_bases
+    if config.multi_latent_attention and config.q_lora_rank is None:
+        from mbx.models.megatron.family_layers import project_queries_at_once
 
         for layer in block.layer_specs:
-            if post_layernorms:
-                add_post_layernorms(layer, block.layer_norm)
-            if rotary_base_local is not None:
-                use_two_bases(layer, rotary_base_local)
+            project_queries_at_once(layer)
+    if config.qk_l2_norm and config.no_rope_freq:
+        _norm_rotated_layers_only(config, block, vp_stage)
+    if parts is not None and parts != FamilyParts():
+        for layer in block.layer_specs:
+            _put_parts(layer, parts, block.layer_norm)
     return block
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyParts:
+    """What families build into a layer that Megatron Core has not (`family_layers`); this, if nothing is said.
+
+    `post_layernorms` stand behind attention and MLP beside those before, or `post_layernorms_only` there;
+    `qk_layernorm_over_heads` spans all heads, `rotary_base_local` is windowed layers' own, and `softcapped` attention
+    shows its scores.
+    """
+
+    post_layernorms: bool = False
+    post_layernorms_only: bool = False
+    qk_layernorm_over_heads: bool = False
+    rotary_base_local: float | None = None
+    softcapped: bool = False
+
+
+def _put_parts(layer: ModuleSpec, parts: FamilyParts, norm: Callable[..., nn.Module]) -> None:
+    from mbx.models.megatron import family_layers as own
+    from mbx.models.megatron.core.layers import DotProductAttention
+
+    if parts.softcapped:
+        layer.submodules.self_attention.submodules.core_attention = DotProductAttention
+    if parts.qk_layernorm_over_heads:
+        own.norm_over_heads(layer)
+    if parts.post_layernorms_only:
+        own.drop_pre_layernorms(layer)
+    if parts.post_layernorms or parts.post_layernorms_only:
+        own.add_post_layernorms(layer, norm)
+    if parts.rotary_base_local is not None:
+        own.use_two_bases(layer, parts.rotary_base_local)
 
 
 def _norm_rotated_layers_only(
@@ -131,8 +164,8 @@ def _local_block_spec(config: TransformerConfig, vp_stage: int | None) -> Transf
     )
     from mbx.models.megatron.local_modules import LocalNorm
 
-    dense = _local_layer_spec(config, num_experts=None)
-    expert = dense if config.num_moe_experts is None else _local_layer_spec(config, num_experts=config.num_moe_experts)
+    dense = local_layer_spec(config, num_experts=None)
+    expert = dense if config.num_moe_experts is None else local_layer_spec(config, num_experts=config.num_moe_experts)
     layers = [expert if is_expert else dense for is_expert in expert_layers(config)]
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
@@ -153,7 +186,7 @@ def expert_layers(config: TransformerConfig) -> list[bool]:
     return [bool(flag) for flag in config.moe_layer_freq]
 
 
-def _local_layer_spec(config: TransformerConfig, *, num_experts: int | None) -> ModuleSpec:
+def local_layer_spec(config: TransformerConfig, *, num_experts: int | None) -> ModuleSpec:
     """mcore's local layer with norms that need no Apex, and with Transformer Engine's checkpoint names."""
     from mbx.models.megatron.core.layers import get_gpt_layer_local_spec
     from mbx.models.megatron.local_modules import LatentDotProductAttention, LocalNorm

@@ -6,15 +6,18 @@ vocabulary the embedding holds only the tokens of the prompts, and the output la
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from converters.errors import StorageError
+from converters.errors import StorageError, UnsupportedError
 from converters.rows.expr import Value
 from mbx.models.device import Spread
+from mbx.models.megatron.pictures import seeing
 from mbx.models.megatron.rotary import rotated_at, set_rope_frequencies
 from mbx.models.megatron.weights import StoredWeights
+from mbx.models.pictures import Seen
 from mbx.models.prompts import Batch, tokens_of
 from mbx.models.stored import row_runs
 from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
@@ -39,10 +42,12 @@ def trace_megatron(
     vocab: int,
     spread: Spread,
     frequencies: torch.Tensor | None = None,
+    seen: Sequence[Seen | None] = (),
 ) -> Trace:
     """Run the model of a flat `config` under `spread`, inside `megatron_on`; collective.
 
-    `vocab` is the true vocabulary size; `frequencies` are rotary ones that the config cannot express. Multi-token
+    `vocab` is the true vocabulary size; `frequencies` are rotary ones that the config cannot express; `seen` is what a
+    tower made of each pass's pictures, by default there are none. Multi-token
     prediction heads are left out: they change no logits. The trace is whole on rank 0; elsewhere only its head, which
     every rank has to call, is of use.
     """
@@ -58,11 +63,15 @@ def trace_megatron(
         handles.append(output.register_forward_pre_hook(lambda module, given: finals.append(given[0].clone())))
     model.train(False)
     with torch.no_grad():
-        for batch in batches:
+        for batch, pictured in itertools.zip_longest(batches, seen):
             places = torch.arange(batch.ids.shape[1]) if batch.positions is None else batch.positions
             ids = torch.searchsorted(tokens, batch.ids).to(spread.device)
-            with rotated_at(model, batch.positions):
-                _through_stages(model, ids, places.to(spread.device).expand_as(ids), spread)
+            if pictured is None:
+                with rotated_at(model, batch.positions):
+                    _through_stages(model, ids, places.to(spread.device).expand_as(ids), spread)
+            else:
+                with seeing(model, config, batch, pictured):
+                    _through_stages(model, ids, places.to(spread.device).expand_as(ids), spread)
             if finals:
                 recorder.add(FINAL, finals[-1].transpose(0, 1))
     for handle in handles:
@@ -165,7 +174,10 @@ def _through_stages(model: nn.Module, ids: torch.Tensor, places: torch.Tensor, s
         arrived = torch.empty(shape, dtype=config.params_dtype, device=spread.device)
         torch.distributed.recv(arrived, parallel_state.get_pipeline_model_parallel_prev_rank())
         cast("Any", model).set_input_tensor(arrived)
-    output = model(ids, places, None)
+    try:
+        output = model(ids, places, None)
+    except AssertionError as error:  # a setting that Megatron Core looks at when it runs
+        raise UnsupportedError(f"Megatron Core cannot run this model: {error}") from error
     if not parallel_state.is_pipeline_last_stage():
         torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
 

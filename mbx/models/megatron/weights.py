@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from converters.errors import StorageError
 from converters.mcore.releases import CURRENT
+from converters.protocols import Source
 from converters.tensors import Shape, StoredTensor
-from mbx.formats.files import FileSource
 from mbx.models.stored import read_box, read_rows
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _STACKED = "decoder.layers."
 class StoredWeights:
     """The weights of a checkpoint of any format, by torch_dist key. No process waits for another."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], source: FileSource) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], source: Source) -> None:
         self.tensors, self.source = tensors, source
 
     def rows(self, name: str, runs: Sequence[tuple[int, int]]) -> torch.Tensor:

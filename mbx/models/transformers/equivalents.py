@@ -108,17 +108,40 @@ def _sarvam_layer(config: Config, number: int, layer: Weights) -> Weights:
     return {**layer, **{f"self_attn.{part}_proj.weight": tensor for part, tensor in parts}}
 
 
-def _text_alone(model_type: str, *without: str) -> Twin:
+def _experts_last(config: Config, number: int, layer: Weights) -> Weights:
+    """Experts [expert, out, in], which Qwen3-VL's repositories hold the other way round."""
+    del number
+    text = canonical(config)
+    width = {"mlp.experts.gate_up_proj": text["hidden_size"], "mlp.experts.down_proj": text["moe_intermediate_size"]}
+    turned = any(name in layer and layer[name].shape[-1] != size for name, size in width.items())
+    return {name: tensor.transpose(1, 2) if turned and name in width else tensor for name, tensor in layer.items()}
+
+
+def _text_alone(model_type: str, layer: Callable[[Config, int, Weights], Weights] | None = None) -> Twin:
     return Twin(
         model_type,
         f"Compared with Transformers' {model_type}, the text model alone",
-        {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head": "lm_head"},
-        without,
+        _INNER,
+        _TOWERS,
         canonical,
+        layer or (lambda config, number, layer: layer),
     )
 
 
-_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+#: How a text model's names begin inside a larger one, and alone.
+_INNER = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "thinker.model.": "model.",
+    "language_model.lm_head": "lm_head",
+    "thinker.lm_head": "lm_head",
+}
+#: How names of all else begin.
+_TOWERS = (
+    *("vision_tower.", "vision_model.", "multi_modal_projector.", "mm_projector.", "visual.", "model.visual."),
+    *("model.vision_tower.", "model.vision_model.", "model.multi_modal_projector."),
+    *("thinker.visual.", "thinker.audio_tower.", "talker.", "token2wav.", "code2wav."),
+)
 _SARVAM_NAMES = {
     "model.word_embeddings": "model.embed_tokens",
     ".attention.dense": ".self_attn.o_proj",
@@ -144,13 +167,27 @@ TWINS: Mapping[str, Twin] = {
     ),
     "mimo": Twin("qwen2", "Compared with Transformers' qwen2, which has the same decoder", {}, ("model.mtp_layers.",)),
     "kimi_k2": Twin("deepseek_v3", "Compared with Transformers' deepseek_v3, which has the same decoder", {}),
-    "gemma3": _text_alone("gemma3_text", *_TOWERS),
-    "llama4": _text_alone("llama4_text", "vision_model.", "multi_modal_projector."),
-    "qwen3_5": _text_alone("qwen3_5_text", "model.visual."),
-    "qwen3_5_moe": _text_alone("qwen3_5_moe_text", "model.visual."),
+    "gemma3": _text_alone("gemma3_text"),
+    "llama4": _text_alone("llama4_text"),
+    "qwen3_5": _text_alone("qwen3_5_text"),
+    "qwen3_5_moe": _text_alone("qwen3_5_moe_text"),
+    # Under a text's positions, three rows alike, these turn as the plain models do.
+    "qwen2_vl": _text_alone("qwen2"),
+    "qwen2_5_vl": _text_alone("qwen2"),
+    "qwen2_5_omni": _text_alone("qwen2"),
+    "qwen3_vl": _text_alone("qwen3"),
+    "qwen3_vl_moe": _text_alone("qwen3_moe", _experts_last),
+    "qwen3_omni_moe": _text_alone("qwen3_moe"),
+    "glm4v_moe": _text_alone("glm4_moe"),
+    "kimi_k25": _text_alone("deepseek_v3"),
 }
+#: Types of models around one of several text models.
+_AROUND = ("mistral3", "internvl")
 
 
 def twin_of(config: Config) -> Twin | None:
     """The twin to compare a checkpoint of this config.json with, None where Transformers has its class."""
+    text = config.get("text_config")
+    if config.get("model_type") in _AROUND and isinstance(text, Mapping):
+        return _text_alone(str(text.get("model_type")))
     return TWINS.get(str(config.get("model_type")))

@@ -7,24 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from converters.codecs import quantization_of
 from converters.errors import UnsupportedError
+from converters.rows.expr import Value
+from converters.tensors import StoredTensor
 from mbx.formats.hf import read_config
-from mbx.formats.safetensors import read_folder
+from mbx.formats.safetensors_folder import read_folder
 from mbx.models.transformers.equivalents import twin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def transformers_config(hf_dir: Path) -> PreTrainedConfig:
-    """The config of a folder's model, or of its twin where Transformers has no class for it.
+def transformers_config(hf_dir: Path, *, whole: bool = False) -> PreTrainedConfig:
+    """The config of a folder's model, or of its twin where Transformers has no class for it or not the `whole` counts.
 
     Raises ValueError, KeyError and others like them, as Transformers does, where it cannot read config.json.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     raw = read_config(hf_dir)
-    if (twin := twin_of(raw)) is None:
+    if whole or (twin := twin_of(raw)) is None:
         found = AutoConfig.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
     else:
         found = CONFIG_MAPPING[twin.model_type].from_dict(twin.config_of(raw))
@@ -34,30 +37,35 @@ def transformers_config(hf_dir: Path) -> PreTrainedConfig:
 def decoding(hf_dir: Path) -> dict[str, object]:
     """Arguments that make Transformers decode quantised weights instead of computing with them, on every device.
 
-    Raises UnsupportedError for FP8 blocks that do not divide a weight: Transformers takes the block size from the
-    ratio of the shapes there, which is not the size it was quantised with (`Fp8Dequantize._dequantize_one`, 5.23).
+    Raises UnsupportedError for what `uneven_blocks` names.
     """
     import transformers
 
-    quantization = read_config(hf_dir).get("quantization_config")
-    if not isinstance(quantization, Mapping):
-        return {}
+    quantization = quantization_of(read_config(hf_dir)) or {}
     method = quantization.get("quant_method")
     if method == "mxfp4":
         return {"quantization_config": transformers.Mxfp4Config(dequantize=True)}  # type: ignore[attr-defined]
     if method != "fp8":
         return {}
-    block = quantization.get("weight_block_size")
-    if isinstance(block, Sequence) and len(block) == 2:
-        tensors = read_folder(hf_dir).tensors
-        scaled = [name.removesuffix("_scale_inv") for name in tensors if name.endswith("_scale_inv")]
-        for name in scaled:
-            shape = tensors[name].shape if name in tensors else ()
-            if any(extent % int(str(size)) for extent, size in zip(shape, block, strict=False)):
-                raise UnsupportedError(
-                    f"Transformers cannot decode `{name}`: FP8 blocks of {list(block)} do not divide {list(shape)}"
-                )
+    if uneven := uneven_blocks(quantization, read_folder(hf_dir).tensors):
+        raise UnsupportedError(f"Transformers cannot decode {uneven}")
     return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
+
+
+def uneven_blocks(quantization: Mapping[str, Value], tensors: Mapping[str, StoredTensor]) -> str | None:
+    """The first weight in FP8 blocks that do not divide it, in words; None where there is none.
+
+    Transformers takes the block size from the ratio of the shapes there, which is not the size it was quantised with
+    (`Fp8Dequantize._dequantize_one`, 5.23).
+    """
+    block = quantization.get("weight_block_size")
+    if not isinstance(block, Sequence) or len(block) != 2:
+        return None
+    for name in (name.removesuffix("_scale_inv") for name in tensors if name.endswith("_scale_inv")):
+        shape = tensors[name].shape if name in tensors else ()
+        if any(extent % int(str(size)) for extent, size in zip(shape, block, strict=False)):
+            return f"`{name}`: FP8 blocks of {list(block)} do not divide {list(shape)}"
+    return None
 
 
 @contextlib.contextmanager

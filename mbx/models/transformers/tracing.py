@@ -6,14 +6,17 @@ tables, scalings and norms are what the library passes, by construction.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.errors import UnsupportedError
 from mbx.models.prompts import Batch, tokens_of
 from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
+from mbx.models.transformers.pictures import arguments, seen
+from mbx.models.transformers.reading import AS_IT_IS, FolderReading
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +26,13 @@ if TYPE_CHECKING:
 
 
 def trace_transformers(
-    hf_dir: Path, batches: Sequence[Batch], *, device: str = "cpu", nudged: bool = False, dtype: str = "float32"
+    hf_dir: Path,
+    batches: Sequence[Batch],
+    *,
+    device: str = "cpu",
+    nudged: bool = False,
+    dtype: str = "float32",
+    reading: FolderReading = AS_IT_IS,
 ) -> Trace:
     """Run the model of a Hugging Face folder in `dtype` (of torch) with eager attention, layer by layer.
 
@@ -34,10 +43,11 @@ def trace_transformers(
 
     from mbx.models.transformers.shallow import PartialTransformers, left_out
 
-    parts = PartialTransformers(hf_dir, getattr(torch, dtype))
+    parts = PartialTransformers(hf_dir, getattr(torch, dtype), reading)
     tokens = tokens_of(batches, parts.vocab_size)
-    frame: Any = parts.frame(tokens.tolist()).to(torch.device(device))  # type: ignore[arg-type]
-    decoder = getattr(frame, decoder_name(frame), None)
+    sees = any(batch.pictures is not None for batch in batches)
+    frame: Any = parts.frame(tokens.tolist(), towers=sees).to(torch.device(device))  # type: ignore[arg-type]
+    decoder = getattr(causal_model(frame), decoder_name(causal_model(frame)), None)
     if decoder is None:
         raise UnsupportedError(f"{type(frame).__name__} keeps no model apart from its output layer")
     if nudged:
@@ -46,17 +56,46 @@ def trace_transformers(
     for number, stand_in in left_out(frame, parts.layers_path):
         stand_in.__dict__["run"] = _runner(parts, number, recorder, device)
     outputs: list[Any] = []
-    handle = decoder.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+    given: list[Mapping[str, Any]] = []
+    around = frame.get_submodule(parts.layers_path.rpartition(".")[0])
+    handles = [
+        decoder.register_forward_hook(lambda module, arguments, output: outputs.append(output)),
+        around.register_forward_pre_hook(lambda module, arguments, named: given.append(named), with_kwargs=True),
+    ]
+    takes = inspect.signature(type(frame).forward).parameters
     with torch.no_grad():
         for batch in batches:
-            frame(torch.searchsorted(tokens, batch.ids).to(device), use_cache=False, **_places(batch, device))
+            if batch.pictures is not None:
+                _name_picture(frame, int(torch.searchsorted(tokens, batch.pictures.token)))
+            beside = _places(batch, device) | arguments(batch, takes, parts.dtype, device)
+            try:
+                frame(torch.searchsorted(tokens, batch.ids).to(device), use_cache=False, **beside)
+            except ValueError as error:  # a tower that is too wide or narrow for the text model
+                raise UnsupportedError(f"Transformers cannot run `{hf_dir}`: {error}") from error
             recorder.add(FINAL, outputs[-1][0])
-    handle.remove()
-    return Trace(recorder.joined(), _head(parts, batches, outputs, device), parts.close)
+    for handle in handles:
+        handle.remove()
+    found = tuple(seen(batch, named) for batch, named in zip(batches, given, strict=True))
+    return Trace(recorder.joined(), _head(parts, batches, outputs, device), parts.close, found)
+
+
+def _name_picture(frame: Any, token: int) -> None:
+    """Tell every part of a model that sees that `token`, and no other, stands for a picture or film."""
+    for module in frame.modules():
+        config = getattr(module, "config", None)
+        for name, value in (("image_token_id", token), ("video_token_id", -1)):
+            if hasattr(config, name):
+                setattr(config, name, value)
+
+
+def causal_model(model: Any) -> Any:
+    """The part that gives logits: Llama 4's class keeps a causal model beside its tower, the others are one."""
+    inner = getattr(model, "language_model", None)
+    return inner if hasattr(inner, "lm_head") else model
 
 
 def decoder_name(model: Any) -> str:
-    """The attribute that holds the decoder: Llama 4's class keeps it elsewhere than its `base_model_prefix` says."""
+    """The attribute of a causal model that holds its decoder."""
     prefix: str = model.base_model_prefix
     return prefix if hasattr(model, prefix) else "model"
 
@@ -115,7 +154,7 @@ def _head(
             return self.output
 
     def head(first: int, last: int) -> torch.Tensor:
-        model: Any = parts.frame(range(first, last)).to(torch.device(device))  # type: ignore[arg-type]
+        model = causal_model(parts.frame(range(first, last)).to(torch.device(device)))  # type: ignore[arg-type]
         logits = []
         for batch, output in zip(batches, outputs, strict=True):
             setattr(model, decoder_name(model), Replay(output))

@@ -37,7 +37,12 @@ _TEXT = ("a string", lambda value: isinstance(value, str))
 _COUNT = ("a whole number from 1 on", lambda value: isinstance(value, int) and type(value) is not bool and value >= 1)
 #: What each key takes, in words, and whether a value is that.
 _KEYS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "allow_gaps": (
+        "a list of globs",
+        lambda value: _is_list(value, lambda glob: isinstance(glob, str)),
+    ),
     **dict.fromkeys("name source left right mapping dtype format device max_memory".split(), _TEXT),
+    "allow_unused_key": ("a list of keys", lambda value: _is_list(value, lambda entry: isinstance(entry, str))),
     "prompts": _COUNT,
     "tokens": _COUNT,
     "tolerance": (
@@ -64,12 +69,14 @@ class Check:
     layouts: tuple[Layout, ...] = (Layout(),)
     mapping: str | None = None
     dtype: str | None = None
+    allow_unused_key: tuple[str, ...] = ()
     format: str = "torch_dist"
     tolerance: float | None = None
     prompts: int = 1
     tokens: int = 32
     device: str = "cpu"
     max_memory: int = DEFAULT_MAX_MEMORY
+    allow_gaps: tuple[str, ...] = ()
 
 
 def read_checks(path: Path) -> tuple[Check, ...]:
@@ -112,7 +119,9 @@ def _check(where: str, defaults: Mapping[str, object], entry: object) -> Check:
     legs = values.get("legs", [leg for leg in LEGS[: 5 if alone else 3] if returns or leg != "round-trip"])
     if "round-trip" in legs and not returns:
         raise UsageError(f"{where}: a round trip needs `source`, and no `dtype`")
+    values |= {"allow_unused_key": tuple(values.get("allow_unused_key", ()))}
     values |= {"legs": tuple(legs), "layouts": _layouts(where, values.get("layouts", [{}]))}
+    values["allow_gaps"] = tuple(values.get("allow_gaps", ()))
     if "max_memory" in values:
         values["max_memory"] = parse_memory(values["max_memory"])
     return Check(**{"name": Path(values[named[0]]).name, **values})

@@ -68,6 +68,7 @@ def _legs(check: Check, layout: Layout, fetch: Fetch, workers: int) -> list[Leg]
         layout=layout,
         format=check.format,
         mapping=check.mapping,
+        allow_unused_keys=check.allow_unused_key,
         workers=workers,
         max_memory=check.max_memory,
         sync=False,
@@ -111,12 +112,17 @@ def _parity(check: Check, left: Path, right: Path, workers: int) -> ParityReport
         tolerance=check.tolerance,
         mapping=check.mapping,
         dtype=check.dtype,
+        allowed_keys=check.allow_unused_key,
         reading=Reading(workers, check.max_memory),
+        allow_gaps=check.allow_gaps,
     )
 
 
 def _asked(check: Check, report: ParityReport) -> list[Leg]:
-    """The legs that were asked for, with the likely cause of the first difference behind the weights."""
+    """The legs that were asked for, with the likely cause of the first difference behind the weights.
+
+    What they left out, and the check does not allow, is a leg that failed.
+    """
     found = {leg.name: leg for leg in report.legs}
     legs = []
     for name in check.legs:
@@ -126,6 +132,10 @@ def _asked(check: Check, report: ParityReport) -> list[Leg]:
         if name == "weights" and report.first is not None and report.first.cause:
             leg = replace(leg, details=(*leg.details, f"`{report.first.name}`: {report.first.cause}"))
         legs.append(leg)
+    if report.open_gaps:
+        what = ", ".join(dict.fromkeys(gap.kind for gap in report.open_gaps))
+        lines = tuple(gap.line for gap in report.open_gaps)
+        legs.append(Leg("gaps", "failed", f"the legs left something out: {what}", lines))
     return legs
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from mbx.proof.ci.matrix import Result
-from mbx.text import plural, printable
+from mbx.text import in_markdown, plural
 
 #: Characters that XML 1.0 (section 2.2) cannot hold, escaped or not.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-#: What makes a link, an image or a link's definition of the brackets before it (CommonMark 0.31, 4.7 and 6.3).
-_LINKS = re.compile(r"\](\(|\[|:)")
 _MARKS = {"passed": "✓", "failed": "✗ failed", "not run": "– not run"}
 _KINDS = {"passed": "system-out", "failed": "failure", "not run": "error"}
 _SHOWN_DETAILS = 20
@@ -84,17 +81,12 @@ def markdown(results: Sequence[Result]) -> str:
     for check, layout in rows:
         cells = [by_cell.get((check, layout, leg)) for leg in legs]
         marks = [" " if cell is None else _MARKS[cell.leg.status] for cell in cells]
-        lines.append(f"| {_cell(check)} | {_cell(layout)} | {' | '.join(marks)} |")
+        lines.append(f"| {in_markdown(check)} | {in_markdown(layout)} | {' | '.join(marks)} |")
     for result in results:
         if not result.passed:
-            named = f"**{_cell(result.check)}, {_cell(result.layout)}, {result.leg.name}**"
-            lines += ["", f"{named}: {_cell(result.leg.summary)}"]
-            lines += [f"- {_cell(line)}" for line in result.leg.details[:_SHOWN_DETAILS]]
+            named = f"**{in_markdown(result.check)}, {in_markdown(result.layout)}, {result.leg.name}**"
+            lines += ["", f"{named}: {in_markdown(result.leg.summary)}"]
+            lines += [f"- {in_markdown(line)}" for line in result.leg.details[:_SHOWN_DETAILS]]
             if (rest := len(result.leg.details) - _SHOWN_DETAILS) > 0:
                 lines.append(f"- … and {rest} more")
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    """Text as Markdown shows it: no HTML, no end of a cell or line, no link or image."""
-    return _LINKS.sub(r"]\\\1", escape(printable(text), quote=False).replace("|", "\\|"))

@@ -1,12 +1,21 @@
-"""A small model of an architecture, made by Transformers with drawn weights: `mbx verify ci` checks tables on it."""
+"""A small model of an architecture, made by Transformers with drawn weights: `mbx verify ci` checks tables on it.
+
+Transformers begins with norms of ones, biases of zero and weights so small that most mechanisms stay below rounding.
+Here every value is drawn away from what would hide the row that it belongs to.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converters.errors import UnsupportedError
 from converters.rows.expr import Value
 from converters.rows.table import Table
+
+if TYPE_CHECKING:
+    import torch
 
 #: Sizes of the small model; of these a config takes what it has.
 _SMALL: dict[str, Value] = {
@@ -34,13 +43,15 @@ _SMALL: dict[str, Value] = {
     "v_head_dim": 16,
     "sliding_window": 16,
 }
+#: Vectors below this came from Transformers' initial spread of 0.02.
+_FAINT = 0.2
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def make_small(table: Table, folder: Path) -> Path:
     """Write a small bf16 model of the table's first model type that Transformers can make into `folder`.
 
-    The weights come from a fixed seed. Raises UnsupportedError where Transformers makes none.
+    The weights come from a fixed seed, and none is neutral. Raises UnsupportedError where Transformers makes none.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
@@ -64,9 +75,35 @@ def make_small(table: Table, folder: Path) -> Path:
             with torch.random.fork_rng(devices=[]), silent_transformers():
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+                draw(model)
                 model.to(torch.bfloat16).save_pretrained(folder)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
             reasons.append(f"{kind}: {str(error)[:100]}")
             continue
         return folder
     raise UnsupportedError(f"Transformers makes no small model for table `{table.name}`", details=reasons)
+
+
+def draw(model: torch.nn.Module) -> None:
+    """Draw every parameter and stored buffer of `model` away from neutral values.
+
+    Matrices keep activations near one; constants (norms of ones, biases and gains of zero) get a spread around their
+    value; other vectors, as sinks, are drawn in a size that shows.
+    """
+    import torch
+
+    stored = model.state_dict(keep_vars=True)
+    done = set[int]()
+    with torch.no_grad():
+        for tensor in stored.values():
+            if not tensor.is_floating_point() or tensor.data_ptr() in done:
+                continue  # tied to one that is drawn
+            done.add(tensor.data_ptr())
+            noise = torch.randn_like(tensor, dtype=torch.float32)
+            first = float(tensor.flatten()[0]) if tensor.numel() else 0.0
+            if tensor.dim() > 1:
+                tensor.copy_(noise / math.sqrt(min(tensor.shape[-2:])))
+            elif bool((tensor == first).all()):
+                tensor.copy_(first + (0.2 if first else 0.1) * noise)
+            elif float(tensor.abs().max()) < _FAINT:
+                tensor.copy_(0.3 * noise)

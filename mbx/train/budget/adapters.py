@@ -2,66 +2,133 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from converters.mcore.keys import HEAD
+from mbx.train.budget.shape import Layer, Shape
+from mbx.train.model.adapted import Linear, adapted, plain
+from mbx.train.model.blueprint import Blueprint
 from mbx.train.recipe.sections import Recipe
-
-if TYPE_CHECKING:
-    from mbx.train.budget.shape import Shape
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """Adapters on one linear of a rank: `atoms` pairs, A [r, inputs] each and B's of `outputs` rows together.
+    """Adapters on one linear of a rank: by part the rank r and the outputs, A [r, inputs] and B [outputs, r].
 
-    `row_parallel`: the output is a sum over ranks. `experts` have such adapters each, of which a token meets `topk`.
+    `leaf`: the linear's name. `row_parallel`: the output is a sum over ranks. `experts` have such adapters each, of
+    which a token meets `topk`.
     """
 
-    atoms: int
+    leaf: str
     inputs: int
-    outputs: int
+    parts: tuple[tuple[int, int], ...]
     row_parallel: bool = False
     experts: int = 1
     topk: int = 1
 
-    def parameters(self, rank: int, dora: bool) -> int:
+    @property
+    def ranks(self) -> int:
+        """Columns between A's and B's."""
+        return sum(rank for rank, _ in self.parts)
+
+    @property
+    def outputs(self) -> int:
+        """Rows that are adapted."""
+        return sum(outputs for _, outputs in self.parts)
+
+    def parameters(self, dora: bool) -> int:
         """Elements of A, B and DoRA's magnitudes on this rank."""
-        return self.experts * (rank * (self.atoms * self.inputs + self.outputs) + (self.outputs if dora else 0))
+        pairs = sum(rank * (self.inputs + outputs) for rank, outputs in self.parts)
+        return self.experts * (pairs + (self.outputs if dora else 0))
 
 
-def pairs_of(recipe: Recipe, s: Shape, *, dense: bool) -> tuple[Pairs, ...]:
-    """The adapters of one layer on a rank, of a `dense` layer or of one with experts; none without `lora.rank`."""
-    if not recipe.lora.rank:
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """A linear of a layer on a rank: its name, columns, rows by atom, and what `Pairs` says of it."""
+
+    module: str
+    inputs: int
+    atoms: tuple[int, ...]
+    row_parallel: bool = False
+    experts: int = 1
+    topk: int = 1
+
+
+def chosen(recipe: Recipe, plan: Blueprint) -> Mapping[str, Linear]:
+    """The adapted linears of the whole model; empty without adapters, and where no table names the model's parts."""
+    return adapted(recipe.lora, plan) if recipe.lora.rank else {}
+
+
+def pairs_of(
+    recipe: Recipe, plan: Blueprint, s: Shape, layer: Layer, known: Mapping[str, Linear]
+) -> tuple[Pairs, ...]:
+    """The adapters of one layer on a rank, `known` being those of the model; none without `lora.rank`."""
+    if not recipe.lora.rank or layer.index < 0:  # prediction layers take none
         return ()
-    tp, ep = recipe.parallel.tp, recipe.parallel.ep
-    # A is whole and B cut under a column-parallel base, the other way round under a row-parallel one; projections to
-    # the latents are whole.
-    found: dict[str, list[Pairs]] = {}
+    found = []
+    for sizes in _linears(recipe, s, layer):
+        module = f"decoder.layers.{layer.index}.{sizes.module}"
+        weight = f"{module}.weight" + ("0" if ".experts." in module else "")
+        linear = known.get(weight) if plan.table else plain(module, recipe.lora, plan)
+        if linear is None:
+            continue
+        parts = tuple((part.rank, sum(sizes.atoms[atom] for atom in part.atoms)) for part in linear.parts)
+        leaf = sizes.module.rpartition(".")[2]
+        found.append(Pairs(leaf, sizes.inputs, parts, sizes.row_parallel, sizes.experts, sizes.topk))
+    return tuple(found)
+
+
+def pairs_of_output(recipe: Recipe, plan: Blueprint, s: Shape, known: Mapping[str, Linear]) -> Pairs | None:
+    """The adapter of the output layer on a rank of the last stage, None where it has none."""
+    linear = known.get(HEAD) if plan.table else plain(HEAD.removesuffix(".weight"), recipe.lora, plan)
+    if not recipe.lora.rank or linear is None:
+        return None
+    (part,) = linear.parts
+    return Pairs("output_layer", s.hidden, ((part.rank, plan.padded_vocab // recipe.parallel.tp),))
+
+
+def _linears(recipe: Recipe, s: Shape, layer: Layer) -> Iterator[_Sizes]:
+    """Linears of a layer. A is whole and B cut under a column-parallel one, the other way round under a row-parallel
+    one; projections to the latents are whole."""
+    tp, ep, etp = recipe.parallel.tp, recipe.parallel.ep, recipe.parallel.etp
+    if layer.mixer == "delta" and (d := s.delta):
+        atoms = (d.key, d.key, d.value, d.value, d.heads, d.heads)
+        yield _Sizes("self_attention.in_proj", s.hidden, tuple(atom // tp for atom in atoms))
+        yield _Sizes("self_attention.out_proj", d.value // tp, (s.hidden,), row_parallel=True)
+    elif layer.mixer == "mamba" and (m := s.mamba):
+        state = m.groups * m.state
+        parts = (m.inner, m.inner, state, state, m.heads)
+        yield _Sizes("mixer.in_proj", s.hidden, tuple(atom // tp for atom in parts))
+        yield _Sizes("mixer.out_proj", m.inner // tp, (s.hidden,), row_parallel=True)
+    elif layer.mixer:
+        yield from _attention(s, layer, tp)
+
+    def mlp(module: str, width: int, ffn: int, cut: int, experts: int = 1, topk: int = 1) -> Iterator[_Sizes]:
+        yield _Sizes(f"{module}.linear_fc1", width, (ffn // cut,) * s.up, experts=experts, topk=topk)
+        yield _Sizes(f"{module}.linear_fc2", ffn // cut, (width,), True, experts, topk)
+
+    if layer.mlp == "dense":
+        yield from mlp("mlp", s.hidden, layer.ffn, tp)
+    elif layer.mlp:
+        yield _Sizes("mlp.router", s.hidden, (s.experts,))
+        yield from mlp("mlp.experts", s.expert_hidden, s.expert_ffn, etp, s.experts // ep, s.topk)
+        if s.shared_ffn:
+            yield from mlp("mlp.shared_experts", s.hidden, s.shared_ffn, tp)
+
+
+def _attention(s: Shape, layer: Layer, tp: int) -> Iterator[_Sizes]:
     if m := s.latent:
         up = s.heads * (m.head + m.value) // tp
-        found["linear_q_proj"] = [Pairs(1, s.hidden, s.q // tp)]
-        found["linear_q_down_proj"] = [Pairs(1, s.hidden, m.q)]
-        found["linear_q_up_proj"] = [Pairs(1, m.q, s.q // tp)]
-        found["linear_kv_down_proj"] = [Pairs(1, s.hidden, m.kv + m.rotary)]
-        found["linear_kv_up_proj"] = [Pairs(1, m.kv, up)]
+        if m.q:
+            yield _Sizes("self_attention.linear_q_down_proj", s.hidden, (m.q,))
+            yield _Sizes("self_attention.linear_q_up_proj", m.q, (s.q // tp,))
+        else:
+            yield _Sizes("self_attention.linear_q_proj", s.hidden, (s.q // tp,))
+        yield _Sizes("self_attention.linear_kv_down_proj", s.hidden, (m.kv + m.rotary,))
+        yield _Sizes("self_attention.linear_kv_up_proj", m.kv, (up,))
     else:
-        found["linear_qkv"] = [Pairs(3, s.hidden, (s.q + 2 * s.kv) // tp)]
-    found["linear_proj"] = [Pairs(1, (s.heads * m.value if m else s.q) // tp, s.hidden, row_parallel=True)]
-
-    def mlp(ffn: int) -> tuple[Pairs, Pairs]:
-        return Pairs(s.up, s.hidden, s.up * ffn // tp), Pairs(1, ffn // tp, s.hidden, row_parallel=True)
-
-    mlps: list[tuple[Pairs, Pairs]] = []
-    if dense:
-        mlps.append(mlp(s.ffn))
-    else:
-        # Transformers holds gate and up of all experts in one tensor, on which PEFT puts one pair. Experts that have
-        # adapters are not cut (`mbx.train.lora.attach.check_lora`).
-        own, ffn = s.experts // ep, s.expert_ffn
-        first = Pairs(1, s.hidden, s.up * ffn, experts=own, topk=s.topk)
-        mlps.append((first, Pairs(1, ffn, s.hidden, True, experts=own, topk=s.topk)))
-        if s.shared_ffn:
-            mlps.append(mlp(s.shared_ffn))
-    found["linear_fc1"], found["linear_fc2"] = [one[0] for one in mlps], [one[1] for one in mlps]
-    return tuple(one for target in recipe.lora.targets for one in found.get(target, ()))
+        queries = (s.q // tp,) * (2 if s.output_gate else 1)
+        yield _Sizes("self_attention.linear_qkv", s.hidden, (*queries, *(layer.groups * s.head // tp,) * 2))
+    inputs = (s.heads * m.value if m else s.q) // tp
+    yield _Sizes("self_attention.linear_proj", inputs, (s.hidden,), row_parallel=True)

@@ -1,20 +1,26 @@
-"""Sizes of a GPT decoder and the parameters a rank holds of it, counted as Megatron Core builds them."""
+"""Parameters that a rank holds of a decoder, counted as Megatron Core builds its modules."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mbx.train.budget.adapters import pairs_of
-from mbx.train.budget.shape import Shape, shape_of
+from converters.mcore.keys import EMBEDDING, HEAD
+from mbx.train.budget.adapters import chosen, pairs_of, pairs_of_output
+from mbx.train.budget.shape import Layer, Shape, shape_of
+from mbx.train.model.adapted import Linear
 from mbx.train.model.blueprint import Blueprint
+from mbx.train.model.trained_whole import whole_layers
 from mbx.train.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Parameters of one rank. `linears` are the decoder's products (what FP8 copies); `adapters` are LoRA's.
+    """Parameters of one rank. `linears` are the decoder's products (what FP8 copies); `adapters` are LoRA's; `whole`
+    are those of the base that are trained beside them.
 
-    `experts`: those that belong to experts, which are shared out over other ranks than the rest; part of the others.
+    `experts`: those that belong to experts, which are shared out over other ranks than the rest; `normed`: products
+    with a norm in front of them in one module; both are part of the others.
     """
 
     embedding: int
@@ -23,6 +29,8 @@ class Counts:
     others: int
     adapters: int
     experts: int = 0
+    normed: int = 0
+    whole: int = 0
 
     @property
     def base(self) -> int:
@@ -30,52 +38,101 @@ class Counts:
         return self.embedding + self.output + self.linears + self.others
 
 
-def _attention(s: Shape, tp: int) -> tuple[int, int]:
-    """Products and other parameters of one layer's attention on a rank."""
-    if s.latent is None:
-        rows = s.q + 2 * s.kv
-        others = (2 * s.norm_terms * s.head if s.qk_norm else 0) + (rows // tp if s.qkv_bias else 0)
-        others += (s.hidden if s.bias else 0) + (s.heads // tp if s.sinks else 0)
-        return (rows + s.q) * s.hidden // tp, others
-    m = s.latent
-    queries = s.heads * (m.head + m.rotary)
-    linears = m.q * s.hidden + queries * m.q // tp if m.q else queries * s.hidden // tp
-    linears += (m.kv + m.rotary) * s.hidden  # projections to the latents are whole on every rank
-    linears += s.heads * (m.head + m.value) * m.kv // tp + s.heads * m.value * s.hidden // tp
-    return linears, s.norm_terms * (m.q + m.kv) if s.qk_norm else 0
+def layers_of(s: Shape, pp: int, stage: int) -> Sequence[Layer]:
+    """Layers of a pipeline stage."""
+    per_stage = len(s.layers) // pp
+    return s.layers[stage * per_stage : (stage + 1) * per_stage]
 
 
-def count(recipe: Recipe, plan: Blueprint, stage: int) -> Counts:
-    """Parameters that a rank of pipeline `stage` holds, exactly as Megatron Core builds them."""
+def count(recipe: Recipe, plan: Blueprint, stage: int, known: Mapping[str, Linear] | None = None) -> Counts:
+    """Parameters that a rank of pipeline `stage` holds, exactly as Megatron Core builds them.
+
+    `known` are the model's adapted linears, found here where they are not given.
+    """
     s, p = shape_of(plan.config), recipe.parallel
     first, last = stage == 0, stage == p.pp - 1
-    per_stage = s.layers // p.pp
-    mine = s.dense_layers[stage * per_stage : (stage + 1) * per_stage]
+    mine, ahead = layers_of(s, p.pp, stage), s.ahead if last else ()
     rows = plan.padded_vocab // p.tp * s.hidden
-    embedding = (rows + s.positions * s.hidden) if first else 0
-    output = rows if last and (not s.tied or p.pp > 1) else 0
-    attention, beside = _attention(s, p.tp)
-
-    def mlp(ffn: int, tp: int) -> int:
-        return (s.up + 1) * ffn * s.hidden // tp
-
+    # multi-token prediction embeds tokens again; so does the last stage where the embedding is the output layer
+    embedding = (rows + s.positions * s.hidden) if first or ahead else 0
+    output = rows if last and (not s.tied or (p.pp > 1 and not ahead)) else 0
     linears = others = experts = 0
-    for dense in mine:
-        linears += attention
-        others += (4 if s.post_norms else 2) * s.norm_terms * s.hidden + beside
-        if dense:
-            linears += mlp(s.ffn, p.tp)
-            others += (s.up * s.ffn // p.tp + s.hidden) if s.bias else 0
-        else:
-            own = s.experts // p.ep
-            products = own * mlp(s.expert_ffn, p.etp)
-            biases = own * (s.up * s.expert_ffn // p.etp + s.hidden) if s.bias else 0
-            linears += products + (mlp(s.shared_ffn, p.tp) if s.shared_ffn else 0)
-            others += s.experts * s.hidden + biases + (s.experts if s.bias else 0)  # the router has a bias as well
-            experts += products + biases
-    others += s.norm_terms * s.hidden if last else 0
-    lora = recipe.lora
-    of = {
-        dense: sum(p.parameters(lora.rank, lora.dora) for p in pairs_of(recipe, s, dense=dense)) for dense in set(mine)
+    for layer in (*mine, *ahead):
+        mixing, beside = _mixer(s, layer, p.tp)
+        mlp, rest, own = _mlp(s, layer, recipe)
+        linears, others, experts = linears + mixing + mlp, others + beside + rest, experts + own
+    norm = s.norm_terms * s.hidden
+    linears += len(ahead) * 2 * s.hidden * s.hidden // p.tp  # eh_proj
+    others += (norm if last else 0) + 3 * norm * len(ahead)
+    known = chosen(recipe, plan) if known is None else known
+    pairs = [one for layer in mine for one in pairs_of(recipe, plan, s, layer, known)]
+    if last and (of_output := pairs_of_output(recipe, plan, s, known)):
+        pairs.append(of_output)
+    adapters = sum(one.parameters(recipe.lora.dora) for one in pairs)
+    normed = sum(_normed(s, layer, p.tp) for layer in (*mine, *ahead))
+    saved = whole_layers(recipe.lora, plan)
+    whole = (rows if embedding and saved.holds(EMBEDDING) else 0) + (output if saved.holds(HEAD) else 0)
+    return Counts(embedding, output, linears, others, adapters, experts, normed, whole)
+
+
+def _normed(s: Shape, layer: Layer, tp: int) -> int:
+    """Weights of a layer's products that have their norm in front of them in one module."""
+    inputs = {
+        "attention": s.q * (2 if s.output_gate else 1) + 2 * layer.groups * s.head,
+        "delta": s.delta.rows if s.delta else 0,
+        "mamba": s.mamba.rows if s.mamba else 0,
     }
-    return Counts(embedding, output, linears, others, sum(of[dense] for dense in mine), experts)
+    first = inputs.get(layer.mixer, 0) + (s.up * layer.ffn if layer.mlp == "dense" else 0)
+    latents = 0
+    if layer.mixer == "latent" and s.latent is not None and s.qk_norm:
+        m = s.latent
+        latents = m.kv * s.heads * (m.head + m.value) + m.q * s.q
+    return (first * s.hidden + latents) // tp
+
+
+def _mixer(s: Shape, layer: Layer, tp: int) -> tuple[int, int]:
+    """Products and other parameters of a layer's mixer on a rank, the norm in front of it included."""
+    if not layer.mixer:
+        return 0, 0
+    norm = s.norm_terms * s.hidden
+    if layer.mixer == "mamba":
+        assert s.mamba is not None
+        mixed = 5 * s.mamba.mixed + 3 * s.mamba.heads + s.mamba.inner
+        return (s.mamba.rows + s.mamba.inner) * s.hidden // tp, norm + mixed // tp
+    if layer.mixer == "delta":
+        assert s.delta is not None
+        d = s.delta
+        own = (d.kernel * d.mixed + 2 * d.heads) // tp + s.norm_terms * d.head
+        return (d.rows + d.value) * s.hidden // tp, norm + own
+    norm *= 2 if s.post_norms else 1
+    if layer.mixer == "latent":
+        assert s.latent is not None
+        m = s.latent
+        queries = s.heads * (m.head + m.rotary)
+        linears = m.q * s.hidden + queries * m.q // tp if m.q else queries * s.hidden // tp
+        linears += (m.kv + m.rotary) * s.hidden  # projections to the latents are whole on every rank
+        linears += s.heads * (m.head + m.value) * m.kv // tp + s.heads * m.value * s.hidden // tp
+        return linears, norm + (s.norm_terms * (m.q + m.kv) if s.qk_norm else 0)
+    rows = s.q * (2 if s.output_gate else 1) + 2 * layer.groups * s.head
+    normed = (s.q + layer.groups * s.head) // tp if s.qk_norm_wide else 2 * s.head
+    others = (s.norm_terms * normed if s.qk_norm else 0) + (rows // tp if s.qkv_bias else 0)
+    others += (s.hidden if s.bias else 0) + (s.heads // tp if s.sinks else 0)
+    return (rows + s.q) * s.hidden // tp, norm + others
+
+
+def _mlp(s: Shape, layer: Layer, recipe: Recipe) -> tuple[int, int, int]:
+    """Products, other parameters (the norm in front included), and how many of both are the experts'."""
+    p, norm = recipe.parallel, s.norm_terms * s.hidden
+    if not layer.mlp:
+        return 0, 0, 0
+    if layer.mlp == "dense":
+        biases = s.up * layer.ffn // p.tp + s.hidden if s.bias else 0
+        return (s.up + 1) * layer.ffn * s.hidden // p.tp, norm * (2 if s.post_norms else 1) + biases, 0
+    own = s.experts // p.ep
+    products = own * (s.up + 1) * s.expert_ffn * s.expert_hidden // p.etp
+    biases = own * (s.up * s.expert_ffn // p.etp + s.expert_hidden) if s.bias else 0
+    shared = (s.up + 1) * s.shared_ffn * s.hidden // p.tp
+    latent = 2 * s.expert_hidden * s.hidden if s.expert_hidden != s.hidden else 0
+    router = s.experts * s.hidden + (s.experts if s.bias else 0) + (s.hidden if s.shared_gate else 0)
+    beside = norm * (2 if s.post_norms else 1)
+    return products + shared + latent, router + biases + beside, products + biases

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from converters.errors import UnsupportedError
-from mbx.train.budget.activations import BYTES, Load, phases
+from mbx.train.budget.activations import phases
+from mbx.train.budget.adapters import chosen
 from mbx.train.budget.counts import Counts, count
+from mbx.train.budget.load import BYTES, Load
 from mbx.train.budget.shape import shape_of
+from mbx.train.model.adapted import Linear
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.recipe.sections import Recipe
 
@@ -22,6 +25,8 @@ GIB = 1 << 30
 CONTEXT = 600 << 20
 #: cuBLAS workspaces that PyTorch (32 MiB) and Transformer Engine (32 MiB + 1 KiB) allocate on Hopper.
 WORKSPACES = 64 << 20
+#: Transformer Engine runs the experts' products on four streams, each with a workspace of its own.
+GROUPED_WORKSPACES = 128 << 20
 #: fp32 state a weight: Adam's two moments; one momentum buffer, which the fused SGD keeps even at momentum 0.
 _STATE = {"adam": 8, "sgd": 4}
 
@@ -43,29 +48,48 @@ class Budget:
 
 def predict(recipe: Recipe, plan: Blueprint, dp: int) -> Budget:
     """The budget of the pipeline stage that needs most."""
-    stages = [_stage(recipe, plan, dp, stage) for stage in range(recipe.parallel.pp)]
-    return max(stages, key=lambda budget: budget.total)
+    return max(stages(recipe, plan, dp), key=lambda budget: budget.total)
 
 
-def _stage(recipe: Recipe, plan: Blueprint, dp: int, stage: int) -> Budget:
-    c, p, t = count(recipe, plan, stage), recipe.parallel, recipe.train
-    trained = c.adapters if recipe.lora.rank else c.base
+def stages(recipe: Recipe, plan: Blueprint, dp: int) -> list[Budget]:
+    """The budget of a rank of every pipeline stage."""
+    known = chosen(recipe, plan)
+    return [_stage(recipe, plan, dp, stage, known) for stage in range(recipe.parallel.pp)]
+
+
+def _stage(recipe: Recipe, plan: Blueprint, dp: int, stage: int, known: Mapping[str, Linear]) -> Budget:
+    c, p, t = count(recipe, plan, stage, known), recipe.parallel, recipe.train
+    trained = c.adapters + c.whole if recipe.lora.rank else c.base
     shared = dp * p.cp if p.distributed_optimizer else 1
     experts = 0 if recipe.lora.rank else c.experts
     expert_shared = max(1, dp * p.cp * p.tp // (p.ep * p.etp)) if p.distributed_optimizer else 1
     state = _STATE[recipe.optim.optimizer] + (0 if t.precision == "fp32" else 4)  # the fp32 copy that is stepped
+    s = shape_of(plan.config)
+    load = Load(recipe, plan, s, t.micro_batch * recipe.data.length // p.cp, known)
     lasting = {
         "weights": (c.base + c.adapters) * BYTES[t.precision],
         "gradients": trained * 4,
         "optimizer": math.ceil((trained - experts) * state / shared + experts * state / expert_shared),
-        "fp8 copies": c.linears * 2 if recipe.fp8.recipe != "none" else 0,
-        "workspaces": WORKSPACES,
+        "fp8 copies": _copies(recipe, c),
+        "workspaces": WORKSPACES + (GROUPED_WORKSPACES if s.experts else 0),
     }
-    load = Load(recipe, plan, shape_of(plan.config), t.micro_batch * recipe.data.length // p.cp)
     found = phases(load, stage, dp)
     phase = max(found, key=lambda name: sum(found[name].values()))
     parts = {**lasting, **found[phase]}
     return Budget({name: value for name, value in parts.items() if value}, c, stage, phase)
+
+
+def _copies(recipe: Recipe, c: Counts) -> int:
+    """FP8 weights: the cast and its transpose, which backward passes read.
+
+    Recomputed layers run first without gradients. Products with their norm in front cast for that pass alone, and by
+    blocks that drops the transpose until their layer is computed again, behind the largest moment
+    (transformer_engine/pytorch/module/layernorm_linear.py against linear.py, 2.11).
+    """
+    if recipe.fp8.recipe == "none":
+        return 0
+    blocks = recipe.fp8.recipe in ("blockwise", "mxfp8") and recipe.train.recompute == "full"
+    return 2 * c.linears - (c.normed if blocks else 0)
 
 
 def suggestions(recipe: Recipe, plan: Blueprint, dp: int) -> list[tuple[str, int]]:

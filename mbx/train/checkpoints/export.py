@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converters.errors import UsageError
 from mbx.formats import hf
-from mbx.formats.adapter_folder import open_base
+from mbx.formats.adapter_folder import open_base, trained
 from mbx.run.adapters import plan_adapter_to_hf
 from mbx.run.job import Options, plan_mcore_to_hf, run
 from mbx.run.merge import plan_merge
-from mbx.train.checkpoints.state import latest, read_recipe, read_state
+from mbx.train.checkpoints.best import read_best
+from mbx.train.checkpoints.state import finished, latest, read_recipe, read_state
+from mbx.train.data.templates import TEMPLATE_FILE
+from mbx.train.model.blueprint import Blueprint
+from mbx.train.recipe.sections import Recipe
+from mbx.untrusted.names import writable
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
-def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Path, str]:
+def export_run(run_dir: Path, target: Path, *, merged: bool = False, best: bool = False) -> tuple[Path, str]:
     """Write what a run trained, and say what it is: a model, a PEFT adapter, or (`merged`) the base with it.
+
+    The last checkpoint, or the one with the `best` validation loss.
 
     Weights keep their dtype, but for norms that Megatron Core stores as gamma and the folder as 1 + gamma (gated delta
     nets): those trained in 16 bits, which have no room for the sum, are written in fp32; rounding moves logits by
     tenths. An adapter is merged in fp32.
     """
-    found = latest(run_dir)
+    found = _best(run_dir) if best else latest(run_dir)
     if found is None:
         raise UsageError(f"`{run_dir}` holds no checkpoint to export")
     if target.is_dir() and any(target.iterdir()):
         raise UsageError(f"`{target}` is not empty", hint="name a new folder")
-    adapters = read_recipe(found).lora.rank > 0
+    lora = read_recipe(found).lora
+    adapters = lora.rank > 0
     base = Path(read_state(found).base) if adapters and merged else None
     if base is not None and not (base / hf.CONFIG).is_file():
         raise UsageError(
@@ -39,8 +53,58 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False) -> tuple[Pa
         )
     if not adapters:
         job, kind = plan_mcore_to_hf(found, target, Options(exact_norms=True)), "Hugging Face model"
+    elif base is not None and lora.modules_to_save:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
+            peft = run(plan_adapter_to_hf(found, Path(work) / "adapter", Options(), open_base(base))).target
+            merged_kind = "Hugging Face model, adapter merged in fp32"
+            return run(plan_merge(base, peft, target, Options())).target, merged_kind
     elif base is not None:
         job, kind = plan_merge(base, found, target, Options()), "Hugging Face model, adapter merged in fp32"
     else:
         job, kind = plan_adapter_to_hf(found, target, Options(), open_base(found / "hf")), "PEFT adapter"
     return run(job).target, kind
+
+
+def export_beside(
+    recipe: Recipe, plan: Blueprint, chunks: Sequence[nn.Module], step: int, *, base: str, template: str
+) -> str:
+    """Write what a running model is to `export/` of its run, where it is not there yet; a line to log. Collective.
+
+    `base` is where an adapter's base was read, `template` the chat template that was trained with, if it was named.
+    """
+    import torch
+
+    from mbx.live import attach
+    from mbx.live.exchange import agreed
+
+    assert plan.hf is not None  # the recipe was refused without
+    exports = writable(recipe.run_dir, "export")
+    exports.mkdir(exist_ok=True)
+    target = writable(exports, f"step_{step:07d}")
+    if target.is_dir():  # whole: it gets its name last, when all ranks have looked
+        return f"{target} is there already"
+    if recipe.lora.rank and recipe.lora.modules_to_save:  # the stored checkpoint has the layers that are trained whole
+        with agreed():
+            if torch.distributed.get_rank() == 0:
+                export_run(recipe.run_dir, target)
+        return f"{target}: PEFT adapter"
+    live = attach(chunks, plan.hf, mapping=recipe.model.mapping or None)
+    if recipe.lora.rank:
+        lora = recipe.to_dict()["lora"]
+        assert isinstance(lora, Mapping)
+        live.save_adapters(target, trained(lora, base))
+        return f"{target}: PEFT adapter"
+    files = {TEMPLATE_FILE: template.encode()} if template else {}
+    live.save(target, "model", files=files, exact_norms=True)
+    return f"{target}: Hugging Face model"
+
+
+def _best(run_dir: Path) -> Path:
+    number = read_best(run_dir).step
+    if number < 0:
+        raise UsageError(f"`{run_dir}` has no best checkpoint", hint="run.keep_best=true keeps one")
+    name = f"iter_{number:07d}"
+    found = next((path for path in finished(run_dir) if path.name == name), None)
+    if found is None:
+        raise UsageError(f"`{run_dir}` has lost its best checkpoint, {name}")
+    return found

@@ -16,10 +16,13 @@ RECIPE = "recipe.json"
 #: Recipe keys, or whole sections, that must not change under resume: with them, step N would not be the step N of
 #: the run, or its optimizer state would not be the checkpoint's.
 _FIXED = (
-    *("data", "lora", "model.path", "model.shape", "model.vocab_divisor", "optim.optimizer", "run.save_optimizer"),
+    *("data", "lora", "model.path", "model.shape", "optim.optimizer", "run.save_optimizer"),
     *("train.global_batch", "train.seed", "train.per_token_loss", "train.precision"),
-    *(f"parallel.{axis}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp", "distributed_optimizer")),
 )
+#: Among them, those that may: rows are compared by content, and validation rows train nothing.
+_FREE = ("data.path", "data.eval_path")
+#: Axes that say which process draws from which random stream.
+_AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,16 @@ class LoopState:
     """What the loop knows besides tensors. Rows are counted by `step`, so nothing else places the data.
 
     `base` is where the run's first weights came from: an adapter run reads them there again. Empty if random.
-    `world_size`: processes of the run.
+    `world_size`: processes of the run. `rows`: digest of what is trained on, empty where the recipe says it all.
+    `padded_vocab`: rows of the embedding, whose padding takes part in the softmax.
     """
 
     step: int
     mean_loss: float
     base: str
     world_size: int
+    rows: str
+    padded_vocab: int
 
 
 def latest(run: Path) -> Path | None:
@@ -52,7 +58,8 @@ def read_state(path: Path) -> LoopState:
     """The loop's state in the checkpoint at `path`; StorageError where it is not one of `mbx train`."""
     try:
         loop = read_json(path / STATE)
-        return LoopState(int(loop["step"]), float(loop["mean_loss"]), str(loop["base"]), int(loop["world_size"]))
+        step, mean, world = int(loop["step"]), float(loop["mean_loss"]), int(loop["world_size"])
+        return LoopState(step, mean, str(loop["base"]), world, str(loop["rows"]), int(loop["padded_vocab"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {STATE}: {error}") from error
 
@@ -76,16 +83,35 @@ def check_continues(recipe: Recipe, path: Path) -> None:
         )
 
 
-def check_world(path: Path, world_size: int) -> None:
-    """UsageError where the run whose checkpoint lies at `path` had another number of processes."""
-    if (before := read_state(path).world_size) != world_size:
+def check_same_rows(path: Path, rows: str) -> None:
+    """UsageError where the run whose checkpoint lies at `path` was trained on other rows than those of this digest."""
+    if read_state(path).rows != rows:
         raise UsageError(
-            f"‹resume›: the run had {before} process(es), now there are {world_size}",
-            hint=f"torchrun --nproc-per-node {before} -m mbx train … ‹resume›",
+            "‹resume›: the rows are not those that the run was trained on",
+            hint="the file, the chat template or the tokenizer changed; run.dir=NAME starts another run",
         )
+
+
+def check_vocabulary(path: Path, padded_vocab: int, tp: int) -> None:
+    """UsageError where the embedding would have another number of rows than in the checkpoint at `path`."""
+    before = read_state(path).padded_vocab
+    if before != padded_vocab:
+        way = f"model.vocab_divisor={before // tp}" if before % tp == 0 else f"a parallel.tp that divides {before}"
+        raise UsageError(
+            f"‹resume›: the embedding had {before} rows, now it would have {padded_vocab}; padding is in the softmax",
+            hint=f"{way} keeps them",
+        )
+
+
+def same_processes(recipe: Recipe, path: Path, world_size: int) -> bool:
+    """Whether each process stands where one of the run did whose checkpoint lies at `path`."""
+    before = read_recipe(path).parallel
+    axes = all(getattr(before, axis) == getattr(recipe.parallel, axis) for axis in _AXES)
+    return axes and read_state(path).world_size == world_size
 
 
 def _fixed(recipe: Recipe) -> dict[str, object]:
     """Values that must not change, paths spelt alike: ./x/ is x."""
-    values = {k: v for k, v in recipe.flat().items() if k in _FIXED or k.partition(".")[0] in _FIXED}
+    keys = (k for k in recipe.flat() if (k in _FIXED or k.partition(".")[0] in _FIXED) and k not in _FREE)
+    values = {k: recipe.flat()[k] for k in keys}
     return {k: str(Path(v)) if isinstance(v, str) and v and k.endswith("path") else v for k, v in values.items()}

@@ -24,12 +24,18 @@ from converters.errors import StorageError
 from converters.mcore.releases import CURRENT
 from mbx.formats import hf, torch_dist
 from mbx.formats.registry import open_megatron
-from mbx.train.checkpoints.restore import allocate, count_steps, random_streams, restore_random
+from mbx.installed import core_release
+from mbx.torchfile.dcp import read_index
+from mbx.train.checkpoints.best import read_best
+from mbx.train.checkpoints.optimizer import BY_PARAMETER, allocate, restore, stored, wanted
+from mbx.train.checkpoints.random_streams import random_streams, restore_random
 from mbx.train.checkpoints.state import RECIPE, STATE, LoopState, finished, latest
-from mbx.train.lora.attach import only_adapters
+from mbx.train.data.templates import TEMPLATE_FILE, named_template
+from mbx.train.lora.attach import only_trained
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.build import unwrap
 from mbx.train.model.parallel import Ranks
+from mbx.train.model.trained_whole import whole_layers
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
 
@@ -47,6 +53,9 @@ class Store:
     def __init__(self, recipe: Recipe, plan: Blueprint, ranks: Ranks) -> None:
         self.recipe, self.plan, self.ranks = recipe, plan, ranks
         self.root = recipe.run_dir
+        self.whole = whole_layers(recipe.lora, plan)
+        # read now: its file may be gone when the run ends
+        self.template = named_template(recipe.data.template) if recipe.data.template else ""
         self._writers: AsyncCallsQueue | None = None
         self._target = self.root  # what the writers write
 
@@ -68,10 +77,11 @@ class Store:
                 shutil.rmtree(target)
             target.mkdir(parents=True)
         torch.distributed.barrier()
-        content = self._content(chunks, optimizer, loading=False) | CURRENT.common_state(state.step)
+        content = self._content(chunks, optimizer) | CURRENT.common_state(state.step)
         beside = self.recipe.run.save_async
         try:  # torch's CheckpointException derives from BaseException, so it is named
-            request = dist_checkpointing.save(content, str(target), ("torch_dist", 1), async_sharded_save=beside)
+            how = {"async_sharded_save": True, **core_release().async_save} if beside else {}
+            request = dist_checkpointing.save(content, str(target), ("torch_dist", 1), **how)
             if request is None:
                 torch.distributed.barrier()
                 self._finish(target, state)
@@ -116,6 +126,8 @@ class Store:
             (target / "hf").mkdir()
             for name in hf.side_files(self.plan.hf):
                 shutil.copyfile(self.plan.hf / name, target / "hf" / name)
+            if self.template:  # what was trained is served by the template that it was trained with
+                (target / "hf" / TEMPLATE_FILE).write_text(self.template, encoding="utf-8")
             if hf.has_weights(self.plan.hf):  # a random start needs none
                 layout = hf.record_layout(hf.open_hf(self.plan.hf))
                 (target / "hf" / hf.LAYOUT).write_text(layout, encoding="utf-8")
@@ -128,14 +140,19 @@ class Store:
         draft.replace(tracker)
         _sync(self.root)
         keep, whole = self.recipe.run.keep, finished(self.root)
-        stays = {target, *(whole[-keep:] if keep else whole)}
+        best = self.root / f"iter_{read_best(self.root).step:07d}"
+        stays = {target, best, *(whole[-keep:] if keep else whole)}
         for old in self.root.glob("iter_*"):
             if old not in stays and _is_ours(old):  # beyond `keep`, or left unfinished by a run that was killed
                 shutil.rmtree(old)
 
-    def load(self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    def load(
+        self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, same: bool
+    ) -> None:
         """Fill the model, the optimizer and the random streams from `path`; nothing that it names is run.
 
+        Weights and state are read into whatever layout this run has. Random streams are a process's own, so they
+        continue only under the `same` processes and layout.
         StorageError where it is damaged, or holds what no run of mbx writes.
         """
         from pickle import UnpicklingError
@@ -146,43 +163,75 @@ class Store:
         from mbx.models.megatron.core.sharding import CheckpointingException, dist_checkpointing
 
         if not open_megatron(path).common:
-            raise StorageError(f"`{path}` cannot be resumed: it has no `common.pt`")
-        allocate(optimizer)
-        content = self._content(chunks, optimizer, loading=True)
+            raise StorageError(f"`{path}` cannot be resumed: it has no common state (common.pt)")
+        streams = same and has_object(path, "rng_state")
+        content = self._weights(chunks, trained=bool(self.recipe.lora.rank))
         with inert_loading(path):
             try:
-                loaded = dist_checkpointing.load(content, str(path))
+                loaded = dist_checkpointing.load(content | (self._random() if streams else {}), str(path))
                 # an adapter run's checkpoint holds adapters only; the base was read from its own storage
                 for name, chunk in _named(chunks):
                     unwrap(chunk).load_state_dict(loaded[name], strict=not self.recipe.lora.rank)
+                if self.recipe.run.save_optimizer:
+                    self._load_optimizer(path, chunks, optimizer)
             except (CheckpointException, CheckpointingException, UnpicklingError, OSError, KeyError) as error:
                 raise StorageError(f"`{path}` cannot be resumed: {_said(error)}") from error
-        if self.recipe.run.save_optimizer:
-            with torch.no_grad():  # main parameters of an fp32 model are views of its own
-                optimizer.load_state_dict(loaded["optimizer"])
-            count_steps(optimizer)
+        if streams:
             restore_random(loaded["rng"])
-        else:
+        if not self.recipe.run.save_optimizer:
             optimizer.reload_model_params()
         torch.distributed.barrier()
 
-    def _content(
-        self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, loading: bool
-    ) -> dict[str, object]:
-        from mbx.models.megatron.core.sharding import ShardedObject
+    def _load_optimizer(
+        self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+    ) -> None:
+        from mbx.models.megatron.core.sharding import dist_checkpointing
+
+        common = (open_megatron(path).common or {}).get("optimizer")
+        plain = common.get("optimizer") if isinstance(common, Mapping) else None
+        if not isinstance(plain, Mapping) or not BY_PARAMETER.items() <= plain.items():
+            raise StorageError(
+                f"`{path}` cannot be resumed: its optimizer's state is not stored by parameter",
+                hint="‹init-from› takes its weights into a new run",
+            )
+        allocate(optimizer)
+        asked = wanted(optimizer, self._weights(chunks), half=self._half)
+        # a rank asks for what it holds: together they may ask for a weight twice, or leave a copy out
+        found = dist_checkpointing.load({"state": asked}, str(path), validate_access_integrity=False)
+        restore(optimizer, found["state"], plain, half=self._half)
+
+    @property
+    def _half(self) -> bool:
+        """Whether weights have fp32 copies in the optimizer."""
+        return self.recipe.train.precision != "fp32"
+
+    def _content(self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, object]:
+        content = self._weights(chunks, trained=bool(self.recipe.lora.rank))
+        if self.recipe.run.save_optimizer:
+            content["optimizer"] = stored(optimizer, self._weights(chunks), half=self._half)
+            content |= self._random()
+        return content
+
+    def _weights(self, chunks: Sequence[DistributedDataParallel], *, trained: bool = False) -> dict[str, object]:
+        """The chunks' sharded state dicts, those of what a run of adapters trains where `trained`."""
         from mbx.models.megatron.weights import sharding_metadata
 
-        metadata = {**sharding_metadata(), "distrib_optim_sharding_type": "dp_reshardable"}
-        weights = {name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named(chunks)}  # type: ignore[operator]
-        content: dict[str, object] = dict(weights)
-        if self.recipe.run.save_optimizer:
-            # the optimizer pairs its states with the shards of the parameters it trains
-            content["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
-            rank, world = self.ranks.rank, self.ranks.world_size
-            content["rng"] = ShardedObject("rng_state", random_streams(), (world,), (rank,), replica_id=0)
-        if self.recipe.lora.rank:
-            content |= {name: only_adapters(part) for name, part in weights.items()}
-        return content
+        weights: dict[str, dict[str, object]] = {
+            name: unwrap(chunk).sharded_state_dict(metadata=sharding_metadata())  # type: ignore[operator]
+            for name, chunk in _named(chunks)
+        }
+        return {name: only_trained(part, self.whole) if trained else part for name, part in weights.items()}
+
+    def _random(self) -> dict[str, object]:
+        from mbx.models.megatron.core.sharding import ShardedObject
+
+        rank, world = self.ranks.rank, self.ranks.world_size
+        return {"rng": ShardedObject("rng_state", random_streams(), (world,), (rank,), replica_id=0)}
+
+
+def has_object(path: Path, name: str) -> bool:
+    """Whether a checkpoint holds an object of this name, of any rank."""
+    return any(key.startswith(f"{name}/") for key in read_index(path).state_dict_metadata)
 
 
 def _is_ours(folder: Path) -> bool:

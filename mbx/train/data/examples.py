@@ -2,168 +2,248 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from os.path import commonprefix
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from queue import LifoQueue
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-import numpy as np
-import numpy.typing as npt
-
-from converters.errors import StorageError, UsageError
-from mbx.train.data.template_process import Template, opened
+from converters.errors import MbxError, UsageError
+from mbx.train.data.messages import conversation
+from mbx.train.data.shapes import NAMES, Chat, Completion, Document, read_record, shape_of
+from mbx.train.data.sources import File, Saved, open_sources
+from mbx.train.data.template_process import Template
+from mbx.train.data.templates import template_text
+from mbx.train.data.tokens import Encoder, Example, marks_of
+from mbx.train.data.turns import NO_MARKS
 from mbx.train.recipe.sections import Data
-from mbx.untrusted.small_files import read_small
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = npt.NDArray[np.int64]
-#: A data file is held in memory: what memory there is bounds it.
-_MOST_BYTES = 1 << 40
+#: Records that go through together.
+_TOGETHER = 32
+Source = File | Saved
+
+
+class Sink(Protocol):
+    """Takes examples in the order of their records."""
+
+    def add(self, source: int, place: str, example: Example, rewritten: bool) -> None:
+        """An example of source number `source`, from its record at `place`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """Token ids of one document, and which of them are learned (`learn[i]` for `tokens[i]`)."""
+class Reading:
+    """How records become examples: everything that decides what they are."""
 
-    tokens: Tokens
-    learn: npt.NDArray[np.bool_]
+    kind: str
+    learn: str
+    template: str
+    tokenizer: PreTrainedTokenizerBase
 
-
-def read_examples(data: Data, path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Examples of a JSONL (or, for `text`, a .txt) file; a bad line is a UsageError that names its number."""
-    if data.kind == "text" and path.suffix == ".txt":
-        return [_text(_read(path), tokenizer)]
-    if data.kind == "chat":
-        with opened(tokenizer) as template:
-            return _read_lines(data, path, lambda record: _chat(record, tokenizer, template))
-    make: dict[str, Callable[[Mapping[str, object]], Example]] = {
-        "completion": lambda record: _completion(record, tokenizer),
-        "text": lambda record: _text(_string(record, "text"), tokenizer),
-    }
-    return _read_lines(data, path, make[data.kind])
+    @staticmethod
+    def of(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Reading:
+        """What `data` asks for; UsageError where chats have no template."""
+        needed = data.kind == "chat" or (data.kind == "completion" and _of_messages(sources))
+        return Reading(data.kind, data.learn, template_text(data.template, tokenizer) if needed else "", tokenizer)
 
 
-def _read_lines(data: Data, path: Path, make: Callable[[Mapping[str, object]], Example]) -> list[Example]:
-    """An example of every line that is not empty."""
-    examples, long = [], []
-    for number, line in enumerate(_read(path).split("\n"), 1):  # splitlines() also cuts at U+2028, which JSON allows
-        if not line.strip():
-            continue
+def _of_messages(sources: Sequence[Source]) -> bool:
+    record = first_record(sources)
+    return isinstance(record, dict) and any(isinstance(record.get(key), list) for key in ("prompt", "completion"))
+
+
+def first_record(sources: Sequence[Source]) -> object:
+    """The first record there is, None without any."""
+    return next((record for source in sources for _, record in source.records()), None)
+
+
+def shape_said(sources: Sequence[Source]) -> tuple[str, str]:
+    """The kind that the first record asks for, and its shape in words."""
+    for source in sources:
+        for place, record in source.records():
+            with placed(f"{source.name}{place}"):
+                name, kind = NAMES[shape_of(_object(record))]
+            return kind, name
+    raise UsageError(f"`{sources[0].name}` holds no record")
+
+
+def resolved(data: Data) -> Data:
+    """`data` with its kind found in the first record where it is `auto`."""
+    return of_kind(data, shape_said(open_sources(*data.places))[0]) if data.kind == "auto" else data
+
+
+def of_kind(data: Data, kind: str) -> Data:
+    """`data` with its kind, one of those that a recipe knows."""
+    return replace(data, kind=cast(Any, kind))
+
+
+def write_examples(sources: Sequence[Source], reading: Reading, sink: Sink, *, workers: int) -> None:
+    """Give `sink` the examples of all records in their order; `workers` threads, each with a template's process."""
+    encoder = Encoder(reading.tokenizer)
+    marks = marks_of(reading.tokenizer) if reading.template else NO_MARKS
+    templates: LifoQueue[Template | None] = LifoQueue()
+    every = [Template(reading.tokenizer, reading.template, marks) for _ in range(workers if reading.template else 0)]
+    for template in every:
+        templates.put(template)
+    if not every:  # the tokenizer is all there is to do, and has threads of its own
+        templates.put(None)
+    records = ((n, place, record) for n, source in enumerate(sources) for place, record in source.records())
+
+    def work(part: list[tuple[int, str, object]]) -> list[tuple[int, str, Example, bool]]:
+        template = templates.get()
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise UsageError(f"a JSON object was expected, got {type(record).__name__}")
-            example = make(record)
-        except UsageError as error:
-            raise UsageError(f"{path}:{number}: {error.fact}", hint=error.hint) from error
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}:{number}: not valid JSON: {error}") from error
-        if len(example.tokens) > data.length + 1 and data.kind != "text":
-            long.append(f"{path}:{number}: {len(example.tokens)} tokens")
-            if data.too_long == "truncate":
-                examples.append(Example(example.tokens[: data.length + 1], example.learn[: data.length + 1]))
-            continue
-        examples.append(example)
-    if long and data.too_long == "error":
-        raise UsageError(
-            f"{len(long)} example(s) are longer than data.length {data.length}",
-            hint="raise data.length, or say data.too_long=drop or data.too_long=truncate",
-            details=long,
-        )
-    if not any(example.learn[1:].any() for example in examples):
-        raise UsageError(f"`{path}` holds no example with a token to learn")
-    return examples
+            return _examples(part, sources, reading, encoder, template)
+        finally:
+            templates.put(template)
 
-
-def _read(path: Path) -> str:
     try:
-        # "-sig": without the mark that some editors put in front
-        return read_small(path, _MOST_BYTES).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except OSError as error:
-        raise StorageError(f"cannot read the data file `{path}`: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        number = error.object[: error.start].count(b"\n") + 1
-        raise StorageError(f"{path}:{number}: not UTF-8: {error.reason}") from error
+        with ThreadPoolExecutor(workers) as pool:
+            waiting: deque[Future[list[tuple[int, str, Example, bool]]]] = deque()
+            unread: MbxError | None = None
+            while unread is None:
+                part, unread = _together(records)
+                if not part:
+                    break
+                waiting.append(pool.submit(work, part))
+                if len(waiting) > 2 * workers:
+                    _give(sink, waiting.popleft())
+            while waiting:
+                _give(sink, waiting.popleft())
+            if unread is not None:
+                raise unread
+    finally:
+        for template in every:
+            template.close()
 
 
-def _encodable(text: str) -> str:
-    """`text`, which JSON may have filled with halves of surrogate pairs; UsageError if so."""
+def _give(sink: Sink, part: Future[list[tuple[int, str, Example, bool]]]) -> None:
+    for item in part.result():
+        sink.add(*item)
+
+
+def _together(records: Iterator[tuple[int, str, object]]) -> tuple[list[tuple[int, str, object]], MbxError | None]:
+    """The next records, and why there are no more where one cannot be read: those before it may be wrong first."""
+    part: list[tuple[int, str, object]] = []
+    try:
+        for item in islice(records, _TOGETHER):
+            part.append(item)
+    except MbxError as error:
+        return part, error
+    return part, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A chat as text, with spans of it, each learned or not; tokens of no span are not."""
+
+    text: str
+    spans: Sequence[tuple[int, int, bool]]
+    rewritten: bool
+
+
+def _examples(
+    part: Sequence[tuple[int, str, object]],
+    sources: Sequence[Source],
+    reading: Reading,
+    encoder: Encoder,
+    template: Template | None,
+) -> list[tuple[int, str, Example, bool]]:
+    """Examples of some records, in their order."""
+    ready: list[_Drawn | Completion | Document] = []
+    for number, place, record in part:
+        with placed(f"{sources[number].name}{place}"):
+            read = read_record(_object(record), reading.kind)
+            ready.append(_drawn(read, reading, template) if isinstance(read, Chat) else _whole(read))
+    try:
+        examples = _encoded(ready, encoder)
+    except UsageError:  # whose is it?
+        for (number, place, _), one in zip(part, ready, strict=True):
+            with placed(f"{sources[number].name}{place}"):
+                _encoded([one], encoder)
+        raise
+    changed = [isinstance(one, _Drawn) and one.rewritten for one in ready]
+    places = [(number, place) for number, place, _ in part]
+    return [(*where, one, count) for where, one, count in zip(places, examples, changed, strict=True)]
+
+
+def _encoded(ready: Sequence[_Drawn | Completion | Document], encoder: Encoder) -> list[Example]:
+    """All at once: the tokenizer has threads of its own."""
+    drawn = [one for one in ready if isinstance(one, _Drawn)]
+    asked = [one for one in ready if isinstance(one, Completion)]
+    told = [one.text for one in ready if isinstance(one, Document)]
+    made = {
+        _Drawn: iter(encoder.spans([one.text for one in drawn], [one.spans for one in drawn])),
+        Completion: iter(encoder.completions([one.prompt for one in asked], [one.completion for one in asked])),
+        Document: iter(encoder.documents(told)),
+    }
+    return [next(made[type(one)]) for one in ready]
+
+
+def _drawn(chat: Chat, reading: Reading, template: Template | None) -> _Drawn:
+    """A chat as its template draws it; the turns of `learn` are marked, or all but those of weight 0."""
+    if template is None:
+        raise UsageError(
+            "the record has messages, and the first one had none: no chat template was asked for",
+            hint="data.kind=chat, with all records in messages; or prompt and completion as text in all of them",
+        )
+    talk = conversation(chat.messages, template.names, reading.learn, chat.variables, chat.first)
+    every = reading.learn == "all"
+    wanted = talk.idle if every else talk.learned
+    done = template.turns(talk.messages, talk.variables, wanted)
+    _encodable(done.text)
+    spans = [(begin, end, not every) for begin, end in done.spans]
+    return _Drawn(done.text, [(0, len(done.text), True), *spans] if every else spans, done.rewritten)
+
+
+def _whole(read: Completion | Document) -> Completion | Document:
+    for text in (read.prompt, read.completion) if isinstance(read, Completion) else (read.text,):
+        _encodable(text)
+    if isinstance(read, Completion) and not read.completion:
+        raise UsageError("`completion` is empty")
+    return read
+
+
+@contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Puts a place in front of what is said to be wrong."""
+    try:
+        yield
+    except MbxError as error:
+        raise type(error)(f"{place}: {error.fact}", hint=error.hint, details=error.details) from error
+
+
+def _object(record: object) -> Mapping[str, object]:
+    if not isinstance(record, dict):
+        roles = isinstance(record, list) and record and isinstance(record[0], dict) and "role" in record[0]
+        hint = 'a list of messages stands in an object: {"messages": […]}' if roles else None
+        raise UsageError(f"a JSON object was expected, got {type(record).__name__}", hint=hint)
+    return record
+
+
+def _encodable(text: str) -> None:
+    """UsageError where JSON has filled `text` with halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"the text has half a surrogate pair, {text[error.start]!r}") from error
-    return text
 
 
-def _string(record: Mapping[str, object], key: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str):
-        have = ", ".join(map(repr, sorted(record))) or "nothing"
-        raise UsageError(f"`{key}` must be a string; the line has {have}")
-    return _encodable(value)
+def refuse_long(data: Data, long: Sequence[str], count: int) -> None:
+    """UsageError where `count` examples are longer than a row, and that is an error; `long` names them."""
+    if long and data.too_long == "error":
+        raise UsageError(
+            f"{count} example(s) are longer than data.length {data.length}",
+            hint="raise data.length, or say data.too_long=drop or data.too_long=truncate",
+            details=long,
+        )
 
 
-def _text(text: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    tokens = [*_encode(tokenizer, text, special=True), _end(tokenizer)]
-    return Example(np.asarray(tokens, np.int64), np.ones(len(tokens), bool))
-
-
-def _completion(record: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> Example:
-    prompt = _encode(tokenizer, _string(record, "prompt"), special=True)
-    answer = [*_encode(tokenizer, _string(record, "completion"), special=False), _end(tokenizer)]
-    learn = np.zeros(len(prompt) + len(answer), bool)
-    learn[len(prompt) :] = True
-    return Example(np.asarray(prompt + answer, np.int64), learn)
-
-
-def _chat(record: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, template: Template) -> Example:
-    """The template's rendering of `messages`; assistant turns are learned, up to and with the token that ends them.
-
-    Where a turn lies is found by rendering the conversation once more with that turn replaced: whatever the template
-    does to turns (trim them, drop their reasoning) needs no knowledge here.
-    """
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UsageError("`messages` must be a non-empty list")
-    for at, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UsageError(f"message {at} must have a string `role` and `content`")
-
-    def render(turns: list[dict[str, str]]) -> str:
-        return _encodable(template.render(turns))
-
-    text = render(messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    special = set(tokenizer.all_special_ids)
-    learn = np.zeros(len(tokens), bool)
-    for at, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        # Two private-use characters, so that no real text shares a prefix or a suffix with the mark.
-        marked = render([*messages[:at], {**message, "content": "\ue000\ue001"}, *messages[at + 1 :]])
-        head, tail = (len(commonprefix(pair)) for pair in ((text, marked), (text[::-1], marked[::-1])))
-        begin, end = head, max(head, len(text) - tail)
-        inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > begin]
-        learn[inside] = True
-        after = inside[-1] + 1 if inside else len(tokens)
-        if after < len(tokens) and tokens[after] in special:
-            learn[after] = True
-    return Example(np.asarray(tokens, np.int64), learn)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    tokens = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-    if special and tokens and tokens[-1] == tokenizer.eos_token_id:
-        tokens.pop()  # some tokenizers close every text; the end is added once, by the caller
-    return tokens
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UsageError("the tokenizer has no end-of-sequence token")
-    return int(tokenizer.eos_token_id)
+def nothing_to_learn(path: str) -> UsageError:
+    """The error about data whose every token is a prompt."""
+    return UsageError(f"`{path}` holds no example with a token to learn")

@@ -6,8 +6,10 @@ its own share of each step.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.errors import StorageError, UsageError
-from mbx.train.data.examples import Example, Tokens
+from mbx.train.data.chosen import Chosen, Joined
+from mbx.train.data.tokens import Example, Tokens
 from mbx.train.recipe.sections import Data
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ class Row:
     """One row of a micro-batch; all arrays are [length].
 
     `mask`: 1 where the label counts. `lengths`: tokens of each packed segment, padding included as the last one;
-    empty where the row is one sequence.
+    empty where the row is one sequence. `filled`: tokens before the padding, None where there is none.
     """
 
     tokens: Tokens
@@ -35,6 +38,7 @@ class Row:
     mask: npt.NDArray[np.float32]
     positions: Tokens
     lengths: tuple[int, ...] = ()
+    filled: int | None = None
 
 
 class Rows(Protocol):
@@ -76,6 +80,11 @@ class Examples:
     seed: int
     packed: bool
 
+    @property
+    def count(self) -> int:
+        """Rows of an epoch."""
+        return len(self.packs)
+
     def row(self, index: int) -> Row:
         """Row `index` of the run, epochs one after the other."""
         at = _place(index, len(self.packs), self.seed if self.shuffle else None)
@@ -91,25 +100,50 @@ class Examples:
             mask[place], positions[place] = example.learn[1:], np.arange(count)
             lengths.append(count)
             start += count
-        if start < self.length:
+        filled = start if start < self.length else None
+        if filled is not None:
             positions[start:] = np.arange(self.length - start)
             lengths.append(self.length - start)
-        return Row(tokens, labels, mask, positions, tuple(lengths) if self.packed else ())
+        return Row(tokens, labels, mask, positions, tuple(lengths) if self.packed else (), filled)
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Rows cut from all documents laid end to end, each closed by an end token; the row order is shuffled."""
+    """Rows cut from all documents laid end to end, each closed by an end token; the row order is shuffled.
 
-    tokens: Tokens
+    `ends` [documents + 1]: where each begins in the whole.
+    """
+
+    examples: Sequence[Example]
+    ends: Tokens
     length: int
     shuffle: bool
     seed: int
 
+    @property
+    def count(self) -> int:
+        """Rows of an epoch."""
+        return (int(self.ends[-1]) - 1) // self.length
+
     def row(self, index: int) -> Row:
         """Row `index`: `length + 1` consecutive tokens."""
-        at = _place(index, (len(self.tokens) - 1) // self.length, self.seed if self.shuffle else None)
-        return _plain(self.tokens[at * self.length : (at + 1) * self.length + 1])
+        start = _place(index, self.count, self.seed if self.shuffle else None) * self.length
+        return _plain(self._cut(start, start + self.length + 1))
+
+    def _cut(self, start: int, end: int) -> Tokens:
+        """Tokens [start, end) of the whole."""
+        first, last = np.searchsorted(self.ends, (start, end - 1), "right") - 1
+        found = np.concatenate([self.examples[at].tokens for at in range(first, last + 1)])
+        begin = start - int(self.ends[first])
+        return found[begin : begin + end - start]
+
+    def rest(self) -> Row | None:
+        """What is left behind the last whole row, padded with its last token; None where nothing is."""
+        left = self._cut(self.count * self.length, int(self.ends[-1]))
+        if (count := len(left) - 1) < 1:
+            return None
+        row = _plain(np.concatenate((left, np.full(self.length - count, left[-1]))))
+        return replace(row, mask=(np.arange(self.length) < count).astype(np.float32), filled=count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +164,12 @@ class Megatron:
 def _place(index: int, count: int, seed: int | None) -> int:
     """Where row `index` of a run stands among `count`, which each epoch shuffles anew; None: in order."""
     epoch, at = divmod(index, count)
-    return at if seed is None else int(np.random.default_rng((seed, epoch)).permutation(count)[at])
+    return at if seed is None else int(_order(seed, epoch, count)[at])
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> Tokens:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def _plain(stream: Tokens) -> Row:
@@ -144,48 +183,51 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
     Every item is in one row; the result depends on the sizes alone.
     """
     rooms: dict[int, list[int]] = {}  # free tokens -> rows
+    free: list[int] = []  # keys of `rooms`, ascending
     rows: list[list[int]] = []
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         size = sizes[item]
-        best = min((room for room in rooms if room >= size), default=None)
-        if best is None:
+        if (at := bisect_left(free, size)) == len(free):
             row, best = len(rows), length
             rows.append([])
         else:
+            best = free[at]
             row = rooms[best].pop()
             if not rooms[best]:
-                del rooms[best]
+                del rooms[best], free[at]
         rows[row].append(item)
-        rooms.setdefault(best - size, []).append(row)
+        if (left := best - size) not in rooms:
+            rooms[left] = []
+            insort(free, left)
+        rooms[left].append(row)
     return rows
 
 
-def example_rows(data: Data, examples: Sequence[Example], pad: int) -> Rows:
+def example_rows(data: Data, examples: Sequence[Example], pad: int) -> Examples | Stream:
     """Rows of `examples` as `data` asks: a stream for text, packed or single rows otherwise."""
+    known = examples.sizes if isinstance(examples, Chosen | Joined) else [len(example.tokens) for example in examples]
+    sizes = np.asarray(known, np.int64)
     if data.kind == "text":
-        stream = np.concatenate([example.tokens for example in examples])
-        if len(stream) <= data.length:
-            raise UsageError(f"the text has {len(stream)} tokens, fewer than one row of data.length {data.length}")
-        return Stream(stream, data.length, data.shuffle, data.seed)
-    kept = [example for example in examples if len(example.tokens) > 1]
-    sizes = [len(example.tokens) - 1 for example in kept]
-    packs = pack(sizes, data.length) if data.pack else [[i] for i in range(len(kept))]
-    return Examples(kept, packs, data.length, pad, data.shuffle, data.seed, data.pack)
+        ends = np.concatenate(([0], np.cumsum(sizes)))
+        if ends[-1] <= data.length:
+            raise UsageError(f"the text has {ends[-1]} tokens, fewer than one row of data.length {data.length}")
+        return Stream(examples, ends, data.length, data.shuffle, data.seed)
+    packs = pack((sizes - 1).tolist(), data.length) if data.pack else [[i] for i in range(len(sizes))]
+    return Examples(examples, packs, data.length, pad, data.shuffle, data.seed, data.pack)
 
 
 def check_indexed(data: Data) -> None:
-    """StorageError where one of the two files that `data.path` is short for is not there."""
-    for suffix in (".idx", ".bin"):
-        if not Path(data.path + suffix).is_file():
-            raise StorageError(
-                f"`{data.path}{suffix}` does not exist", hint="data.path is the files' path without .bin and .idx"
-            )
+    """StorageError where one of the two files that a place of `data.path` is short for is not there."""
+    for path in (place + suffix for place in data.places for suffix in (".idx", ".bin")):
+        if not Path(path).is_file():
+            raise StorageError(f"`{path}` does not exist", hint="data.path is the files' path without .bin and .idx")
 
 
 def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tuple[Rows, Rows | None]:
     """Train and validation rows of Megatron Core's GPTDataset over `.bin`/`.idx` files, or of its mock documents.
 
-    The order is Megatron-LM's for the same seed, length and numbers of samples. Collective.
+    Several files are blended by their weights, as `--data-path` blends them; without weights, by their sizes. The
+    order is Megatron-LM's for the same seed, length and numbers of samples. Collective.
     """
     from mbx.models.megatron.core.datasets import (
         BlendedMegatronDatasetBuilder,
@@ -202,7 +244,7 @@ def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tupl
             found: int = super()._get_num_tokens_per_epoch()
             if not found:
                 raise StorageError(
-                    f"`{data.path}` has no tokens for {self.index_split.name}, of data.split={data.split}",
+                    f"`{self.dataset_path}` has no tokens for {self.index_split.name}, of data.split={data.split}",
                     hint="data.split=1,0,0 trains on everything",
                 )
             return found
@@ -213,7 +255,7 @@ def megatron_rows(data: Data, vocab: int, num_train: int, num_eval: int) -> tupl
     config = GPTDatasetConfig(
         random_seed=data.seed,
         sequence_length=data.length,
-        blend=None if mock else ([data.path], None),
+        blend=None if mock else (list(data.places), list(data.weights) or None),
         split=None if mock else data.split,
         path_to_cache=None,
         tokenizer=NullTokenizer(data.null_vocab_size or vocab - 1),

@@ -7,19 +7,31 @@ memory to have, and is ended where one takes long.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 import resource
 import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from converters.errors import UsageError
+from mbx.train.data.calls import forms
+from mbx.train.data.turns import (
+    NO_MARKS,
+    Marks,
+    Messages,
+    RefusedError,
+    Render,
+    Rendered,
+    check_said,
+    find_turns,
+    span_of_generation,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,18 +47,40 @@ _BLOCK = 1 << 20
 
 
 class Template:
-    """A tokenizer's chat template, in a process that starts with the first conversation."""
+    """A tokenizer's chat template, in a process that starts with the first question."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._settings = {"template": tokenizer.get_chat_template(), "tokens": tokenizer.special_tokens_map}
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "", marks: Marks = NO_MARKS) -> None:
+        self._settings = {
+            "template": template or tokenizer.get_chat_template(),
+            "tokens": tokenizer.special_tokens_map,
+            "special": marks.special,
+            "stops": marks.stops,
+        }
         self._process: subprocess.Popen[bytes] | None = None
+        self._names: frozenset[str] = frozenset()
 
-    def render(self, turns: Sequence[Mapping[str, object]]) -> str:
-        """The conversation as text; UsageError where the template refuses it, takes too long or too much memory."""
+    @property
+    def names(self) -> frozenset[str]:
+        """Every name that the template reads from anything: what keys of a message may mean something to it."""
+        self._open()
+        return self._names
+
+    def turns(
+        self, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object], wanted: Sequence[int]
+    ) -> Rendered:
+        """The conversation as text, and where in it the turns `wanted` lie; UsageError where the template
+        refuses it, takes too long or too much memory.
+
+        `variables`: what the template reads beside the messages: `tools`, and its own switches.
+        """
+        self._open()
+        answer = self._ask({"messages": messages, "variables": variables, "wanted": wanted}, SECONDS)
+        return Rendered(answer["text"], tuple((one, two) for one, two in answer["spans"]), answer["rewritten"])
+
+    def _open(self) -> None:
         if self._process is None:
             self._process = _start()
-            self._ask(self._settings, _START_SECONDS)
-        return self._ask(turns, SECONDS)
+            self._names = frozenset(self._ask(self._settings, _START_SECONDS)["names"])
 
     def close(self) -> None:
         """End the process."""
@@ -55,30 +89,22 @@ class Template:
             process.kill()
             process.communicate()
 
-    def _ask(self, question: object, seconds: float) -> str:
+    def _ask(self, question: object, seconds: float) -> dict[str, Any]:
         """Send a line, and get its answer."""
         assert self._process is not None and self._process.stdin and self._process.stdout
         try:
             # It reads a question whole before it answers, so that neither side waits for the other to read.
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
             self._process.stdin.flush()
-            answer = json.loads(_line(self._process.stdout, seconds))
+            answer: dict[str, Any] = json.loads(_line(self._process.stdout, seconds))
         except (OSError, ValueError) as error:  # TimeoutError too
             self.close()
             raise UsageError(f"the chat template was not done with this conversation: {error}") from error
-        if "text" not in answer:
+        if "refused" in answer:
             raise UsageError(f"the chat template refuses this conversation: {answer['refused']}")
-        return str(answer["text"])
-
-
-@contextlib.contextmanager
-def opened(tokenizer: PreTrainedTokenizerBase) -> Iterator[Template]:
-    """The tokenizer's template; its process ends with the context."""
-    template = Template(tokenizer)
-    try:
-        yield template
-    finally:
-        template.close()
+        if "lost" in answer:
+            raise UsageError(answer["lost"])
+        return answer
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -110,28 +136,105 @@ def _line(stream: IO[bytes], seconds: float) -> bytes:
 
 def _serve(questions: IO[bytes], answers: IO[bytes]) -> None:
     """Answer every line: the first names the template, each other is a conversation."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    import transformers.utils.chat_template_utils  # noqa: F401  before memory is limited
 
     settings = json.loads(questions.readline())
-    _answer(answers, {"text": ""})
     _limit()
+    _answer(answers, named := _guarded(lambda: {"names": sorted(_names(settings["template"]))}))
+    settings["names"] = named.get("names", [])
     for line in questions:
-        # Nobody handles this signal, so it ends even what runs in C, and this process where its parent is gone.
-        signal.setitimer(signal.ITIMER_REAL, 2 * SECONDS)
+        _answer(answers, _guarded(lambda: _rendered(settings, json.loads(line))))  # noqa: B023  called at once
+
+
+def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` answers, or why it does not."""
+    # Nobody handles this signal, so it ends even what runs in C, and this process where its parent is gone.
+    signal.setitimer(signal.ITIMER_REAL, 2 * SECONDS)
+    try:
+        answer = work()
+        if len(text := answer.get("text", "")) > MOST_TEXT:
+            answer = {"refused": f"it makes {len(text)} characters of it"}
+    except MemoryError:
+        answer = {"refused": f"it takes more than {MEMORY >> 20} MiB"}
+    except _LostError as error:
+        answer = {"lost": f"{error}"[:1000]}
+    except Exception as error:  # a template is a program: jinja2 raises what the template says
+        answer = {"refused": f"{error or type(error).__name__}"[:1000]}
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return answer
+
+
+class _LostError(Exception):
+    """The template renders the conversation, and a turn is not to be found in it."""
+
+
+def _names(template: str) -> set[str]:
+    """Names of the attributes and items that a template reads."""
+    from jinja2 import nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    parsed = _compile_jinja_template(template).environment.parse(template)
+    read = {node.attr for node in parsed.find_all(nodes.Getattr)}
+    return read | {c.value for c in parsed.find_all(nodes.Const) if isinstance(c.value, str)}
+
+
+def _rendered(settings: Mapping[str, Any], question: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    variables = {**settings["tokens"], **question.get("variables", {})}
+
+    def draw(messages: Sequence[Mapping[str, object]], prompt: bool, spans: bool = False) -> Any:
+        return render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            chat_template=settings["template"],
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=spans,
+            **variables,
+        )
+
+    def render(messages: Sequence[Mapping[str, object]], prompt: bool) -> str:
         try:
-            rendered = render_jinja_template(
-                conversations=[json.loads(line)], chat_template=settings["template"], **settings["tokens"]
-            )
-            text = str(rendered[0][0])
-            answer = (
-                {"text": text} if len(text) <= MOST_TEXT else {"refused": f"it makes {len(text)} characters of it"}
-            )
-        except MemoryError:
-            answer = {"refused": f"it takes more than {MEMORY >> 20} MiB"}
-        except Exception as error:  # a template is a program: jinja2 raises what the template says
-            answer = {"refused": f"{error or type(error).__name__}"[:1000]}
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        _answer(answers, answer)
+            text = str(draw(messages, prompt)[0][0])
+        except Exception as error:  # as above
+            if isinstance(error, MemoryError):
+                raise
+            raise RefusedError(f"{error or type(error).__name__}") from error
+        if len(text) > MOST_TEXT:
+            raise RefusedError(f"it makes {len(text)} characters of it")
+        return text
+
+    messages, text = _taken(render, question["messages"])
+    wanted = question.get("wanted")
+    if not wanted:
+        return {"text": text, "spans": [], "rewritten": False}
+    marks = Marks(tuple(settings["special"]), tuple(settings["stops"]))
+    try:
+        check_said(render, messages, wanted, frozenset(settings["names"]))
+    except RefusedError as error:
+        raise _LostError(str(error)) from error
+    if re.search(r"{%-?\s*generation\s*-?%}", settings["template"]):
+        found = [span_of_generation(text, one, two, marks) for one, two in draw(messages, False, True)[1][0]]
+        turns = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
+        if len(found) != len(turns):
+            raise _LostError(f"the template's {{% generation %}} marks {len(found)} parts of {len(turns)} turns")
+        return {"text": text, "spans": [found[turns.index(at)] for at in wanted], "rewritten": False}
+    try:
+        done = find_turns(render, messages, wanted, marks)
+    except RefusedError as error:
+        raise _LostError(str(error)) from error
+    return {"text": done.text, "spans": done.spans, "rewritten": done.rewritten}
+
+
+def _taken(render: Render, messages: Messages) -> tuple[Messages, str]:
+    """The conversation in the first form that the template takes, and its text; RefusedError where it takes none."""
+    refused: RefusedError | None = None
+    for form in forms(messages):
+        try:
+            return form, render(form, False)
+        except RefusedError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _limit() -> None:

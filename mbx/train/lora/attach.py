@@ -4,155 +4,134 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from converters.adapters.sites import ADAPTABLE, is_weight, spellings
-from converters.errors import LayoutError, StorageError, UnsupportedError, UsageError
-from converters.rows.config_map import environment
-from converters.rows.pack import Pack
-from mbx.train.lora.adapter import COLUMN, GROUPED_COLUMN, GROUPED_ROW, ROW, WHOLE, Slots
+from converters.adapters.sites import Adapted
+from converters.errors import UnsupportedError, UsageError
+from converters.mcore.keys import HEAD, ROUTER
+from mbx.train.lora.adapter import COLUMN, GROUPED_COLUMN, GROUPED_ROW, ROUTERS, ROW, WHOLE, group_of, slots_of
 from mbx.train.lora.grouped import LoraGrouped
 from mbx.train.lora.layer import LoraLinear
-from mbx.train.lora.product import ends_checkpoint
-from mbx.train.model.blueprint import Blueprint, as_int
+from mbx.train.lora.output import LoraOutput
+from mbx.train.lora.product import ends_checkpoint, kind_of
+from mbx.train.lora.router import LoraRouter
+from mbx.train.lora.whole import thaw
+from mbx.train.model.adapted import adapted, key_of, plain
+from mbx.train.model.blueprint import Blueprint
+from mbx.train.model.trained_whole import Whole, whole_layers
 from mbx.train.recipe.sections import Lora, Recipe
 
-__all__ = ["LoraGrouped", "LoraLinear", "adapters", "attach", "base_of", "check_lora", "only_adapters"]
+__all__ = ["LoraGrouped", "LoraLinear", "adapters", "attach", "base_of", "check_lora", "only_trained"]
 
-#: Linears of latent attention, and of the standard one; then those of every model.
-_LATENT = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
-_STANDARD = ("linear_qkv",)
-TARGETS = (*_STANDARD, *_LATENT, "linear_proj", "linear_fc1", "linear_fc2")
 _LOCAL = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 def check_lora(recipe: Recipe, plan: Blueprint) -> None:
     """Refuse targets that have no adapter here, before anything is built."""
-    if not recipe.lora.targets:
+    lora, p = recipe.lora, recipe.parallel
+    if not lora.targets:
         raise UsageError(
             "lora.targets is empty: nothing would be trained",
             hint="lora.targets=linear_qkv,linear_proj adapts attention",
         )
-    if unknown := [name for name in recipe.lora.targets if name not in TARGETS]:
-        raise UsageError(
-            f"lora.targets: {', '.join(unknown)}; adapters exist for {', '.join(TARGETS)}",
-            hint="q_proj, k_proj, v_proj are linear_qkv; o_proj linear_proj; gate_proj, up_proj linear_fc1; "
-            "down_proj linear_fc2",
-        )
-    if recipe.lora.adapter and not Path(recipe.lora.adapter).is_dir():
-        raise StorageError(f"lora.adapter: `{recipe.lora.adapter}` is no folder")
-    if plan.config.get("experimental_attention_variant"):
-        raise UnsupportedError("adapters are supported on standard and latent attention; this model has another")
-    has = _attention(plan)
-    if absent := [name for name in recipe.lora.targets if name in (*_STANDARD, *_LATENT) and name not in has]:
-        raise UsageError(
-            f"lora.targets: this model has no {', '.join(absent)}",
-            hint=f"lora.targets={','.join((*has, 'linear_proj', 'linear_fc1', 'linear_fc2'))}",
-        )
-    behind = [name for name in recipe.lora.targets if name in ("linear_proj", "linear_fc2")]
-    if behind and plan.config.get("model.post_layernorms"):
+    found = adapted(lora, plan)
+    if HEAD in found and whole_layers(lora, plan).holds(HEAD):
         raise UnsupportedError(
-            f"lora.targets: this model has a norm behind {', '.join(behind)}, which take no adapter here",
-            hint=f"lora.targets={','.join((*has, 'linear_fc1'))}",
+            "the output layer is trained whole, and has no use for an adapter",
+            hint="leave it out of lora.targets or of lora.modules_to_save, where a tied embedding is the same",
         )
-    experts = plan.config.get("num_moe_experts") and {"linear_fc1", "linear_fc2"} & set(recipe.lora.targets)
-    if experts and recipe.parallel.etp > 1:
+    _check_dora(lora, found)
+    experts = any(".experts." in weight for weight in found)
+    if experts and p.etp not in (1, p.tp):
         raise UnsupportedError(
-            "experts that have adapters are not cut over ranks", hint="parallel.etp=1, and parallel.ep shares them out"
+            f"experts that have adapters are cut over all ranks of tensor parallelism or over none; parallel.etp is "
+            f"{p.etp}, parallel.tp {p.tp}",
+            hint="parallel.etp=1, and parallel.ep shares them out",
         )
-    if recipe.lora.dora and recipe.fp8.recipe != "none":
+    if lora.dora and recipe.fp8.recipe != "none":
         raise UnsupportedError("DoRA under FP8 is not supported: its norms would not be those of the FP8 weights")
 
 
-def _attention(plan: Blueprint) -> tuple[str, ...]:
-    """Linears in front of the model's attention."""
-    if not plan.config.get("multi_latent_attention"):
-        return _STANDARD
-    queries = ("linear_q_proj",) if plan.config.get("q_lora_rank") is None else _LATENT[1:3]
-    return (*queries, *_LATENT[3:])
+def _check_dora(lora: Lora, found: Collection[str]) -> None:
+    """Refuse magnitudes of a router's rows, which PEFT has for linears alone, and of rows that pad the vocabulary: a
+    row of zeros has no direction."""
+    odd = [weight for weight in found if weight == HEAD or weight.endswith(ROUTER)]
+    if lora.dora and odd:
+        raise UnsupportedError(f"DoRA on `{odd[0]}` is not supported", hint="lora.dora=false, or leave it out")
 
 
-def attach(model: nn.Module, lora: Lora, plan: Blueprint, seed: int) -> None:
-    """Freeze `model` and put an adapter on every target linear of its decoder; `seed` draws the A's."""
+def attach(
+    model: nn.Module, lora: Lora, plan: Blueprint, seed: int, held: Mapping[str, Adapted] | None = None
+) -> None:
+    """Freeze `model`, but for layers that are trained whole, and put an adapter on every target linear of its decoder
+    and on its output layer, if that is one; `seed` draws the A's.
+
+    `held`: an adapter to start from or to continue, by weight; what it does not adapt gets none.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.startswith("decoder.layers.") and name.rpartition(".")[2] in lora.targets
-    ]
-    fused = _fused(plan)
-    for name, base in found:
-        kind = type(base).__name__
-        if kind not in (*COLUMN, *ROW, *WHOLE, *GROUPED_COLUMN, *GROUPED_ROW):
-            raise UnsupportedError(f"`{name}` is a {kind}, which takes no adapter")
-        parent, _, leaf = name.rpartition(".")
+    thaw(model, whole_layers(lora, plan))
+    known, done = adapted(lora, plan, held), set[str]()
+    for name, base in list(model.named_modules()):
+        if not (name.startswith("decoder.layers.") or f"{name}.weight" == HEAD) or not _is_linear(base):
+            continue
+        kind = kind_of(base)
         grouped = kind in (*GROUPED_COLUMN, *GROUPED_ROW)
-        weight = base.weight0 if grouped else base.weight
-        assert isinstance(weight, torch.Tensor)
         # by name, counted over the whole model, so that no layout and no stage changes what is drawn
         local = range(int(base.num_gemms)) if grouped else (None,)
         names = [_global_name(model, name, n) for n in local]
+        weight = _weight(names[0])
+        linear = known.get(key_of(weight)) if plan.table else plain(weight.rpartition(".")[0], lora, plan)
+        if linear is None:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        own_weight = base.weight0 if grouped else base.weight
+        if own_weight is None:  # an output layer that is the embedding
+            own_weight = model.shared_embedding_or_output_weight()  # type: ignore[operator]
+        assert isinstance(own_weight, torch.Tensor)
         seeds = [seed + zlib.crc32(own.encode()) for own in names]
-        slots = _slots(leaf, weight, plan, _weight(names[0]) in fused)
+        expert = grouped or _LOCAL.search(name) is not None
+        cut = group_of(expert).size() if kind in (*COLUMN, *GROUPED_COLUMN) else 1
+        slots = slots_of(linear, own_weight.shape[0], cut, expert=expert)
         adapter: nn.Module
         if grouped:
             adapter = LoraGrouped(base, lora, slots, model.config, seeds)
+        elif kind in ROUTERS:
+            adapter = LoraRouter(base, lora, slots, model.config, seeds[0])
+        elif f"{name}.weight" == HEAD:
+            adapter = LoraOutput(base, lora, slots, model.config, seeds[0], own_weight, plan.vocab)
         else:
-            expert = _LOCAL.search(name) is not None
             adapter = LoraLinear(base, lora, slots, model.config, seeds[0], expert)
-            adapter.ends_checkpoint = not expert and ends_checkpoint(model.get_submodule(parent), leaf, model.config)
+            whole = not expert and not hasattr(base, "behind")
+            adapter.ends_checkpoint = whole and ends_checkpoint(model.get_submodule(parent), leaf, model.config)
         setattr(model.get_submodule(parent), leaf, adapter)
+        done |= {re.sub(r"\d+$", "", _weight(own)) for own in names}
+    _check_all(model, known, done)
     if hasattr(model, "embedding"):
         # recomputed layers only have gradients when their input asks for one; a frozen embedding's does not
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))  # type: ignore[union-attr]
 
 
-def _fused(plan: Blueprint) -> frozenset[str]:
-    """Weights that Transformers holds in one tensor as well, experts above all: PEFT gives those one adapter.
-
-    Raises UnsupportedError for a linear that no PEFT adapter fits.
-    """
-    if plan.table is None:
-        return frozenset()
-    found = set()
-    for row in plan.table.expand(environment(plan.config), None):
-        if not is_weight(row) or ".linear_" not in f".{row.mcore}":
-            continue
-        if row.spec.op not in ADAPTABLE:
-            raise UnsupportedError(f"`{row.mcore}` (op {row.spec.op}) takes no adapter")
-        together = any(other.spec.stacked for other in spellings(plan.table, row))
-        if row.spec.op in ("qkv_fused", "glu_fused", "glu_zip") or together:
-            found.add(row.mcore)
-    return frozenset(found)
+def _check_all(model: nn.Module, known: Iterable[str], done: Collection[str]) -> None:
+    """UnsupportedError for a target of this rank's layers that got no adapter; experts have no number in `done`."""
+    layers = {name for name, _ in model.named_modules() if re.fullmatch(r"decoder\.layers\.\d+", name)}
+    here = {f"decoder.layers.{_number(model, name)}." for name in layers}
+    here |= {HEAD} if hasattr(model, "output_layer") else set()
+    for weight in known:
+        plainly = re.sub(r"\d+$", "", weight)
+        if plainly not in done and any(weight.startswith(layer) for layer in here):
+            raise UnsupportedError(f"`{plainly}` is of no linear that takes an adapter in this build of the model")
 
 
-def _slots(leaf: str, weight: torch.Tensor, plan: Blueprint, fused: bool) -> Slots:
-    from mbx.models.megatron.core.groups import parallel_state
-
-    rows = weight.shape[0]
-    gated = leaf == "linear_fc1" and bool(plan.config.get("gated_linear_unit"))
-    if leaf == "linear_qkv" and not fused:
-        heads = as_int(plan.config, "num_attention_heads")
-        groups = plan.config.get("num_query_groups") or heads
-        head = plan.config.get("kv_channels") or as_int(plan.config, "hidden_size") // heads
-        assert isinstance(groups, int) and isinstance(head, int)
-        tp = parallel_state.get_tensor_model_parallel_world_size()
-        if groups % tp:
-            raise LayoutError(f"tp {tp} does not divide the {groups} query groups, which adapters need")
-        pack = Pack(groups // tp, (heads // groups * head, head, head))
-    elif gated and not fused:
-        pack = Pack(1, (rows // 2, rows // 2))
-    else:
-        pack = Pack(1, (rows,))
-    if pack.rows != rows:
-        raise UnsupportedError(f"`{leaf}` has {rows} rows, {pack.rows} were expected: no adapter fits")
-    return Slots(pack, gated)
+def _is_linear(base: nn.Module) -> bool:
+    """Whether a module is one of Megatron Core's linears."""
+    kinds = (*COLUMN, *ROW, *WHOLE, *GROUPED_COLUMN, *GROUPED_ROW)
+    return hasattr(base, "weight" if not hasattr(base, "weight0") else "weight0") and kind_of(base) in kinds
 
 
 def _global_name(model: nn.Module, name: str, expert: int | None = None) -> str:
@@ -160,8 +139,8 @@ def _global_name(model: nn.Module, name: str, expert: int | None = None) -> str:
     from mbx.models.megatron.core.groups import parallel_state
 
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
-    assert layer is not None
-    number = model.get_submodule(layer.group(0)[:-1]).layer_number
+    if layer is None:  # the output layer
+        return name
     rest = name[layer.end() :]
     if match := _LOCAL.search(name):
         expert = int(match[1])
@@ -169,7 +148,12 @@ def _global_name(model: nn.Module, name: str, expert: int | None = None) -> str:
         count = model.get_submodule(name.partition(".experts.")[0] + ".experts").num_local_experts
         expert += parallel_state.get_expert_model_parallel_rank() * int(count)  # type: ignore[arg-type]
         rest = f"mlp.experts.local_experts.{expert}.{name.rpartition('.')[2]}"
-    return f"decoder.layers.{int(number) - 1}.{rest}"  # type: ignore[arg-type]
+    return f"decoder.layers.{_number(model, layer.group(0)[:-1])}.{rest}"
+
+
+def _number(model: nn.Module, layer: str) -> int:
+    """A layer's number over the whole pipeline, from 0."""
+    return int(model.get_submodule(layer).layer_number) - 1  # type: ignore[arg-type]
 
 
 def _weight(module: str) -> str:
@@ -184,7 +168,7 @@ def _weight(module: str) -> str:
 class Placed:
     """The adapter of one weight, named as a table names it, and views of its parameters on this rank.
 
-    a: [atoms · r, in]; b: [rows of the atom, r] each; m likewise, empty without DoRA.
+    a: [Σ r, in]; b: [rows of the atom, r] each, in the order of the slots' places; m likewise, empty without DoRA.
     """
 
     weight: str
@@ -199,17 +183,20 @@ def adapters(model: nn.Module) -> Iterator[Placed]:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraGrouped):
             for n in range(len(layer.lora_a)):
-                b = tuple(layer.b(i)[n] for i in range(layer.slots.atoms))
+                b = tuple(every[n] for every in layer.factors())
                 yield Placed(_weight(_global_name(model, name, n)), layer, layer.lora_a[n], b)
         elif isinstance(layer, LoraLinear):
-            atoms = range(layer.slots.atoms)
-            m = tuple(layer.get_parameter(f"lora_m{i}") for i in atoms) if layer.dora else ()
-            yield Placed(_weight(_global_name(model, name)), layer, layer.lora_a, tuple(map(layer.b, atoms)), m)
+            m = tuple(layer.factors("m")) if layer.dora else ()
+            yield Placed(_weight(_global_name(model, name)), layer, layer.lora_a, tuple(layer.factors()), m)
 
 
-def only_adapters(weights: Mapping[str, object]) -> dict[str, object]:
-    """The adapters' entries of a sharded state dict."""
-    return {name: value for name, value in weights.items() if name.rpartition(".")[2].startswith("lora_")}
+def only_trained(weights: Mapping[str, object], whole: Whole) -> dict[str, object]:
+    """The entries of a sharded state dict that are adapters, or are trained whole beside them."""
+    return {
+        name: value
+        for name, value in weights.items()
+        if name.rpartition(".")[2].startswith("lora_") or whole.holds(name)
+    }
 
 
 def base_of(recorded: str) -> Path:

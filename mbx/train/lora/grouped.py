@@ -15,7 +15,7 @@ from torch import nn
 
 from converters.errors import UnsupportedError
 from mbx.train.lora.adapter import Adapter, Slots, first_factor
-from mbx.train.lora.layer import cut_gated
+from mbx.train.lora.product import joined_factors
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class LoraGrouped(Adapter):
     """Frozen grouped experts and their adapters; `seeds` draw each expert's A.
 
-    `lora_a`: [experts, atoms · r, in]; `lora_b{i}`: [experts, rows of atom i, r]; whole, as the experts are
-    (`parallel.etp` is 1). Raises UnsupportedError for DoRA.
+    `lora_a`: [experts, Σ r, in]; `lora_b{i}`: [experts, rows of atom i, r], or `lora_b` of all rows; cut over ranks as
+    the experts are. Raises UnsupportedError for DoRA.
     """
 
     def __init__(
@@ -35,11 +35,13 @@ class LoraGrouped(Adapter):
         super().__init__(base, lora, slots, config, expert=True)
         if lora.dora:
             raise UnsupportedError("DoRA on grouped experts is not supported", hint="lora.dora=false")
-        weight, rows = self.weight, slots.atoms * lora.rank
-        self.lora_a = self._own(torch.stack([first_factor(weight, rows, seed, None) for seed in seeds]), None)
-        for atom in range(slots.atoms):
-            b = torch.zeros(len(seeds), slots.rows(atom), lora.rank, dtype=weight.dtype, device=weight.device)
-            self.register_parameter(f"lora_b{atom}", self._own(b, None))
+        weight, cut = self.weight, self.group if self.row_parallel else None
+        a = torch.stack([first_factor(weight, slots.width, seed, cut) for seed in seeds])
+        self.lora_a = self._own(a, 2 if self.row_parallel else None)
+        for name, (_, size, part) in zip(slots.names, slots.places, strict=True):
+            rank = slots.ranks[part]
+            b = torch.zeros(len(seeds), slots.groups * size, rank, dtype=weight.dtype, device=weight.device)
+            self.register_parameter(f"lora_b{name}", self._own(b, None if self.row_parallel else 1))
 
     def forward(
         self, x: torch.Tensor, m_splits: Sequence[int] | torch.Tensor
@@ -47,11 +49,13 @@ class LoraGrouped(Adapter):
         """The base's output with the adapters' added. x: [tokens, in], the first `m_splits[0]` of the first expert."""
         y, bias = self.base(x, m_splits)
         counts = m_splits.tolist() if isinstance(m_splits, torch.Tensor) else list(m_splits)
-        factors = [self.b(i) for i in range(self.slots.atoms)]
+        a, factors = self._a(self.lora_a), self.factors()
+        if self.row_parallel:
+            factors = [self._summed(b) for b in factors]  # type: ignore[misc]
         parts = []
         for expert, tokens in enumerate(torch.split(self._drop(x), counts)):
-            ranks = torch.chunk(F.linear(tokens, self.lora_a[expert]), self.slots.atoms, dim=1)
-            parts.append(torch.cat([F.linear(h, b[expert]) for h, b in zip(ranks, factors, strict=True)], dim=1))
+            b = joined_factors([every[expert] for every in factors], self.layout)
+            parts.append(F.linear(F.linear(tokens, a[expert]), b))
         return torch.add(y, torch.cat(parts), alpha=self.scale), bias
 
     def backward_dw(self) -> None:
@@ -69,21 +73,18 @@ class LoraGrouped(Adapter):
             parallel_state.get_expert_model_parallel_world_size(),
             parallel_state.get_expert_model_parallel_rank(),
         )
-        axis, own = len(sharded_offsets), dict(self.named_parameters(recurse=False))
-        local = len(self.lora_a)
-        if self.slots.gated:
-            for i in range(local):
-                offsets = (*sharded_offsets, (axis, rank * local + i, ep * local))
-                cut_gated(content, [f"{prefix}weight{i}", f"{prefix}bias{i}"], offsets)
-        made: dict[str, object] = {f"{prefix}base.{key[len(prefix) :]}": value for key, value in content.items()}
-        copies = parallel_state.get_expert_data_parallel_rank()
-        for name, parameter in own.items():
-            made[prefix + name] = ShardedTensor.from_rank_offsets(
+        axis, copies = len(sharded_offsets), parallel_state.get_expert_data_parallel_rank()
+        here, ranks = self.group.rank(), self.group.size()
+        for name, parameter in self.named_parameters(recurse=False):
+            dim = (2 if self.row_parallel else None) if name == "lora_a" else (None if self.row_parallel else 1)
+            cut = () if dim is None else ((axis + dim, here, ranks),)
+            content[prefix + name] = ShardedTensor.from_rank_offsets(
                 prefix + name,
                 parameter,
                 *sharded_offsets,
                 (axis, rank, ep),
-                replica_id=(0, 0, copies),
+                *cut,
+                replica_id=(0, here if dim is None else 0, copies),
                 prepend_axis_num=axis,
             )
-        return made
+        return content  # type: ignore[no-any-return]

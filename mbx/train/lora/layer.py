@@ -1,13 +1,13 @@
 """The adapter of one linear: its factors, the product, what tensor parallelism asks of them, its checkpoint entries.
 
 A linear `y = W x` becomes `y = W x + s · B A x` (arXiv 2106.09685). `linear_qkv` holds the atoms q, k and v, a gated
-`linear_fc1` gate and up; each atom has its own A and B of rank r, so an adapter is exactly PEFT's. The A's lie stacked
-in one parameter and the B's are joined, in the row order Megatron Core gives the atoms, for one product. A weight that
-Transformers holds fused as well has one A and one B, as PEFT gives it.
+`linear_fc1` gate and up, a gated delta net's `in_proj` six; what Transformers holds in one tensor has an A of its own,
+so an adapter is exactly PEFT's. The A's lie stacked in one parameter; each atom has a B, and these are joined, in the
+row order Megatron Core gives the atoms, for one product. Where ranks cut all rows of a tensor alike, it has one B.
 
 Tensor parallelism. Column-parallel base: A whole on every rank, B cut by rows. Row-parallel base: A cut by columns, B
-whole. Between A and B lies a tensor of n·r columns, and that is what is communicated, not the activations. Experts
-that have adapters are whole on their rank (`parallel.etp` is 1), so nothing is communicated.
+whole. Between A and B lies a tensor of few columns, and that is what is communicated, not the activations. Of experts
+that are cut over ranks (`parallel.etp`), nothing is communicated but the gradient of the factor that all ranks hold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mbx.train.lora.adapter import WHOLE, Adapter, Slots, first_factor
-from mbx.train.lora.product import biases, fits, joined_factors, norm_of, normed, product
+from mbx.train.lora.product import biases, fits, joined_factors, kind_of, norm_of, normed, product
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
@@ -29,49 +29,63 @@ if TYPE_CHECKING:
 class LoraLinear(Adapter):
     """A frozen Megatron Core linear and its adapter.
 
-    `lora_a`: [atoms · r, in], cut by columns under a row-parallel base. `lora_b{i}`: [rows of atom i, r], cut by rows
-    under a column-parallel one. `lora_m{i}` (DoRA): [rows of atom i].
+    `lora_a`: [Σ r, in], cut by columns under a row-parallel base. `lora_b{i}`: [rows of atom i, r], cut by rows under
+    a column-parallel one; `lora_b` is of all rows. `lora_m{i}` (DoRA): [rows of atom i].
     """
+
+    #: Whether base and adapter may be one product, whose output nothing behind it changes in place.
+    may_join = True
 
     def __init__(
         self, base: nn.Module, lora: Lora, slots: Slots, config: TransformerConfig, seed: int, expert: bool = False
     ) -> None:
         super().__init__(base, lora, slots, config, expert)
-        self.whole = type(base).__name__ in WHOLE
+        self.whole = kind_of(base) in WHOLE
         # a fused norm hides the input of the product; Transformer Engine hands it out on request
         self.fused_norm = hasattr(base, "return_layernorm_output")
         if self.fused_norm:
             base.return_layernorm_output = True  # type: ignore[assignment]
         weight = self.weight
-        a = first_factor(weight, slots.atoms * lora.rank, seed, self.group if self.row_parallel else None)
+        a = first_factor(weight, slots.width, seed, self.group if self.row_parallel else None)
         # experts clamp their first product in place, which the output of a node of its own does not allow
-        self.joins_base = not expert and fits(base, tp=self.tp, quantized=bool(config.fp8 or config.fp4))
+        self.joins_base = (
+            self.may_join and not expert and fits(base, tp=self.tp, quantized=bool(config.fp8 or config.fp4))
+        )
         self.norm, self.ends_checkpoint = norm_of(base) if self.joins_base else None, False
         self.lora_a = self._own(a, 1 if self.row_parallel else None)
         cut = None if self.row_parallel or self.whole else 0
-        for atom in range(slots.atoms):
-            b = torch.zeros(slots.rows(atom), lora.rank, dtype=weight.dtype, device=weight.device)
-            self.register_parameter(f"lora_b{atom}", self._own(b, cut))
+        sized = [(slots.groups * size, slots.ranks[part]) for _, size, part in slots.places]
+        for name, (rows, rank) in zip(slots.names, sized, strict=True):
+            b = torch.zeros(rows, rank, dtype=weight.dtype, device=weight.device)
+            self.register_parameter(f"lora_b{name}", self._own(b, cut))
         self.dora = lora.dora
         if lora.dora:
-            norm = self._norm().split_with_sizes([s for _ in range(slots.pack.groups) for s in slots.pack.sizes])
-            for atom in range(slots.atoms):
-                m = torch.cat(norm[atom :: slots.atoms]).to(weight.dtype)
-                self.register_parameter(f"lora_m{atom}", self._own(m, cut))
+            repeats = self._norm().view(slots.groups, slots.stride)
+            for name, (row, size, _) in zip(slots.names, slots.places, strict=True):
+                m = repeats[:, row : row + size].reshape(-1).to(weight.dtype)
+                self.register_parameter(f"lora_m{name}", self._own(m, cut))
 
     def forward(self, x: torch.Tensor, *arguments: object) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base's output with the adapter's added, and the base's bias where the caller adds it."""
+        y, bias = self._adapted(x, arguments)
+        if (behind := getattr(self.base, "behind", None)) is None:
+            return y, bias
+        normed_y: torch.Tensor
+        normed_y, bias = behind(y, bias)
+        return normed_y, bias
+
+    def _adapted(self, x: torch.Tensor, arguments: tuple[object, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.joins_base and not self.dora and not (self.dropout and self.training):
             return self._run_joined(x)
         y, bias, seen = self._run_base(x, arguments)
-        h = self._between(F.linear(self._drop(seen), self.lora_a))
+        h = self._between(F.linear(self._drop(seen), self._a(self.lora_a)))
         if not self.dora:
             out = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self._joined().t(), alpha=self.scale)
             return out.view(y.shape), bias
         # arXiv 2402.09353: W' = m · (W + s B A) / |W + s B A|, rows; the norm is a constant to the gradient
         own = None if bias is not None else getattr(self.base, "bias", None)
         own = own if isinstance(own, torch.Tensor) and own.numel() else None
-        factor = self._join([self.get_parameter(f"lora_m{i}") for i in range(self.slots.atoms)]) / self._norm()
+        factor = self._magnitudes() / self._norm()
         bare = y if own is None else y - own
         out = (bare + F.linear(h, self._joined()) * self.scale) * factor.to(y.dtype)
         return out if own is None else out + own, bias
@@ -81,18 +95,17 @@ class LoraLinear(Adapter):
         weight = self.weight
         added, deferred = biases(self.base)
         seen = x if self.norm is None else normed(x, self.base, self.norm)
-        factors = [self.b(i) for i in range(self.slots.atoms)]
         # a checkpointed layer runs first without gradients, and again with them when only its inside is needed
         unread = self.ends_checkpoint and self.training and torch.is_grad_enabled()
-        groups = self.slots.pack.groups if self.slots.atoms > 1 else 1
-        y = product(seen, weight, added, self.lora_a, factors, self.scale, groups=groups, unread=unread)
+        a, factors = self._a(self.lora_a), self.factors()
+        y = product(seen, weight, added, a, factors, self.scale, layout=self.layout, unread=unread)
         return y, deferred
 
     def _run_base(
         self, x: torch.Tensor, arguments: tuple[object, ...]
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """Output, deferred bias, and the input of the product."""
-        result = self.base(x, *arguments)
+        result = getattr(self.base, "product", self.base)(x, *arguments)
         if not self.fused_norm:
             return result[0], result[1], x
         if len(result) == 3:  # (y, bias, normed)
@@ -104,7 +117,7 @@ class LoraLinear(Adapter):
         """What tensor parallelism needs between A and B; h: [s, b, atoms · r]."""
         from mbx.models.megatron.core.groups import mappings
 
-        if self.tp == 1 or self.whole:
+        if self.tp == 1 or self.whole or self.expert:
             return h
         if self.row_parallel and self.sequence_parallel:
             moved = mappings.reduce_scatter_to_sequence_parallel_region(h)
@@ -118,13 +131,20 @@ class LoraLinear(Adapter):
         return moved
 
     def _joined(self) -> torch.Tensor:
-        """All B's as one [out, atoms · r], block by block in Megatron Core's row order."""
-        return joined_factors([self.b(i) for i in range(self.slots.atoms)], self.slots.pack.groups)
+        """All B's as one [out, Σ r], block by block in Megatron Core's row order."""
+        joined = joined_factors(self.factors(), self.layout)
+        return self._summed(joined) if self.row_parallel else joined
 
-    def _join(self, parts: list[torch.Tensor] | list[nn.Parameter]) -> torch.Tensor:
-        """Vectors of the atoms in Megatron Core's row order."""
-        groups = self.slots.pack.groups
-        return torch.cat([part.view(groups, -1) for part in parts], dim=1).reshape(-1)
+    def _magnitudes(self) -> torch.Tensor:
+        """DoRA's magnitudes of all rows in Megatron Core's order: a row that no part adapts keeps its norm."""
+        slots, owned = self.slots, self.factors("m")
+        if sum(size for _, size, _ in slots.places) == slots.stride:
+            joined = owned[0].new_empty(slots.groups, slots.stride)
+        else:
+            joined = self._norm().to(owned[0].dtype).view(slots.groups, slots.stride).clone()
+        for m, (row, size, _) in zip(owned, slots.places, strict=True):
+            joined[:, row : row + size] = m.view(slots.groups, size)
+        return self._summed(joined.view(-1)) if self.row_parallel else joined.view(-1)
 
     @torch.no_grad()
     def _norm(self) -> torch.Tensor:
@@ -133,7 +153,7 @@ class LoraLinear(Adapter):
         |W + s B A|² = |W|² + 2 s ⟨W Aᵀ, B⟩ + s² ⟨B A Aᵀ, B⟩ by rows; a row-parallel base sums over its ranks.
         """
         weight = self.weight
-        a, b = self.lora_a.float(), self._joined().float()
+        a, b = self._a(self.lora_a).float(), joined_factors(self.factors(), self.layout).float()
         square = weight.float().square().sum(1)
         cross, gram = weight.float() @ a.t(), a @ a.t()
         if self.row_parallel and self.tp > 1:
@@ -146,10 +166,9 @@ class LoraLinear(Adapter):
     def merged(self) -> torch.Tensor:
         """`W + s B A` (DoRA: scaled to its magnitudes) in fp32, this rank's part: [out, in]."""
         weight = self.weight
-        total = weight.float() + self.scale * self._joined().float() @ self.lora_a.float()
+        total = weight.float() + self.scale * self._joined().float() @ self._a(self.lora_a).float()
         if self.dora:
-            m = self._join([self.get_parameter(f"lora_m{i}") for i in range(self.slots.atoms)]).float()
-            total *= (m / self._norm())[:, None]
+            total *= (self._magnitudes().float() / self._norm())[:, None]
         return total
 
     def sharded_state_dict(
@@ -173,12 +192,9 @@ class LoraLinear(Adapter):
             tp_group=self.group,
             dp_cp_group=known["dp_cp_group"],
         )
-        if self.slots.gated:  # the MLP around knows its linear by a name that is not this one's any more
-            cut = [f"{prefix}weight", f"{prefix}bias"]
-            cut_gated(base, cut, sharded_offsets)
-            if self.slots.atoms == 1:
-                cut_gated(made, [f"{prefix}lora_b0", f"{prefix}lora_m0"], sharded_offsets)
-        return {f"{prefix}base.{key[len(prefix) :]}": value for key, value in base.items()} | made
+        if self.slots.gated:  # gate and up of this rank
+            cut_gated(made, [f"{prefix}lora_b", f"{prefix}lora_m"], sharded_offsets)
+        return {**base, **made}
 
 
 def cut_gated(content: dict[str, object], names: list[str], sharded_offsets: tuple[tuple[int, int, int], ...]) -> None:

@@ -2,88 +2,165 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from converters.adapters.sites import Adapted
+from converters.adapters.vocabulary import adapts_head
 from converters.engine.lowrank import Factors, factors_of
 from converters.errors import UsageError
+from converters.mcore.keys import HEAD
 from converters.rows.pack import slot_rows
 from mbx.formats.adapter_folder import Adapter, Base, open_adapter
 from mbx.formats.files import FileSource
+from mbx.formats.registry import open_hf
+from mbx.models.stored import read_whole
+from mbx.run.adapter_vocabulary import is_named, vocabulary
 from mbx.train.lora.attach import Placed, adapters
+from mbx.train.lora.whole import modules_of
+from mbx.train.model.adapted import adapted, key_of
 from mbx.train.model.blueprint import Blueprint
+from mbx.train.model.trained_whole import whole_layers
+from mbx.train.recipe.sections import Lora
 
 
-def load_peft(model: nn.Module, plan: Blueprint, folder: Path) -> None:
-    """Fill the adapters of a bare model from a PEFT folder or an adapter checkpoint, each rank its own part.
+def open_for(plan: Blueprint, folder: Path) -> Adapter:
+    """An adapter of any kind, matched with a run's model; UsageError where that has no names to match by.
 
-    Raises UsageError where it adapts other modules, or has another rank, scale or method, than the recipe.
+    Where PEFT adapts the output layer it saves the vocabulary's layers as well: copies of the base's are left out.
     """
-    from mbx.models.megatron.core.groups import parallel_state
-
     if plan.table is None:
         raise UsageError("an adapter is read by the names of a Hugging Face model", hint="model=DIR")
     adapter = open_adapter(folder, Base(plan.hf or folder, {}, plan.table, plan.config, None))
-    by_weight = {found.row.mcore: found for found in adapter.adapted}
-    source = FileSource(adapter.root)
+    asked = adapter.settings.modules_to_save
+    copied = [name for name in adapter.saved if not any(is_named(module, name) for module in asked)]
+    if plan.hf is None or not copied or not adapts_head(adapter.adapted):
+        return adapter
+    same = _of_base(adapter, copied, plan.hf, vocabulary(plan.table, plan.config))
+    return replace(adapter, saved={name: tensor for name, tensor in adapter.saved.items() if name not in same})
+
+
+def _of_base(adapter: Adapter, copied: Sequence[str], base: Path, layers: Mapping[str, tuple[str, ...]]) -> set[str]:
+    """Which of an adapter's whole tensors are the base's in the adapter's precision."""
+    opened = open_hf(base)
+    theirs, mine = opened.source, FileSource(adapter.root)
     try:
-        factors, used = Factors(source, adapter.tensors), set()
+        same = set()
+        for name in copied:
+            alike = next((names for names in layers.values() if name in names), (name,))
+            stored = next((opened.tensors[own] for own in alike if own in opened.tensors), None)
+            if stored is None or stored.shape != adapter.saved[name].shape:
+                continue
+            own = read_whole(adapter.saved[name], mine)
+            if torch.equal(own, read_whole(stored, theirs).to(own.dtype)):
+                same.add(name)
+        return same
+    finally:
+        theirs.close()
+        mine.close()
+
+
+def by_weight(adapter: Adapter) -> dict[str, Adapted]:
+    """What an adapter adapts, by the names of the weights."""
+    return {found.row.mcore: found for found in adapter.adapted}
+
+
+def like_adapter(lora: Lora, adapter: Adapter) -> Lora:
+    """A recipe's adapters with the ranks and scales of the one that they start from.
+
+    UsageError where the recipe asks for others; patterns that it does not give are the adapter's.
+    """
+    said = adapter.settings
+    asked = {"rank": lora.rank, "alpha": lora.alpha, "dora": lora.dora}
+    has = {"rank": said.rank, "alpha": said.alpha, "dora": said.dora}
+    if other := [key for key, value in asked.items() if has[key] != value]:
+        wanted = ", ".join(f"lora.{key}={str(asked[key]).lower()}" for key in other)
+        raise UsageError(
+            f"`{adapter.path}` has r={said.rank}, lora_alpha={said.alpha:g}, use_dora={said.dora}; "
+            f"the recipe asks for {wanted}",
+            hint=" ".join(f"lora.{key}={str(has[key]).lower()}" for key in other),
+        )
+    return replace(
+        lora,
+        rslora=said.rslora,
+        modules_to_save=lora.modules_to_save or modules_of(adapter),
+        rank_pattern=lora.rank_pattern or dict(said.rank_pattern),
+        alpha_pattern=lora.alpha_pattern or dict(said.alpha_pattern),
+    )
+
+
+def check_adapter(lora: Lora, plan: Blueprint, adapter: Adapter) -> None:
+    """UsageError where an adapter adapts, or holds whole, what the recipe leaves out, or replaces single rows."""
+    if names := sorted({*adapter.rows, *adapter.as_stored}):
+        what = "replaces rows of" if adapter.rows else "adapts the embedding"
+        raise UsageError(
+            f"`{adapter.path}` also {what} `{names[0]}`, which no training takes",
+            hint=f"merge it into the base and start from that: `mbx convert merge BASE {adapter.path} DST`",
+            details=names,
+        )
+    whole = whole_layers(lora, plan).names
+    if lost := sorted(set(adapter.saved) - {name for names in whole.values() for name in names}):
+        raise UsageError(f"`{adapter.path}` holds `{lost[0]}`, which lora.modules_to_save leaves out", details=lost)
+    held = by_weight(adapter)
+    taken = adapted(lora, plan, held)
+    left = []
+    for weight, found in held.items():
+        linear = taken.get(key_of(weight))
+        atoms = {atom for part in linear.parts for atom in part.atoms} if linear else set[int]()
+        sites = [site for site in found.sites if not set(site.atoms) & atoms]
+        left += [f"`{name}`" for site in sites for name in found.modules_of(found.row, site)]
+    if left:
+        raise UsageError(f"`{adapter.path}` adapts modules that lora.targets does not: {left[0]}", details=left)
+
+
+def load_peft(model: nn.Module, adapter: Adapter) -> None:
+    """Fill the adapters of a bare model from a PEFT folder or an adapter checkpoint, each rank its own part."""
+    source, held = FileSource(adapter.root), by_weight(adapter)
+    try:
+        factors = Factors(source, adapter.tensors)
         with torch.no_grad():
-            own = list(adapters(model))
-            for placed in own:
-                if placed.weight in by_weight:
-                    _check(placed, by_weight[placed.weight], adapter)
-            for placed in own:
-                used.add(placed.weight)
-                _fill(placed, by_weight.get(placed.weight), adapter, factors)
+            for placed in adapters(model):
+                if (found := held.get(placed.weight)) is None:
+                    raise UsageError(f"`{adapter.path}` has no adapter of `{placed.weight}`, and of other experts")
+                _check(placed, found, adapter)
+                _fill(placed, found, factors)
     finally:
         source.close()
-    alone = parallel_state.get_pipeline_model_parallel_world_size() * (
-        parallel_state.get_expert_model_parallel_world_size()
-    )
-    if alone == 1 and (extra := sorted(set(by_weight) - used)):
-        over = [by_weight[weight] for weight in extra]
-        modules = [f"`{name}`" for one in over for site in one.sites for name in one.modules_of(one.row, site)]
-        raise UsageError(f"`{folder}` adapts modules that lora.targets does not: {modules[0]}", details=modules)
 
 
 def _check(placed: Placed, found: Adapted, adapter: Adapter) -> None:
-    """UsageError where an adapter's rank, method or scale is not the recipe's."""
-    layer = placed.layer
-    for site in found.sites:
-        if (site.rank, site.m is not None) != (layer.rank, layer.dora):
+    """UsageError where an adapter's rank or scale is not the recipe's."""
+    slots = placed.layer.slots
+    for name, (_, _, part) in zip(slots.names, slots.places, strict=True):
+        site = found.site_of(int(name or 0))
+        assert site is not None
+        rank, scale = slots.ranks[part], slots.scales[part]
+        has = site.rank, adapter.scales[site.b, site.index], site.m is not None
+        if has != (wanted := (rank, scale, placed.layer.dora)):
             raise UsageError(
-                f"`{adapter.path}` has r={site.rank}, use_dora={site.m is not None} on `{placed.weight}`; the recipe "
-                f"asks for lora.rank={layer.rank}, lora.dora={str(layer.dora).lower()}"
-            )
-        if (scale := adapter.scales[site.b, site.index]) != layer.scale:
-            raise UsageError(
-                f"`{adapter.path}` scales by {scale:g}, the recipe by lora.alpha/lora.rank = {layer.scale:g}"
+                f"`{adapter.path}` has (rank, scale, use_dora) {has} on `{placed.weight}`; "
+                f"the recipe asks for {wanted}"
             )
 
 
-def _fill(placed: Placed, found: Adapted | None, adapter: Adapter, factors: Factors) -> None:
-    layer, rank = placed.layer, placed.layer.rank
-    if found is None or any(found.site_of(atom) is None for atom in found.form.order()):
-        raise UsageError(
-            f"`{adapter.path}` has no adapter on all of `{placed.weight}`", hint="name its modules in lora.targets"
-        )
-    if len(placed.b) == 1 and len(found.form.atoms) > 1:
-        if len(found.sites) > 1:
-            raise UsageError(f"`{adapter.path}` adapts parts of `{placed.weight}` apart, which is one tensor here")
-        groups = [tuple(found.form.order())]
-    else:
-        groups = [(atom,) for atom in range(len(placed.b))]
-    for n, atoms in enumerate(groups):
+def _fill(placed: Placed, found: Adapted, factors: Factors) -> None:
+    layer, slots = placed.layer, placed.layer.slots
+    for n, (name, (_, _, part)) in enumerate(zip(slots.names, slots.places, strict=True)):
+        atoms = (int(name),) if name else tuple(found.form.order())
         first = found.site_of(atoms[0])
         assert first is not None
         a, _ = factors_of(factors, first)
-        placed.a[n * rank : (n + 1) * rank].copy_(_mine(a, layer.row_parallel, 1, placed))
+        start = slots.first(part)
+        placed.a[start : start + slots.ranks[part]].copy_(_mine(a, layer.row_parallel, 1, placed))
         b, m = _rows(found, atoms, factors)
         cut = not layer.row_parallel and not layer.whole
+        if placed.weight == HEAD:  # rows that pad the vocabulary
+            missing = len(placed.b[n]) * layer.group.size() - len(b)
+            b = torch.cat((b, b.new_zeros(missing, b.shape[1])))
         placed.b[n].copy_(_mine(b, cut, 0, placed, len(atoms)))
         if placed.m and m is not None:
             placed.m[n].copy_(_mine(m, cut, 0, placed, len(atoms)))

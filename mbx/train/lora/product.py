@@ -32,6 +32,24 @@ class Norm:
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the B's lie in the matrix that joins them, whose rows are `groups` repeats of `stride`.
+
+    `blocks`: by B, the row within a repeat at which it begins, its rows there, its first column and its columns; the
+    rest is zero. `columns`: of the matrix, as many as A has rows.
+    """
+
+    groups: int
+    stride: int
+    columns: int
+    blocks: tuple[tuple[int, int, int, int], ...]
+
+    def is_one(self) -> bool:
+        """Whether a single B is the whole matrix."""
+        return self.blocks == ((0, self.stride, 0, self.columns),) and self.groups == 1
+
+
 class _Product(torch.autograd.Function):
     """`y = x Wᵀ + bias`, then each B added to its rows of y from its columns of `s · x Aᵀ`; gradients for x, A, B."""
 
@@ -42,7 +60,7 @@ class _Product(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         scale: float,
-        groups: int,
+        layout: Layout,
         unread: bool,
         a: torch.Tensor,
         *factors: torch.Tensor,
@@ -53,24 +71,31 @@ class _Product(torch.autograd.Function):
             y = rows.new_empty(len(rows), weight.shape[0])
         else:
             y = F.linear(rows, weight, bias)
-            for b, outputs, ranks in _places(factors, groups):
+            for b, outputs, ranks in _places(factors, layout):
                 y[:, outputs].addmm_(h[:, ranks], b.t())
         ctx.save_for_backward(rows, weight, h, a, *factors)
-        ctx.scale, ctx.groups = scale, groups  # type: ignore[attr-defined]
+        ctx.scale, ctx.layout = scale, layout  # type: ignore[attr-defined]
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, h, a, *factors = ctx.saved_tensors  # type: ignore[attr-defined]
         scale: float = ctx.scale  # type: ignore[attr-defined]
-        groups: int = ctx.groups  # type: ignore[attr-defined]
+        layout: Layout = ctx.layout  # type: ignore[attr-defined]
         g = grad.reshape(-1, grad.shape[-1])
-        places = list(_places(factors, groups))
-        parts = [_scaled(g[:, outputs], b, scale) for b, outputs, _ in places]
-        gh = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        places = list(_places(factors, layout))
+        gh: torch.Tensor
+        if len(places) == 1:
+            gh = _scaled(g[:, places[0][1]], places[0][0], scale)
+        else:
+            gh, begun = g.new_empty(len(g), layout.columns), set[int]()
+            for b, outputs, ranks in places:
+                beta = int(ranks.start in begun)  # several B's may share an A
+                gh[:, ranks].addmm_(g[:, outputs], b, beta=beta, alpha=scale)
+                begun.add(ranks.start)
         gb = [g[:, outputs].t() @ h[:, ranks] for _, outputs, ranks in places]
-        if groups > 1:
-            gb = _parted(gb[0], factors, groups)
+        if layout.groups > 1:
+            gb = _parted(gb[0], factors, layout)
         gx = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             gx = (g @ weight).addmm_(gh, a).view(*grad.shape[:-1], weight.shape[1])
@@ -82,42 +107,40 @@ def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tens
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
-def _places(factors: Sequence[torch.Tensor], groups: int) -> Iterator[tuple[torch.Tensor, slice, slice]]:
+def _places(factors: Sequence[torch.Tensor], layout: Layout) -> Iterator[tuple[torch.Tensor, slice, slice]]:
     """Each B with its rows of the output and its columns of `x Aᵀ`; interleaved B's are one, with zeros between."""
-    if groups > 1:
-        joined = joined_factors(factors, groups)
+    if layout.groups > 1:
+        joined = joined_factors(factors, layout)
         yield joined, slice(0, joined.shape[0]), slice(0, joined.shape[1])
         return
-    for b, (rows, columns) in zip(factors, _blocks(factors, 1), strict=True):
-        yield b, rows, columns
+    for b, (row, size, column, width) in zip(factors, layout.blocks, strict=True):
+        yield b, slice(row, row + size), slice(column, column + width)
 
 
-def _blocks(factors: Sequence[torch.Tensor], groups: int) -> Iterator[tuple[slice, slice]]:
-    """Rows within a group, and columns, that each B has of the joined one."""
-    row = column = 0
+def stacked(factors: Sequence[torch.Tensor], groups: int = 1) -> Layout:
+    """B's with an A each, one behind the other in every repeat."""
+    blocks, row, column = [], 0, 0
     for b in factors:
-        size = b.shape[0] // groups
-        yield slice(row, row + size), slice(column, column + b.shape[1])
-        row, column = row + size, column + b.shape[1]
+        blocks.append((row, b.shape[0] // groups, column, b.shape[1]))
+        row, column = row + b.shape[0] // groups, column + b.shape[1]
+    return Layout(groups, row, column, tuple(blocks))
 
 
-def joined_factors(factors: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
-    """`factors` as one [Σ outᵢ, Σ nᵢ] whose rows are `groups` repeats of a block of each; one alone is itself."""
-    if len(factors) == 1:
+def joined_factors(factors: Sequence[torch.Tensor], layout: Layout) -> torch.Tensor:
+    """`factors` as one [rows, columns] of a layout, zero elsewhere; one that is all of it is itself."""
+    if layout.is_one():
         return factors[0]
-    columns = sum(b.shape[1] for b in factors)
-    blocks = [
-        F.pad(b.view(groups, -1, b.shape[1]), (column.start, columns - column.stop))
-        for b, (_, column) in zip(factors, _blocks(factors, groups), strict=True)
-    ]
-    return torch.cat(blocks, dim=1).view(-1, columns)
+    joined = factors[0].new_zeros(layout.groups, layout.stride, layout.columns)
+    for b, (row, size, column, width) in zip(factors, layout.blocks, strict=True):
+        joined[:, row : row + size, column : column + width] = b.view(layout.groups, size, width)
+    return joined.view(-1, layout.columns)
 
 
-def _parted(joined: torch.Tensor, factors: Sequence[torch.Tensor], groups: int) -> list[torch.Tensor]:
+def _parted(joined: torch.Tensor, factors: Sequence[torch.Tensor], layout: Layout) -> list[torch.Tensor]:
     """The inverse of `joined_factors`: each B's part of a joined gradient."""
-    blocks = joined.view(groups, -1, joined.shape[1])
-    pairs = zip(factors, _blocks(factors, groups), strict=True)
-    return [blocks[:, row, column].reshape(b.shape) for b, (row, column) in pairs]
+    repeats = joined.view(layout.groups, layout.stride, layout.columns)
+    pairs = zip(factors, layout.blocks, strict=True)
+    return [repeats[:, row : row + size, at : at + width].reshape(b.shape) for b, (row, size, at, width) in pairs]
 
 
 def product(
@@ -128,18 +151,25 @@ def product(
     factors: Sequence[torch.Tensor],
     scale: float,
     *,
-    groups: int = 1,
+    layout: Layout | None = None,
     unread: bool = False,
 ) -> torch.Tensor:
     """`x Wᵀ + bias + scale · (x Aᵀ) Bᵀ` with W and bias frozen.
 
-    x: [..., in], weight: [out, in], a: [Σ nᵢ, in], factors: [outᵢ, nᵢ] with Σ outᵢ = out; all of one dtype. B is
-    block-diagonal in the factors, its rows in `groups` repeats of a block of each. `unread`: the output's values
-    matter to nobody (a recomputed layer's last product) and are not computed.
+    x: [..., in], weight: [out, in], a: [columns, in], factors as `layout` joins them to B: [out, columns], by default
+    `stacked`; all of one dtype. `unread`: the output's values matter to nobody (a recomputed layer's last product) and
+    are not computed.
     """
-    out = _Product.apply(x, weight, bias, scale, groups, unread, a, *factors)  # type: ignore[no-untyped-call]
+    layout = layout or stacked(factors)
+    out = _Product.apply(x, weight, bias, scale, layout, unread, a, *factors)  # type: ignore[no-untyped-call]
     assert isinstance(out, torch.Tensor)
     return out
+
+
+def kind_of(base: nn.Module) -> str:
+    """Megatron Core's class of a linear, also where ours is derived from it and puts a norm behind the product."""
+    kind = type(base)
+    return (kind.__mro__[1] if hasattr(base, "behind") else kind).__name__
 
 
 def normed(x: torch.Tensor, base: nn.Module, norm: Norm) -> torch.Tensor:
@@ -157,7 +187,7 @@ def normed(x: torch.Tensor, base: nn.Module, norm: Norm) -> torch.Tensor:
 
 def norm_of(base: nn.Module) -> Norm | None:
     """The norm that is part of `base`, None where it has none."""
-    if type(base).__name__ not in _NORMED:
+    if kind_of(base) not in _NORMED:
         return None
     return Norm(str(base.normalization), float(base.eps), int(bool(base.zero_centered_gamma)))  # type: ignore[arg-type]
 
@@ -175,7 +205,7 @@ def biases(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
 
 def fits(base: nn.Module, *, tp: int, quantized: bool) -> bool:
     """Whether `product` may stand for `base`: a whole, frozen, unquantized weight of a known linear."""
-    weight, kind = base.weight, type(base).__name__
+    weight, kind = base.weight, kind_of(base)
     return (
         tp == 1
         and not quantized

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import LayoutError, StorageError, UsageError, spelt
+from converters.errors import CoverageError, LayoutError, StorageError, UsageError, spelt
 from converters.mcore.layout import Layout
 from converters.mcore.layout import check as check_layout
-from converters.rows.expr import Value
+from converters.rows.config_map import environment
+from converters.rows.expr import Value, names
 from converters.rows.table import Table
 from mbx.train.recipe.sections import Recipe
 
@@ -66,9 +67,19 @@ def blueprint(recipe: Recipe) -> Blueprint:
             )
         raw = hf.read_config(folder)
         table = table_for(raw, m.mapping or None)
+        if unknown := table.config.unknown_keys(raw):
+            raise CoverageError(
+                f"config.json of `{folder}` has {len(unknown)} key(s) that the table `{table.name}` does not know: "
+                + ", ".join(unknown[:10]),
+                hint=f"one that cannot change the forward pass may stand under `ignore` in a copy of the table (`mbx "
+                f"models show {table.name} > mine.toml`), which model.mapping=mine.toml names",
+            )
         config = table.config.to_mcore(raw)
     elif m.shape:
         config = dict(m.shape)
+        if isinstance(name := config.pop("mapping", None), str):  # whose names the shape's weights have
+            table = table_for({}, name)
+            config = {key: None for key in _read_by(table) if key not in environment(config)} | config
     else:
         raise UsageError(f"recipe `{recipe.name}` has no model", hint="model=DIR names a Hugging Face folder")
     config.update(recipe.model.config)
@@ -86,6 +97,14 @@ def blueprint(recipe: Recipe) -> Blueprint:
     if recipe.data.length % (2 * recipe.parallel.cp) and recipe.parallel.cp > 1:
         raise LayoutError(f"data.length {recipe.data.length} is not a multiple of 2 x cp {recipe.parallel.cp}")
     return Blueprint(config, table, folder, layout)
+
+
+def _read_by(table: Table) -> set[str]:
+    """Fields that a table's expressions read: TOML has no null, so a shape leaves out those that are."""
+    rows = [spec for block in table.blocks.values() for alternatives in block for spec in alternatives]
+    texts = [*(site.n for site in table.sites), table.experts, *table.dims.values(), *table.when.values()]
+    texts += [spec.when for spec in rows if spec.when]
+    return {name for text in texts if isinstance(text, str) for name in names(text)} - set("LIE")
 
 
 def _layout(recipe: Recipe, config: Mapping[str, Value]) -> Layout:
@@ -110,7 +129,4 @@ def load_tokenizer(plan: Blueprint) -> PreTrainedTokenizerBase:
 
     if not any((plan.hf / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise UsageError(f"`{plan.hf}` has no tokenizer", hint="copy tokenizer.json and tokenizer_config.json there")
-    tokenizer = read_tokenizer(plan.hf)
-    if len(tokenizer) > plan.vocab:
-        raise UsageError(f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {plan.vocab}")
-    return tokenizer
+    return read_tokenizer(plan.hf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from converters.errors import UsageError
 from converters.rows.expr import Value
 from mbx.train.model.fp8 import fp8_config
 from mbx.train.model.parallel import Ranks
@@ -13,6 +14,9 @@ from mbx.train.recipe.sections import Recipe
 if TYPE_CHECKING:
     from mbx.train.model.blueprint import Blueprint
 
+#: Megatron Core's name, and its default of 0.001 would move the bias of a base that is said to be frozen.
+BIAS_RATE = "moe_router_bias_update_rate"
+
 
 def train_config(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> dict[str, Value]:
     """The flat config the trainer builds from: the model's, and what the recipe says of parallelism and precision."""
@@ -20,6 +24,10 @@ def train_config(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> dict[str, Val
     p, tr = recipe.parallel, recipe.train
     config["calculate_per_token_loss"] = tr.per_token_loss
     config["deterministic_mode"] = tr.deterministic
+    if recipe.data.packs and not ranks.te:
+        config["masked_softmax_fusion"] = False  # its kernel for causal attention reads no mask
+    if config.get("moe_router_enable_expert_bias"):
+        config[BIAS_RATE] = bias_rate(recipe)
     if p.vpp > 1:
         # Sends and receives one by one: with two stages, both of a batch's would go to the same rank and be mixed up
         # (megatron/training/arguments.py refuses the batch there).
@@ -31,6 +39,17 @@ def train_config(recipe: Recipe, plan: Blueprint, ranks: Ranks) -> dict[str, Val
     elif tr.recompute == "selective":
         config |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return config | fp8_config(recipe.fp8)
+
+
+def bias_rate(recipe: Recipe) -> float:
+    """How far a step moves the router's expert bias, which no gradient reaches: not at all unless the recipe says so.
+
+    A learning rate of 0 moves nothing.
+    """
+    asked = recipe.model.config.get(BIAS_RATE) or 0.0
+    if isinstance(asked, bool) or not isinstance(asked, int | float):
+        raise UsageError(f"model.config.{BIAS_RATE} must be a number, got {asked!r}")
+    return float(asked) if recipe.optim.lr > 0 else 0.0
 
 
 def sequence_parallel(recipe: Recipe, ranks: Ranks) -> bool:

@@ -8,12 +8,15 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from converters.errors import DeviceError
 from mbx.models.device import Spread
 from mbx.train.recipe.sections import Recipe
 from mbx.train.recipe.world import check_world, smallest_world
+
+if TYPE_CHECKING:
+    import torch
 
 _TIMEOUT_S = 1800.0
 
@@ -90,7 +93,7 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
         stack.enter_context(joined(rank=ranks.rank, world_size=ranks.world_size))
         seed_everything(recipe.train.seed)
         if recipe.train.deterministic:
-            _deterministic(ranks)
+            stack.enter_context(_deterministic(ranks))
         yield
 
 
@@ -108,14 +111,22 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def _deterministic(ranks: Ranks) -> None:
+@contextlib.contextmanager
+def _deterministic(ranks: Ranks) -> Iterator[None]:
+    """Deterministic kernels inside the block; the process is left as it was found."""
     import torch
 
-    if ranks.device == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-        os.environ.setdefault("NCCL_ALGO", "Ring")
+    wanted = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring"}
+    added = {name: value for name, value in wanted.items() if ranks.device == "cuda" and name not in os.environ}
+    found = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.update(added)
     torch.use_deterministic_algorithms(True, warn_only=False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(found[0], warn_only=found[1])
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
@@ -150,3 +161,12 @@ def _cpu_tensors() -> Iterator[None]:
 
     with Mode():
         yield
+
+
+def on_any_rank(flag: bool, device: torch.device | str, group: torch.distributed.ProcessGroup | None = None) -> bool:
+    """Whether `flag` is set on a rank of `group`, of all ranks without one; the same answer on each. Collective."""
+    import torch
+
+    told = torch.tensor([float(flag)], device=device)
+    torch.distributed.all_reduce(told, group=group)
+    return bool(told.item() > 0)

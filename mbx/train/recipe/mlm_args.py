@@ -54,6 +54,7 @@ FLAGS: tuple[Flag, ...] = (
         """moe_router_pre_softmax moe_router_enable_expert_bias moe_grouped_gemm multi_latent_attention qk_layernorm
         add_qkv_bias""",
     ),
+    Flag("--moe-router-bias-update-rate", ("model", "config", "moe_router_bias_update_rate"), "float"),
     Flag("--num-experts", (*_SHAPE, "num_moe_experts"), "int"),
     Flag("--norm-epsilon", (*_SHAPE, "layernorm_epsilon"), "float"),
     Flag("--disable-bias-linear", (*_SHAPE, "add_bias_linear"), "off", True),
@@ -67,7 +68,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--untie-embeddings-and-output-weights", (*_SHAPE, "model.share_embeddings_and_output_weights"), "off", True),
     Flag("--make-vocab-size-divisible-by", ("model", "vocab_divisor"), "int", 128),
     Flag("--seq-length", ("data", "length"), "int"),
-    Flag("--data-path", ("data", "path"), "str"),
+    Flag("--data-path", ("data", "path"), "files"),
     Flag("--split", ("data", "split"), "str", "969,30,1"),
     Flag("--train-iters", ("train", "steps"), "int"),
     Flag("--micro-batch-size", ("train", "micro_batch"), "int"),
@@ -103,11 +104,15 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--save-interval", ("run", "save_every"), "int"),
     Flag("--no-save-optim", ("run", "save_optimizer"), "off", True),
 )
+#: Keys whose tables are values.
+_WHOLE = tuple(flag.key for flag in FLAGS if flag.kind == "files")
 _BY_NAME = {flag.name: flag for flag in FLAGS}
 #: Flags that set several keys or none of their own, handled one by one below.
 _SPECIAL = ("--bf16", "--fp16", "--swiglu", "--squared-relu", "--mock-data", "--group-query-attention")
 #: Keys that say "not at all" by 0, where Megatron-LM leaves the flag out.
 _ZERO_IS_NONE = (("optim", "decay_steps"), ("run", "save_every"), ("train", "eval_every"))
+#: What Megatron-LM moves the router's expert bias by where the model has one, and a recipe does when asked.
+_BIAS, _BIAS_RATE = "--moe-router-enable-expert-bias", "--moe-router-bias-update-rate"
 #: Known flags without a counterpart: launch, logging, loading and kernel choices.
 SKIPPED = frozenset(
     """--use-mcore-models --transformer-impl --log-interval --distributed-backend --distributed-timeout-minutes
@@ -173,6 +178,8 @@ def to_recipe(text: str) -> Translation:
         if flag.name not in seen and flag.absent is not None and (flag.key[1] != "shape" or has_shape):
             _put(out, flag.key, flag.absent)
     _put(out, ("train", "precision"), "bf16" if "--bf16" in seen else "fp16" if "--fp16" in seen else "fp32")
+    if _BIAS in seen and _BIAS_RATE not in seen:
+        _put(out, _BY_NAME[_BIAS_RATE].key, 1e-3)
     if "--swiglu" in seen:
         _put(out, (*_SHAPE, "gated_linear_unit"), True)
         _put(out, (*_SHAPE, "activation_func"), "silu")
@@ -190,11 +197,13 @@ def to_recipe(text: str) -> Translation:
     return Translation(out, (), tuple(skipped), tuple(unknown))
 
 
-def _read(flag: Flag, values: Sequence[str]) -> Value:
+def _read(flag: Flag, values: Sequence[str]) -> object:
     if flag.kind in ("on", "off"):
         if values:
             raise UsageError(f"{flag.name} takes no value, got {' '.join(values)!r}")
         return flag.kind == "on"
+    if flag.kind == "files":
+        return _blend(flag.name, values)
     if len(values) != 1:
         raise UsageError(f"{flag.name} takes one value, got {len(values)}")
     try:
@@ -207,7 +216,28 @@ def _read(flag: Flag, values: Sequence[str]) -> Value:
     return (flag.words or {}).get(values[0], values[0])
 
 
-def _put(out: dict[str, object], key: tuple[str, ...], value: Value) -> None:
+def _blend(name: str, values: Sequence[str]) -> object:
+    """One place, several, or several behind their weights."""
+    if len(values) < 2:
+        return "".join(values)
+    weights, places = list(values[::2]), list(values[1::2])
+    try:
+        numbers = [float(weight) for weight in weights]
+    except ValueError:
+        return list(values)
+    if len(weights) != len(places) or len(set(places)) != len(places):
+        raise UsageError(f"{name}: a weight stands in front of each path, each once, got {' '.join(values)!r}")
+    return dict(zip(places, numbers, strict=True))
+
+
+def _blended(value: object) -> list[str]:
+    """`_blend`'s values."""
+    if isinstance(value, Mapping):
+        return [word for place, weight in value.items() for word in (f"{weight:g}", str(place))]
+    return [value] if isinstance(value, str) else list(map(str, value)) if isinstance(value, Sequence) else []
+
+
+def _put(out: dict[str, object], key: tuple[str, ...], value: object) -> None:
     *parents, leaf = key
     here = out
     for parent in parents:
@@ -233,6 +263,8 @@ def from_recipe(recipe: Mapping[str, object]) -> Translation:
             continue
         if flag.kind in ("on", "off"):
             flags += [flag.name] if bool(value) is (flag.kind == "on") else []
+        elif flag.kind == "files":
+            flags += [flag.name, *_blended(value)]
         else:
             words = {ours: theirs for theirs, ours in (flag.words or {}).items()}
             text = str(int(str(value).removesuffix(".0"))) if flag.kind == "int" else str(value)
@@ -245,6 +277,8 @@ def from_recipe(recipe: Mapping[str, object]) -> Translation:
     elif left.get((*_SHAPE, "activation_func")) == "squared_relu":
         left.pop((*_SHAPE, "activation_func"))
         flags.append("--squared-relu")
+    if _BIAS in flags and _BIAS_RATE not in flags:
+        flags += [_BIAS_RATE, "0.0"]
     if "--num-query-groups" in flags:
         flags.append("--group-query-attention")
     if left.get(("data", "kind")) in ("mock", "indexed"):
@@ -257,7 +291,7 @@ def from_recipe(recipe: Mapping[str, object]) -> Translation:
 def _leaves(value: Mapping[str, object], path: tuple[str, ...]) -> list[tuple[tuple[str, ...], object]]:
     out: list[tuple[tuple[str, ...], object]] = []
     for key, item in value.items():
-        if isinstance(item, Mapping):
+        if isinstance(item, Mapping) and (*path, key) not in _WHOLE:
             out += _leaves(item, (*path, key))
         elif key not in ("name", "description") or path:
             out.append(((*path, key), item))

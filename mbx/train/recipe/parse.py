@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from types import UnionType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from converters.errors import UsageError
 from converters.rows.expr import Value
-from mbx.train.recipe.sections import Range, Recipe
+from mbx.train.recipe.sections import Range, Recipe, places_of
 
 SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Recipe).items() if kind is not str}
 #: Up to three shares of Megatron-LM's `--split`, the first above 0.
@@ -32,7 +33,10 @@ def parse_recipe(raw: Mapping[str, object]) -> Recipe:
             kinds = field_types(key)
             if unknown := [name for name in value if name not in kinds]:
                 raise unknown_key(f"{key}.{unknown[0]}")
-            arguments[key] = SECTIONS[key](**{k: _typed(f"{key}.{k}", kinds[k], v) for k, v in value.items()})
+            given = {k: _typed(f"{key}.{k}", kinds[k], v) for k, v in value.items()}
+            if key == "train" and given.get("epochs"):
+                given = {"steps": 0, **given}
+            arguments[key] = SECTIONS[key](**given)
         else:
             raise unknown_key(key)
     recipe = Recipe(**arguments)  # type: ignore[arg-type]
@@ -50,7 +54,18 @@ def field_types(section: str) -> dict[str, object]:
     return get_type_hints(SECTIONS[section], include_extras=True)
 
 
+def is_table(kind: object) -> bool:
+    """Whether a key takes a table, alone or among others."""
+    return any(get_origin(one) is Mapping for one in _kinds(kind))
+
+
+def _kinds(kind: object) -> tuple[object, ...]:
+    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
+
+
 def _typed(key: str, kind: object, value: object) -> object:
+    if isinstance(kind, UnionType):
+        return _typed(key, _kind_for(key, kind, value), value)
     kind, limits = get_args(kind) if get_origin(kind) is Annotated else (kind, Range())
     if get_origin(kind) is Literal:
         if value not in (choices := get_args(kind)):
@@ -76,7 +91,19 @@ def _typed(key: str, kind: object, value: object) -> object:
         return tuple(value)
     if not isinstance(value, Mapping):
         raise UsageError(f"`{key}` must be a table, got {value!r}")
-    return _flat(value)
+    item, flat = get_args(kind)[1], _flat(value)
+    return {k: _typed(f"{key}.{k}", item, v) for k, v in flat.items()} if get_origin(item) is Annotated else flat
+
+
+def _kind_for(key: str, kind: UnionType, value: object) -> object:
+    """Which of several types a key takes by the value that it is given."""
+    wanted = Mapping if isinstance(value, Mapping) else tuple if isinstance(value, list | tuple) else type(value)
+    found = next((one for one in get_args(kind) if wanted in (one, get_origin(one))), None)
+    if found is None:
+        names = {str: "text", tuple: "a list", Mapping: "a table"}
+        said = " or ".join(names[get_origin(one) or one] for one in get_args(kind))
+        raise UsageError(f"`{key}` must be {said}, got {value!r}")
+    return found
 
 
 def _flat(value: Mapping[str, object], prefix: str = "") -> dict[str, Value]:
@@ -115,13 +142,46 @@ def _check_range(key: str, value: float, limits: Range) -> None:
         raise UsageError(f"`{key}` must {'not be negative' if low == 0 else f'be at least {low}'}, got {value}")
 
 
+def _said(places: Sequence[str]) -> str:
+    return ",".join(places)
+
+
 def _check(recipe: Recipe) -> None:
     """What can be said of keys together without reading a file, and of keys that a run would leave unread."""
     d, t, o, lora, p = recipe.data, recipe.train, recipe.optim, recipe.lora, recipe.parallel
-    adapted = f"lora.adapter={lora.adapter}" if lora.adapter else "lora.dora=true" if lora.dora else ""
+    evaluated = f"data.eval_path={_said(places_of(d.eval_path))}" if d.eval_path else ""
+    held = evaluated or (f"data.eval_share={d.eval_share:g}" if d.eval_share else "")
+    idle = [name for name, weight in d.path.items() if not weight] if isinstance(d.path, Mapping) else []
+    saved = f"lora.modules_to_save={_said(lora.modules_to_save)}" if lora.modules_to_save else ""
+    adapted = f"lora.adapter={lora.adapter}" if lora.adapter else "lora.dora=true" if lora.dora else saved
     rules: tuple[tuple[object, str, str | None], ...] = (
         (
-            o.warmup_steps > t.steps,
+            t.steps and t.epochs,
+            f"train.steps={t.steps} and train.epochs={t.epochs:g} both say how long",
+            "give one of them",
+        ),
+        (
+            not t.steps and not t.epochs,
+            "`train.steps` must be at least 1, got 0",
+            "train.epochs=1 counts the steps of a pass",
+        ),
+        (
+            "" in d.places,
+            "data.path names a place by an empty text",
+            None,
+        ),
+        (
+            idle,
+            f"data.path gives {_said(idle)} the weight 0",
+            "leave out what is not trained on",
+        ),
+        (
+            t.epochs and d.kind in ("indexed", "mock", "pattern"),
+            f"data.kind `{d.kind}` has no epochs to count, got train.epochs={t.epochs:g}",
+            "train.steps=100",
+        ),
+        (
+            t.steps and o.warmup_steps > t.steps,
             f"optim.warmup_steps {o.warmup_steps} exceed train.steps {t.steps}",
             "optim.warmup_steps=0 trains without a warm-up, optim.warmup_fraction=0.05 warms up by share",
         ),
@@ -132,18 +192,48 @@ def _check(recipe: Recipe) -> None:
         ),
         (
             d.path and d.kind in ("mock", "pattern"),
-            f"data.kind `{d.kind}` reads no file, got data.path={d.path}",
+            f"data.kind `{d.kind}` reads no file, got data.path={_said(d.places)}",
             "data.kind=chat, completion, text or indexed reads one",
         ),
         (
-            d.eval_path and d.kind not in ("chat", "completion", "text"),
-            f"data.kind `{d.kind}` takes no data.eval_path, got {d.eval_path}",
+            d.eval_path and d.kind not in ("auto", "chat", "completion", "text"),
+            f"data.kind `{d.kind}` takes no data.eval_path, got {_said(places_of(d.eval_path))}",
             "data.split sets its share for validation" if d.kind == "indexed" else None,
         ),
         (
-            d.eval_path and not t.eval_every,
-            f"data.eval_path={d.eval_path} is never read: train.eval_every is 0",
+            held and not t.eval_every,
+            f"{held} is never read: train.eval_every is 0",
             "train.eval_every=100",
+        ),
+        (
+            (t.patience or recipe.run.keep_best) and not t.eval_every,
+            f"{'train.patience' if t.patience else 'run.keep_best'} needs validation, and train.eval_every is 0",
+            "train.eval_every=100",
+        ),
+        (
+            (recipe.run.keep_best or recipe.run.export_every) and not recipe.run.save,
+            f"run.{'keep_best' if recipe.run.keep_best else 'export_every'} needs checkpoints, and run.save is false",
+            "run.save=true",
+        ),
+        (
+            recipe.run.export_every and not recipe.model.path,
+            "run.export_every writes by the names of a Hugging Face folder, and model.path names none",
+            "model=DIR",
+        ),
+        (
+            d.eval_share and d.kind not in ("auto", "chat", "completion", "text"),
+            f"data.kind `{d.kind}` takes no data.eval_share, got {d.eval_share:g}",
+            "data.split sets its share for validation" if d.kind == "indexed" else None,
+        ),
+        (
+            d.eval_share and d.eval_path,
+            f"{evaluated} and data.eval_share={d.eval_share:g} both say what validates",
+            "give one of them",
+        ),
+        (
+            (d.template or d.learn != "assistant") and d.kind in ("text", "indexed", "mock", "pattern"),
+            f"data.kind `{d.kind}` knows no turns, got data.{'template' if d.template else 'learn'}",
+            "data.kind=chat or completion has them",
         ),
         (
             d.kind == "indexed" and not _SPLIT.fullmatch(d.split),
@@ -159,6 +249,11 @@ def _check(recipe: Recipe) -> None:
             lora.rank and not lora.alpha,
             "lora.alpha 0 multiplies every adapter by 0",
             f"lora.alpha={2 * lora.rank}",
+        ),
+        (
+            lora.rank and recipe.model.config.get("moe_router_bias_update_rate"),
+            "model.config.moe_router_bias_update_rate moves the router's expert bias, which adapters leave alone",
+            "an adapter's folder has no place for it; lora.rank=0 trains and saves it with every weight",
         ),
         (not recipe.run.dir, "`run.dir` is empty", "run.dir=runs/NAME"),
         (

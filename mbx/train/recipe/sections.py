@@ -27,6 +27,10 @@ Seed: TypeAlias = Annotated[int, Range(0, 2**31 - 1)]  # NumPy's, with what is a
 Amount: TypeAlias = Annotated[float, Range(0)]
 Share: TypeAlias = Annotated[float, Range(0, 1)]
 ShareBelowOne: TypeAlias = Annotated[float, Range(0, 1, below=True)]
+#: Places of records, read one behind the other.
+Places: TypeAlias = str | tuple[str, ...]
+#: Places, or each with its weight.
+Mixed: TypeAlias = Places | Mapping[str, Amount]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,8 @@ class Model:
     """What is trained.
 
     `path`: a Hugging Face folder; its `config.json` and tokenizer count. `init`: `pretrained` reads its weights,
-    `random` draws new ones. `shape`: flat Megatron Core config used where no path is given. `config`: flat config
+    `random` draws new ones. `shape`: flat Megatron Core config used where no path is given, `mapping` in it the table
+    by which its weights have names. `config`: flat config
     keys set on top of either (kernels, MoE dispatch, dropout). `vocab_divisor`: the embedding is padded to a
     multiple of this times `parallel.tp`.
     """
@@ -47,20 +52,32 @@ class Model:
     config: Mapping[str, Value] = field(default_factory=dict)
 
 
+def places_of(path: Mixed) -> tuple[str, ...]:
+    """What a path names, in its order."""
+    return ((path,) if path else ()) if isinstance(path, str) else tuple(path)
+
+
 @dataclass(frozen=True, slots=True)
 class Data:
     """Where samples come from.
 
-    `kind`: `chat` (JSONL with `messages`), `completion` (JSONL with `prompt` and `completion`), `text` (JSONL with
-    `text`, or plain .txt), `indexed` (Megatron `.bin`/`.idx`, path without suffix), `mock` (Megatron Core's mock
-    documents), `pattern` (a sequence any model learns). `length`: tokens of a row. `pack`: several examples a row.
-    `too_long`: an example longer than a row is an `error`, or is `drop`ped or `truncate`d. `null_vocab_size`: for
-    `mock`, the vocabulary without its end-of-document token, as Megatron-LM's NullTokenizer counts.
+    `path`: a file, folder, pattern or data set, several of them, or several with weights: the shares of the rows.
+    `kind`: `chat` (`messages`, ShareGPT's `conversations`, Alpaca), `completion` (`prompt` and `completion`), `text`
+    (`text`, or plain .txt), `auto` (one of these, by the first record), `indexed` (Megatron `.bin`/`.idx`, path
+    without suffix), `mock` (Megatron Core's mock documents), `pattern` (a sequence any model learns). `template`: a
+    chat template in place of the tokenizer's own: a name, a Jinja file, or a folder that has one. `learn`: every turn
+    of the assistant, its `last` one, or `all` tokens. `length`: tokens of a row. `pack`: several examples a row.
+    `eval_share`: the share of the examples that is held out for validation. `too_long`: an example longer than a row
+    is an `error`, or is `drop`ped or `truncate`d. `null_vocab_size`: for `mock`, the vocabulary without its
+    end-of-document token, as Megatron-LM's NullTokenizer counts.
     """
 
-    kind: Literal["chat", "completion", "text", "indexed", "mock", "pattern"] = "chat"
-    path: str = ""
-    eval_path: str = ""
+    kind: Literal["auto", "chat", "completion", "text", "indexed", "mock", "pattern"] = "auto"
+    path: Mixed = ""
+    template: str = ""
+    learn: Literal["assistant", "last", "all"] = "assistant"
+    eval_path: Places = ""
+    eval_share: ShareBelowOne = 0.0
     length: Size = 2048
     pack: bool = True
     too_long: Literal["error", "drop", "truncate"] = "error"
@@ -70,20 +87,35 @@ class Data:
     null_vocab_size: Number = 0
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """What `path` names, in its order."""
+        return places_of(self.path)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The share of the rows that each of `places` has, which sum to 1; none where `path` gives no weights."""
+        if not isinstance(self.path, Mapping):
+            return ()
+        return tuple(weight / sum(self.path.values()) for weight in self.path.values())
+
+    @property
     def packs(self) -> bool:
         """Whether rows hold several examples, whose attention is kept apart."""
-        return self.pack and self.kind in ("chat", "completion")
+        return self.pack and self.kind in ("auto", "chat", "completion")
 
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """How long and how large. `global_batch` and `micro_batch` are in rows of `data.length` tokens.
+    """How long and how large. `epochs`: passes over the data, fractions too, that count the steps in place of `steps`,
+    which is 0 then. `global_batch` and `micro_batch` are in rows of `data.length` tokens.
 
     `per_token_loss`: every token of a global batch weighs the same; otherwise every micro-batch does, as in
-    Megatron-LM. `spike_factor`: stop when the loss exceeds this times its running mean; 0 never stops.
+    Megatron-LM. `patience`: stop behind so many evaluations without a better loss; 0 never stops. `spike_factor`:
+    stop when the loss exceeds this times its running mean; 0 never stops.
     """
 
-    steps: Size = 100
+    steps: Number = 100
+    epochs: Amount = 0.0
     micro_batch: Size = 1
     global_batch: Size = 8
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -93,6 +125,7 @@ class Train:
     per_token_loss: bool = True
     eval_every: Number = 0
     eval_steps: Size = 8
+    patience: Number = 0
     spike_factor: Amount = 0.0
 
 
@@ -138,13 +171,24 @@ class Parallel:
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Low-rank adapters on a frozen base; rank 0 trains every weight. The update is `alpha / rank · B A`."""
+    """Low-rank adapters on a frozen base; rank 0 trains every weight. The update is `alpha / rank · B A`.
+
+    `targets`, and `exclude` of them, name linears as Megatron Core does (`linear_qkv`) or Transformers (`q_proj`),
+    by a regular expression on Transformers' whole name, or all of them (`all-linear`). `rslora`: alpha / √rank.
+    `rank_pattern` and `alpha_pattern` give modules of Transformers their own, as in PEFT. `modules_to_save`:
+    `embed_tokens`, `lm_head`, trained whole beside the adapters.
+    """
 
     rank: Number = 0
     alpha: float = 32.0
+    rslora: bool = False
     dropout: ShareBelowOne = 0.0
     dora: bool = False
-    targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    targets: tuple[str, ...] = ("all-linear",)
+    exclude: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, Size] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, Amount] = field(default_factory=dict)
     adapter: str = ""
 
 
@@ -161,6 +205,8 @@ class Run:
     """Where a run lives and what it leaves behind.
 
     `save`: whether it leaves checkpoints at all. `save_every` 0 saves at the end only; `keep` 0 keeps all.
+    `keep_best`: the checkpoint of the best validation loss stays as well. `export_every`: the checkpoint of every so
+    many steps, and the last, is also written as a Hugging Face folder or a PEFT adapter, in `export/` of the run.
     `save_async`: a process beside the training writes them; the tracker moves when it is done.
     """
 
@@ -169,6 +215,8 @@ class Run:
     save_every: Number = 0
     save_async: bool = False
     keep: Number = 2
+    keep_best: bool = False
+    export_every: Number = 0
     save_optimizer: bool = True
     tensorboard: bool = False
     wandb: str = ""

@@ -8,7 +8,8 @@ import math
 import os
 import sys
 from collections import deque
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 METRICS = "metrics.jsonl"
+#: A first step that is worth a word.
+_SLOW_S = 5.0
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -27,7 +30,8 @@ _BARS = "▁▂▃▄▅▆▇█"
 class Step:
     """One step's figures. `step` counts from 1; `tflops` and `mfu` are per GPU; `memory_gib` is this rank's peak.
 
-    `mfu` is against the dense peak of the GPU at the run's precision, 0 where it is not known.
+    `mfu` is against the dense peak of the GPU at the run's precision, 0 where it is not known. `beside`: losses that
+    are learned beside `loss`, those of prediction layers and the router's, by name.
     """
 
     step: int
@@ -40,6 +44,11 @@ class Step:
     tflops: float
     mfu: float
     memory_gib: float
+    beside: Mapping[str, float] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """As a line of the metrics file has it, losses beside the main one under their own names."""
+        return {**{k: v for k, v in asdict(self).items() if k != "beside"}, **self.beside}
 
 
 class _Writer(Protocol):
@@ -56,6 +65,7 @@ class Log:
         self.path = recipe.run_dir / METRICS
         self._writers: list[_Writer] = []
         self._losses: deque[float] = deque(maxlen=60)
+        self._first_s = 0.0
         self._live: Live | None = None
         if not main:
             return
@@ -85,11 +95,17 @@ class Log:
         """Record one step everywhere."""
         if not self.main:
             return
-        self._record({"kind": "step", **asdict(s)})
+        self._record({"kind": "step", **s.record()})
         for writer in self._writers:
             for name in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "memory_gib"):
                 writer.add_scalar(f"train/{name}", getattr(s, name), s.step)
+            for name, value in s.beside.items():
+                writer.add_scalar(f"train/{name}", value, s.step)
         self._losses.append(s.loss)
+        if len(self._losses) == 1:
+            self._first_s = s.step_s
+        elif len(self._losses) == 2 and self._first_s > max(_SLOW_S, 3 * s.step_s):
+            self.message(f"the first step took {self._first_s:.1f} s, this one {s.step_s:.1f}: kernels were compiled")
         if self._live is not None:
             self._draw(s)
         else:
@@ -152,8 +168,9 @@ def check_writers(recipe: Recipe) -> None:
 def line(s: Step, total: int) -> str:
     """The log line of one step."""
     mfu = f" ({s.mfu:.1%} MFU)" if s.mfu else ""
+    beside = "".join(f"  {name.removesuffix('_loss')} {value:.4f}" for name, value in s.beside.items())
     return (
-        f"step {s.step:>{len(str(total))}}/{total}  loss {s.loss:.4f}  lr {s.lr:.3g}  grad {s.grad_norm:.3f}  "
+        f"step {s.step:>{len(str(total))}}/{total}  loss {s.loss:.4f}{beside}  lr {s.lr:.3g}  grad {s.grad_norm:.3f}  "
         f"{s.tokens_per_s:,.0f} tok/s  {s.tflops:.1f} TFLOP/s{mfu}  {s.memory_gib:.1f} GiB  {s.step_s:.2f} s"
     )
 

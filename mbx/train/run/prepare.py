@@ -9,18 +9,30 @@ from pathlib import Path
 
 from converters.errors import DeviceError, MbxError, StorageError, UnsupportedError, UsageError
 from converters.rows.expr import Value
+from mbx.extras import install_line
 from mbx.formats import hf
+from mbx.formats.adapter_folder import is_adapter
 from mbx.formats.torch_dist import TRACKER
-from mbx.train.checkpoints.state import check_continues, check_world, finished, latest
-from mbx.train.data.examples import read_examples
-from mbx.train.data.rows import Pattern, Rows, check_indexed, example_rows
+from mbx.train.checkpoints.state import (
+    check_continues,
+    check_same_rows,
+    check_vocabulary,
+    finished,
+    latest,
+    read_recipe,
+)
+from mbx.train.data.examples import resolved
+from mbx.train.data.rows import Rows
 from mbx.train.lora.attach import check_lora
-from mbx.train.model.blueprint import Blueprint, blueprint, load_tokenizer
+from mbx.train.lora.peft_folder import check_adapter, like_adapter, open_for
+from mbx.train.model.blueprint import Blueprint, blueprint
 from mbx.train.model.config import sequence_parallel
 from mbx.train.model.fp8 import check_fp8
+from mbx.train.model.kernels import check_kernels, unpacked_layers
 from mbx.train.model.parallel import Ranks, planned_ranks
 from mbx.train.model.weights import check_source
-from mbx.train.recipe.sections import Recipe
+from mbx.train.recipe.sections import Lora, Recipe
+from mbx.train.run.dataset import Dataset, read_data, with_steps
 from mbx.train.run.log import check_writers
 
 #: Hints of the conversion, in a recipe's words.
@@ -61,6 +73,11 @@ def decide(recipe: Recipe, init_from: str | None, resume: bool) -> Start:
         if not Path(init_from).is_dir():
             what = "is no folder" if Path(init_from).exists() else "does not exist"
             raise StorageError(f"‹init-from›: `{init_from}` {what}")
+        if is_adapter(init_from):
+            raise UsageError(
+                f"‹init-from›: `{init_from}` holds adapters, and lora.rank 0 trains every weight",
+                hint="lora.rank=N continues them on model.path; `mbx convert merge` makes a base that includes them",
+            )
         return Start("init", Path(init_from), f"new run in {run}, weights from {init_from}")
     if recipe.model.init == "random":
         if recipe.lora.rank and recipe.run.save:
@@ -74,7 +91,8 @@ def decide(recipe: Recipe, init_from: str | None, resume: bool) -> Start:
             f"recipe `{recipe.name}` trains pretrained weights, and no model is named",
             hint="model=DIR names a Hugging Face folder; model.init=random draws new weights",
         )
-    return Start("init", Path(recipe.model.path), f"new run in {run}, weights from {recipe.model.path}")
+    adapter = f", adapters from {recipe.lora.adapter}" if recipe.lora.adapter else ""
+    return Start("init", Path(recipe.model.path), f"new run in {run}, weights from {recipe.model.path}{adapter}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +103,17 @@ class Prepared:
     start: Start
     ranks: Ranks
     plan: Blueprint
-    train_rows: Rows | None
-    eval_rows: Rows | None
+    data: Dataset
+
+    @property
+    def train_rows(self) -> Rows | None:
+        """Rows to train on; None where Megatron Core's datasets give them."""
+        return self.data.train
+
+    @property
+    def eval_rows(self) -> Rows | None:
+        """Rows to validate on."""
+        return self.data.evaluation
 
 
 def prepare(recipe: Recipe, init_from: str | None = None, resume: bool = False, *, dry: bool = False) -> Prepared:
@@ -103,24 +130,34 @@ def prepare(recipe: Recipe, init_from: str | None = None, resume: bool = False, 
 
 
 def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> Prepared:
+    if recipe.data.path:
+        recipe = replace(recipe, data=resolved(recipe.data))
+    if init_from and recipe.lora.rank and is_adapter(init_from) and not resume:
+        recipe, init_from = replace(recipe, lora=replace(recipe.lora, adapter=init_from)), None
     start = decide(recipe, init_from, resume)
-    if start.path and start.how == "resume":
-        check_continues(recipe, start.path)
     # before the ranks: a size that does not divide the model is no matter of processes
     plan = blueprint(recipe)
+    ranks = planned_ranks(recipe, dry=dry)
+    if recipe.data.packs and (layers := unpacked_layers(plan.config, te=ranks.te)):
+        recipe = replace(recipe, data=replace(recipe.data, pack=False))
+        start = replace(start, why=f"{start.why}; one example a row (data.pack=false): {layers} keep nothing apart")
+    resumed = start.path if start.how == "resume" else None
+    if resumed:
+        recipe = replace(recipe, lora=continued(recipe.lora, read_recipe(resumed).lora))
+        check_continues(recipe, resumed)
+        check_vocabulary(resumed, plan.padded_vocab, recipe.parallel.tp)
     if plan.table is not None and plan.table.unsupported:
         raise UnsupportedError(
             f"another model would be trained: {plan.table.unsupported}",
             hint="conversions of this family carry its weights; no training does",
         )
-    ranks = planned_ranks(recipe, dry=dry)
     check_fp8(recipe, ranks)
     check_writers(recipe)
-    if start.path and start.how == "resume" and not dry:
-        check_world(start.path, ranks.world_size)
     _check_axes(recipe, plan, ranks, dry)
     if not ranks.te and not dry:
         _check_local(plan.config, adapters=recipe.lora.rank > 0)
+    if not dry:
+        check_kernels(plan.config)
     if plan.config.get("gradient_accumulation_fusion") and not find_spec("fused_weight_gradient_mlp_cuda"):
         raise DeviceError(
             "gradient_accumulation_fusion=true needs Apex, which is not installed",
@@ -128,19 +165,56 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> 
         )
     if recipe.lora.rank:
         check_lora(recipe, plan)
+        if recipe.lora.adapter and not resumed:
+            recipe = replace(recipe, lora=_begun(recipe.lora, plan))
+            check_lora(recipe, plan)
     if (source := start.path) and start.how == "init":
         if dry and source == plan.hf and not hf.has_weights(source):  # a config is enough for a plan
             start = replace(start, why=f"{start.why}, which are not there yet")
         else:
             check_source(plan, source)
-    train_rows, eval_rows = _read_rows(recipe, plan)
-    return Prepared(recipe, start, ranks, plan, train_rows, eval_rows)
+    data = read_data(recipe, plan)
+    if resumed:
+        check_same_rows(resumed, data.identity)
+    return Prepared(with_steps(recipe, data), start, ranks, plan, data)
+
+
+def _begun(lora: Lora, plan: Blueprint) -> Lora:
+    """Adapters that begin with another's values, and are like it."""
+    if not Path(lora.adapter).is_dir():
+        raise StorageError(f"lora.adapter: `{lora.adapter}` is no folder")
+    adapter = open_for(plan, Path(lora.adapter))
+    lora = like_adapter(lora, adapter)
+    check_adapter(lora, plan, adapter)
+    return lora
+
+
+def continued(lora: Lora, before: Lora) -> Lora:
+    """A resumed run's adapters: what the run itself took from the adapter that it began with is not asked again."""
+    if not before.adapter or lora.adapter not in ("", before.adapter):
+        return lora
+    return replace(
+        lora,
+        adapter=before.adapter,
+        rslora=before.rslora,
+        modules_to_save=lora.modules_to_save or before.modules_to_save,
+        rank_pattern=lora.rank_pattern or before.rank_pattern,
+        alpha_pattern=lora.alpha_pattern or before.alpha_pattern,
+    )
 
 
 def _check_axes(recipe: Recipe, plan: Blueprint, ranks: Ranks, dry: bool) -> None:
     """Refuse axes that these rows, this device or this model have no kernels for."""
     if recipe.parallel.cp > 1 and recipe.data.packs:
         raise UsageError("packed rows cannot be cut by context parallelism", hint="data.pack=false or parallel.cp=1")
+    if recipe.parallel.cp > 1 and plan.config.get("experimental_attention_variant") == "gated_delta_net":
+        raise UnsupportedError("gated delta nets are not cut by context parallelism", hint="parallel.cp=1")
+    again = recipe.parallel.pp > 1 and recipe.train.recompute != "none"
+    if plan.config.get("llama_4_scaling_beta") and recipe.data.packs and again:
+        raise UnsupportedError(
+            "queries are scaled by position: a stage that recomputes packed rows would take another micro-batch's",
+            hint="data.pack=false, train.recompute=none or parallel.pp=1",
+        )
     if recipe.parallel.cp > 1 and not ranks.te:
         raise DeviceError(
             f"parallel.cp={recipe.parallel.cp} needs the attention of Transformer Engine, on a GPU",
@@ -167,31 +241,5 @@ def _check_local(config: Mapping[str, Value], *, adapters: bool) -> None:
     if found := next((kind for kind, there in kinds.items() if there), None):
         raise UnsupportedError(
             f"Megatron Core trains {found} with Transformer Engine only",
-            hint="on a GPU: pip install transformer-engine",
+            hint=f"on a GPU: {install_line('gpu')}",
         )
-
-
-def _read_rows(recipe: Recipe, plan: Blueprint) -> tuple[Rows | None, Rows | None]:
-    """Train and validation rows; those of Megatron Core's datasets need the process group and come later."""
-    d = recipe.data
-    if d.kind == "pattern":
-        return Pattern(plan.vocab, d.length, d.seed), Pattern(plan.vocab, d.length, d.seed + 1)
-    if d.kind == "mock":
-        return None, None
-    if not d.path:
-        name = "PREFIX, the files' path without .bin and .idx" if d.kind == "indexed" else "FILE.jsonl"
-        raise UsageError(f"data.kind `{d.kind}` needs a file", hint=f"data={name}")
-    if d.kind == "indexed":
-        check_indexed(d)
-        return None, None
-    tokenizer = load_tokenizer(plan)
-    if d.kind == "chat" and not tokenizer.chat_template:
-        raise UsageError(
-            f"the tokenizer of `{plan.hf}` has no chat template", hint="data.kind=completion or text needs none"
-        )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    def rows(path: str) -> Rows:
-        return example_rows(d, read_examples(d, Path(path), tokenizer), int(pad or 0))
-
-    return rows(d.path), rows(d.eval_path) if d.eval_path else None

@@ -28,6 +28,11 @@ def _nothing(device: object = None) -> None:
     del device
 
 
+def _no_stream(device: object = None) -> None:
+    # A function of its own: torch.compile refuses one function that stands for two names of torch.
+    del device
+
+
 def _get_state(device: object = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
     del device, clone, graph_safe
     return torch.get_rng_state()
@@ -62,7 +67,7 @@ def megatron_on_cpu() -> Iterator[None]:
     """
     rng: dict[str, Any] = {"get_rng_state": _get_state, "set_rng_state": _set_state, "manual_seed": torch.manual_seed}
     with (
-        patch.multiple(torch.cuda, current_device=_cpu_device, synchronize=_nothing, **rng),
+        patch.multiple(torch.cuda, current_device=_cpu_device, synchronize=_nothing, current_stream=_no_stream, **rng),
         patch.multiple(mcore_random, _get_cuda_rng_state=_get_state, _set_cuda_rng_state=_set_state),
         patch.multiple(mcore_utils, **_MASKS),
         patch.multiple(fused_softmax, **_MASKS),  # which holds its own references

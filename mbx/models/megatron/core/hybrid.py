@@ -1,6 +1,23 @@
 """Megatron Core's hybrid (Mamba) models, whose modules need triton to import."""
 
-from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec
-from megatron.core.models.mamba.mamba_model import MambaModel
+from importlib import import_module
+from typing import Any
 
-__all__ = ["MambaModel", "mamba_stack_spec"]
+from mbx.installed import core_release
+
+_release = core_release()
+
+
+def _named(place: tuple[str, str]) -> Any:
+    module, name = place
+    return getattr(import_module(module), name)
+
+
+#: The class of hybrid models (MambaModel before 0.18, HybridModel since), and the spec of its layers.
+HybridModel = _named(_release.hybrid_model)
+hybrid_stack_spec = _named(_release.hybrid_stack)
+
+#: The classes of its layers, and the one that holds their specs.
+HybridStack, HybridStackSubmodules = hybrid_stack_spec.module, type(hybrid_stack_spec.submodules)
+
+__all__ = ["HybridModel", "HybridStack", "HybridStackSubmodules", "hybrid_stack_spec"]

@@ -1,6 +1,9 @@
 """Megatron Core's GPT models: specs of their layers, and the modules that specs name."""
 
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
     get_transformer_block_with_experimental_attention_variant_spec,
 )
@@ -14,6 +17,7 @@ from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -21,8 +25,30 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention
 
-__all__ = ["DotProductAttention", "GPTModel", "IdentityOp", "ModuleSpec", "MultiTokenPredictionBlockSubmodules"]
-__all__ += ["RotaryEmbedding", "SelfAttention", "TransformerBlockSubmodules", "WrappedTorchNorm"]
+
+def mlp_submodules(layer: ModuleSpec) -> Any:
+    """What a spec of a layer says of its MLP's or its experts' modules; None where it names none.
+
+    Up to 0.17 the MLP is a spec; since 0.18 a function, with its modules among its arguments.
+    """
+    mlp = layer.submodules.mlp
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else getattr(mlp, "submodules", None)
+
+
+def without_norm(linear: type) -> type:
+    """The column-parallel linear of a spec without the norm that Transformer Engine's fuses into it."""
+    if linear.__name__ != "TELayerNormColumnParallelLinear":
+        return linear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    plain: type = TEColumnParallelLinear
+    return plain
+
+
+__all__ = ["DotProductAttention", "FusedScaleMaskSoftmax", "GPTModel", "IdentityOp", "MLASelfAttention", "ModuleSpec"]
+__all__ += ["mlp_submodules", "without_norm"]
+__all__ += ["MultiTokenPredictionBlockSubmodules"]
+__all__ += ["SelfAttention", "TransformerBlockSubmodules", "WrappedTorchNorm"]
 __all__ += ["get_gpt_decoder_block_spec", "get_gpt_heterogeneous_layer_spec", "get_gpt_layer_local_spec"]
 __all__ += ["get_gpt_mtp_block_spec", "get_num_layers_to_build"]
 __all__ += ["get_transformer_block_with_experimental_attention_variant_spec", "get_transformer_layer_offset"]

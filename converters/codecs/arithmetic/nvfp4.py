@@ -1,0 +1,70 @@
+"""E2M1 codes under E4M3 block scales and one fp32 scale: decode and encode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from converters.codecs.arithmetic.common import (
+    Arithmetic,
+    Parts,
+    any_in_groups,
+    pack_nibbles,
+    part,
+    require_finite,
+    row_chunks,
+    unpack_nibbles,
+)
+from converters.codecs.arithmetic.fp8 import FP8, FP8_MAX
+from converters.codecs.arithmetic.mxfp4 import MAGNITUDES, nearest_e2m1
+from converters.tensors import Shape
+
+if TYPE_CHECKING:
+    from converters.codecs.nvfp4 import Nvfp4
+
+
+def decode_nvfp4(codec: Nvfp4, parts: Parts, dtype: torch.dtype | None) -> torch.Tensor:
+    """`Nvfp4.decode`."""
+    codes, scale = part(parts, "codes", torch.uint8), part(parts, "scale", FP8)
+    whole = part(parts, "whole", torch.float32).reshape(())
+    shape = codec.decoded_shape({"codes": tuple(codes.shape), "scale": tuple(scale.shape)})
+    values = torch.tensor(MAGNITUDES + tuple(-v for v in MAGNITUDES))
+    out = torch.empty(shape, dtype=dtype or torch.bfloat16)
+    for rows in row_chunks(*shape):
+        chunk = unpack_nibbles(codes[rows].contiguous(), values)
+        factor = _under(codec, scale[rows].to(torch.float32), whole)
+        out[rows].copy_((chunk.view(len(chunk), -1, codec.group) * factor.unsqueeze(-1)).flatten(1))
+    return out
+
+
+def _under(codec: Nvfp4, scale: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """What a block's codes are multiplied by, of its scale in fp32 and the tensor's own."""
+    return scale / whole if codec.inverse else scale * whole
+
+
+def encode_nvfp4(
+    codec: Nvfp4, tensor: torch.Tensor, scale: torch.Tensor | None, _shape: Shape | None
+) -> dict[str, torch.Tensor]:
+    """`Nvfp4.encode`."""
+    shapes = codec.stored_shapes(tuple(tensor.shape))
+    groups = tensor.to(torch.float32).reshape(tensor.shape[0], -1, codec.group)
+    amax = groups.abs().amax(dim=-1)
+    require_finite(amax, codec.name)
+    whole = codec.held.get("whole")
+    if whole is None:
+        whole = (amax.amax() / (MAGNITUDES[-1] * FP8_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
+        whole = 1 / whole if codec.inverse else whole
+    if scale is None:
+        own = amax / MAGNITUDES[-1]
+        scale = (own * whole if codec.inverse else own / whole).clamp(max=FP8_MAX).to(FP8)
+    factor = _under(codec, scale.reshape(amax.shape).to(torch.float32), whole.reshape(())).unsqueeze(-1)
+    scaled = torch.where(factor == 0, torch.copysign(torch.zeros_like(groups), groups), groups / factor)
+    return {
+        "codes": pack_nibbles(nearest_e2m1(scaled).flatten(1)),
+        "scale": scale,
+        "whole": whole.reshape(shapes["whole"]),
+    }
+
+
+NVFP4 = Arithmetic(decode_nvfp4, encode_nvfp4, any_in_groups)

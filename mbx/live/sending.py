@@ -1,0 +1,148 @@
+"""Buckets of tensors on their way: made of what ranks hold, and brought to those who receive them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from converters.engine.boxes import Box
+from converters.errors import UsageError
+from converters.torch_casts import TORCH_DTYPES
+from mbx.live.exchange import World
+from mbx.live.held import Held
+from mbx.live.routing import Lot, TensorSpec, lots, starts_of
+from mbx.live.shards import Model, Values
+from mbx.live.transport import Transport
+
+#: Who receives: every rank, the first rank of each pipeline stage what its stage holds, or one rank.
+To = Literal["all", "stage"] | int
+#: The ranks that get a tensor, by its name.
+Receivers = Callable[[str], tuple[int, ...]]
+#: The boxes that make a tensor, by its name.
+Boxes = Mapping[str, Sequence[Box]]
+BUCKET = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Tensors that arrive together in one buffer, `data`, uint8, on the ranks that receive any of them.
+
+    `tensors` says what it holds: each with the byte at which it begins, None where another rank receives it. Another
+    process that is given the buffer finds them by that alone.
+    """
+
+    tensors: tuple[tuple[TensorSpec, int | None], ...]
+    data: torch.Tensor | None
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Names and tensors: views of `data`."""
+        for spec, at in self.tensors:
+            yield spec.name, None if self.data is None or at is None else view_of(self.data, spec, at)
+
+
+def view_of(data: torch.Tensor, spec: TensorSpec, at: int) -> torch.Tensor:
+    """The tensor that begins at a byte of a bucket."""
+    return data[at : at + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+
+
+class Sender:
+    """Makes whole tensors of what the ranks of `world` hold of `model`, and sends them."""
+
+    def __init__(self, model: Model, world: World) -> None:
+        self._model, self._world = model, world
+
+    def views(self, values: Values | None = None) -> Callable[[Box], torch.Tensor]:
+        """Access to the live memory of boxes that this rank holds; UsageError where the model was rebuilt."""
+        views = self._model.views(values)
+
+        def view(box: Box) -> torch.Tensor:
+            return in_shape(views[self._world.mine[box.source, box.chunk][0]], box)
+
+        return view
+
+    def held(self, specs: Iterable[TensorSpec], boxes: Boxes, values: Values | None = None) -> Iterator[Held]:
+        """What this rank holds of some tensors, box by box. Nothing is sent or copied."""
+        view = self.views(values)
+        for spec in specs:
+            for box in boxes[spec.name]:
+                place = box.source, box.chunk
+                if place in self._world.mine:
+                    replica = not self._world.owned(place)
+                    yield Held(spec.name, box.index, view(box), replica, spec.dtype, box.shift)
+
+    def buckets(
+        self,
+        boxes: Boxes,
+        specs: Sequence[TensorSpec],
+        receivers: Receivers,
+        bucket: int = BUCKET,
+        values: Values | None = None,
+    ) -> Iterator[Bucket]:
+        """Tensors, a bucket at a time, to those who get them. Collective."""
+        if bucket < 1:
+            raise UsageError(f"a bucket cannot be {bucket} bytes")
+        device, views = self._model.device(), self.views(values)
+        transport = Transport(self._world.rank, self._world.size, device, views)
+        for lot in lots(specs, boxes, self._world.holders, receivers, self._world.size, bucket):
+            yield self._carry(lot, receivers, transport)
+
+    def _carry(self, lot: Lot, receivers: Receivers, transport: Transport) -> Bucket:
+        """Bring one bucket to its receivers. Collective."""
+        mine = [spec for spec in lot.specs if self._world.rank in receivers(spec.name)]
+        starts, nbytes = starts_of(mine)
+        data = torch.empty(nbytes, dtype=torch.uint8, device=transport.device) if mine else None
+        outs = {} if data is None else {spec.name: view_of(data, spec, starts[spec.name]) for spec in mine}
+        with torch.no_grad():
+            for step in lot.steps:
+                transport.carry(step, outs)
+        return Bucket(tuple((spec, starts.get(spec.name)) for spec in lot.specs), data)
+
+    def receivers(self, boxes: Boxes, to: To) -> Receivers:
+        """Ranks that get a tensor, by its name."""
+        everyone = tuple(range(self._world.size))
+        if to == "all":
+            return lambda name: everyone
+        if to == "stage":
+            heads = self._world.heads
+            stages = self._world.stages
+
+            def head(name: str) -> tuple[int, ...]:
+                first = boxes[name][0]
+                return (heads[stages[self._world.holders[first.source, first.chunk][0]]],)
+
+            return head
+        if not isinstance(to, int) or isinstance(to, bool) or not 0 <= to < self._world.size:
+            raise UsageError(f"‹to› {to!r} is not known", hint=f'choices: "all", "stage", 0 to {self._world.size - 1}')
+        return lambda name: (to,)
+
+    def spread(self, boxes: Boxes, specs: Sequence[TensorSpec]) -> dict[str, int]:
+        """A rank for each tensor, which holds some of it where it can be, so that all have as many bytes to handle."""
+        loads, out = [0] * self._world.size, {}
+        for spec in specs:
+            having = {rank for box in boxes[spec.name] for rank in self._world.holders[box.source, box.chunk]}
+            out[spec.name] = min(having, key=lambda rank: (loads[rank], rank))
+            loads[out[spec.name]] += spec.nbytes
+        return out
+
+    def each_at_one(
+        self, boxes: Boxes, specs: Sequence[TensorSpec], bucket: int = BUCKET, values: Values | None = None
+    ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """Every tensor whole, on one rank each; this rank's. Collective."""
+        places = self.spread(boxes, specs)
+
+        def receivers(name: str) -> tuple[int, ...]:
+            return (places[name],)
+
+        for got in self.buckets(boxes, specs, receivers, bucket, values):
+            for spec, at in got.tensors:
+                if got.data is not None and at is not None:
+                    yield spec, view_of(got.data, spec, at)
+
+
+def in_shape(whole: torch.Tensor, box: Box) -> torch.Tensor:
+    """What a box picks of its chunk's memory, in the box's shape; no copy."""
+    view = whole[box.held]
+    return (view.t() if box.transposed else view).reshape(box.shape)

@@ -1,0 +1,66 @@
+"""HybridModel's layers without Transformer Engine: the two halves of our local GPT layers, each a layer of its own.
+
+Like `local_modules` this file imports torch and megatron when imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from converters.errors import UnsupportedError
+from converters.mcore.hybrid_form import ATTENTION, DENSE, EXPERTS
+from mbx.models.megatron.config import mcore_version
+from mbx.models.megatron.core.config import TransformerConfig
+from mbx.models.megatron.core.hybrid import HybridStack, HybridStackSubmodules, hybrid_stack_spec
+from mbx.models.megatron.core.layers import IdentityOp, ModuleSpec
+from mbx.models.megatron.local_modules import LocalNorm
+from mbx.models.megatron.specs import local_layer_spec
+
+
+class LocalHybridStack(HybridStack):  # type: ignore[misc]  # megatron is untyped
+    """A stack whose last norm needs no Transformer Engine, which Megatron Core's own does."""
+
+    def __init__(self, config: TransformerConfig, submodules: Any, **keywords: Any) -> None:
+        super().__init__(config, submodules, **{**keywords, "post_layer_norm": False})
+        self.post_layer_norm = keywords.get("post_layer_norm", True)
+        if self.post_process and self.post_layer_norm:
+            self.final_norm = LocalNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+def local_hybrid_spec(config: TransformerConfig, pattern: str) -> ModuleSpec:
+    """The stack for a `pattern` of attention, MLP and expert layers, heads included; UnsupportedError for others."""
+    if odd := sorted(set(pattern) - {ATTENTION, DENSE, EXPERTS, "|", "/"}):
+        raise UnsupportedError(
+            f"{mcore_version()} builds hybrid layers of kind {', '.join(map(repr, odd))} with Transformer Engine only",
+            hint="run this leg on a GPU with Transformer Engine and mamba-ssm installed",
+        )
+    dense = local_layer_spec(config, num_experts=None)
+    layers = {"attention_layer": _half(dense, attention=True), "mlp_layer": _half(dense, attention=False)}
+    if config.num_moe_experts is not None:
+        layers["moe_layer"] = _half(local_layer_spec(config, num_experts=config.num_moe_experts), attention=False)
+    heads = _local_heads(dense.submodules.self_attention.submodules.linear_qkv)
+    return ModuleSpec(module=LocalHybridStack, submodules=HybridStackSubmodules(**layers, mtp_block_spec=heads))
+
+
+def _local_heads(linear: type) -> ModuleSpec:
+    """Megatron Core's block of prediction heads with our norms and `linear`; their layers are the stack's."""
+    block = hybrid_stack_spec.submodules.mtp_block_spec
+    own = {"enorm": LocalNorm, "hnorm": LocalNorm, "layer_norm": LocalNorm, "eh_proj": linear}
+    heads = [ModuleSpec(one.module, submodules=replace(one.submodules, **own)) for one in block.submodules.layer_specs]
+    return ModuleSpec(block.module, submodules=replace(block.submodules, layer_specs=heads))
+
+
+def _half(layer: ModuleSpec, *, attention: bool) -> ModuleSpec:
+    """The attention of a layer, or its MLP, with the norm before it and the names of that."""
+    whole = layer.submodules
+    nothing = type(whole)()
+    fields = (
+        ("input_layernorm", "self_attention", "self_attn_bda")
+        if attention
+        else ("pre_mlp_layernorm", "mlp", "mlp_bda")
+    )
+    kept = {name: getattr(whole, name) for name in fields}
+    keys = {old: new for old, new in whole.sharded_state_dict_keys_map.items() if old.startswith(fields[:2])}
+    assert nothing.mlp is IdentityOp and nothing.self_attention is IdentityOp
+    return ModuleSpec(module=layer.module, submodules=replace(nothing, **kept, sharded_state_dict_keys_map=keys))

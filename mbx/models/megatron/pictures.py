@@ -1,0 +1,99 @@
+"""Pictures in Megatron Core's decoder: a tower's features among the embeddings, their positions, and who sees whom.
+
+Megatron Core's own GPTModel has none of it; what is added here is hooks, for the time of one pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from converters.errors import UnsupportedError
+from converters.rows.expr import Value
+from mbx.models.megatron.rotary import axes_of_pairs, rotated_at
+from mbx.models.pictures import Seen
+from mbx.models.prompts import Batch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@contextlib.contextmanager
+def seeing(model: nn.Module, config: Mapping[str, Value], batch: Batch, seen: Seen) -> Iterator[None]:
+    """Make `model`, of a flat `config`, take the pictures of `batch` as a tower has `seen` them.
+
+    Raises UnsupportedError for positions that the config says nothing of, and for a mask that the model's attention
+    does not take.
+    """
+    assert batch.pictures is not None
+    with contextlib.ExitStack() as undo:
+        _merge(model, batch.pictures.places(batch.ids), seen, undo)
+        if batch.pictures.two_way:
+            _show_each_other(model, batch.pictures.numbers(batch.ids), undo)
+        axes = () if seen.positions is None else _axes(config)
+        undo.enter_context(rotated_at(model, seen.positions, axes))
+        yield
+
+
+def _axes(config: Mapping[str, Value]) -> list[int]:
+    sections = config.get("mrope_section")
+    if not isinstance(sections, list) or not all(isinstance(count, int) for count in sections):
+        raise UnsupportedError(f"pictures turn by time, height and width; `mrope_section` is {sections!r}")
+    return axes_of_pairs(cast("list[int]", sections), bool(config.get("vision.mrope_interleaved")))
+
+
+def _merge(model: nn.Module, here: torch.Tensor, seen: Seen, undo: contextlib.ExitStack) -> None:
+    """Features in place of embeddings `here: [b, s]`, and deepstack's behind the first layers."""
+
+    def place(module: nn.Module, given: object, embedded: torch.Tensor) -> torch.Tensor:
+        del module, given
+        states = embedded.clone()  # [s, b, hidden]
+        states.transpose(0, 1)[here.to(states.device)] = seen.features.to(states)
+        return states
+
+    def add(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        deeper = states.clone()
+        deeper.transpose(0, 1)[here.to(states.device)] += features.to(states)
+        return deeper
+
+    if (embedding := getattr(model, "embedding", None)) is not None:
+        undo.callback(embedding.register_forward_hook(place).remove)
+    layers = {layer.layer_number: layer for layer in cast("Any", model).decoder.layers}
+    for number, features in enumerate(seen.deepstack):
+        # Before the layer behind: what is recorded behind this one is without them, as in Transformers.
+        def deepen(module: nn.Module, given: Any, named: Any, features: torch.Tensor = features) -> Any:
+            del module
+            if given:
+                return (add(given[0], features), *given[1:]), named
+            return given, {**named, "hidden_states": add(named["hidden_states"], features)}
+
+        if (layer := layers.get(number + 2)) is not None:
+            undo.callback(layer.register_forward_pre_hook(deepen, with_kwargs=True).remove)
+
+
+def _show_each_other(model: nn.Module, numbers: torch.Tensor, undo: contextlib.ExitStack) -> None:
+    """Tokens of one picture, by `numbers: [b, s]`, see each other both ways, in windowed layers too."""
+    import torch
+
+    from mbx.models.megatron.core.layers import FusedScaleMaskSoftmax
+
+    length = numbers.shape[-1]
+    behind = torch.arange(length)[:, None] - torch.arange(length)  # how far each key lies behind its query
+    same = (numbers[:, :, None] == numbers[:, None]) & (numbers[:, :, None] >= 0)
+    found = [module for module in model.modules() if isinstance(module, FusedScaleMaskSoftmax)]
+    if not found:
+        raise UnsupportedError("pictures whose tokens see each other both ways need Megatron Core's local attention")
+    for softmax in found:
+        window = softmax.window_size
+        shown = (behind >= 0) if window is None else (behind >= 0) & (behind <= window[0])
+        hidden = ~(shown | same)[:, None]  # [b, 1, s, s]
+
+        def mask(module: nn.Module, given: Any, hidden: torch.Tensor = hidden) -> Any:
+            del module
+            return given[0], hidden.to(given[0].device), *given[2:]
+
+        softmax.window_size = None  # a window would take the mask's place
+        undo.callback(setattr, softmax, "window_size", window)
+        undo.callback(softmax.register_forward_pre_hook(mask).remove)

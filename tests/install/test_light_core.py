@@ -1,0 +1,102 @@
+"""What mbx does where torch, Megatron Core and Transformers are not installed, and what it says of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from _without import mbx, run_all, without
+
+from mbx import extras
+from mbx.extras import DISTRIBUTION, install_line
+
+ROOT = Path(__file__).parents[2]
+LLAMA = ROOT / "fixtures" / "tiny" / "llama"
+LIBRARIES = ("torch", "megatron", "transformers", "peft", "psutil", "datasets", "pyarrow")
+
+
+@pytest.fixture
+def light(tmp_path: Path) -> dict[str, str]:
+    return without(tmp_path / "site", *LIBRARIES)
+
+
+def test_the_libraries_are_hidden(tmp_path: Path) -> None:
+    said = mbx(without(tmp_path / "site", "typer"), "--version", cwd=tmp_path)
+    assert said.returncode != 0 and "typer" in said.stderr
+
+
+def test_it_converts_verifies_and_counts(light: dict[str, str], tmp_path: Path) -> None:
+    commands: list[tuple[object, ...]] = [
+        ("convert", "hf-to-mcore", LLAMA, "mcore", "--tp", "2"),
+        ("convert", "mcore-to-hf", "mcore", "hf"),
+        ("convert", "reshard", "mcore", "legacy", "--format", "torch"),
+        ("convert", "hf-to-mcore", LLAMA, "cast", "--dtype", "fp32"),
+        ("verify", "parity", LLAMA, "mcore"),
+        ("verify", "integrity", "mcore"),
+        ("diff", LLAMA, "hf"),
+        ("inspect", "mcore"),
+        ("budget", "llama32_1b_lora"),
+        ("models", "check", "llama"),
+    ]
+    said = run_all(light, *commands, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    same = [(tmp_path / "hf" / file.name).read_bytes() == file.read_bytes() for file in LLAMA.glob("*.safetensors")]
+    assert same and all(same)
+
+
+def test_a_difference_is_shown(light: dict[str, str], tmp_path: Path) -> None:
+    assert mbx(light, "convert", "hf-to-mcore", LLAMA, "mcore", cwd=tmp_path).returncode == 0
+    weights = next((tmp_path / "mcore").rglob("*.distcp"))
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    weights.write_bytes(data)
+    said = mbx(light, "diff", LLAMA, "mcore", cwd=tmp_path)
+    assert "max" in said.stdout, said.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "lacks", "extra"),
+    [
+        (("verify", "parity", LLAMA, LLAMA, "--forward"), "torch, megatron, transformers", "verify"),
+        (("train", "--recipe", "llama32_1b_lora", f"model={LLAMA}", "--dry-run"), "torch, megatron", "train"),
+        (("verify", "training", "--recipe", "llama32_1b_lora", f"model={LLAMA}"), "torch, megatron", "train"),
+    ],
+)
+def test_what_lacks_is_named_with_the_line_that_brings_it(
+    light: dict[str, str], tmp_path: Path, command: tuple[object, ...], lacks: str, extra: str
+) -> None:
+    said = mbx(light, *command, cwd=tmp_path)
+    assert said.returncode == 2
+    assert f"{lacks}" in said.stderr and f"[{extra}]'" in said.stderr and "pip install" in said.stderr
+
+
+def test_doctor_ends_in_a_verdict_for_each_job(light: dict[str, str], tmp_path: Path) -> None:
+    said = mbx(light, "doctor", cwd=tmp_path).stdout
+    assert "\nconvert: yes\n" in said
+    for job in ("cast and decode", "prove by forward pass", "train", "train in FP8"):
+        assert f"\n{job}: no: lacks torch" in said
+
+
+@pytest.mark.parametrize(
+    ("system", "driver", "cpu_index"), [("linux", False, True), ("linux", True, False), ("darwin", False, False)]
+)
+def test_the_cpu_index_is_named_where_it_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, system: str, driver: bool, cpu_index: bool
+) -> None:
+    monkeypatch.setattr(extras.sys, "platform", system)
+    monkeypatch.setattr(extras, "_has_driver", lambda: driver)
+    monkeypatch.setattr(extras, "_source", lambda: f"'{DISTRIBUTION}")
+    assert ("whl/cpu" in install_line("verify")) == cpu_index
+    assert install_line("data") == f"pip install '{DISTRIBUTION}[data]'"
+    assert "whl/cpu" not in install_line("gpu")
+
+
+def test_one_place_knows_the_name_and_every_extra_exists() -> None:
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        import tomli as tomllib
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == DISTRIBUTION
+    assert set(extras.EXTRA_OF.values()) <= project["optional-dependencies"].keys()
+    assert not any(wanted.startswith(("torch", "megatron")) for wanted in project["dependencies"])

@@ -1,0 +1,165 @@
+"""Live models in this process: spellings, dtypes, choices, and Megatron-Bridge's names for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from _models import build, read_folder, same_bytes
+from torch import nn
+
+import mbx
+from converters.errors import CoverageError, UnsupportedError, UsageError
+from fixtures.make_tiny import make
+from mbx.compat import AutoBridge
+from mbx.formats.hf import read_config
+from mbx.live import attach
+from mbx.live.routing import TensorSpec, together
+from mbx.models.device import Spread
+from mbx.models.megatron.core.cpu import megatron_on_cpu
+from mbx.models.megatron.processes import process_group
+
+BF16 = Spread(dtype="bf16")
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    with megatron_on_cpu(), process_group():
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    make("qwen3_moe", folder / "apart")
+    make("qwen3_moe", folder / "together", layout="v5")
+    return folder
+
+
+def loaded(folder: Path, spread: Spread = BF16) -> tuple[list[nn.Module], mbx.live.Live]:  # type: ignore[name-defined]
+    chunks = build(folder, spread)
+    live = attach(chunks, folder)
+    live.load(folder)
+    return chunks, live
+
+
+def test_experts_one_by_one_or_as_the_folder_has_them(made: Path) -> None:
+    chunks, live = loaded(made / "together")
+    whole, each = dict(live.export()), dict(live.export(experts="each"))
+    folder = read_folder(made / "together")
+    assert whole.keys() == folder.keys() and all(same_bytes(whole[name], folder[name]) for name in folder)
+    apart = read_folder(made / "apart")
+    assert each.keys() == apart.keys() and all(same_bytes(each[name], apart[name]) for name in apart)
+    assert [spec.name for spec in live.spec(experts="each")] == list(each)
+    assert live.digest(experts="each").keys() == apart.keys()
+    with pytest.raises(UsageError, match="`experts` 'all' is not known"):
+        live.spec(experts="all")
+    del chunks
+
+
+def test_experts_that_have_no_names_of_their_own(tmp_path: Path) -> None:
+    chunks, live = loaded(make("gpt_oss", tmp_path))
+    with pytest.raises(UnsupportedError, match="no name for a single expert"):
+        live.spec(experts="each")
+    del chunks
+
+
+def test_dtypes(tiny: Path) -> None:
+    """fp32 masters come out as the folder has them; any other dtype is asked for."""
+    chunks, live = loaded(tiny / "llama", Spread())
+    folder = read_folder(tiny / "llama")
+    assert all(same_bytes(tensor, folder[name]) for name, tensor in live.export())
+    assert {tensor.dtype for _, tensor in live.export(dtype="model")} == {torch.float32}
+    assert {spec.dtype for spec in live.spec(dtype="fp16")} == {"F16"}
+    for name, tensor in live.export(dtype="fp16", only="*norm*"):
+        assert same_bytes(tensor, folder[name].half())
+    with torch.no_grad():
+        chunks[0].decoder.final_layernorm.weight.fill_(70000)
+    with pytest.raises(UsageError, match="beyond fp16's range"):
+        list(live.export(dtype="fp16"))
+    assert all(float(tensor[0]) == 70144 for _, tensor in live.export(only=["model.norm.weight"]))
+
+
+def test_choices(tiny: Path) -> None:
+    chunks, live = loaded(tiny / "llama")
+    names = [spec.name for spec in live.spec()]
+    assert [name for name, _ in live.export(only=lambda name: "layers.1." in name)] == [
+        name for name in names if "layers.1." in name
+    ]
+    assert [name for name, _ in live.export(only=[names[3], names[1]])] == [names[1], names[3]]
+    for only, words in ((["x"], "which the model has not"), ("*.x", "names no tensor")):
+        with pytest.raises(UsageError, match=words):
+            list(live.export(only=only))
+    for how, words in (({"to": 1}, "`to` 1 is not known"), ({"bucket": 0}, "cannot be 0 bytes")):
+        with pytest.raises(UsageError, match=words):
+            list(live.export(**how))
+    del chunks
+
+
+def test_a_bucket_is_one_buffer_and_may_be_smaller_than_a_tensor(tiny: Path) -> None:
+    chunks, live = loaded(tiny / "llama")
+    folder, sizes = read_folder(tiny / "llama"), []
+    for bucket in live.buckets(8192):
+        assert bucket.data is not None
+        storage = bucket.data.untyped_storage()
+        sizes.append((storage.nbytes(), len(bucket.tensors)))
+        for name, tensor in bucket:
+            assert same_bytes(tensor, folder[name]) and tensor.untyped_storage().data_ptr() == storage.data_ptr()
+    assert max(sizes)[0] > 8192 and all(count == 1 for nbytes, count in sizes if nbytes > 8192)
+    assert any(count > 1 for _, count in sizes), "small ones share a bucket"
+    del chunks
+
+
+def test_halves_that_engines_take_in_one_call_share_a_bucket(tmp_path: Path) -> None:
+    chunks, live = loaded(make("deepseek_v3", tmp_path))
+    groups = [[spec.name for spec in group] for group in together(live.spec()) if len(group) > 1]
+    assert groups and all(len(group) == 2 for group in groups)
+    for bucket in live.buckets(64):
+        held = [spec.name for spec, _ in bucket.tensors]
+        assert all(len(set(group) & set(held)) in (0, 2) for group in groups)
+    assert together([TensorSpec("a", "BF16", (2,)), TensorSpec("b", "BF16", (2,))])[1][0].name == "b"
+    del chunks
+
+
+def test_a_config_alone_and_another_models(tiny: Path) -> None:
+    chunks = build(tiny / "llama", BF16)
+    live = attach(chunks, read_config(tiny / "llama"))
+    assert {spec.name for spec in live.spec()} == read_folder(tiny / "llama").keys()
+    with pytest.raises(CoverageError):
+        attach(chunks, tiny / "qwen3")
+    with pytest.raises(UsageError, match="a folder, a hub name or a config"):
+        attach(chunks, 3)  # type: ignore[arg-type]
+
+
+def test_the_model_is_not_kept(tiny: Path) -> None:
+    chunks, live = loaded(tiny / "llama")
+    del chunks
+    import gc
+
+    gc.collect()
+    with pytest.raises(UsageError, match="the model is gone"):
+        list(live.export())
+
+
+def test_megatron_bridges_names(tiny: Path, tmp_path: Path) -> None:
+    bridge, folder = AutoBridge.from_hf_pretrained(tiny / "llama"), read_folder(tiny / "llama")
+    chunks = build(tiny / "llama", BF16)
+    bridge.load_hf_weights(chunks)
+    tasks = bridge.get_conversion_tasks(chunks)
+    assert [task.name for task in tasks] == [pair.param_name for pair in bridge.export_hf_weights(chunks)]
+    part = list(bridge.export_hf_weights(chunks, cpu=True, conversion_tasks=tasks[2:5]))
+    assert [name for name, _ in part] == [task.name for task in tasks[2:5]]
+    assert all(same_bytes(weight, folder[name]) for name, weight in part)
+    bridge.save_hf_pretrained(chunks, tmp_path / "out")
+    assert read_folder(tmp_path / "out").keys() == folder.keys()
+    rebuilt = build(tiny / "llama", BF16)
+    with pytest.raises(UsageError, match="of another model than this one"):
+        list(bridge.export_hf_weights(rebuilt, conversion_tasks=tasks))
+    with pytest.raises(UnsupportedError, match="`AutoBridge.to_megatron_provider`"):
+        bridge.to_megatron_provider  # noqa: B018
+    with pytest.raises(UnsupportedError, match="allowed_mismatched_params"):
+        bridge.load_hf_weights(chunks, allowed_mismatched_params=["output_layer.weight"])
+    with pytest.raises(UsageError, match="no adapters"):
+        list(bridge.export_adapter_weights(chunks))

@@ -1,0 +1,117 @@
+"""No wrong table passes: rows exchanged, config entries, `fixed`, `ignore` and `when` changed, family by family.
+
+What no leg finds is printed, and is in the list below with the reason why it cannot matter there (`make mutants`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+from _mutants import SAME_PLAN, SURVIVED, Court, tower_mutants, tower_verdict, tried  # noqa: E402
+
+from fixtures.families import FAMILIES  # noqa: E402
+from fixtures.index import load_config  # noqa: E402
+from fixtures.make_tiny import make  # noqa: E402
+from fixtures.wrapped import make_wrapped  # noqa: E402
+from mappings import table_names, table_text  # noqa: E402
+from mbx.formats.registry import open_hf  # noqa: E402
+from mbx.tables import shipped, table_for  # noqa: E402
+
+#: Families that Transformers and Megatron Core both run on a CPU; the others need a GPU, or have no forward leg.
+RUN = (
+    *("llama", "llama2", "llama_nemotron", "mistral", "qwen2", "qwen3", "nemotron", "gemma", "gemma3_text", "glm"),
+    *("glm4", "phi3", "smollm3", "seed_oss", "mimo", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "moonlight"),
+    *("deepseek_v3", "glm4_moe", "gpt_oss", "llama4_maverick", "sarvam_moe", "dots1", "ernie4_5", "glm_4_7_flash"),
+    "starcoder2",
+)
+#: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
+ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
+#: Models whose towers a table arranges by rows of its own; the others travel with their names and bytes as they are.
+WITH_TOWER_ROWS = ("gemma3", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+_LATENT = "(deepseek_v2|deepseek_v3|moonlight|glm_4_7_flash)"
+_IDLE_YARN = "the tiny head turns with two frequencies, of which either length and slope take the same"
+#: Mutants, as their names begin, and why no pass depends on them; of one family where one is named.
+REASONS = {
+    r"(config|fixed) (init_method_std|moe_aux_loss_coeff):": "of training alone",
+    r"(config|fixed) (attention|hidden)_dropout:": "no dropout outside training",
+    r"config model\.max_sequence_length:": "bounds prompts, and changes no position",
+    r"fixed moe_grouped_gemm:": "how experts are multiplied, not what they give",
+    r"(config mtp_num_layers:|rows of mtp\.)": "prediction layers, which the report names as not reached",
+    r"via \w+: model\.rope_scaling_factor:": "read with Llama 3's scaling alone",
+    r"(llama2|nemotron) via \w+: model\.rope_scaling:": "no frequency of the tiny head is one that Llama 3 stretches",
+    r"(gpt_oss|phi3) via \w+: model\.rope_scaling:": "other positions than plain ones leave it unread",
+    r"(qwen2_moe|qwen3_moe|mixtral|gpt_oss) config ffn_hidden_size:": "no layer without experts",
+    rf"{_LATENT} config num_query_groups:": "latent attention has no groups",
+    rf"{_LATENT} fixed model\.position_embedding_type:": "latent attention has its own turn",
+    r"(deepseek_v2|deepseek_v3) via mla_rope: (beta_|original_)": _IDLE_YARN,
+    r"starcoder2 fixed add_qkv_bias:": "with `add_bias_linear` every projection has a bias, that one too",
+    r"(moonlight|glm_4_7_flash) via mla_rope: (mscale|rotary_scaling_factor)": "read with YaRN, beyond a factor of 1",
+}
+#: Where a condition does not hold its tensors are absent, and the cover refuses rows without tensors.
+SAME_PLAN_REASONS = (r"when \w+: dropped", r"row .*: when .*: dropped")
+
+
+def test_every_table_is_mutated_or_says_why_not() -> None:
+    shown = {table_for(load_config(FAMILIES[name].reference)).name for name in RUN}
+    tables = {name: shipped(name) for name in table_names()}
+    aside = {name for name, table in tables.items() if table.unsupported or "[text]" in table_text(name)}
+    assert shown | aside | set(ON_A_GPU) == set(tables) and not shown & aside
+    kinds = {table_for(json.loads(wrapped_config(kind))).name for kind in WITH_TOWER_ROWS}
+    assert kinds == {name for name, table in tables.items() if table.towers}
+
+
+def wrapped_config(kind: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return (make_wrapped(kind, Path(folder) / kind) / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "qwen3_vl" else pytest.mark.slow) for kind in WITH_TOWER_ROWS]
+)
+def test_a_wrong_row_of_a_tower_is_found_by_its_bytes(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = open_hf(make_wrapped(kind, tmp_path / "hf"))
+    table = table_for(folder.config)
+    flavours = [name for name, own in table.flavours.items() if own.sites]
+    tried = [(name, mutant) for name in flavours for mutant in tower_mutants(table, folder, name)]
+    found = {mutant.name: tower_verdict(mutant, folder, name, tmp_path) for name, mutant in tried}
+    with capsys.disabled():
+        sys.stdout.write(f"\n{kind}, towers: {dict(Counter(found.values()))}\n")
+    assert bool(found) == (kind != "gemma3"), "a projector of two rows, of which no two have one shape"
+    assert [name for name, verdict in found.items() if verdict == SURVIVED] == []
+
+
+def explained(name: str, family: str, verdict: str) -> bool:
+    if verdict == SAME_PLAN:
+        return any(re.match(pattern, name) for pattern in SAME_PLAN_REASONS)
+    return any(re.match(pattern, name) or re.match(pattern, f"{family} {name}") for pattern in REASONS)
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "llama2" else pytest.mark.slow) for name in RUN]
+)
+def test_a_wrong_table_is_found(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = open_hf(make(family, tmp_path / "hf"))
+    court = Court(folder, table_for(folder.config), tmp_path)
+    found: Counter[str] = Counter()
+    survivors = []
+    for mutant, verdict in tried(court):
+        found[verdict] += 1
+        if verdict in (SURVIVED, SAME_PLAN):
+            survivors.append((mutant.name, verdict))
+    lines = [f"{family}: {', '.join(f'{verdict} {count}' for verdict, count in found.most_common())}"]
+    lines += [f"  {verdict}: {name}" for name, verdict in survivors]
+    with capsys.disabled():
+        sys.stdout.write("\n".join(("", *lines, "")))
+    assert found["forward"] >= 5 and found["refused"] >= 5
+    assert [name for name, verdict in survivors if not explained(name, family, verdict)] == []
