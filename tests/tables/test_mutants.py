@@ -31,7 +31,7 @@ RUN = (
     *("llama", "llama2", "llama_nemotron", "mistral", "qwen2", "qwen3", "nemotron", "gemma", "gemma3_text", "glm"),
     *("glm4", "phi3", "smollm3", "seed_oss", "mimo", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "moonlight"),
     *("deepseek_v3", "glm4_moe", "gpt_oss", "llama4_maverick", "sarvam_moe", "dots1", "ernie4_5", "glm_4_7_flash"),
-    "starcoder2",
+    *("starcoder2", "gemma2", "granite", "ministral3", "minimax_m2", "olmo2", "olmo3", "olmoe", "exaone4_1_2b"),
 )
 #: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
 ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
@@ -48,11 +48,13 @@ REASONS = {
     r"(config mtp_num_layers:|rows of mtp\.)": "prediction layers, which the report names as not reached",
     r"via \w+: model\.rope_scaling_factor:": "read with Llama 3's scaling alone",
     r"(llama2|nemotron) via \w+: model\.rope_scaling:": "no frequency of the tiny head is one that Llama 3 stretches",
-    r"(gpt_oss|phi3) via \w+: model\.rope_scaling:": "other positions than plain ones leave it unread",
-    r"(qwen2_moe|qwen3_moe|mixtral|gpt_oss) config ffn_hidden_size:": "no layer without experts",
+    r"(gpt_oss|phi3|ministral3|olmo3|olmoe) via \w+: model\.rope_scaling:": "read of plain positions alone",
+    r"(qwen2_moe|qwen3_moe|mixtral|gpt_oss|olmoe|minimax_m2) config ffn_hidden_size:": "no layer without experts",
     rf"{_LATENT} config num_query_groups:": "latent attention has no groups",
     rf"{_LATENT} fixed model\.position_embedding_type:": "latent attention has its own turn",
     r"(deepseek_v2|deepseek_v3) via mla_rope: (beta_|original_)": _IDLE_YARN,
+    r"(olmo2|olmo3|olmoe|minimax_m2) fixed qk_layernorm:": "norms that span all heads take their place",
+    r"(ministral3|olmo3) via yarn: yarn_(beta_|original_|correction_)": "rounds to the tiny head's same frequencies",
     r"starcoder2 fixed add_qkv_bias:": "with `add_bias_linear` every projection has a bias, that one too",
     r"(moonlight|glm_4_7_flash) via mla_rope: (mscale|rotary_scaling_factor)": "read with YaRN, beyond a factor of 1",
 }
