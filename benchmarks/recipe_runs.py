@@ -145,13 +145,14 @@ def run_recipe(spec: Spec, steps: int, memory_bytes: float, device: str = "cuda"
 def run_peft(spec: Spec, steps: int, memory_bytes: float, device: str = "cuda", length: int = 0) -> Record:
     """The same shape, layers, batch and ranks in Transformers with PEFT: bf16 base, fp32 adapters, AdamW, sdpa.
 
-    It adapts `all-linear`; a recipe of other targets is no like for like and says so in `targets`.
+    It adapts what the recipe does: linears, and the parameters that hold all experts.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mbx.tables import shipped
+    from mbx.train.model.adapted import adapted
     from mbx.train.recipe.catalogue import load_recipe
 
     base = load_recipe(spec.recipe, [*fixed(steps, device), *spec.overrides])
@@ -168,7 +169,17 @@ def run_peft(spec: Spec, steps: int, memory_bytes: float, device: str = "cuda", 
     torch.set_default_dtype(torch.float32)
     lora = recipe.lora
     if lora.rank:
-        settings = LoraConfig(r=lora.rank, lora_alpha=int(lora.alpha), target_modules="all-linear")
+        names = {part.module for linear in adapted(lora, plan).values() for part in linear.parts}
+        leaves = {name.rpartition(".")[2] for name in names}
+        modules = [
+            n
+            for n, module in network.named_modules()
+            if isinstance(module, torch.nn.Linear) and n.rpartition(".")[2] in leaves
+        ]
+        parameters = [n for n, _ in network.named_parameters() if n.rpartition(".")[2] in leaves]
+        settings = LoraConfig(
+            r=lora.rank, lora_alpha=int(lora.alpha), target_modules=modules, target_parameters=parameters
+        )
         network = get_peft_model(network, settings)
         for parameter in network.parameters():
             if parameter.requires_grad:
@@ -198,7 +209,7 @@ def run_peft(spec: Spec, steps: int, memory_bytes: float, device: str = "cuda", 
         "of_layers": base.model.shape["num_layers"],
         "length": recipe.data.length,
         "micro_batch": recipe.train.micro_batch,
-        "targets": "all-linear" if lora.rank else "every weight",
+        "targets": lora.targets if lora.rank else "every weight",
         "losses": [round(value, 4) for value in losses],
         "finite": all(map(math.isfinite, losses)),
         "tokens_per_s": ids.numel() / statistics.median(took[WARM:] or took),

@@ -246,6 +246,7 @@ def fetched(recipe: Recipe) -> Recipe:
 
 def _show_plan(prepared: Prepared) -> None:
     from mbx.train.budget.predict import lines, predict, suggestions
+    from mbx.train.run.graph import why_not
 
     recipe, ranks, plan = prepared.recipe, prepared.ranks, prepared.plan
     p, t = recipe.parallel, recipe.train
@@ -257,6 +258,9 @@ def _show_plan(prepared: Prepared) -> None:
         *data_lines(prepared),
         f"{ranks.world_size} process(es) on {ranks.device}: {axes}, dp {ranks.dp}",
     ]
+    ungraphed = why_not(recipe, plan.config, ranks)
+    if ranks.device == "cuda":
+        said.append(f"CUDA graph: {'on' if ungraphed is None else f'off: {ungraphed}'}")
     memory: dict[str, object]
     try:
         budget = predict(recipe, plan, ranks.dp)
@@ -277,4 +281,5 @@ def _show_plan(prepared: Prepared) -> None:
         said.append(f"{human_count(c.base)} weights a rank{adapters}")
         said += lines(budget, suggestions(recipe, plan, ranks.dp))
     place = {"start": prepared.start.why, "world_size": ranks.world_size, "dp": ranks.dp, "device": ranks.device}
+    place["cuda_graph"] = ungraphed is None
     out.result({**place, "data": data_document(prepared), **memory, "recipe": recipe.to_dict()}, lambda: said)

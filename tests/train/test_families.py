@@ -79,14 +79,14 @@ def test_rotary_constants_without_a_field_are_set(tmp_path: Path) -> None:
 def test_experts_under_tensor_parallelism_need_sequence_parallelism(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Megatron Core ends such a run in its first step. A plan may be for another machine."""
+    """Megatron Core ends such a run in its first step."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for family, refused in (("qwen3_moe", True), ("qwen3", False)):
-        sections = {"model": {"path": str(make(family, tmp_path / family))}, "parallel": {"tp": 2}}
+    for family, shared, refused in (("qwen3_moe", False, True), ("qwen3_moe", True, False), ("qwen3", False, False)):
+        axes = {"tp": 2, "sequence_parallel": shared}
+        sections = {"model": {"path": str(make(family, tmp_path / family))}, "parallel": axes}
         recipe = parse_recipe(raw(tmp_path / "run", **sections))
         if refused:
             with pytest.raises(DeviceError, match="sequence parallelism"):
                 prepare(recipe)
-            prepare(recipe, dry=True)
         else:
             prepare(recipe)

@@ -197,15 +197,20 @@ def test_fp8_fields() -> None:
 
 
 def test_cached_fp8_weights_are_renewed_at_each_step() -> None:
-    """Layers that keep a quantised copy of their weight must be told that a step begins."""
+    """Layers that keep a quantised copy of their weight must be told that a step begins; a frozen one stays right."""
     from torch import nn
 
-    class Layer(nn.Module):
+    class Layer(nn.Linear):
         is_first_microbatch = False
 
-    model = nn.Sequential(Layer(), nn.Linear(2, 2), nn.Sequential(Layer()))
-    first_microbatch(model)()
-    assert [m.is_first_microbatch for m in model.modules() if isinstance(m, Layer)] == [True, True]
+    frozen = Layer(2, 2).requires_grad_(False)
+    model = nn.Sequential(Layer(2, 2), nn.Linear(2, 2), nn.Sequential(Layer(2, 2)), frozen)
+    for mark in (first_microbatch(model), model.set_is_first_microbatch):  # the schedule's call is the same
+        for layer in model.modules():
+            if isinstance(layer, Layer):
+                layer.is_first_microbatch = False
+        mark()
+        assert [m.is_first_microbatch for m in model.modules() if isinstance(m, Layer)] == [True, True, False]
 
 
 def test_log_line_and_plot() -> None:

@@ -34,7 +34,7 @@ _CUDA_ONLY: dict[str, Value] = {
     **dict.fromkeys(
         """apply_rope_fusion bias_activation_fusion bias_dropout_fusion cross_entropy_loss_fusion fused_single_qkv_rope
         gradient_accumulation_fusion masked_softmax_fusion memory_efficient_layer_norm moe_grouped_gemm
-        moe_permute_fusion moe_router_fusion moe_shared_expert_overlap persist_layer_norm sequence_parallel
+        moe_permute_fusion moe_router_fusion moe_shared_expert_overlap persist_layer_norm
         use_fused_weighted_squared_relu""".split(),
         False,
     ),

@@ -6,6 +6,7 @@ of `mbx.models.megatron.specs` import it.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -41,16 +42,25 @@ class LocalNorm:
 
     A class and not a function because Megatron Core takes a function in a spec for the layer itself. The keyword
     arguments mcore passes on top (`persist_layer_norm`, `zero_centered_gamma`, `normalization`) repeat config fields.
+    Under sequence parallelism the parameters are marked, as Transformer Engine marks its norms': each rank sees its
+    tokens, so gradients are summed. mcore refuses torch's norms there, which know nothing of that.
     """
 
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_repeated: bool | str
     ) -> nn.Module:
+        norm: nn.Module
         if config.layernorm_zero_centered_gamma:
-            return ZeroCenteredNorm(config, hidden_size, eps)
-        norm: nn.Module = WrappedTorchNorm(config, hidden_size, eps)
-        # torch builds its norms in the default dtype; every other parameter of the model is in params_dtype.
-        return norm.to(config.params_dtype)
+            norm = ZeroCenteredNorm(config, hidden_size, eps)
+        else:
+            alone = copy(config)
+            alone.sequence_parallel = False
+            # torch builds its norms in the default dtype; every other parameter of the model is in params_dtype.
+            norm = WrappedTorchNorm(alone, hidden_size, eps).to(config.params_dtype)
+        if config.sequence_parallel:
+            for parameter in norm.parameters():
+                parameter.sequence_parallel = True  # type: ignore[attr-defined]
+        return norm
 
 
 class LatentDotProductAttention(DotProductAttention):  # type: ignore[misc]  # megatron is untyped

@@ -126,7 +126,7 @@ class Adapter(nn.Module):
         set_tensor_model_parallel_attributes(parameter, own, cut or 0, 1)
         if hasattr(self.weight, "allreduce"):  # False under expert parallelism: gradients of other ranks' experts
             parameter.allreduce = self.weight.allreduce  # type: ignore[attr-defined]
-        if cut is None and self.sequence_parallel:
+        if cut is None and self.sequence_parallel and not self.expert:  # of experts `_summed` adds them already
             parameter.sequence_parallel = True  # type: ignore[attr-defined]  # each rank sees its tokens: sum gradients
         return parameter
 

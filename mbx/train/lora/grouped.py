@@ -20,6 +20,7 @@ from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.config import TransformerConfig
+    from mbx.models.megatron.core.experts import Ends
 
 
 class LoraGrouped(Adapter):
@@ -44,10 +45,12 @@ class LoraGrouped(Adapter):
             self.register_parameter(f"lora_b{name}", self._own(b, None if self.row_parallel else 1))
 
     def forward(
-        self, x: torch.Tensor, m_splits: Sequence[int] | torch.Tensor
+        self, x: torch.Tensor, m_splits: Sequence[int] | torch.Tensor | Ends
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The base's output with the adapters' added. x: [tokens, in], the first `m_splits[0]` of the first expert."""
         y, bias = self.base(x, m_splits)
+        if not isinstance(m_splits, Sequence | torch.Tensor):
+            return self._joined(y, x, m_splits), bias
         counts = m_splits.tolist() if isinstance(m_splits, torch.Tensor) else list(m_splits)
         a, factors = self._a(self.lora_a), self.factors()
         if self.row_parallel:
@@ -57,6 +60,13 @@ class LoraGrouped(Adapter):
             b = joined_factors([every[expert] for every in factors], self.layout)
             parts.append(F.linear(F.linear(tokens, a[expert]), b))
         return torch.add(y, torch.cat(parts), alpha=self.scale), bias
+
+    def _joined(self, y: torch.Tensor, x: torch.Tensor, ends: Ends) -> torch.Tensor:
+        """The same in one product for all experts' A and one for their B."""
+        from mbx.models.megatron.core.experts import grouped
+
+        h = grouped(self._drop(x), self._a(self.lora_a), ends)
+        return torch.add(y, grouped(h, joined_factors(self.factors(), self.layout), ends), alpha=self.scale)
 
     def backward_dw(self) -> None:
         """Nothing: the base is frozen."""

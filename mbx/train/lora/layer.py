@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mbx.train.lora.adapter import WHOLE, Adapter, Slots, first_factor
-from mbx.train.lora.product import biases, fits, joined_factors, kind_of, norm_of, normed, product
+from mbx.train.lora.product import Shared, biases, fits, joined_factors, kind_of, norm_of, normed, product
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class LoraLinear(Adapter):
         # a checkpointed layer runs first without gradients, and again with them when only its inside is needed
         unread = self.ends_checkpoint and self.training and torch.is_grad_enabled()
         a, factors = self._a(self.lora_a), self.factors()
-        y = product(seen, weight, added, a, factors, self.scale, layout=self.layout, unread=unread)
+        shared = Shared(self.group, self.row_parallel) if self.tp > 1 else None
+        y = product(seen, weight, added, a, factors, self.scale, layout=self.layout, unread=unread, shared=shared)
         return y, deferred
 
     def _run_base(

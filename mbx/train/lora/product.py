@@ -3,11 +3,14 @@
 Apart, `y = W x` and `y += s · B A x` copy y once forward, and backward add two gradients of x that were both written
 out. Here the small products are accumulated into the large ones' results: with T tokens, T · (2 · out + 2 · in)
 elements less to read and write a linear.
+
+Under tensor and sequence parallelism the sum is what ranks exchange, so that an adapter costs no collective of its own
+but one, over the few columns between A and B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,6 +53,35 @@ class Layout:
         return self.blocks == ((0, self.stride, 0, self.columns),) and self.groups == 1
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Ranks that share the tokens between linears, and of this linear its output rows, or (`by_columns`) its columns.
+
+    By rows: x and its gradient are of this rank's tokens, y is of all. By columns: the other way round.
+    """
+
+    group: torch.distributed.ProcessGroup
+    by_columns: bool
+
+    def gathered(self, mine: torch.Tensor) -> torch.Tensor:
+        """The tokens of all ranks: [tokens / ranks, n] → [tokens, n]."""
+        whole = mine.new_empty(len(mine) * self.group.size(), mine.shape[1])
+        torch.distributed.all_gather_into_tensor(whole, mine.contiguous(), group=self.group)
+        return whole
+
+    def summed(self, part: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """This rank's tokens of a sum over ranks, once it is asked for: [tokens, n] → [tokens / ranks, n]."""
+        mine = part.new_empty(len(part) // self.group.size(), part.shape[1])
+        work = torch.distributed.reduce_scatter_tensor(mine, part.contiguous(), group=self.group, async_op=True)
+
+        def wait() -> torch.Tensor:
+            assert work is not None
+            work.wait()
+            return mine
+
+        return wait
+
+
 class _Product(torch.autograd.Function):
     """`y = x Wᵀ + bias`, then each B added to its rows of y from its columns of `s · x Aᵀ`; gradients for x, A, B."""
 
@@ -62,27 +94,37 @@ class _Product(torch.autograd.Function):
         scale: float,
         layout: Layout,
         unread: bool,
+        shared: Shared | None,
         a: torch.Tensor,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        h = _scaled(rows, a.t(), scale)
+        by_columns = shared is not None and shared.by_columns
+        seen = rows if shared is None or by_columns else shared.gathered(rows)
+        h = _scaled(seen, a.t(), scale)
         if unread:
-            y = rows.new_empty(len(rows), weight.shape[0])
+            y = rows.new_empty(len(seen) // (shared.group.size() if shared and by_columns else 1), weight.shape[0])
         else:
-            y = F.linear(rows, weight, bias)
+            y = F.linear(seen, weight, None if by_columns else bias)
             for b, outputs, ranks in _places(factors, layout):
                 y[:, outputs].addmm_(h[:, ranks], b.t())
+            if shared is not None and by_columns:
+                y = shared.summed(y)()
+                y = y if bias is None else y.add_(bias)
         ctx.save_for_backward(rows, weight, h, a, *factors)
-        ctx.scale, ctx.layout = scale, layout  # type: ignore[attr-defined]
-        return y.view(*x.shape[:-1], weight.shape[0])
+        ctx.scale, ctx.layout, ctx.shared = scale, layout, shared  # type: ignore[attr-defined]
+        return y.view(-1, *x.shape[1:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, h, a, *factors = ctx.saved_tensors  # type: ignore[attr-defined]
         scale: float = ctx.scale  # type: ignore[attr-defined]
         layout: Layout = ctx.layout  # type: ignore[attr-defined]
+        shared: Shared | None = ctx.shared  # type: ignore[attr-defined]
+        by_rows = shared is not None and not shared.by_columns
         g = grad.reshape(-1, grad.shape[-1])
+        if shared is not None and shared.by_columns:
+            g = shared.gathered(g)
         places = list(_places(factors, layout))
         gh: torch.Tensor
         if len(places) == 1:
@@ -93,13 +135,18 @@ class _Product(torch.autograd.Function):
                 beta = int(ranks.start in begun)  # several B's may share an A
                 gh[:, ranks].addmm_(g[:, outputs], b, beta=beta, alpha=scale)
                 begun.add(ranks.start)
+        mine = shared.summed(gh) if shared is not None and by_rows else None
+        gx, summed = None, None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            gx = (g @ weight).addmm_(gh, a)
+            summed = shared.summed(gx) if shared is not None and by_rows else None
         gb = [g[:, outputs].t() @ h[:, ranks] for _, outputs, ranks in places]
         if layout.groups > 1:
             gb = _parted(gb[0], factors, layout)
-        gx = None
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            gx = (g @ weight).addmm_(gh, a).view(*grad.shape[:-1], weight.shape[1])
-        return gx, None, None, None, None, None, gh.t() @ rows, *gb
+        ga = (mine() if mine is not None else gh).t() @ rows
+        gx = summed() if summed is not None else gx
+        gx = None if gx is None else gx.view(-1, *grad.shape[1:-1], weight.shape[1])
+        return gx, None, None, None, None, None, None, ga, *gb
 
 
 def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
@@ -127,13 +174,17 @@ def stacked(factors: Sequence[torch.Tensor], groups: int = 1) -> Layout:
 
 
 def joined_factors(factors: Sequence[torch.Tensor], layout: Layout) -> torch.Tensor:
-    """`factors` as one [rows, columns] of a layout, zero elsewhere; one that is all of it is itself."""
+    """`factors` as one [rows, columns] of a layout, zero elsewhere; one that is all of it is itself.
+
+    Dimensions in front of a factor's two stay.
+    """
     if layout.is_one():
         return factors[0]
-    joined = factors[0].new_zeros(layout.groups, layout.stride, layout.columns)
+    before = factors[0].shape[:-2]
+    joined = factors[0].new_zeros(*before, layout.groups, layout.stride, layout.columns)
     for b, (row, size, column, width) in zip(factors, layout.blocks, strict=True):
-        joined[:, row : row + size, column : column + width] = b.view(layout.groups, size, width)
-    return joined.view(-1, layout.columns)
+        joined[..., row : row + size, column : column + width] = b.view(*before, layout.groups, size, width)
+    return joined.view(*before, -1, layout.columns)
 
 
 def _parted(joined: torch.Tensor, factors: Sequence[torch.Tensor], layout: Layout) -> list[torch.Tensor]:
@@ -153,15 +204,17 @@ def product(
     *,
     layout: Layout | None = None,
     unread: bool = False,
+    shared: Shared | None = None,
 ) -> torch.Tensor:
     """`x Wᵀ + bias + scale · (x Aᵀ) Bᵀ` with W and bias frozen.
 
     x: [..., in], weight: [out, in], a: [columns, in], factors as `layout` joins them to B: [out, columns], by default
     `stacked`; all of one dtype. `unread`: the output's values matter to nobody (a recomputed layer's last product) and
-    are not computed.
+    are not computed. `shared`: W is this rank's part, A its columns or B its rows; gradients of the factor that every
+    rank holds whole are this rank's share of a sum.
     """
     layout = layout or stacked(factors)
-    out = _Product.apply(x, weight, bias, scale, layout, unread, a, *factors)  # type: ignore[no-untyped-call]
+    out = _Product.apply(x, weight, bias, scale, layout, unread, shared, a, *factors)  # type: ignore[no-untyped-call]
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -204,10 +257,11 @@ def biases(base: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
 
 
 def fits(base: nn.Module, *, tp: int, quantized: bool) -> bool:
-    """Whether `product` may stand for `base`: a whole, frozen, unquantized weight of a known linear."""
+    """Whether `product` may stand for `base`: a frozen, unquantized weight of a known linear, whole or with its tokens
+    shared out as well."""
     weight, kind = base.weight, kind_of(base)
     return (
-        tp == 1
+        (tp == 1 or bool(getattr(base, "sequence_parallel", False)))
         and not quantized
         and (kind in _PLAIN or (kind in _NORMED and hasattr(base, "layer_norm_weight")))
         and isinstance(weight, torch.Tensor)

@@ -10,6 +10,7 @@ from converters.rows.config_spelling import canonical
 from converters.rows.expr import Value
 from mbx.train.model.blueprint import Blueprint, as_int
 from mbx.train.model.config import train_config
+from mbx.train.model.experts import joins_experts
 from mbx.train.model.parallel import Ranks, spread_of
 from mbx.train.recipe.sections import Recipe
 
@@ -39,6 +40,12 @@ def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> n
     )
     if plan.hf is not None:  # rotary constants that Megatron Core has no field for
         lend_frequencies(model, plan.hf, canonical(read_config(plan.hf)))
+    if joins_experts(recipe, plan.config, ranks):
+        from mbx.models.megatron.core.experts import join_experts
+
+        join_experts(model)
+    if recipe.parallel.tp > recipe.parallel.etp:
+        _reduce_experts(model)
     for parameter in model.parameters():
         set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if recipe.train.precision != "fp32":
@@ -49,8 +56,21 @@ def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> n
     return model
 
 
-def wrap(recipe: Recipe, model: nn.Module, ranks: Ranks, *, bucketed: bool = True) -> DistributedDataParallel:
-    """Megatron Core's data-parallel wrapper: gradients in fp32 buckets, reduced as they come.
+def _reduce_experts(model: nn.Module) -> None:
+    """Let gradients of experts be summed over the ranks of tensor parallelism that hold the same experts.
+
+    Each of them sees its own tokens. Megatron Core (0.16 to 0.19) marks experts for that under expert parallelism
+    only, and would step each rank's copy by the gradient of its own share.
+    """
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def wrap(
+    recipe: Recipe, model: nn.Module, ranks: Ranks, *, bucketed: bool = True, at_once: bool = False
+) -> DistributedDataParallel:
+    """Megatron Core's data-parallel wrapper: gradients in fp32 buckets, reduced as they come, or `at_once` at the end.
 
     Chunks of an interleaved pipeline behind the first are not `bucketed`: their reduction overlaps with the others'
     computation anyway (megatron/training/training.py).
@@ -59,7 +79,7 @@ def wrap(recipe: Recipe, model: nn.Module, ranks: Ranks, *, bucketed: bool = Tru
 
     cuda = ranks.device == "cuda"
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    overlap = recipe.parallel.overlap_grad_reduce and cuda and ranks.dp * recipe.parallel.cp > 1
+    overlap = recipe.parallel.overlap_grad_reduce and cuda and ranks.dp * recipe.parallel.cp > 1 and not at_once
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
@@ -133,11 +153,22 @@ def flops_per_token(config: Mapping[str, Value], length: int, vocab: int, lora: 
 
 
 def first_microbatch(*chunks: nn.Module) -> Callable[[], None]:
-    """A call for the start of every step, without which FP8 layers keep using the weights they cached."""
-    marked = [m for chunk in chunks for m in chunk.modules() if hasattr(m, "is_first_microbatch")]
+    """A call for the start of every step, without which FP8 layers keep using the weights they cached.
+
+    Layers whose weights are all frozen cast them once, in the first pass: Megatron Core's schedules, which would mark
+    every layer, are given this call in place of theirs.
+    """
+    marked = [
+        m
+        for chunk in chunks
+        for m in chunk.modules()
+        if hasattr(m, "is_first_microbatch") and any(p.requires_grad for p in m.parameters(recurse=False))
+    ]
 
     def mark() -> None:
         for module in marked:
             module.is_first_microbatch = True  # type: ignore[assignment]
 
+    for chunk in chunks:
+        chunk.set_is_first_microbatch = mark  # type: ignore[assignment]
     return mark

@@ -53,9 +53,14 @@ def bias_rate(recipe: Recipe) -> float:
 
 
 def sequence_parallel(recipe: Recipe, ranks: Ranks) -> bool:
-    """Whether ranks of tensor parallelism share the tokens between the products; gloo cannot scatter sums."""
+    """Whether ranks of tensor parallelism share the tokens between the products."""
     p = recipe.parallel
-    return p.tp > 1 and p.sequence_parallel and ranks.device == "cuda"
+    if p.tp == 1 or not p.sequence_parallel or ranks.device == "cuda":
+        return p.tp > 1 and p.sequence_parallel
+    import torch
+
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 8)  # before, gloo scatters no sums
 
 
 def gpu_config(config: Mapping[str, Value]) -> dict[str, Value]:

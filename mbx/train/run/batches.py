@@ -12,6 +12,7 @@ from mbx.train.data.batch import Batch, forward_step, to_device
 from mbx.train.data.rows import Rows, micro_batches
 from mbx.train.model.parallel import Ranks
 from mbx.train.recipe.sections import Recipe
+from mbx.train.run.graph import WARM_STEPS, Graph, Results
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.beside import Beside
@@ -23,12 +24,27 @@ class Batches:
     label's."""
 
     def __init__(
-        self, recipe: Recipe, ranks: Ranks, chunks: Sequence[DistributedDataParallel], beside: Beside
+        self,
+        recipe: Recipe,
+        ranks: Ranks,
+        chunks: Sequence[DistributedDataParallel],
+        beside: Beside,
+        *,
+        graphed: bool = False,
     ) -> None:
         from mbx.models.megatron.core.training import get_forward_backward_func
 
         self.recipe, self.ranks, self.chunks, self.beside = recipe, ranks, chunks, beside
         self.forward_backward = get_forward_backward_func()
+        one = partial(self._pass, count=1, forward_only=False)
+        rounds = recipe.train.global_batch // (recipe.train.micro_batch * ranks.dp)
+        self.graph = Graph(chunks[0], lambda batches: one([batches]), rounds) if graphed else None
+        self.warm = 0
+
+    def close(self) -> None:
+        """Let go of what was recorded: a communicator that a graph uses does not end before the graph."""
+        if self.graph is not None:
+            self.graph.close()
 
     def run(self, rows: Rows, step: int, size: int, *, forward_only: bool) -> torch.Tensor:
         """Run the `step`-th batch of `size` rows through Megatron Core's schedule.
@@ -39,19 +55,13 @@ class Batches:
         from mbx.models.megatron.core.groups import parallel_state as ps
 
         t = self.recipe.train
-        batches = [self._batches(rows, step, size) for _ in self.chunks]
-        length, micro = self.recipe.data.length, t.micro_batch
-        if self.ranks.te and self.recipe.data.packs:
-            length, micro = length * micro, 1  # packed rows travel between stages as one
-        results = self.forward_backward(
-            forward_step_func=partial(forward_step, beside=self.beside),
-            data_iterator=batches,
-            model=self.chunks,
-            num_microbatches=size // (t.micro_batch * self.ranks.dp),
-            seq_length=length,
-            micro_batch_size=micro,
-            forward_only=forward_only,
-        )
+        if self.graph is not None and not forward_only and self.warm >= WARM_STEPS:
+            results = self.graph.step(self._batches(rows, step, size))
+        else:
+            count = size // (t.micro_batch * self.ranks.dp)
+            batches = [self._batches(rows, step, size) for _ in self.chunks]
+            results = self._pass(batches, count=count, forward_only=forward_only)
+            self.warm += not forward_only
         exact = torch.float64 if self.ranks.device == "cpu" else torch.float32
         total = torch.zeros(2, dtype=exact, device=self.ranks.device)
         if ps.is_pipeline_last_stage():
@@ -63,6 +73,22 @@ class Batches:
             last = ps.get_pipeline_model_parallel_last_rank()
             torch.distributed.broadcast(total, src=last, group=ps.get_pipeline_model_parallel_group())
         return total
+
+    def _pass(self, batches: list[Iterator[Batch]], *, count: int, forward_only: bool) -> Results:
+        """What `count` micro-batches say of their losses; gradients are in the chunks' buffers."""
+        length, micro = self.recipe.data.length, self.recipe.train.micro_batch
+        if self.ranks.te and self.recipe.data.packs:
+            length, micro = length * micro, 1  # packed rows travel between stages as one
+        results: Results = self.forward_backward(
+            forward_step_func=partial(forward_step, beside=self.beside),
+            data_iterator=batches,
+            model=self.chunks,
+            num_microbatches=count,
+            seq_length=length,
+            micro_batch_size=micro,
+            forward_only=forward_only,
+        )
+        return results
 
     def _batches(self, rows: Rows, step: int, size: int) -> Iterator[Batch]:
         from mbx.models.megatron.core.groups import parallel_state as ps

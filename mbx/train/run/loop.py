@@ -6,6 +6,7 @@ gradients, its optimizer steps. This file decides what they are given.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from mbx.train.model.parallel import on_any_rank, session
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.model.warmup import warm_up
 from mbx.train.model.weights import load_weights
-from mbx.train.run import memory
+from mbx.train.run import graph, memory
 from mbx.train.run.batches import Batches
 from mbx.train.run.keeping import Keeper
 from mbx.train.run.log import Log, Step
@@ -56,14 +57,17 @@ class Outcome:
 def train(prepared: Prepared, *, live: bool = True, on_step: Callable[[Step], None] = lambda _: None) -> Outcome:
     """Run a prepared recipe to its end, to SIGTERM or Ctrl-C, or to a loss that is not a number; collective."""
     recipe, ranks = prepared.recipe, prepared.ranks
-    with session(recipe, ranks):
+    graphed = graph.why_not(recipe, prepared.plan.config, ranks) is None
+    with session(recipe, ranks), graph.one_stream() if graphed else contextlib.nullcontext():
         log = Log(recipe, main=ranks.is_main, live=live)
-        try:
-            return Trainer(prepared, log, on_step).run()
-        except torch.cuda.OutOfMemoryError as error:
-            raise memory.explain(prepared, error) from error
-        finally:
-            log.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(log.close)
+            try:
+                trainer = Trainer(prepared, log, on_step)
+                stack.callback(trainer.batches.close)
+                return trainer.run()
+            except torch.cuda.OutOfMemoryError as error:
+                raise memory.explain(prepared, error) from error
 
 
 class Trainer:
@@ -113,8 +117,9 @@ class Trainer:
                     load_whole(bare, self.plan, adapter, whole_layers(self.recipe.lora, self.plan))
 
         # 2. gradients, optimizer, schedules
+        graphed = graph.why_not(self.recipe, self.plan.config, self.ranks) is None
         self.chunks: list[DistributedDataParallel] = [
-            models.wrap(self.recipe, network, self.ranks, bucketed=number == 0)
+            models.wrap(self.recipe, network, self.ranks, bucketed=number == 0, at_once=graphed)
             for number, network in enumerate(networks)
         ]
         self.optimizer: MegatronOptimizer = models.optimizer(self.recipe, self.chunks, self.ranks)
@@ -124,7 +129,7 @@ class Trainer:
             config.finalize_model_grads_func = _finalizer()
             if self.chunks[0].ddp_config.overlap_grad_reduce:
                 config.no_sync_func = waits if len(waits) > 1 else waits[0]
-        self.batches = Batches(self.recipe, self.ranks, self.chunks, self.beside)
+        self.batches = Batches(self.recipe, self.ranks, self.chunks, self.beside, graphed=graphed)
         self.mark_first = models.first_microbatch(*self.chunks)
         self.take_step = GuardedStep(self.optimizer)
 

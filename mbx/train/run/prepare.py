@@ -224,8 +224,8 @@ def _check_axes(recipe: Recipe, plan: Blueprint, ranks: Ranks, dry: bool) -> Non
     if plan.config.get("num_moe_experts") and recipe.parallel.tp > 1 and not shared:
         raise DeviceError(
             f"parallel.tp={recipe.parallel.tp}: Megatron Core trains experts under tensor parallelism with sequence "
-            "parallelism only, which needs GPUs and parallel.sequence_parallel=true",
-            hint="parallel.tp=1; parallel.ep shares the experts out",
+            "parallelism only",
+            hint="parallel.sequence_parallel=true, on a CPU with PyTorch 2.8 or newer",
         )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,9 +28,10 @@ from megatron.core.fusions import fused_softmax
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
 from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer import multi_token_prediction
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
+
+from mbx.models.megatron.core.balance import balance, tracked, weigh_by_row
 
 #: The decoder layer inside a prediction layer, by release, the newest name first.
 _INNER = ("mtp_model_layer", "transformer_layer")
@@ -40,10 +41,6 @@ _HELPER = multi_token_prediction.MTPLossLoggingHelper
 #: What keeps a prediction layer's loss, by release, the newest name first; its arguments are told by name.
 _KEEPER = next(name for name in ("save_metrics_to_tracker", "save_loss_to_tracker") if hasattr(_HELPER, name))
 _KEPT = inspect.signature(getattr(_HELPER, _KEEPER))
-#: What keeps the router's losses: an object since 0.18, a dict of dicts before.
-_router_losses: Callable[[], Any] | None = getattr(moe_utils, "get_moe_metrics_tracker", None)
-#: Balance losses, as configs name them.
-_KINDS = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 _roll: Callable[..., tuple[torch.Tensor, torch.Tensor]] = multi_token_prediction.roll_tensor
 
 
@@ -71,10 +68,11 @@ class Beside:
     def watch(self, model: nn.Module) -> None:
         """Give the parts of a bare GPTModel or MambaModel what Megatron Core does not give them."""
         self._watched.append(model)
-        _tracked().clear()  # of an earlier model of this process
+        tracked().clear()  # of an earlier model of this process
         for module in list(model.modules()):
             if isinstance(module, TopKRouter):
                 module._apply_expert_bias = partial(_count_tokens, module)
+                weigh_by_row(module)
             elif isinstance(module, FusedScaleMaskSoftmax) and module.window_size is not None:
                 module.forward_torch_softmax = partial(_window_and_mask, module, module.forward_torch_softmax)
             elif isinstance(module, multi_token_prediction.MultiTokenPredictionLayer):
@@ -111,7 +109,7 @@ class Beside:
             return {}
         config: Any = self._watched[0].config
         found = {f"mtp_{depth + 1}_loss": value for depth, value in enumerate(self._predicted(config))}
-        return found | _balance(config, self._watched, num_micro_batches)
+        return found | balance(config, self._watched, num_micro_batches)
 
     def _predicted(self, config: Any) -> list[float]:
         depths = int(getattr(config, "mtp_num_layers", None) or 0)
@@ -238,51 +236,3 @@ def _count_tokens(router: Any, routing_map: torch.Tensor, padding_mask: torch.Te
         if padding_mask is not None:
             routing_map = routing_map & ~padding_mask.reshape(-1, 1)
         router.local_tokens_per_expert += routing_map.sum(dim=0)
-
-
-def _names(config: Any) -> list[str]:
-    """The router's losses that this config asks for, as Megatron Core's tracker names them."""
-    kinds = config.moe_router_load_balancing_type
-    coefficients = config.moe_aux_loss_coeff
-    pairs = zip(kinds, coefficients, strict=True) if isinstance(kinds, list) else [(kinds, coefficients)]
-    spelt = {kind: f"{kind.removesuffix('aux_loss')}load_balancing_loss" for kind in _KINDS}
-    names = [spelt[kind] for kind, coefficient in pairs if kind in spelt and coefficient]
-    return names + (["z_loss"] if config.moe_z_loss_coeff is not None else [])
-
-
-def _tracked() -> dict[str, Any]:
-    """Megatron Core's own record of the router's losses, by name."""
-    found: dict[str, Any]
-    found = moe_utils.get_moe_layer_wise_logging_tracker() if _router_losses is None else _router_losses().metrics
-    return found
-
-
-def _entry(kept: Any) -> tuple[torch.Tensor, Any]:
-    """A loss's values by layer, and the group that sums them."""
-    if isinstance(kept, dict):
-        return kept["values"], kept.get("reduce_group")
-    return kept.values, kept.reduce_group
-
-
-def _balance(config: Any, models: Sequence[nn.Module], num_micro_batches: int) -> dict[str, float]:
-    """The router's losses of a step, and forget them: the mean over all layers, micro-batches and replicas."""
-    if not getattr(config, "num_moe_experts", None) or not (names := _names(config)):
-        return {}
-    tracker = _tracked()
-    routers = sum(isinstance(module, TopKRouter) for model in models for module in model.modules())
-    device = next(models[0].parameters()).device
-    sums = torch.zeros(len(names) + 1, device=device)
-    sums[-1] = routers
-    for n, name in enumerate(names):
-        if name not in tracker:
-            continue
-        values, group = _entry(tracker[name])
-        total = values.sum()
-        if group is not None:
-            torch.distributed.all_reduce(total, group=group)
-        sums[n] = total
-    tracker.clear()
-    torch.distributed.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    torch.distributed.all_reduce(sums, group=group)
-    return {name: float(sums[n] / (sums[-1] * num_micro_batches)) for n, name in enumerate(names)}
