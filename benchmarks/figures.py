@@ -24,7 +24,9 @@ from benchmarks.speed_figures import speed
 MEASURED = Path(__file__).resolve().parents[1] / "fixtures" / "measured"
 Row = dict[str, Any]
 _BLOCK = re.compile(
-    r"(?P<begin><!-- begin: (?P<name>budget|recipes|megatron_lm) [^\n]*-->)\n.*?(?P<end><!-- end: (?P=name) -->)", re.S
+    r"(?P<begin><!-- begin: (?P<name>budget|recipes|replayed|megatron_lm) [^\n]*-->)\n.*?"
+    r"(?P<end><!-- end: (?P=name) -->)",
+    re.S,
 )
 
 
@@ -188,6 +190,22 @@ def recipes(rows: list[Row]) -> list[str]:
     return table(("recipe", "overrides", "GPUs", "predicted", "measured", "error"), lines)
 
 
+def replayed(rows: list[Row]) -> list[str]:
+    """Runs replayed from a CUDA graph, the same launched kernel by kernel, and Transformers with PEFT."""
+    lines = []
+    for text in (MEASURED / "graphs.jsonl").read_text(encoding="utf-8").splitlines():
+        run = json.loads(text)
+        launched, peft, predicted = run["launched_tokens_per_s"], run["peft"] or {}, predicted_gib(run)
+        ours, theirs = run["tokens_per_s"], peft.get("tokens_per_s")
+        other = f"{theirs:,} ({peft['peak_gib']:.1f} GiB)" if theirs else "out of memory" if peft else ""
+        changes = " ".join(word for word in run["overrides"] if word != "train.global_batch=1")
+        cells = [run["recipe"], changes, run["gpus"], f"{launched:,}" if launched else "", f"{ours:,}"]
+        memory = f"{run['peak_gib']:.2f} ({predicted / run['peak_gib'] - 1:+.1%})"
+        lines.append([*cells, memory, other, f"{ours / theirs:.2f}" if theirs else ""])
+    head = ("recipe", "overrides", "GPUs", "launched", "replayed", "GiB (budget)", "Transformers, PEFT", "ratio")
+    return table(head, lines)
+
+
 def records() -> list[Row]:
     """The trainer's measured records."""
     return [json.loads(line) for line in (MEASURED / "train.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -210,7 +228,7 @@ def page(rows: list[Row]) -> str:
 
 def insert(text: str, rows: list[Row]) -> str:
     """A hand-written page with its marked blocks written again, each from the function it names; others stay."""
-    blocks = {"budget": budget, "recipes": recipes, "megatron_lm": megatron_lm}
+    blocks = {"budget": budget, "recipes": recipes, "replayed": replayed, "megatron_lm": megatron_lm}
 
     def block(found: re.Match[str]) -> str:
         lines = [line for line in blocks[found["name"]](rows) if not line.startswith("#")]

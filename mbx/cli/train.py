@@ -246,7 +246,7 @@ def fetched(recipe: Recipe) -> Recipe:
 
 def _show_plan(prepared: Prepared) -> None:
     from mbx.train.budget.predict import lines, predict, suggestions
-    from mbx.train.run.graph import why_not
+    from mbx.train.model.graphs import why_not
 
     recipe, ranks, plan = prepared.recipe, prepared.ranks, prepared.plan
     p, t = recipe.parallel, recipe.train

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mbx.train.model.graphs import why_not
 from mbx.train.recipe.catalogue import load_recipe
-from mbx.train.run.graph import why_not
 from mbx.train.run.loop import train
 from mbx.train.run.prepare import prepare
 

@@ -10,7 +10,8 @@ from mbx.train.recipe.sections import Recipe
 
 
 def joins_experts(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> bool:
-    """Frozen experts without biases, in bf16, all on one GPU that has the kernel (Hopper and newer).
+    """Frozen experts without biases, in bf16, all on one GPU that has the kernel: Hopper or newer, as one that is
+    elsewhere is taken to be.
 
     Rows of the kernel's operands begin at multiples of 16 bytes, an adapter's too.
     """
@@ -30,5 +31,5 @@ def joins_experts(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> 
         and recipe.train.precision == "bf16"
         and recipe.fp8.recipe == "none"
         and ranks.te
-        and torch.cuda.get_device_capability(ranks.local_rank) >= (9, 0)
+        and (not torch.cuda.is_available() or torch.cuda.get_device_capability(ranks.local_rank) >= (9, 0))
     )

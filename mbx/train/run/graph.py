@@ -15,12 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from converters.rows.expr import Value
 from mbx.train.data.batch import Batch
-from mbx.train.model.experts import joins_experts
-from mbx.train.model.kernels import unpacked_layers
-from mbx.train.model.parallel import Ranks
-from mbx.train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.training import DistributedDataParallel
@@ -30,29 +25,6 @@ Results = list[dict[str, torch.Tensor]]
 WARM_STEPS = 2
 #: What a pass reads of a micro-batch that holds one example a row.
 _READ = ("tokens", "labels", "mask", "positions")
-
-
-def why_not(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> str | None:
-    """What of a run no graph can hold, in words; None where its passes are recorded."""
-    t, p = recipe.train, recipe.parallel
-    dropout = recipe.lora.dropout or config.get("hidden_dropout") or config.get("attention_dropout")
-    reasons: dict[str, object] = {
-        "train.cuda_graph=off": t.cuda_graph == "off",
-        "graphs are recorded on GPUs with Transformer Engine": ranks.device != "cuda" or not ranks.te,
-        "packed rows differ in their examples (data.pack=false)": recipe.data.packs
-        and not unpacked_layers(config, te=ranks.te),
-        "pipeline stages wait for one another": p.pp > 1,
-        "context parallelism exchanges parts of a row": p.cp > 1,
-        "experts wait for their tokens' counts": config.get("num_moe_experts")
-        and not joins_experts(recipe, config, ranks),
-        "prediction layers": config.get("mtp_num_layers"),
-        "Mamba layers": config.get("model.mcore_model") == "hybrid",
-        "dropout draws anew each time": dropout,
-        "recomputation puts random streams back": t.recompute != "none",
-        "the loss scale of fp16 changes": t.precision == "fp16",
-        "delayed scaling of FP8 keeps a history outside": recipe.fp8.recipe == "delayed",
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 @contextlib.contextmanager

@@ -26,13 +26,15 @@ from mbx.train.lora.attach import attach, base_of
 from mbx.train.lora.peft_folder import by_weight, load_peft, open_for
 from mbx.train.lora.whole import load_whole
 from mbx.train.model import build as models
+from mbx.train.model.graphs import why_not
 from mbx.train.model.kernels import compiling
 from mbx.train.model.parallel import on_any_rank, session
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.model.warmup import warm_up
 from mbx.train.model.weights import load_weights
-from mbx.train.run import graph, memory
+from mbx.train.run import memory
 from mbx.train.run.batches import Batches
+from mbx.train.run.graph import one_stream
 from mbx.train.run.keeping import Keeper
 from mbx.train.run.log import Log, Step
 from mbx.train.run.prepare import Prepared
@@ -57,8 +59,8 @@ class Outcome:
 def train(prepared: Prepared, *, live: bool = True, on_step: Callable[[Step], None] = lambda _: None) -> Outcome:
     """Run a prepared recipe to its end, to SIGTERM or Ctrl-C, or to a loss that is not a number; collective."""
     recipe, ranks = prepared.recipe, prepared.ranks
-    graphed = graph.why_not(recipe, prepared.plan.config, ranks) is None
-    with session(recipe, ranks), graph.one_stream() if graphed else contextlib.nullcontext():
+    graphed = why_not(recipe, prepared.plan.config, ranks) is None
+    with session(recipe, ranks), one_stream() if graphed else contextlib.nullcontext():
         log = Log(recipe, main=ranks.is_main, live=live)
         with contextlib.ExitStack() as stack:
             stack.callback(log.close)
@@ -117,7 +119,7 @@ class Trainer:
                     load_whole(bare, self.plan, adapter, whole_layers(self.recipe.lora, self.plan))
 
         # 2. gradients, optimizer, schedules
-        graphed = graph.why_not(self.recipe, self.plan.config, self.ranks) is None
+        graphed = why_not(self.recipe, self.plan.config, self.ranks) is None
         self.chunks: list[DistributedDataParallel] = [
             models.wrap(self.recipe, network, self.ranks, bucketed=number == 0, at_once=graphed)
             for number, network in enumerate(networks)
