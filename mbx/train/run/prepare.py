@@ -155,7 +155,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> 
     check_writers(recipe)
     _check_axes(recipe, plan, ranks, dry)
     if not ranks.te and not dry:
-        _check_local(plan.config, adapters=recipe.lora.rank > 0)
+        _check_local(plan.config, adapters=recipe.lora.rank > 0, tp=recipe.parallel.tp)
     if not dry:
         check_kernels(plan.config)
     if plan.config.get("gradient_accumulation_fusion") and not find_spec("fused_weight_gradient_mlp_cuda"):
@@ -229,7 +229,7 @@ def _check_axes(recipe: Recipe, plan: Blueprint, ranks: Ranks, dry: bool) -> Non
         )
 
 
-def _check_local(config: Mapping[str, Value], *, adapters: bool) -> None:
+def _check_local(config: Mapping[str, Value], *, adapters: bool, tp: int) -> None:
     """Refuse models that Megatron Core's own layers do not train."""
     # Their MLP adds a bias in place to a view, which autograd forbids where the view has a gradient to give.
     biased_experts = config.get("num_moe_experts") and config.get("add_bias_linear", True) and not adapters
@@ -237,6 +237,8 @@ def _check_local(config: Mapping[str, Value], *, adapters: bool) -> None:
         "hybrid (Mamba) models": config.get("model.mcore_model") == "hybrid",
         f"{config.get('experimental_attention_variant')} layers": config.get("experimental_attention_variant"),
         "all weights of experts that have biases": biased_experts,
+        # each rank would keep its own heads' share of what the rotated part of the keys, which all share, is told
+        "latent attention under tensor parallelism": config.get("multi_latent_attention") and tp > 1,
     }
     if found := next((kind for kind, there in kinds.items() if there), None):
         raise UnsupportedError(
