@@ -7,14 +7,14 @@ from pathlib import Path
 
 from mbx.formats.beside import tokenizer_beside, tokenizer_files
 from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.hf import TEMPLATES, side_files
 from mbx.proof.beside import Beside, Said, shown
 from mbx.proof.gaps import Gap
-from mbx.untrusted.names import leads_out
 from mbx.untrusted.small_files import INDEX, SETTINGS, digest_of, read_json, read_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER, _SPECIAL = "tokenizer.json", "special_tokens_map.json"
-_TEMPLATE, _OLD_TEMPLATE, _TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
+_TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
 #: Files of which `tokenizer.json` is made; a folder may lack them where it has that.
 _MADE_FROM = ("vocab", "merges", "spiece", "tokenizer.model", "added_tokens")
 #: Who wrote a tokenizer's settings and from where.
@@ -169,8 +169,7 @@ def _templates(files: Mapping[str, Path], side: Checkpoint) -> dict[str, object]
         }
     if _TEMPLATE in files:
         found["default"] = read_text(files[_TEMPLATE], SETTINGS)
-    folder = None if side.hf is None else side.hf / _TEMPLATES
-    for path in sorted(folder.glob("*.jinja")) if folder is not None and folder.is_dir() else ():
-        if not leads_out(path):
-            found[path.stem] = read_text(path, SETTINGS)
+    for name in side_files(side.hf) if side.hf is not None else ():
+        if name.startswith(f"{TEMPLATES}/"):
+            found[Path(name).stem] = read_text(side.hf / name, SETTINGS)
     return {name: text.rstrip("\n") if isinstance(text, str) else text for name, text in found.items()}
