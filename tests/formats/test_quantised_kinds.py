@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _quantised import Parts, Stored, compressed, stored_as
 from safetensors.torch import load_file
 
 from converters.errors import MbxError, UnsupportedError
 from fixtures.make_tiny import make
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from tests.formats._quantised import Parts, Stored, compressed, stored_as
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ, utils/packing_utils.py

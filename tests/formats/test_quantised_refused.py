@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from _quantised import Stored, compressed, stored_as
 
 from mbx.cli import main
+from tests.formats._quantised import Stored, compressed, stored_as
 from tests.formats.test_quantised_kinds import AWQ, awq, fp8_tensor, int4_rows, nvfp4
 
 
