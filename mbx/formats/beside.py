@@ -11,7 +11,6 @@ from converters.errors import StorageError
 from converters.mcore.megatron_args import config_of_args
 from converters.rows.expr import Value
 from mbx.formats import hf
-from mbx.untrusted.names import leads_out
 from mbx.untrusted.small_files import INDEX, read_json
 
 if TYPE_CHECKING:
@@ -31,8 +30,7 @@ def tokenizer_beside(opened: Checkpoint) -> Path | None:
 
 def tokenizer_files(folder: Path) -> dict[str, Path]:
     """A folder's files that belong to a tokenizer, by name; links out of it are left out."""
-    found = (path for path in sorted(folder.iterdir()) if hf.is_tokenizer_file(path.name) and path.is_file())
-    return {path.name: path for path in found if not leads_out(path)}
+    return {name: folder / name for name in hf.side_files(folder) if hf.is_tokenizer_file(name)}
 
 
 def reference_files(folder: Path, *, whole: bool) -> dict[str, Path]:

@@ -26,7 +26,7 @@ from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.files import MANIFEST as MANIFEST
 from mbx.formats.placement import Order, Placement
 from mbx.formats.safetensors import TensorRange, build_header, parse_header, read_header
-from mbx.formats.safetensors_folder import SafetensorsFolder, read_folder
+from mbx.formats.safetensors_folder import SafetensorsFolder, index_beside_bin, read_folder
 from mbx.formats.shards import INDEX as INDEX
 from mbx.formats.shards import place
 from mbx.untrusted.names import inside, leads_out
@@ -41,6 +41,8 @@ LAYOUT = "mbx_layout.json"
 KEPT = "mbx_kept.safetensors"
 #: Scales of a quantised source that its values do not tell, kept for an export that encodes again.
 SCALES = "mbx_scales.safetensors"
+#: The one subfolder with files of a model: chat templates beside the default (Transformers, `save_pretrained`).
+TEMPLATES = "additional_chat_templates"
 _BLOCK = 4 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
 
@@ -105,7 +107,7 @@ def open_hf(path: Path) -> Checkpoint:
     config = read_config(path)
     if has_bin_weights(path):
         tensors, files = read_bin_folder(path)
-        passed_over, notes = frozenset[str](), tuple[str, ...]()
+        passed_over, notes = index_beside_bin(path, tensors)
     else:
         weights = read_folder(path)
         tensors, files, passed_over, notes = weights.tensors, weights.files, weights.passed_over, weights.notes
@@ -133,32 +135,36 @@ def has_weights(folder: Path) -> bool:
 
 
 def side_files(path: Path) -> list[str]:
-    """Names of everything in a folder that is not weights: tokenizer, chat template, code, config.
+    """Names of everything in a folder that is not weights: tokenizer, chat templates, code, config.
 
-    Links that lead out of it are left out: what they lead to is not the model's, and would travel with it.
+    Those of TEMPLATES are named with that folder. Links that lead out of theirs are left out: what they lead to is not
+    the model's, and would travel with it.
     """
-    return sorted(p.name for p in _beside(path) if p.is_file() and not leads_out(p))
+    return sorted(p.relative_to(path).as_posix() for p in _beside(path) if p.is_file() and not leads_out(p))
 
 
 def not_carried(path: Path) -> dict[str, str]:
     """What `side_files` leaves out by its name, and what each is in words: links out of the folder, pipes, devices."""
-    left = {p.name: p for p in sorted(_beside(path)) if leads_out(p) or not p.is_file()}
+    left = {p.relative_to(path).as_posix(): p for p in sorted(_beside(path)) if leads_out(p) or not p.is_file()}
     return {
-        name: f"a link that leads out of `{path}`" if leads_out(p) else "no regular file" for name, p in left.items()
+        name: f"a link that leads out of `{p.parent}`" if leads_out(p) else "no regular file"
+        for name, p in left.items()
     }
 
 
 def _beside(path: Path) -> Iterator[Path]:
     for p in path.iterdir():
         hidden = p.name.startswith(".") or p.name.endswith(_WEIGHT_SUFFIXES)
-        if not p.is_dir() and not hidden and p.name not in (MANIFEST, LAYOUT, BIN_INDEX):
+        if p.name == TEMPLATES and p.is_dir():
+            yield from [p] if leads_out(p) else (file for file in p.glob("*.jinja") if not file.is_dir())
+        elif not p.is_dir() and not hidden and p.name not in (MANIFEST, LAYOUT, BIN_INDEX):
             yield p
 
 
 def is_tokenizer_file(name: str) -> bool:
     """Whether a side file belongs to the tokenizer, which Megatron-Bridge keeps in a folder of its own."""
     stems = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece", "tekken")
-    return name.startswith(stems) or name.endswith((".model", ".tiktoken"))
+    return name.startswith((*stems, f"{TEMPLATES}/")) or name.endswith((".model", ".tiktoken"))
 
 
 def record_layout(folder: Checkpoint, changed: Collection[str] = ()) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from converters.errors import StorageError, UsageError
+from mbx.formats.hf import TEMPLATES
 from mbx.formats.hub_errors import hub_errors
 from mbx.untrusted.small_files import INDEX, read_json
 
@@ -32,8 +33,7 @@ _SHOWN = 4
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _SIDE_SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".py")
-#: The one subfolder with files of a model: chat templates beside the default (Transformers, `save_pretrained`).
-_SIDE_FOLDERS = (".", "additional_chat_templates")
+_SIDE_FOLDERS = (".", TEMPLATES)
 #: The name that `huggingface_hub.snapshot_download` gives its bar of bytes on disk.
 _BYTES_BAR = "huggingface_hub.snapshot_download"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -43,13 +43,13 @@ def read_folder(folder: Path) -> SafetensorsFolder:
 
     Reads the shards of `model.safetensors.index.json` (or the folder's only `*.safetensors.index.json`),
     else `model.safetensors`, else all `*.safetensors`. The index decides where a tensor is that lies in two shards;
-    one of another cutting is passed over where the shards hold what it lists, each tensor once. Raises StorageError
-    for missing shards, for tensors that index and shards do not agree on, for a name in two shards that no index
-    settles, and when there are no weights.
+    one of another cutting is passed over where the shards hold what it lists, each tensor once, and so are further
+    indices, of other forms of the model. Raises StorageError for missing shards, for tensors that index and shards do
+    not agree on, for a name in two shards that no index settles, and when there are no weights.
     """
     if not folder.is_dir():
         raise StorageError(f"{folder}: no such folder")
-    index = _find_index(folder)
+    index = found = _find_index(folder)
     weight_map = None if index is None else _read_index(index)
     names = _unindexed_shards(folder) if weight_map is None else sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
@@ -59,6 +59,9 @@ def read_folder(folder: Path) -> SafetensorsFolder:
         notes.append(f"{index.name} is of another cutting, and passed over: the files here hold all that it lists")
         passed_over.add(index.name)
         index = weight_map = None
+    for other in sorted(path.name for path in folder.glob(f"*{_INDEX_SUFFIX}") if path not in (index, found)):
+        notes.append(f"not carried: {other}, which lists the files of other weights than were read")
+        passed_over.add(other)
     tensors: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
     twice: list[str] = []
@@ -94,6 +97,29 @@ def read_folder(folder: Path) -> SafetensorsFolder:
         frozenset(passed_over | set(stale.values())),
         tuple(_few(notes, "tensors")),
     )
+
+
+def index_beside_bin(folder: Path, tensors: Collection[str]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Safetensors indices of a folder whose weights, `tensors` by name, are pickles: their names, and a note of each.
+
+    None of the files that they list is here. StorageError where `model.safetensors.index.json` lists tensors that the
+    pickles do not hold: then they are another model's, or not all of it.
+    """
+    names = sorted(path.name for path in folder.glob(f"*{_INDEX_SUFFIX}"))
+    preferred = f"model{_INDEX_SUFFIX}"
+    if preferred in names:
+        listed = _read_index(folder / preferred)
+        if lost := sorted(set(listed) - set(tensors)):
+            shards = sorted(set(listed.values()))
+            raise StorageError(
+                f"{folder}: {len(shards)} of {len(shards)} shards are missing: {shards[0]}",
+                hint=f"the pickles that are here hold {len(listed) - len(lost)} of the {len(listed)} tensors of "
+                f"{preferred}; download the shards: `hf download ORG/NAME --local-dir {folder}`, or remove the index "
+                "where the pickles alone are the model",
+                details=lost,
+            )
+    notes = (f"not carried: {name}, none of whose files is here: the pickles were read" for name in names)
+    return frozenset(names), tuple(notes)
 
 
 def _few(notes: list[str], what: str) -> list[str]:

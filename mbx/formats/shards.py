@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.engine.plan import Draft
-from converters.errors import UsageError
+from converters.errors import StorageError, UsageError
 from converters.tensors import StoredTensor, nbytes_of
 from mbx.formats.placement import Placement
 from mbx.formats.safetensors import build_header
+from mbx.untrusted.small_files import INDEX as INDEX_BYTES
+from mbx.untrusted.small_files import read_json
 
 if TYPE_CHECKING:
     from mbx.formats.hf import WeightFile
 
 INDEX = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".safetensors.index.json"
 
 
 def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_shard_bytes: int) -> Placement:
@@ -48,11 +52,39 @@ def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_
         headers[name], sizes[name] = header, at
     texts = {}
     if len(groups) > 1 and not same:
-        total = sum(nbytes_of(d.dtype, d.shape) for d in by_name.values())
-        weight_map = {d.name: name for name, members, _ in groups for d in members}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        texts[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+        texts[INDEX] = _index(tensors.values())
     return Placement(tensors, sizes, headers=headers, texts=texts)
+
+
+def settle_index(placed: Placement, sides: dict[str, Path], texts: dict[str, bytes]) -> None:
+    """Leave beside a new folder's weights one index that lists what lies there: the source's own, where it does.
+
+    `sides` and `texts` are the files that are copied and those that are made, by name. StorageError for an index that
+    is damaged.
+    """
+    held = {name: tensor.chunks[0].file for name, tensor in placed.tensors.items()}
+    indices = [name for name in sides if name.endswith(_INDEX_SUFFIX)]
+    for name in indices:
+        if INDEX in texts or _listed(sides[name]) != held:
+            del sides[name]
+    if len(placed.file_sizes) > 1 and INDEX not in texts and not any(name in sides for name in indices):
+        texts[INDEX] = _index(placed.tensors.values())
+
+
+def _listed(path: Path) -> object:
+    """What an index says: the file of every tensor."""
+    try:
+        return read_json(path, INDEX_BYTES).get("weight_map")
+    except (OSError, ValueError, AttributeError) as error:
+        raise StorageError(f"`{path}` is damaged: {error}") from error
+
+
+def _index(tensors: Iterable[StoredTensor]) -> bytes:
+    """The text of an index of tensors that lie in one chunk each."""
+    held = sorted((tensor.name, tensor.chunks[0].file, tensor.nbytes) for tensor in tensors)
+    total = sum(nbytes for _, _, nbytes in held)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: file for name, file, _ in held}}
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def _shards(drafts: list[Draft], max_bytes: int) -> list[tuple[str, list[Draft]]]:

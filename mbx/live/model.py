@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,18 +254,23 @@ class Live:
 
 
 def attach(
-    chunks: nn.Module | Sequence[nn.Module], source: str | Path | Mapping[str, Value], *, mapping: str | None = None
+    chunks: nn.Module | Sequence[nn.Module],
+    source: str | Path | Mapping[str, Value],
+    *,
+    mapping: str | None = None,
+    allowed_keys: Collection[str] = (),
 ) -> Live:
     """Attach to a running model: `chunks` as Megatron Core trains them, `source` the Hugging Face model that it is.
 
     `source` is a folder or hub name, whose tensors tell dtypes and spelling, or a config alone. `mapping` is a table
-    of your own. Collective: one exchange of objects, in which no tensor moves. Raises CoverageError for parameters
-    that no row has or that are not there, and where ranks hold an element twice; UsageError for an offloaded model.
+    of your own, `allowed_keys` are unknown keys of config.json that are waived. Collective: one exchange of objects,
+    in which no tensor moves. Raises CoverageError for parameters that no row has or that are not there, and where
+    ranks hold an element twice; UsageError for an offloaded model.
     """
     found: Source | None = None
     model: Model | None = None
     try:
-        found = source_of(source, mapping)
+        found = source_of(source, mapping, allowed_keys)
         model = Model([chunks] if isinstance(chunks, nn.Module) else list(chunks))
         told: Sequence | MbxError = model.base  # type: ignore[type-arg]
     except MbxError as error:

@@ -22,6 +22,7 @@ from mbx.formats.architecture import config_text
 from mbx.formats.files import FileSink, FileSource
 from mbx.formats.placement import Order
 from mbx.formats.registry import format_named, open_hf
+from mbx.formats.shards import settle_index
 from mbx.live.adapters import Adapters, Factors
 from mbx.live.exchange import agreed, gather_objects
 from mbx.live.planned import Stream
@@ -150,8 +151,7 @@ def _job(
     texts = dict(placed.texts)
     if folder is not None:
         sides = {name: folder / name for name in hf.side_files(folder)}
-        if recorded is None or hf.INDEX in texts or quantised is not None:
-            sides.pop(hf.INDEX, None)
+        settle_index(placed, sides, texts)
         original = read_small(folder / hf.CONFIG, SETTINGS)
         cast = None if dtype == "model" else dtype
         if (edited := edited_config(original, cast, PLAIN)) != original:

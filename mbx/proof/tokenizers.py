@@ -7,14 +7,14 @@ from pathlib import Path
 
 from mbx.formats.beside import tokenizer_beside, tokenizer_files
 from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.hf import TEMPLATES
 from mbx.proof.beside import Beside, Said, shown
 from mbx.proof.gaps import Gap
-from mbx.untrusted.names import leads_out
 from mbx.untrusted.small_files import INDEX, SETTINGS, digest_of, read_json, read_text
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER, _SPECIAL = "tokenizer.json", "special_tokens_map.json"
-_TEMPLATE, _OLD_TEMPLATE, _TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
+_TEMPLATE, _OLD_TEMPLATE = "chat_template.jinja", "chat_template.json"
 #: Files of which `tokenizer.json` is made; a folder may lack them where it has that.
 _MADE_FROM = ("vocab", "merges", "spiece", "tokenizer.model", "added_tokens")
 #: Who wrote a tokenizer's settings and from where.
@@ -39,16 +39,20 @@ _GENERIC = frozenset(("PreTrainedTokenizer", "TokenizersBackend"))
 def compare_tokenizers(found: Beside, left: Checkpoint, right: Checkpoint, nouns: tuple[str, str]) -> None:
     """Hold two sides' tokenizers and templates against each other; StorageError for a damaged file."""
     mine, other = _files(left), _files(right)
-    templates = _templates(mine, left), _templates(other, right)
+    templates = _templates(mine), _templates(other)
     for name in sorted(templates[0].keys() | templates[1].keys()):
         what = "the chat template" if name == "default" else f"the chat template `{name}`"
         found.hold(what, templates[0].get(name), templates[1].get(name), nouns)
-    without = {_TEMPLATE, _OLD_TEMPLATE}
-    names = [sorted(set(files) - without) for files in (mine, other)]
+    mine, other = ({n: p for n, p in files.items() if not _is_template(n)} for files in (mine, other))
+    names = [sorted(files) for files in (mine, other)]
     if not all(names):
         found.hold("the tokenizer", names[0] or None, names[1] or None, nouns)
     elif {n: digest_of(p) for n, p in mine.items()} != {n: digest_of(p) for n, p in other.items()}:
         _compare(found, mine, other, nouns)
+
+
+def _is_template(name: str) -> bool:
+    return name in (_TEMPLATE, _OLD_TEMPLATE) or name.startswith(f"{TEMPLATES}/")
 
 
 def _files(side: Checkpoint) -> dict[str, Path]:
@@ -75,7 +79,7 @@ def _compare(found: Beside, mine: Mapping[str, Path], other: Mapping[str, Path],
         found.hold(f"`{TOKENIZER_CONFIG}`", settings[0] or None, settings[1] or None, nouns)
     else:
         _compare_settings(found, settings, whole if both else None, nouns)
-    parsed = {TOKENIZER_CONFIG, _SPECIAL, _TEMPLATE, _OLD_TEMPLATE, *({_TOKENIZER} if both else ())}
+    parsed = {TOKENIZER_CONFIG, _SPECIAL, *({_TOKENIZER} if both else ())}
     for name in sorted({*mine, *other} - parsed):
         if name in mine and name in other:
             if digest_of(mine[name]) != digest_of(other[name]):
@@ -156,7 +160,7 @@ def _settings(files: Mapping[str, Path]) -> dict[str, object]:
     return {key: value for key, value in texts.items() if key not in _PROVENANCE and key != "chat_template"}
 
 
-def _templates(files: Mapping[str, Path], side: Checkpoint) -> dict[str, object]:
+def _templates(files: Mapping[str, Path]) -> dict[str, object]:
     """The chat templates by name, wherever a folder keeps them; the one that is taken unasked is `default`."""
     found: dict[str, object] = {}
     for name in (TOKENIZER_CONFIG, _OLD_TEMPLATE):
@@ -169,8 +173,7 @@ def _templates(files: Mapping[str, Path], side: Checkpoint) -> dict[str, object]
         }
     if _TEMPLATE in files:
         found["default"] = read_text(files[_TEMPLATE], SETTINGS)
-    folder = None if side.hf is None else side.hf / _TEMPLATES
-    for path in sorted(folder.glob("*.jinja")) if folder is not None and folder.is_dir() else ():
-        if not leads_out(path):
+    for name, path in files.items():
+        if name.startswith(f"{TEMPLATES}/"):
             found[path.stem] = read_text(path, SETTINGS)
     return {name: text.rstrip("\n") if isinstance(text, str) else text for name, text in found.items()}

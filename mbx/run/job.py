@@ -24,6 +24,7 @@ from mbx.formats.architecture import Architecture, architecture_of, config_text,
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.placement import Order, Placement
 from mbx.formats.registry import format_named, open_hf, open_model
+from mbx.formats.shards import settle_index
 from mbx.formats.sidecars import Sidecars, megatron_sidecars
 from mbx.installed import core_release
 from mbx.run.commit import check_target
@@ -231,8 +232,7 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     placed = format_named("huggingface", "hf").place(Order(plan, None, files, options.max_shard_bytes))
     sides = dict(found.side_files)
     texts = dict(placed.texts)
-    if found.reference is None or hf.recorded_layout(found.reference) is None or hf.INDEX in texts:
-        sides.pop(hf.INDEX, None)
+    settle_index(placed, sides, texts)
     if not plan.reencoded:
         sides.pop(hf.QUANT_CONFIG, None)
     _config_file(found, plan, options, sides, texts)

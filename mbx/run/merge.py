@@ -28,6 +28,7 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
 from mbx.formats.placement import Order
 from mbx.formats.registry import format_named, open_hf, sniff
+from mbx.formats.shards import settle_index
 from mbx.run.commit import check_target
 from mbx.run.export_codec import PLAIN, SAME
 from mbx.run.job import Job, Options, edited_config, import_job, plan_mcore_to_hf
@@ -235,10 +236,7 @@ def _copied(target: Path, options: Options, opened: Base, adapter: Adapter, base
     placed = format_named("huggingface", "hf").place(Order(plan, None, recorded, options.max_shard_bytes))
     texts = dict(placed.texts)
     sides = {name: source / name for name in folder.side_files if name not in texts}
-    if model.tensors.keys() != folder.tensors.keys():
-        sides.pop(hf.INDEX, None)
-    elif hf.INDEX in folder.passed_over and hf.INDEX not in texts and (index := hf.index_of(folder)) is not None:
-        texts[hf.INDEX] = index
+    settle_index(placed, sides, texts)
     if encoded:
         sides.pop(hf.QUANT_CONFIG, None)
     if encoded or model.settings:

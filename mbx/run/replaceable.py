@@ -20,7 +20,7 @@ _SIDE = r"""
     (?:[a-z_]*config|tokenizer|special_tokens_map|added_tokens|vocab|model\.safetensors\.index
        |pytorch_model\.bin\.index|trainer_state|all_results|train_results|eval_results|quantize_config)\.json
     |[a-z_]*(?:tokenizer|spiece|sentencepiece)[a-z_.\d]*\.model(?:\.v\d+)?|tekken\.json|merges\.txt|vocab\.txt
-    |chat_template(?:\.\w+)?\.(?:jinja|json)|mbx_(?:layout\.json|kept\.safetensors|scales\.safetensors)
+    |chat_template(?:\.\w+)?\.(?:jinja|json)|additional_chat_templates/[\w.-]+\.jinja|mbx_(?:layout\.json|kept\.safetensors|scales\.safetensors)
     |(?:modeling|configuration|tokenization|processing|image_processing|modular)_\w+\.py
     |README\.md|LICENSE(?:\.\w+)?|NOTICE(?:\.\w+)?|USE_POLICY\.md|\.gitattributes
 """

@@ -19,6 +19,7 @@ from converters.tensors import StoredTensor
 from mbx.formats.architecture import known_config
 from mbx.formats.beside import with_config
 from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.hf import TEMPLATES
 from mbx.formats.optimizer_state import carried_common, carried_states
 from mbx.formats.placement import Order
 from mbx.formats.registry import format_named, open_model
@@ -82,13 +83,7 @@ def plan_mcore_to_mcore(
     if formed is not plan:
         plan, sidecars = formed, form_said(sidecars, formed)
     placed = format_named(options.format, "mcore").place(Order(plan, sidecars))
-    sides = {
-        f"{sidecars.folder}/{folder}/{path.name}": path
-        for folder in ("hf", "tokenizer")
-        if (opened.iteration / folder).is_dir()
-        for path in sorted((opened.iteration / folder).iterdir())
-        if path.is_file() and not leads_out(path)
-    }
+    sides = {f"{sidecars.folder}/{name}": path for name, path in _beside(opened.iteration).items()}
     if with_optimizer:  # what `mbx train ‹resume›` continues by
         sides |= {
             f"{sidecars.folder}/{name}": path
@@ -98,6 +93,19 @@ def plan_mcore_to_mcore(
     texts = {**sidecars.texts, **{f"{sidecars.folder}/{name}": text for name, text in placed.texts.items()}}
     waived = opened.waived_keys
     return Job(plan, source, target, opened.iteration, sides, texts, options, placed, {}, sidecars, waived)
+
+
+def _beside(iteration: Path) -> dict[str, Path]:
+    """Files of the model and its tokenizer in an iteration, by name; links out of their folder are left out."""
+    folders = [iteration / name for name in ("hf", "tokenizer") if (iteration / name).is_dir()]
+    folders += [folder / TEMPLATES for folder in folders if (folder / TEMPLATES).is_dir()]
+    return {
+        path.relative_to(iteration).as_posix(): path
+        for folder in folders
+        if folder.name != TEMPLATES or not leads_out(folder)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not leads_out(path)
+    }
 
 
 def _tokenizer(opened: Checkpoint) -> str | None:

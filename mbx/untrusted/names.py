@@ -43,8 +43,8 @@ def leads_out(path: Path) -> bool:
     if not path.is_symlink():
         return False
     home, real = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
-    owners = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    return not any(real.is_relative_to(owner) for owner in owners)
+    caches = [commit.parent.parent for commit in (home, home.parent) if commit.parent.name == "snapshots"]
+    return not any(real.is_relative_to(owner) for owner in (home, *(cache / "blobs" for cache in caches)))
 
 
 def writable(root: Path, name: str) -> Path:

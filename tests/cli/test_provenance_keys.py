@@ -108,4 +108,7 @@ def make_lora(base: Path, folder: Path) -> None:
 def test_a_recipe_says_where_the_key_can_stand(mbx: Run, base: Path, here: Path) -> None:
     stamp(base, of_tomorrow=3)
     said = mbx("budget", "--recipe", "llama32_1b_lora", f"model={base}")
-    assert said.code == 3 and "--allow-unused-key" not in said.stderr and "ignore" in said.stderr
+    assert said.code == 3 and "--allow-unused-key" not in said.stderr
+    assert "may be waived: model.allow_unused_key=of_tomorrow" in said.stderr
+    shorter = ("data.length=32", f"model={base}")
+    assert mbx("budget", "--recipe", "llama32_1b_lora", *shorter, "model.allow_unused_key=of_tomorrow").code == 0

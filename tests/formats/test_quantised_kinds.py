@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _quantised import Parts, Stored, compressed, stored_as
 from safetensors.torch import load_file
 
 from converters.errors import MbxError, UnsupportedError
 from fixtures.make_tiny import make
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from tests.formats._quantised import Parts, Stored, compressed, stored_as
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ, utils/packing_utils.py
@@ -252,6 +252,9 @@ def test_bitsandbytes_is_read_and_said_not_to_be_written(tmp_path: Path, nested:
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
         (compressed("pack-quantized", 4, "int", strategy="group", group_size=16, actorder="group"), "actorder group"),
         ({"quant_method": "hqq"}, "hqq"),
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, "quant_algo: MIXED_PRECISION"),
+        (compressed("pack-quantized", 4, "int", strategy="channel", symmetric=False), "symmetric False"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bits"),
     ],
 )
 def test_a_kind_that_is_not_read_is_named_with_the_way_out(
@@ -263,6 +266,7 @@ def test_a_kind_that_is_not_read_is_named_with_the_way_out(
     with pytest.raises(UnsupportedError, match=words) as caught:
         plan_hf_to_mcore(tmp_path / "source", tmp_path / "mcore", Options())
     assert "dequantise it with the library that wrote it" in (caught.value.hint or "")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "source"]
 
 
 def test_a_config_left_over_on_plain_weights_is_a_note(tmp_path: Path) -> None:

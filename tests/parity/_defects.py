@@ -198,7 +198,7 @@ DEFECTS: tuple[Defect, ...] = (
     row(
         "row: another rotary base",
         ('hf = "rope_theta"', 'hf = "no_such_key"'),
-        ('ignore = ["', 'ignore = ["rope_theta", "'),
+        ("[config]", '[config]\nignore = ["rope_theta"]'),
     ),
     row("row: another activation", ('activation_func = "silu"', 'activation_func = "gelu"')),
     row("row: another epsilon", *exchange('"rms_norm_eps"', '"initializer_range"')),

@@ -100,7 +100,7 @@ def _altered(value: Value) -> list[Value]:
 def exchanges(table: Table, folder: Checkpoint) -> Iterator[tuple[str, str, str]]:
     """Two Hugging Face names, as the table writes them, that differ in nothing which the cover can see, and where."""
     shapes = {name: tensor.shape for name, tensor in folder.tensors.items()}
-    rows = list(table.expand(environment(table.config.to_mcore(folder.config)), shapes))
+    rows = list(table.expand(environment(table.config.to_mcore(folder.config)), folder.tensors))
     seen = set()
     for row in rows:
         for a, b in itertools.combinations(range(len(row.hf)), 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,9 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False, best: bool 
         raise UsageError(f"`{run_dir}` holds no checkpoint to export")
     if target.is_dir() and any(target.iterdir()):
         raise UsageError(f"`{target}` is not empty", hint="name a new folder")
-    lora = read_recipe(found).lora
+    recipe = read_recipe(found)
+    lora, mapping, keys = recipe.lora, recipe.model.mapping or None, recipe.model.waived_keys
+    options = Options(mapping=mapping, allow_unused_keys=keys)
     adapters = lora.rank > 0
     base = Path(read_state(found).base) if adapters and merged else None
     if base is not None and not (base / hf.CONFIG).is_file():
@@ -52,16 +55,18 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False, best: bool 
             hint=None if adapters else "mbx convert mcore-to-hf ‹hf-config› DIR",
         )
     if not adapters:
-        job, kind = plan_mcore_to_hf(found, target, Options(exact_norms=True)), "Hugging Face model"
+        job, kind = plan_mcore_to_hf(found, target, replace(options, exact_norms=True)), "Hugging Face model"
     elif base is not None and lora.modules_to_save:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
-            peft = run(plan_adapter_to_hf(found, Path(work) / "adapter", Options(), open_base(base))).target
+            opened = open_base(base, mapping, keys)
+            peft = run(plan_adapter_to_hf(found, Path(work) / "adapter", options, opened)).target
             merged_kind = "Hugging Face model, adapter merged in fp32"
-            return run(plan_merge(base, peft, target, Options())).target, merged_kind
+            return run(plan_merge(base, peft, target, options)).target, merged_kind
     elif base is not None:
-        job, kind = plan_merge(base, found, target, Options()), "Hugging Face model, adapter merged in fp32"
+        job, kind = plan_merge(base, found, target, options), "Hugging Face model, adapter merged in fp32"
     else:
-        job, kind = plan_adapter_to_hf(found, target, Options(), open_base(found / "hf")), "PEFT adapter"
+        opened = open_base(found / "hf", mapping, keys)
+        job, kind = plan_adapter_to_hf(found, target, options, opened), "PEFT adapter"
     return run(job).target, kind
 
 
@@ -88,7 +93,8 @@ def export_beside(
             if torch.distributed.get_rank() == 0:
                 export_run(recipe.run_dir, target)
         return f"{target}: PEFT adapter"
-    live = attach(chunks, plan.hf, mapping=recipe.model.mapping or None)
+    m = recipe.model
+    live = attach(chunks, plan.hf, mapping=m.mapping or None, allowed_keys=m.waived_keys)
     if recipe.lora.rank:
         lora = recipe.to_dict()["lora"]
         assert isinstance(lora, Mapping)

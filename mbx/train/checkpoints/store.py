@@ -125,6 +125,7 @@ class Store:
         if self.plan.hf is not None:
             (target / "hf").mkdir()
             for name in hf.side_files(self.plan.hf):
+                (target / "hf" / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.plan.hf / name, target / "hf" / name)
             if self.template:  # what was trained is served by the template that it was trained with
                 (target / "hf" / TEMPLATE_FILE).write_text(self.template, encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,12 +67,12 @@ def blueprint(recipe: Recipe) -> Blueprint:
             )
         raw = hf.read_config(folder)
         table = table_for(raw, m.mapping or None)
+        table = replace(table, config=table.config.waiving(m.waived_keys))
         if unknown := table.config.unknown_keys(raw):
             raise CoverageError(
                 f"config.json of `{folder}` has {len(unknown)} key(s) that the table `{table.name}` does not know: "
                 + ", ".join(unknown[:10]),
-                hint=f"one that cannot change the forward pass may stand under `ignore` in a copy of the table (`mbx "
-                f"models show {table.name} > mine.toml`), which model.mapping=mine.toml names",
+                hint=f"a key that cannot change the forward pass may be waived: model.allow_unused_key={unknown[0]}",
             )
         config = table.config.to_mcore(raw)
     elif m.shape:

@@ -39,17 +39,23 @@ class Model:
 
     `path`: a Hugging Face folder; its `config.json` and tokenizer count. `init`: `pretrained` reads its weights,
     `random` draws new ones. `shape`: flat Megatron Core config used where no path is given, `mapping` in it the table
-    by which its weights have names. `config`: flat config
-    keys set on top of either (kernels, MoE dispatch, dropout). `vocab_divisor`: the embedding is padded to a
-    multiple of this times `parallel.tp`.
+    by which its weights have names. `allow_unused_key`: keys of its config.json that no table knows and that change
+    nothing. `config`: flat config keys set on top of either (kernels, MoE dispatch, dropout). `vocab_divisor`: the
+    embedding is padded to a multiple of this times `parallel.tp`.
     """
 
     path: str = ""
     init: Literal["pretrained", "random"] = "pretrained"
     mapping: str = ""
+    allow_unused_key: Places = ""
     vocab_divisor: Size = 1
     shape: Mapping[str, Value] = field(default_factory=dict)
     config: Mapping[str, Value] = field(default_factory=dict)
+
+    @property
+    def waived_keys(self) -> tuple[str, ...]:
+        """What `allow_unused_key` names."""
+        return places_of(self.allow_unused_key)
 
 
 def places_of(path: Mixed) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ from mbx.train.run.log import check_writers
 #: Hints of the conversion, in a recipe's words.
 _KEYS = {
     "‹mapping› FILE": "model.mapping=FILE",
-    "with ‹allow-unused-key› NAME": "by a table of your own, model.mapping=FILE",
+    "with ‹allow-unused-key› NAME": "with model.allow_unused_key=NAME",
 }
 
 
