@@ -70,7 +70,7 @@ codecs: $(CODECS)/.ready  ## folders that compressed-tensors, bitsandbytes and M
 	PYTHONPATH=$(CODECS) $(BIN)/python -m pytest -rs tests/formats/test_quantised_by_libraries.py
 
 train-matrix: $(READY)  ## `verify training` for every family that trains on a CPU, with adapters and without, TP 1, TP 2, PP 2
-	$(BIN)/python -m pytest -v tests/train/test_proof.py tests/train/test_modules_to_save.py \
+	$(BIN)/python -m pytest -v tests/train/test_proof_families.py tests/train/test_modules_to_save.py \
 	  tests/train/test_lora_head.py -k "every_family or the_proof_passes or two_shares"
 
 layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and back, byte for byte

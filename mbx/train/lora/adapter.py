@@ -157,7 +157,7 @@ class Adapter(nn.Module):
         """A as it is multiplied: each part by its own scale where they differ."""
         if not self.row_parallel:
             a = self._summed(a)
-        if self.scale == 1.0 and set(self.slots.scales) != {1.0}:
+        if len(set(self.slots.scales)) > 1:
             ones = [
                 a.new_full((rank,), scale) for rank, scale in zip(self.slots.ranks, self.slots.scales, strict=True)
             ]

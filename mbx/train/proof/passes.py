@@ -5,6 +5,7 @@ All calls are collective, inside one session.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -134,9 +135,10 @@ def off(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -
 
     |a − b| over |a|, with a 10⁻⁴ of the whole gradient's norm added below, by which tiny ones are measured.
     """
-    square = torch.stack([t.double().square().sum() for t in first.values()]).sum()
-    torch.distributed.all_reduce(square)
-    whole = float(square.sqrt())
+    # as a number, since a stage may train nothing: the first, where the output layer alone is adapted
+    squares = [sum(float(t.double().square().sum()) for t in first.values())] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(squares, squares[0])
+    whole = math.sqrt(sum(squares))
     worst = (0.0, "")
     for name, one in first.items():
         other = second[name]
