@@ -106,6 +106,13 @@ def test_a_head_of_another_base_is_refused(tmp_path: Path) -> None:
         run_here(again)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "minimax_m2"])
+def test_a_router_that_transformers_renames_is_refused(family: str, tmp_path: Path) -> None:
+    lora = {"rank": 4, "alpha": 8.0, "targets": ["gate"]}
+    with pytest.raises(UnsupportedError, match="block_sparse_moe.gate"):
+        run_here(raw(tmp_path / "run", model={"path": str(make(family, tmp_path / "hf"))}, lora=lora))
+
+
 def test_ranks_and_alphas_of_a_router_are_pefts(tmp_path: Path) -> None:
     """PEFT matches patterns with the name of the parameter, and takes no dropout there."""
     lora = {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "gate"], "dropout": 0.1}
@@ -132,7 +139,7 @@ def test_ranks_and_alphas_of_a_router_are_pefts(tmp_path: Path) -> None:
 def test_the_proof_passes_on_two_processes(axis: str, tmp_path: Path) -> None:
     """Under PP 2 the first stage trains nothing where the output layer alone is adapted."""
     cases = [("qwen3", ["lm_head"]), ("llama_tied", ["lm_head", "q_proj"])]
-    cases += [("mixtral", ["gate", "lm_head"])] if axis == "pp" else []
+    cases += [("qwen3_moe", ["gate", "lm_head"])] if axis == "pp" else []
     lora = {"rank": 4, "alpha": 6.0}
     jobs = [recipe(tmp_path, family, lora={**lora, "targets": t}, parallel={axis: 2}) for family, t in cases]
     found = run_world(2, [{"recipe": job, "verify": True} for job in jobs], tmp_path / "legs.json")

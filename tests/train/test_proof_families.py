@@ -10,7 +10,7 @@ import pytest
 from _trainings import Raw, run_world
 from test_proof import LORA, recipe
 
-from converters.errors import DeviceError, LayoutError, UnsupportedError
+from converters.errors import LayoutError, UnsupportedError
 from fixtures.make_tiny import NAMES, make
 from mbx.train.proof.training import Report, verify_training
 from mbx.train.recipe.parse import parse_recipe
@@ -108,9 +108,9 @@ def test_experts_pass_on_two_shares_of_the_data(tmp_path: Path) -> None:
 def shared_out(config: dict[str, object], axis: str) -> bool:
     """Whether two processes of a CPU can share a model along `axis`.
 
-    Experts train under tensor parallelism on GPUs only, and all stages have as many layers.
+    Latent attention is shared by tensor parallelism on GPUs only, and all stages have as many layers.
     """
-    return "expert" not in json.dumps(config) if axis == "tp" else int(str(config["num_hidden_layers"])) % 2 == 0
+    return not config.get("kv_lora_rank") if axis == "tp" else int(str(config["num_hidden_layers"])) % 2 == 0
 
 
 def spread(folder: Path, families: Sequence[str], axis: str, *, shared: bool = True) -> dict[str, Raw]:
@@ -137,7 +137,7 @@ def test_every_family_passes_on_two_processes(axis: str, part: int, tmp_path: Pa
 @pytest.mark.parametrize(
     ("axis", "error", "why"),
     [
-        ("tp", DeviceError, "trains experts under tensor parallelism"),
+        ("tp", UnsupportedError, "latent attention under tensor parallelism"),
         ("pp", LayoutError, "does not divide num_layers"),
     ],
 )

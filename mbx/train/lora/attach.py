@@ -28,6 +28,9 @@ from mbx.train.recipe.sections import Lora, Recipe
 
 __all__ = ["LoraGrouped", "LoraLinear", "adapters", "attach", "base_of", "check_lora", "only_trained"]
 
+#: Where checkpoints of Mixtral and MiniMax-M2 have experts and router; Transformers 5 calls that `mlp` and renames on
+#: loading what is no adapter.
+_RENAMED = ".block_sparse_moe."
 _LOCAL = re.compile(r"\.local_experts\.(\d+)\.")
 
 
@@ -46,6 +49,13 @@ def check_lora(recipe: Recipe, plan: Blueprint) -> None:
             hint="leave it out of lora.targets or of lora.modules_to_save, where a tied embedding is the same",
         )
     _check_dora(lora, found)
+    renamed = [part.module for linear in found.values() for part in linear.parts if _RENAMED in part.module]
+    if renamed:
+        raise UnsupportedError(
+            f"adapters on `{renamed[0]}` are not supported: Transformers has it under another name than its "
+            "checkpoints, so that PEFT would not find them",
+            hint="leave it out of lora.targets",
+        )
     experts = any(".experts." in weight for weight in found)
     if experts and p.etp not in (1, p.tp):
         raise UnsupportedError(
