@@ -59,8 +59,8 @@ def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> n
 def _reduce_experts(model: nn.Module) -> None:
     """Let gradients of experts be summed over the ranks of tensor parallelism that hold the same experts.
 
-    Each of them sees its own tokens. Megatron Core (0.16 to 0.19) marks experts for that under expert parallelism
-    only, and would step each rank's copy by the gradient of its own share.
+    Each of them sees its own tokens. Megatron Core 0.16 marks experts for that under expert parallelism only, and
+    would step each rank's copy by the gradient of its own share.
     """
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
