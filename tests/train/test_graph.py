@@ -66,6 +66,30 @@ def test_experts_that_are_no_single_product_wait(overrides: tuple[str, ...], mon
     assert not experts.joins_experts(recipe, blueprint(recipe).config, GPU)
 
 
+def test_joined_experts_multiply_by_what_their_parameters_hold() -> None:
+    """Weights are loaded into the parameters behind the joining; those that moved away are not multiplied."""
+    pytest.importorskip("megatron.core")
+    if not hasattr(F, "grouped_mm"):
+        pytest.skip("this PyTorch has no grouped product on a CPU")
+    from mbx.models.megatron.core.experts import Ends, _product, _stacked
+
+    linear = torch.nn.Module()
+    linear.num_gemms = 2  # type: ignore[assignment]
+    for expert in range(2):
+        linear.register_parameter(f"weight{expert}", torch.nn.Parameter(torch.randn(24, 16, dtype=torch.bfloat16)))
+    held, ends = _stacked(linear), Ends(torch.tensor([1, 3], dtype=torch.int32))
+    linear.bfloat16()
+    loaded = [torch.randn(24, 16, dtype=torch.bfloat16) for _ in range(2)]
+    for expert, value in enumerate(loaded):
+        linear.get_parameter(f"weight{expert}").data.copy_(value)
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    found, _ = _product(linear, held, x, ends)
+    assert torch.equal(found, torch.cat((F.linear(x[:1], loaded[0]), F.linear(x[1:], loaded[1]))))
+    linear.float()
+    with pytest.raises(RuntimeError, match="moved"):
+        _product(linear, held, x, ends)
+
+
 def test_one_product_is_the_experts_one_by_one() -> None:
     """Values and gradients of two chained products, an expert without tokens among them, and of joined factors."""
     pytest.importorskip("megatron.core")

@@ -13,7 +13,7 @@ def joins_experts(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> 
     """Frozen experts without biases, in bf16, all on one GPU that has the kernel: Hopper or newer, as one that is
     elsewhere is taken to be.
 
-    Rows of the kernel's operands begin at multiples of 16 bytes, an adapter's too.
+    Rows of the kernel's operands begin at multiples of 16 bytes, an adapter's too. PyTorch has it since 2.10.
     """
     import torch
 
@@ -31,5 +31,6 @@ def joins_experts(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> 
         and recipe.train.precision == "bf16"
         and recipe.fp8.recipe == "none"
         and ranks.te
+        and hasattr(torch.nn.functional, "grouped_mm")
         and (not torch.cuda.is_available() or torch.cuda.get_device_capability(ranks.local_rank) >= (9, 0))
     )

@@ -57,6 +57,8 @@ def _stacked(linear: Any) -> torch.Tensor:
 
 
 def _product(linear: Any, stacked: torch.Tensor, x: torch.Tensor, ends: Ends) -> tuple[torch.Tensor, None]:
+    if linear.weight0.data_ptr() != stacked.data_ptr():  # what is loaded into the parameters would not be multiplied
+        raise RuntimeError("the experts' parameters were moved since they were joined")
     return grouped(x, stacked, ends), None
 
 
