@@ -18,6 +18,7 @@ from mbx.train.budget.load import BYTES, Load
 from mbx.train.budget.shape import shape_of
 from mbx.train.model.adapted import Linear
 from mbx.train.model.blueprint import Blueprint
+from mbx.train.model.fp8 import holds_casts
 from mbx.train.recipe.sections import Recipe
 
 GIB = 1 << 30
@@ -67,7 +68,7 @@ def _stage(recipe: Recipe, plan: Blueprint, dp: int, stage: int, known: Mapping[
     s = shape_of(plan.config)
     load = Load(recipe, plan, s, t.micro_batch * recipe.data.length // p.cp, known)
     lasting = {
-        "weights": (c.base + c.adapters) * BYTES[t.precision],
+        "weights": (c.base + c.adapters - (c.linears if holds_casts(recipe) else 0)) * BYTES[t.precision],
         "gradients": trained * 4,
         "optimizer": math.ceil((trained - experts) * state / shared + experts * state / expert_shared),
         "fp8 copies": _copies(recipe, c),
@@ -80,7 +81,7 @@ def _stage(recipe: Recipe, plan: Blueprint, dp: int, stage: int, known: Mapping[
 
 
 def _copies(recipe: Recipe, c: Counts) -> int:
-    """FP8 weights: the cast and its transpose, which backward passes read.
+    """FP8 weights: the cast and its transpose, which backward passes read; frozen ones have no other form.
 
     Recomputed layers run first without gradients. Products with their norm in front cast for that pass alone, and by
     blocks that drops the transpose until their layer is computed again, behind the largest moment
@@ -88,8 +89,8 @@ def _copies(recipe: Recipe, c: Counts) -> int:
     """
     if recipe.fp8.recipe == "none":
         return 0
-    blocks = recipe.fp8.recipe in ("blockwise", "mxfp8") and recipe.train.recompute == "full"
-    return 2 * c.linears - (c.normed if blocks else 0)
+    dropped = recipe.fp8.recipe in ("blockwise", "mxfp8") and recipe.train.recompute == "full"
+    return 2 * c.linears - (c.normed if dropped and not holds_casts(recipe) else 0)
 
 
 def suggestions(recipe: Recipe, plan: Blueprint, dp: int) -> list[tuple[str, int]]:

@@ -117,6 +117,7 @@ class Trainer:
                 elif adapter:
                     load_peft(bare, adapter)
                     load_whole(bare, self.plan, adapter, whole_layers(self.recipe.lora, self.plan))
+            models.settle_frozen(self.recipe, bare, self.ranks)
 
         # 2. gradients, optimizer, schedules
         graphed = why_not(self.recipe, self.plan.config, self.ranks) is None
