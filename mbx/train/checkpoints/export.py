@@ -18,6 +18,7 @@ from mbx.train.checkpoints.best import read_best
 from mbx.train.checkpoints.state import finished, latest, read_recipe, read_state
 from mbx.train.data.templates import TEMPLATE_FILE
 from mbx.train.model.blueprint import Blueprint
+from mbx.train.model.fp8 import holds_casts
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
 
@@ -88,7 +89,8 @@ def export_beside(
     target = writable(exports, f"step_{step:07d}")
     if target.is_dir():  # whole: it gets its name last, when all ranks have looked
         return f"{target} is there already"
-    if recipe.lora.rank and recipe.lora.modules_to_save:  # the stored checkpoint has the layers that are trained whole
+    # the stored checkpoint has the layers that are trained whole, and a live model needs all its weights to be read
+    if recipe.lora.rank and (recipe.lora.modules_to_save or holds_casts(recipe)):
         with agreed():
             if torch.distributed.get_rank() == 0:
                 export_run(recipe.run_dir, target)

@@ -39,7 +39,7 @@ from mbx.train.run.keeping import Keeper
 from mbx.train.run.log import Log, Step
 from mbx.train.run.prepare import Prepared
 from mbx.train.run.schedule import learning_rate
-from mbx.train.run.stepping import GuardedStep
+from mbx.train.run.stepping import Stepper, finalize
 from mbx.train.run.stop import Stop
 
 if TYPE_CHECKING:
@@ -129,12 +129,12 @@ class Trainer:
         waits = [chunk.no_sync for chunk in self.chunks]
         for config in map(get_model_config, self.chunks):
             config.grad_scale_func = self.optimizer.scale_loss
-            config.finalize_model_grads_func = _finalizer()
+            config.finalize_model_grads_func = finalize
             if self.chunks[0].ddp_config.overlap_grad_reduce:
                 config.no_sync_func = waits if len(waits) > 1 else waits[0]
         self.batches = Batches(self.recipe, self.ranks, self.chunks, self.beside, graphed=graphed)
         self.mark_first = models.first_microbatch(*self.chunks)
-        self.take_step = GuardedStep(self.optimizer)
+        self.take_step = Stepper(self.optimizer)
 
         # 3. rows, and the place in them
         self.train_rows, self.eval_rows = self._rows()
@@ -258,7 +258,7 @@ class Trainer:
         """Stop on a loss that is not finite, or that leaves the running mean behind."""
         loss, factor = figures.loss, self.recipe.train.spike_factor
         if not math.isfinite(loss):
-            fact, tip = f"the loss is {loss}; weights were not updated by it", "; a lower optim.lr may help"
+            fact, tip = f"the loss is {loss}; nothing of this step is saved", "; a lower optim.lr may help"
         elif factor and loss > factor * self.mean_loss:
             mean = f"{factor:g} times its running mean {self.mean_loss:.4f}"
             fact, tip = f"the loss {loss:.4f} is more than train.spike_factor {mean}", ""
@@ -283,11 +283,3 @@ class Trainer:
         self.store.save(state, self.chunks, self.optimizer)
         self.saved = self.step
         self.keeper.export(self.step, self.chunks, self.base)
-
-
-def _finalizer() -> Callable[..., None]:
-    """Megatron Core's reduction of gradients over data, tensor (sequence) and pipeline (tied embedding) ranks."""
-    from mbx.models.megatron.core.training import finalize_model_grads
-
-    function: Callable[..., None] = finalize_model_grads
-    return function

@@ -68,6 +68,7 @@ def spare_gammas(model: nn.Module) -> None:
                 module.forward = partial(rms_norm, gamma=gamma, eps=float(module.eps), offset=offset)  # type: ignore
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def rms_norm(x: torch.Tensor, gamma: torch.Tensor, eps: float, offset: int = 0) -> torch.Tensor:
     """`x / sqrt(mean(x²) + eps) · (gamma + offset)` over the last dimension, in fp32, rounded once."""
     out = _RmsNorm.apply(x, gamma, eps, offset)  # type: ignore[no-untyped-call]
