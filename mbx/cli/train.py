@@ -244,6 +244,20 @@ def fetched(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, path=str(fetch(recipe.model.path).path)))
 
 
+def _word_on_fp8(prepared: Prepared) -> list[str]:
+    """A warning where FP8 is estimated to cost time on this GPU."""
+    import torch
+
+    from mbx.train.budget.devices import seen_as
+    from mbx.train.budget.speed import fp8_does_not_pay
+
+    device = seen_as(torch.cuda.get_device_name(prepared.ranks.local_rank))
+    if device is None or prepared.recipe.fp8.recipe == "none":
+        return []
+    word = fp8_does_not_pay(prepared.recipe, prepared.plan, device, prepared.ranks.dp)
+    return [word] if word else []
+
+
 def _show_plan(prepared: Prepared) -> None:
     from mbx.train.budget.predict import lines, predict, suggestions
     from mbx.train.model.graphs import why_not
@@ -261,6 +275,7 @@ def _show_plan(prepared: Prepared) -> None:
     ungraphed = why_not(recipe, plan.config, ranks)
     if ranks.device == "cuda":
         said.append(f"CUDA graph: {'on' if ungraphed is None else f'off: {ungraphed}'}")
+        said += _word_on_fp8(prepared)
     memory: dict[str, object]
     try:
         budget = predict(recipe, plan, ranks.dp)

@@ -93,6 +93,7 @@ def step(
     found.figures = trainer.one_step()
     found.after = state_of(trainer.chunks)
     export("stepped")
+    trainer.close()
     return found
 
 

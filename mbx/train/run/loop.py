@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from converters.errors import DifferenceError
-from mbx.train.budget.devices import tflops_of
+from mbx.train.budget.devices import seen_as
 from mbx.train.checkpoints.state import LoopState, read_state, same_processes
 from mbx.train.checkpoints.store import Store
 from mbx.train.data.evaluation import OnePass, one_pass
@@ -66,7 +66,7 @@ def train(prepared: Prepared, *, live: bool = True, on_step: Callable[[Step], No
             stack.callback(log.close)
             try:
                 trainer = Trainer(prepared, log, on_step)
-                stack.callback(trainer.batches.close)
+                stack.callback(trainer.close)
                 return trainer.run()
             except torch.cuda.OutOfMemoryError as error:
                 raise memory.explain(prepared, error) from error
@@ -155,6 +155,13 @@ class Trainer:
             self.plan.config, self.recipe.data.length, self.plan.padded_vocab, self.recipe.lora.rank > 0
         )
 
+    def close(self) -> None:
+        """Let go of what would outlive the run: recorded passes, and what modules keep of the last one."""
+        from mbx.models.megatron.core.last_pass import forget_last_pass
+
+        self.batches.close()
+        forget_last_pass(self.chunks)
+
     def _rows(self) -> tuple[Rows, OnePass | None]:
         t = self.recipe.train
         train_rows, eval_rows = self.prepared.train_rows, self.prepared.eval_rows
@@ -233,7 +240,8 @@ class Trainer:
         """Peak TFLOP/s of this GPU at the run's precision; infinite, for an MFU of 0, where it is not known."""
         if self.ranks.device != "cuda" or self.recipe.train.precision == "fp32":
             return math.inf
-        peak = tflops_of(torch.cuda.get_device_name()) or math.inf
+        device = seen_as(torch.cuda.get_device_name())
+        peak = device.tflops if device else math.inf
         return peak * (2 if self.recipe.fp8.recipe != "none" else 1)
 
     def _evaluate(self) -> float:
