@@ -20,7 +20,7 @@ CORE_TESTS = tests/unit/test_releases.py tests/parity tests/train tests/adapters
 # Of these, a minute's worth for every run of CI.
 CORE_SMOKE = tests/unit/test_releases.py tests/parity/test_hybrid_oracle.py tests/train/test_two_releases.py
 
-.PHONY: attack codecs mutants demo test test-all test-core smoke-core lint types contract tables parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
+.PHONY: site attack codecs mutants demo test test-all test-core smoke-core lint types contract tables parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -29,10 +29,10 @@ demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	$(BIN)/mbx verify parity $(MODEL) $(DEMO)/mcore --forward
 	@diff -r --exclude=mbx_manifest.json $(MODEL) $(DEMO)/hf && echo "$(DEMO)/hf equals $(MODEL), byte for byte"
 
-test: lint types contract tables parity-ci smoke-core  ## everything CI runs
+test: lint types contract tables site parity-ci smoke-core  ## everything CI runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
 
-test-all: lint types contract tables parity-ci test-core  ## also the tests that take minutes
+test-all: lint types contract tables site parity-ci test-core  ## also the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 test-core: $(OVERLAY)/.ready  ## the tests that touch Megatron Core, under another release (CORE=0.19.2)
@@ -76,11 +76,17 @@ train-matrix: $(READY)  ## `verify training` for every family that trains on a C
 layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and back, byte for byte
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tables/test_family_layouts.py
 
-docs: $(READY)  ## write docs/models.md again, from the tables and the measured figures
+docs: $(READY)  ## write again what is made: docs/models.md, the figures, docs/reference
 	$(BIN)/python -m mbx.catalogue.models_page docs/models.md
-	$(BIN)/python -m benchmarks.figures docs/performance.md docs/training.md
+	$(BIN)/python -m benchmarks.figures docs/performance.md docs/training-figures.md
 	$(BIN)/python -m benchmarks.parity_figures docs/parity.md
-	$(BIN)/python -m benchmarks.layout_figures docs/training.md
+	$(BIN)/python -m benchmarks.layout_figures docs/training-figures.md
+	$(BIN)/python -m pages.commands docs/reference/commands.md
+	$(BIN)/python -m pages.recipe_keys docs/reference/recipe-keys.md
+	$(BIN)/python -m pages.python_names docs/reference/python.md
+
+site: $(READY)  ## docs/ as a site, in build/site: no warning is let through
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(READY)  ## what is promised of speed, beside cp -r and cat on two cores; SIZE=8b: all cores too
 	$(BIN)/python -m benchmarks.speed --json fixtures/measured/speed.json $(if $(SIZE),--all-cores $(SIZE))
