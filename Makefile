@@ -20,7 +20,7 @@ CORE_TESTS = tests/unit/test_releases.py tests/parity tests/train tests/adapters
 # Of these, a minute's worth for every run of CI.
 CORE_SMOKE = tests/unit/test_releases.py tests/parity/test_hybrid_oracle.py tests/train/test_two_releases.py
 
-.PHONY: site attack codecs mutants demo test test-all test-core smoke-core lint types contract tables parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
+.PHONY: site attack codecs mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -75,6 +75,9 @@ train-matrix: $(READY)  ## `verify training` for every family that trains on a C
 
 layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and back, byte for byte
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tables/test_family_layouts.py
+
+measure: $(READY)  ## forward passes, on this CPU, of the families whose table changed since; 5 s each
+	$(BIN)/python tests/gpu/run_forward.py --device cpu --jobs 1 --limit-s 3000 --stale --record --out build/measured
 
 docs: $(READY)  ## write again what is made: docs/models.md, the figures, docs/reference
 	$(BIN)/python -m mbx.catalogue.models_page docs/models.md
