@@ -20,7 +20,7 @@ CORE_TESTS = tests/unit/test_releases.py tests/parity tests/train tests/adapters
 # Of these, a minute's worth for every run of CI.
 CORE_SMOKE = tests/unit/test_releases.py tests/parity/test_hybrid_oracle.py tests/train/test_two_releases.py
 
-.PHONY: site attack codecs mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
+.PHONY: site pictures notebooks attack codecs mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -44,6 +44,7 @@ smoke-core: $(OVERLAY)/.ready  ## a minute's worth of them
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@test ! -x $(BIN)/hadolint || $(BIN)/hadolint docker/*.Dockerfile  # there is none for every platform
 
 types: $(READY)
 	$(BIN)/mypy
@@ -88,6 +89,12 @@ docs: $(READY)  ## write again what is made: docs/models.md, the figures, docs/r
 	$(BIN)/python -m pages.recipe_keys docs/reference/recipe-keys.md
 	$(BIN)/python -m pages.python_names docs/reference/python.md
 
+notebooks: $(VENV)/.notebooks  ## run the notebooks of examples/
+	$(BIN)/python -m pytest -v tests/docs/test_examples.py -k notebook
+
+pictures: $(READY)  ## the pictures of docs/ that are taken of real pages; needs chromium
+	$(BIN)/python -m pages.pictures docs/assets
+
 site: $(READY)  ## docs/ as a site, in build/site: no warning is let through
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
@@ -103,6 +110,10 @@ bench-engine: $(READY)  ## two cores, casts, 1 to 40 GB, hard memory limits, che
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.notebooks: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[notebooks]"
 	@touch $@
 
 $(OVERLAY)/.ready: $(READY) tests/another_core.py

@@ -52,7 +52,7 @@ def _options(command: Any, context: typer.Context) -> Iterator[str]:
             continue
         rows.append(f"| `{said[0].replace('|', ', ')}` | {_text(said[1])} |")
     if rows:
-        yield from ("| | |", "| --- | --- |", *rows, "")
+        yield from ("| takes | meaning |", "| --- | --- |", *rows, "")
 
 
 def _examples(epilog: str) -> list[str]:

@@ -29,7 +29,12 @@ class Block:
 
     @property
     def place(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        return f"{named(self.page)}:{self.line}"
+
+
+def named(page: Path) -> str:
+    """A page by its path in the repository, or by its name elsewhere."""
+    return str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else page.name
 
 
 def pages() -> list[Path]:
@@ -75,4 +80,4 @@ def command_lines(block: Block) -> Iterator[tuple[str, list[str]]]:
         stops = [at for at, word in enumerate(words) if re.fullmatch(r"\|{1,2}|&{1,2}|;|\d?[<>]{1,2}&?\S*", word)]
         words = words[: stops[0]] if stops else words
         if words:
-            yield f"{block.page.relative_to(ROOT)}:{block.line + number}", words
+            yield f"{named(block.page)}:{block.line + number}", words

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from _command_line import fault
-from _pages import ROOT, Block, blocks, command_lines, pages
+from _pages import blocks, command_lines, named, pages
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,11 +20,7 @@ else:
 PAGES = pages()
 
 
-def _name(page: Path) -> str:
-    return str(page.relative_to(ROOT))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_command_line_is_taken(page: Path) -> None:
     faults = {place: said for block in blocks(page) for place, words in command_lines(block) if (said := fault(words))}
     assert faults == {}
@@ -61,7 +57,7 @@ def test_a_wrong_line_is_seen(line: str) -> None:
     assert fault(shlex.split(line))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=_name)
+@pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_other_block_is_well_formed(page: Path) -> None:
     for block in blocks(page):
         if block.language == "python":
@@ -95,11 +91,10 @@ def test_an_unknown_method_of_a_live_model_is_seen() -> None:
 
 
 def test_blocks_are_found_in_either_form(tmp_path: Path) -> None:
-    page = ROOT / "docs" / "none.md"  # never written
     text = "<!-- not run: no GPU -->\n```sh\nmbx a \\\n  b  # c\n```\n\n    mbx c | jq\n    make d > e\n\n"
     text += "```python\nx\n```\n"
     made = tmp_path / "page.md"
     made.write_text(text)
-    found = [Block(page, b.line, b.language, b.text, b.not_run) for b in blocks(made)]
+    found = blocks(made)
     assert [(b.language, b.not_run) for b in found] == [("sh", "no GPU"), ("", ""), ("", ""), ("python", "")]
     assert [words for b in found for _, words in command_lines(b)] == [["mbx", "a", "b"], ["mbx", "c"], ["make", "d"]]
