@@ -20,7 +20,7 @@ CORE_TESTS = tests/unit/test_releases.py tests/parity tests/train tests/adapters
 # Of these, a minute's worth for every run of CI.
 CORE_SMOKE = tests/unit/test_releases.py tests/parity/test_hybrid_oracle.py tests/train/test_two_releases.py
 
-.PHONY: attack codecs mutants demo test test-all test-core smoke-core lint types contract tables parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
+.PHONY: site pictures notebooks attack codecs mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -29,10 +29,10 @@ demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	$(BIN)/mbx verify parity $(MODEL) $(DEMO)/mcore --forward
 	@diff -r --exclude=mbx_manifest.json $(MODEL) $(DEMO)/hf && echo "$(DEMO)/hf equals $(MODEL), byte for byte"
 
-test: lint types contract tables parity-ci smoke-core  ## everything CI runs
+test: lint types contract tables site parity-ci smoke-core  ## everything CI runs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
 
-test-all: lint types contract tables parity-ci test-core  ## also the tests that take minutes
+test-all: lint types contract tables site parity-ci test-core  ## also the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
 
 test-core: $(OVERLAY)/.ready  ## the tests that touch Megatron Core, under another release (CORE=0.19.2)
@@ -44,6 +44,7 @@ smoke-core: $(OVERLAY)/.ready  ## a minute's worth of them
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@test ! -x $(BIN)/hadolint || $(BIN)/hadolint docker/*.Dockerfile  # there is none for every platform
 
 types: $(READY)
 	$(BIN)/mypy
@@ -76,11 +77,26 @@ train-matrix: $(READY)  ## `verify training` for every family that trains on a C
 layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and back, byte for byte
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tables/test_family_layouts.py
 
-docs: $(READY)  ## write docs/models.md again, from the tables and the measured figures
+measure: $(READY)  ## forward passes, on this CPU, of the families whose table changed since; 5 s each
+	$(BIN)/python tests/gpu/run_forward.py --device cpu --jobs 1 --limit-s 3000 --stale --record --out build/measured
+
+docs: $(READY)  ## write again what is made: docs/models.md, the figures, docs/reference
 	$(BIN)/python -m mbx.catalogue.models_page docs/models.md
-	$(BIN)/python -m benchmarks.figures docs/performance.md docs/training.md
+	$(BIN)/python -m benchmarks.figures docs/performance.md docs/training-figures.md
 	$(BIN)/python -m benchmarks.parity_figures docs/parity.md
-	$(BIN)/python -m benchmarks.layout_figures docs/training.md
+	$(BIN)/python -m benchmarks.layout_figures docs/training-figures.md
+	$(BIN)/python -m pages.commands docs/reference/commands.md
+	$(BIN)/python -m pages.recipe_keys docs/reference/recipe-keys.md
+	$(BIN)/python -m pages.python_names docs/reference/python.md
+
+notebooks: $(VENV)/.notebooks  ## run the notebooks of examples/
+	$(BIN)/python -m pytest -v tests/docs/test_examples.py -k notebook
+
+pictures: $(READY)  ## the pictures of docs/ that are taken of real pages; needs chromium
+	$(BIN)/python -m pages.pictures docs/assets
+
+site: $(READY)  ## docs/ as a site, in build/site: no warning is let through
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(READY)  ## what is promised of speed, beside cp -r and cat on two cores; SIZE=8b: all cores too
 	$(BIN)/python -m benchmarks.speed --json fixtures/measured/speed.json $(if $(SIZE),--all-cores $(SIZE))
@@ -94,6 +110,10 @@ bench-engine: $(READY)  ## two cores, casts, 1 to 40 GB, hard memory limits, che
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.notebooks: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[notebooks]"
 	@touch $@
 
 $(OVERLAY)/.ready: $(READY) tests/another_core.py

@@ -1,6 +1,6 @@
 """Writes docs/performance.md, and marked blocks of other pages, so that no figure is typed by hand.
 
-    python -m benchmarks.figures docs/performance.md docs/training.md
+    python -m benchmarks.figures docs/performance.md docs/training-figures.md
 
 Sources, in fixtures/measured: speed.json (`python -m benchmarks.speed --json`), convert.json (samples of
 `python -m benchmarks.conversion --json`, by host), engine.json and train.jsonl (the lines of
@@ -219,7 +219,7 @@ def page(rows: list[Row]) -> str:
     lines += [
         "## Training",
         "",
-        "H200, Megatron Core 0.16.1, Transformer Engine 2.11; compared in turns, medians; see training.md.",
+        "H200, Megatron Core 0.16.1, Transformer Engine 2.11; compared in turns, medians; see training-figures.md.",
         "",
     ]
     lines += training(rows)

@@ -1,4 +1,4 @@
-"""Writes the measured block `layouts` of docs/training.md: `python -m benchmarks.layout_figures docs/training.md`.
+"""Writes the measured block `layouts`: `python -m benchmarks.layout_figures docs/training-figures.md`.
 
 Sources: fixtures/measured/train_{parallel,precision,families}.json, which `--record DIR` takes from the files that
 `tests/gpu/run_train_{parallel,precision,families}.py` left in DIR; rows measured before stay unless measured anew.
@@ -99,7 +99,7 @@ def families(found: dict[str, Row]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("page", type=Path, nargs="?", help="docs/training.md")
+    parser.add_argument("page", type=Path, nargs="?", help="docs/training-figures.md")
     parser.add_argument("--record", type=Path, metavar="DIR", help="take these figures first")
     arguments = parser.parse_args()
     if arguments.record:

@@ -1,0 +1,1 @@
+"""mbx's functional core: no files, no command line, no model library."""

@@ -1,4 +1,4 @@
-"""Mapping tables, one TOML file an architecture; plain data that loads without torch."""
+"""mbx's mapping tables, one TOML file an architecture; plain data that loads without torch."""
 
 from __future__ import annotations
 

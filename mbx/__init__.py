@@ -13,7 +13,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mbx.own_packages import check_own_packages
 from mbx.version import __version__
+
+check_own_packages()
 
 if TYPE_CHECKING:
     from converters.errors import (

@@ -20,13 +20,20 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; } .wide { overflow-x: auto; } .wide svg { min-width: 34rem; }
+td > code:only-child { white-space: nowrap; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .passed { color: var(--passed); } .failed { color: var(--failed); } .open { color: var(--open); }
 .soft { color: var(--soft); } svg text { fill: var(--ink); font: 11px system-ui, sans-serif; }
 svg .bar { fill: var(--bar); } svg .bad { fill: var(--failed); } svg line { stroke: var(--line); }
 svg .path { fill: none; stroke: var(--bar); stroke-width: 1.5; } svg .second { fill: var(--open); }
+:focus-visible { outline: 2px solid var(--bar); outline-offset: 2px; } summary { cursor: pointer; }
+@media print { :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --paper: #fff;
+  --passed: #1a7f37; --failed: #c62828; --open: #9a6700; --bar: #3b6fb5; }
+  body { margin: 0; max-width: none; font-size: 11px; } .wide { overflow: visible; } .wide svg { min-width: 0; }
+  td > code:only-child { white-space: normal; }
+  tr, svg, h2 { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
 
@@ -70,15 +77,42 @@ def table(
     rows: Iterable[Iterable[str]], heads: Sequence[str] = (), numbers: Sequence[int] = (), kind: str = ""
 ) -> str:
     """A table of rows of cells under `heads`, of which those in `numbers` are set flush right."""
-    head = "".join(f'<th class="number">{h}</th>' if n in numbers else f"<th>{h}</th>" for n, h in enumerate(heads))
+    head = "".join(
+        f'<th scope="col" class="number">{h}</th>' if n in numbers else f'<th scope="col">{h}</th>'
+        for n, h in enumerate(heads)
+    )
     opened = f'<tr class="{kind}">' if kind else "<tr>"
     body = "".join(f"{opened}{''.join(row)}</tr>" for row in rows)
-    return f'<div class="wide"><table>{f"<tr>{head}</tr>" if heads else ""}{body}</table></div>'
+    first = f"<tr>{head}</tr>" if heads else ""
+    return _wide(f"<table>{first}{body}</table>", "table")
+
+
+def _wide(content: str, label: str) -> str:
+    """What may be wider than the screen, and is then scrolled for itself, by keyboard too."""
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{label}">{content}</div>'
 
 
 def picture(height: float, *parts: str) -> str:
     """An SVG as wide as the page."""
-    return f'<svg viewBox="0 0 {WIDTH} {height}" width="100%" role="img">{"".join(parts)}</svg>'
+    drawn = f'<svg viewBox="0 0 {WIDTH} {height}" width="100%" role="img">{"".join(parts)}</svg>'
+    return _wide(drawn, "picture")
+
+
+def bars(rows: Sequence[tuple[str, float, str]], names: int = WIDTH // 2) -> str:
+    """Horizontal bars of (name, length from 0 to 1, figure); the names take that width, and long ones lose their
+    beginning. A bar whose figure is `not finite` is a bad one."""
+    row, letters = 18, names * 52 // 320
+    height, out = len(rows) * row + 4, []
+    for number, (name, length, text) in enumerate(rows):
+        y, width = number * row, max(1, round(length * (WIDTH - names - 90)))
+        short = name if len(name) <= letters else f"…{name[-letters + 1 :]}"
+        kind = "bad" if text == "not finite" else "bar"
+        out.append(
+            f'<g><title>{escape(name)}: {escape(text)}</title><text x="{names - 6}" y="{y + 13}" '
+            f'text-anchor="end">{escape(short)}</text><rect class="{kind}" x="{names}" y="{y + 3}" width="{width}" '
+            f'height="{row - 6}"/><text x="{names + width + 4}" y="{y + 13}">{escape(text)}</text></g>'
+        )
+    return picture(height, f'<line x1="{names}" y1="0" x2="{names}" y2="{height}"/>', *out)
 
 
 @dataclass(frozen=True, slots=True)

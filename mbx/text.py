@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Iterable
 from difflib import get_close_matches
 from html import escape
 
 from converters.errors import UsageError
 
-SCREEN_WIDTH = 80
+_WIDEST, _NARROWEST = 80, 40
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}
 _UNITS |= {unit: 1024**n for n, p in enumerate("KMGT", 1) for unit in (p, f"{p}iB".upper())}
@@ -56,6 +57,14 @@ def human_count(count: float) -> str:
     return f"{count / 1000**power:.3g}{('', 'K', 'M', 'B', 'T')[power]}"
 
 
+def human_time(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 5 min`: a time that is still to wait."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def near_miss(word: str, known: Iterable[str], otherwise: str) -> str:
     """A hint at what `word` may have meant, of what is `known`; `otherwise` where nothing is near."""
     close = get_close_matches(word, list(known), n=3)
@@ -78,9 +87,16 @@ def aligned(rows: Iterable[tuple[str, ...]], *, right: tuple[int, ...] = ()) -> 
     return lines
 
 
-def wrapped(items: Iterable[str], width: int = SCREEN_WIDTH) -> list[str]:
-    """Items with commas, in lines of at most `width` unless one item is longer."""
+def screen_width() -> int:
+    """Columns that words are set in: the terminal's, 80 at most; 80 where there is none."""
+    columns = shutil.get_terminal_size((_WIDEST, 24)).columns
+    return min(_WIDEST, max(_NARROWEST, columns))
+
+
+def wrapped(items: Iterable[str], beside: int = 0) -> list[str]:
+    """Items with commas, in lines as wide as the screen less what stands `beside`, unless one item is longer."""
     lines: list[str] = []
+    width = screen_width() - beside
     for item in items:
         if lines and len(lines[-1]) + len(item) + 2 <= width:
             lines[-1] += f", {item}"

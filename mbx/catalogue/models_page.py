@@ -105,8 +105,9 @@ def _row(table: Table, runs: Runs) -> ModelRow:
     reasons = [table.unsupported] if table.unsupported else []
     reasons += [reason for reason in _reasons(families) if reason not in reasons]
     notes = [*([table.notes] if table.notes else []), *reasons, *_remarks(families)]
-    if any(found.get("sha256") not in (None, table.digest) for found in both):
-        notes.append("The table has changed since it was measured.")
+    for device, measured in (("CPU", cpu), ("GPU", gpu)):
+        if any(is_stale(found, table) for _, found in measured):
+            notes.append(f"The table has changed since it was measured on a {device}.")
     notes = list(dict.fromkeys(notes))
     return ModelRow(
         table.name,
@@ -118,6 +119,11 @@ def _row(table: Table, runs: Runs) -> ModelRow:
         " ".join(map(_sentence, notes)),
         tuple(map(_sentence, reasons)),
     )
+
+
+def is_stale(found: Mapping[str, Any], table: Table) -> bool:
+    """Whether what was measured of a family was measured under another table."""
+    return found.get("sha256") not in (None, table.digest)
 
 
 def _sentence(text: str) -> str:

@@ -27,6 +27,7 @@ from mbx.cli import (
     mlm_args,
     models,
     push,
+    report,
     reshard,
     train,
     train_matrix,
@@ -41,7 +42,7 @@ BROKEN_PIPE = 141
 
 
 #: Commands in the order a user meets them.
-_ORDER = ["convert", "verify", "diff", "inspect", "models", "train", "budget", "mlm-args", "doctor"]
+_ORDER = ["convert", "verify", "diff", "inspect", "models", "train", "budget", "report", "mlm-args", "doctor"]
 
 
 class _Ordered(TyperGroup):
@@ -72,6 +73,7 @@ app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.add_typer(models.app, name="models")
 app.add_typer(train.app, name="train")
 app.command("budget", epilog=budget.EPILOG)(budget.budget)
+app.command("report", epilog=report.EPILOG)(report.report)
 app.add_typer(mlm_args.app, name="mlm-args")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 

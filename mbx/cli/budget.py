@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from converters.errors import UsageError
+from mbx.cli import completions
 from mbx.cli.groups import grouped
-from mbx.cli.options import Output, epilog
+from mbx.cli.options import Html, Output, epilog
 from mbx.cli.output import out
-from mbx.cli.recipes import RecipeName, complete, named
+from mbx.cli.recipes import RecipeName, named
 from mbx.cli.source import fetch
 from mbx.text import aligned
 
@@ -42,10 +43,21 @@ class Asked:
     recipe: RecipeName = None
     method: Annotated[
         str,
-        typer.Option("--method", metavar="NAME", help="How a folder's model is trained: lora, dora, sft, pretrain."),
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="How a folder's model is trained: lora, dora, sft, pretrain.",
+            autocompletion=completions.methods,
+        ),
     ] = "lora"
     device: Annotated[
-        str | None, typer.Option("--device", metavar="GPU", help="Does it fit? h100, rtx4090, gb10, …, or 24 GB.")
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="GPU",
+            help="Does it fit? h100, rtx4090, gb10, …, or 24 GB.",
+            autocompletion=completions.devices,
+        ),
     ] = None
     fit: Annotated[
         bool, typer.Option("--fit", help="Search the fastest settings that fit the device, by an estimate.")
@@ -62,11 +74,12 @@ def budget(
         typer.Argument(
             metavar="[RECIPE|HF] [KEY=VALUE]...",
             help="A recipe, a model's folder or its hub id; overrides.",
-            autocompletion=complete,
+            autocompletion=completions.recipe_words,
         ),
     ] = None,
     *,
     asked: Asked,
+    html: Html = None,
     output: Output,
 ) -> None:
     """Predict the peak memory of a rank, by part, whether a GPU has it, and what would lower it."""
@@ -114,6 +127,11 @@ def budget(
             fast = search(chosen, device, world)
             document["fastest"] = [_record(one) for one in fast[:_SHOWN]]
             said += _fastest(fast, world, device)
+    if html is not None:
+        from mbx.page import write
+        from mbx.train.budget.page import budget_page
+
+        write(html, budget_page(_setting(chosen, world), document))
     out.result(document, lambda: said)
 
 

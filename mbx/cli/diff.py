@@ -8,7 +8,7 @@ import typer
 
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
-from mbx.cli.options import AllowUnusedKey, HfConfig, Mapping, Output, Resources, epilog
+from mbx.cli.options import AllowUnusedKey, HfConfig, Html, Mapping, Output, Resources, epilog
 from mbx.cli.output import out
 from mbx.text import aligned, plural
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EPILOG = epilog(
     "mbx diff ./base ./tuned",
     "mbx diff meta-llama/Llama-3.2-1B ckpt --top 40",
+    "mbx diff ./base ./tuned --html changes.html",
     "mbx diff ./base ./tuned --json | jq '.changes[0]'",
 )
 
@@ -27,6 +28,7 @@ def diff(
     left: Annotated[str, typer.Argument(metavar="A", help="A folder, hub model org/name[@revision] or checkpoint.")],
     right: Annotated[str, typer.Argument(metavar="B", help="The later one, in any format or layout.")],
     top: Annotated[int, typer.Option(metavar="N", min=0, help="Changed tensors to show.")] = 20,
+    html: Html = None,
     mapping: Mapping = None,
     hf_config: HfConfig = None,
     allow_unused_key: AllowUnusedKey = None,
@@ -55,6 +57,10 @@ def diff(
             hf_config=beside,
             allowed_keys=tuple(allow_unused_key or ()),
         )
+    if html is not None:
+        from mbx.proof.report.diff_page import write_diff
+
+        write_diff(found, html)
     out.result(_document(found), lambda: _lines(found, top))
     raise typer.Exit(0 if found.same else 1)
 

@@ -12,7 +12,7 @@ import typer
 from mbx.cli.groups import grouped
 from mbx.cli.options import HfConfig, Output, epilog
 from mbx.cli.output import out, paint
-from mbx.text import SCREEN_WIDTH, aligned, human_bytes, plural, wrapped
+from mbx.text import aligned, human_bytes, plural, wrapped
 
 if TYPE_CHECKING:
     from mbx.formats.summary import Summary
@@ -92,7 +92,7 @@ def _adapter_rows(adapter: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _wrapped(label: str, words: Iterable[str]) -> list[tuple[str, str]]:
-    return [(label if i == 0 else "", line) for i, line in enumerate(wrapped(list(words), SCREEN_WIDTH - 12))]
+    return [(label if i == 0 else "", line) for i, line in enumerate(wrapped(list(words), 12))]
 
 
 def _lines(doc: dict[str, Any]) -> list[str]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mbx.cli import completions
+
 if TYPE_CHECKING:
     from converters.mcore.layout import Layout
 
@@ -29,16 +31,29 @@ LastStage = Annotated[
 ]
 ModelClass = Annotated[
     str | None,
-    typer.Option("--model-class", metavar="<Class>", help="gpt or hybrid: the class that loads it."),
+    typer.Option(
+        "--model-class",
+        metavar="<Class>",
+        help="gpt or hybrid: the class that loads it.",
+        autocompletion=completions.model_classes,
+    ),
 ]
 Flavour = Annotated[
     str | None,
-    typer.Option("--flavour", metavar="<Flavour>", help="bridge, mcore-bridge, …: whose keys towers get; text: none."),
+    typer.Option(
+        "--flavour",
+        metavar="<Flavour>",
+        help="bridge, mcore-bridge, …: whose keys towers get; text: none.",
+        autocompletion=completions.flavours,
+    ),
 ]
 ToFormat = Annotated[
     str,
     typer.Option(
-        "--format", metavar="<Format>", help="torch_dist; torch: mp_rank_* files; fsdp_dtensor: Megatron-FSDP's."
+        "--format",
+        metavar="<Format>",
+        help="torch_dist; torch: mp_rank_* files; fsdp_dtensor: Megatron-FSDP's.",
+        autocompletion=completions.formats,
     ),
 ]
 

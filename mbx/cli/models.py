@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mbx.cli import completions
 from mbx.cli.groups import grouped
-from mbx.cli.options import Output, complete_table, epilog
+from mbx.cli.options import Output, epilog
 from mbx.cli.output import out, paint
 from mbx.text import aligned
 
@@ -49,7 +50,9 @@ def list_models(output: Output) -> None:
 def show(
     name: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="A table that `mbx models list` names.", autocompletion=complete_table),
+        typer.Argument(
+            metavar="NAME", help="A table that `mbx models list` names.", autocompletion=completions.tables
+        ),
     ],
     output: Output,
 ) -> None:
@@ -98,7 +101,12 @@ def new(
 @grouped
 def check(
     table: Annotated[
-        str | None, typer.Argument(metavar="[TABLE]", help="A table's name or .toml file; all shipped ones if absent.")
+        str | None,
+        typer.Argument(
+            metavar="[TABLE]",
+            help="A table's name or .toml file; all shipped ones if absent.",
+            autocompletion=completions.tables,
+        ),
     ] = None,
     against: Annotated[
         str | None,

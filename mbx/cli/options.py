@@ -6,11 +6,12 @@ import os
 import warnings
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mbx.cli import settings
+from mbx.cli import completions, settings
 from mbx.cli.output import out
 
 if TYPE_CHECKING:
@@ -26,20 +27,13 @@ Verbose = Annotated[
 ]
 
 
-def complete_table(incomplete: str) -> list[str]:
-    """Names of shipped tables that begin so, for the shell."""
-    from mappings import table_names
-
-    return [name for name in table_names() if name.startswith(incomplete)]
-
-
 Mapping = Annotated[
     str | None,
     typer.Option(
         "--mapping",
         metavar="TABLE",
         help="A table's name or .toml file; found by the config if not given.",
-        autocompletion=complete_table,
+        autocompletion=completions.tables,
     ),
 ]
 AllowUnusedKey = Annotated[
@@ -50,6 +44,7 @@ HfConfig = Annotated[
     str | None,
     typer.Option("--hf-config", metavar="DIR", help="config.json for a Megatron checkpoint that carries none."),
 ]
+Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write a report in one HTML file.")]
 Workers = Annotated[
     str | None, typer.Option("--workers", metavar="N", help="Threads that read and write (default: cores, at most 8).")
 ]

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import sys
+import textwrap
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TextIO
 
 from converters.errors import MbxError, spelt
-from mbx.text import printable, redacted
+from mbx.text import printable, redacted, screen_width
 
 _SHOWN_DETAILS = 10
 _COLOURS = {"red": "31", "green": "32", "yellow": "33", "cyan": "36", "bold": "1", "dim": "2"}
@@ -84,9 +85,12 @@ class Output:
             parts = {"fact": error.fact, "hint": error.hint, "details": list(error.details), "exit_code": code}
             self._answer({"error": parts})
             return code
-        _write(sys.stderr, f"{paint('error:', 'red', sys.stderr)} {error.fact}")
-        for line in error.details[:_SHOWN_DETAILS]:
-            _write(sys.stderr, f"  {line}")
+        label = "error:"
+        for n, line in enumerate(folded(f"{label} {error.fact}", "", sys.stderr)):
+            _write(sys.stderr, line if n else f"{paint(label, 'red', sys.stderr)}{line.removeprefix(label)}")
+        for detail in error.details[:_SHOWN_DETAILS]:
+            for line in folded(detail, "  ", sys.stderr):
+                _write(sys.stderr, line)
         if (rest := len(error.details) - _SHOWN_DETAILS) > 0:
             _write(sys.stderr, f"  … and {rest} more; --json lists all")
         if error.hint:
@@ -117,6 +121,24 @@ def flag(choice: str) -> str:
 def in_flags(text: str) -> str:
     """`text` with each choice that it names as this command line spells it."""
     return spelt(text, flag)
+
+
+def folded(text: str, indent: str = "", stream: TextIO | None = None) -> list[str]:
+    """Words behind an indent: on a terminal in lines of its width, the later ones set in; elsewhere a line to search.
+
+    Hints are not for this: a command that is copied from the screen stays in one line.
+    """
+    if not (stream or sys.stdout).isatty():
+        return [indent + text]
+    width = screen_width()
+    return textwrap.wrap(
+        in_flags(text),
+        width,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [indent]
 
 
 def paint(text: str, colour: str, stream: TextIO | None = None) -> str:

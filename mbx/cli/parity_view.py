@@ -6,8 +6,8 @@ import math
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from mbx.cli.output import paint
-from mbx.text import SCREEN_WIDTH
+from mbx.cli.output import folded, paint
+from mbx.text import screen_width
 
 if TYPE_CHECKING:
     from mbx.proof.parity import Difference, ParityReport
@@ -80,25 +80,26 @@ def lines(doc: dict[str, Any]) -> list[str]:
     out = []
     for name, leg in doc["legs"].items():
         status = leg["status"]
-        summary = textwrap.wrap(leg["summary"], SCREEN_WIDTH - _INDENT, break_on_hyphens=False)
+        summary = textwrap.wrap(leg["summary"], screen_width() - _INDENT, break_on_hyphens=False)
         head = "  " + name.ljust(9) + paint(status, _COLOURS[status]) + " " * (9 - len(status))
         out += [head + summary[0], *(" " * _INDENT + text for text in summary[1:])]
         found = leg["details"]
-        out += [f"    {text}" for text in found[:_SHOWN_FINDINGS]]
+        out += [line for text in found[:_SHOWN_FINDINGS] for line in folded(text, "    ")]
         if (rest := len(found) - _SHOWN_FINDINGS) > 0:
             out.append(f"    … and {rest} more; --json lists all")
     mixed = [row for row in doc["dtypes"] if row["expected"] != row["found"]]
-    out += [f"  dtypes: {row['tensors']} tensors are {row['found']}, {row['expected']} was expected" for row in mixed]
+    for row in mixed:
+        out += folded(f"dtypes: {row['tensors']} tensors are {row['found']}, {row['expected']} was expected", "  ")
     out += _causes(doc)
     for kind in dict.fromkeys(gap["kind"] for gap in doc["gaps"]):
         named = "; ".join(gap["what"] for gap in doc["gaps"] if gap["kind"] == kind)
-        out += textwrap.wrap(f"{kind}: {named}", SCREEN_WIDTH, initial_indent="  ", subsequent_indent="    ")
+        out += textwrap.wrap(f"{kind}: {named}", screen_width(), initial_indent="  ", subsequent_indent="    ")
     if doc["proved"]:
         return [*out, paint(f"parity holds in {', '.join(doc['asked'])}", "green")]
     left = [f"{name} {doc['legs'][name]['status']}" for name in doc["asked"]]
     left = [text for text in left if not text.endswith("passed")]
     left += dict.fromkeys(f"some of it is {gap['kind']}" for gap in doc["gaps"] if gap["open"])
-    return [*out, paint(f"parity is not proved: {', '.join(left)}", "red")]
+    return [*out, *(paint(line, "red") for line in folded(f"parity is not proved: {', '.join(left)}"))]
 
 
 def _causes(doc: dict[str, Any]) -> list[str]:
@@ -108,10 +109,10 @@ def _causes(doc: dict[str, Any]) -> list[str]:
     named = [("first", first)] + ([("worst", worst)] if worst["name"] != first["name"] else [])
     out = []
     for label, found in named:
-        out.append(f"  {label}: `{found['name']}`: {found['what']}")
+        out += folded(f"{label}: `{found['name']}`: {found['what']}", "  ")
         largest = found["max_abs"] if found["finite"] else "not finite"
         if largest is not None:
             text = largest if isinstance(largest, str) else f"{largest:.3g}"
             out.append(f"    max |Δ| {text} over {found['elements']} of {found['total']} values")
-        out.append(f"    likely cause: {found['cause'] or 'no known pattern'}")
+        out += folded(f"likely cause: {found['cause'] or 'no known pattern'}", "    ")
     return out

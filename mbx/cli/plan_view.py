@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.mcore.keys import EMBEDDING, bare, held_as
-from mbx.cli.output import paint
-from mbx.text import SCREEN_WIDTH, human_bytes, human_memory, plural, wrapped
+from mbx.cli.output import folded, paint
+from mbx.text import human_bytes, human_memory, plural, wrapped
 
 if TYPE_CHECKING:
     from converters.engine.plan import Plan
@@ -79,7 +79,7 @@ def lines(doc: Document) -> list[str]:
         ("vocab", [_vocab(doc)] if doc["vocab"]["size"] is not None else []),
         ("dtypes", _dtype_lines(doc)),
         ("weights", _file_lines(weights)),
-        ("made", wrapped(made, SCREEN_WIDTH - 12)),
+        ("made", wrapped(made, 12)),
         ("copied", _copied_lines(copied)),
         ("memory", [f"at most {human_memory(doc['memory']['max_bytes'])} of data in flight,"
                     f" {plural(doc['memory']['workers'], 'worker')}"]),
@@ -216,7 +216,7 @@ def _copied_lines(files: Iterable[Path]) -> list[str]:
     for file in files:
         folders.setdefault(file.parent.name, []).append(file.name)
     named = [[f"{folder}/: {names[0]}" if folder else names[0], *names[1:]] for folder, names in folders.items()]
-    return [line for names in named for line in wrapped(names, SCREEN_WIDTH - 12)]
+    return [line for names in named for line in wrapped(names, 12)]
 
 
 def _note_lines(doc: Document) -> list[str]:
@@ -235,5 +235,6 @@ def _block(parts: Iterable[tuple[str, list[str]]]) -> list[str]:
     out = []
     for label, texts in parts:
         for i, text in enumerate(texts):
-            out.append(f"  {label if i == 0 else '':8} {text}")
+            first, *more = folded(text, " " * 11)
+            out += [f"  {label if i == 0 else '':8} {first[11:]}", *more]
     return out

@@ -10,12 +10,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mbx.cli.output import out
-from mbx.text import human_bytes, human_memory
+from mbx.text import human_bytes, human_memory, human_time, screen_width
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 LINE_EVERY_S = 5.0
+#: Columns from which all figures stand beside the bar.
+_ROOMY = 76
 
 
 def peak_memory_bytes() -> int:
@@ -79,30 +81,30 @@ class Meter:
         if self.total and self.done >= self.total:  # models are run, files flushed
             done = f"{self.what}: all {human_bytes(self.total)} done, still at work"
             return f"{done}, peak memory {human_memory(peak_memory_bytes())}"
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        rate = self.done / seconds
-        text = f"{self.what}: {human_bytes(self.done)}"
-        if self.total:
-            left = max(0, self.total - self.done)
-            text += f" of {human_bytes(self.total)} ({100 * self.done // self.total}%)"
-            text += f", {left / rate:.0f} s left" if rate else ""
-        return f"{text}, {rate / 1e9:.2f} GB/s, peak memory {human_memory(peak_memory_bytes())}"
+        share = f" ({100 * self.done // self.total}%)" if self.total else ""
+        done, left, rate, peak = self._figures()
+        return f"{self.what}: {', '.join(filter(None, (done + share, left, rate, f'peak memory {peak}')))}"
+
+    def _figures(self) -> tuple[str, str, str, str]:
+        """How much is done, how long the rest will take as fast as that, how fast it was, and the peak of memory."""
+        rate = self.done / max(time.monotonic() - self._started, 1e-9)
+        done = human_bytes(self.done) + (f" of {human_bytes(self.total)}" if self.total else "")
+        left = f"{human_time(max(0, self.total - self.done) / rate)} left" if self.total and rate else ""
+        return done, left, f"{rate / 1e9:.2f} GB/s", human_memory(peak_memory_bytes())
 
     def _start_bar(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.table import Column
 
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            DownloadColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[peak]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12 if screen_width() < _ROOMY else 24),
+            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True)),
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._bar.add_task(self.what, total=self.total, rate="", peak="")
+        self._task = self._bar.add_task(self.what, total=self.total, said="")
         self._bar.start()
 
     def _tick(self) -> None:
@@ -116,11 +118,6 @@ class Meter:
     def _draw(self) -> None:
         if self._bar is None or self._task is None:
             return
-        rate = self.done / max(time.monotonic() - self._started, 1e-9)
-        self._bar.update(
-            self._task,
-            completed=self.done,
-            total=self.total,
-            rate=f"{rate / 1e9:.2f} GB/s",
-            peak=human_memory(peak_memory_bytes()),
-        )
+        done, left, rate, peak = self._figures()
+        figures = (done, left) if screen_width() < _ROOMY else (done, left, rate, peak)
+        self._bar.update(self._task, completed=self.done, total=self.total, said="  ".join(filter(None, figures)))

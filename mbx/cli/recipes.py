@@ -8,23 +8,20 @@ from typing import Annotated
 import typer
 
 from converters.errors import UsageError
-
-
-def complete(incomplete: str) -> list[str]:
-    """Names of shipped recipes that begin so, for the shell."""
-    from mbx.train.recipe.catalogue import recipe_names
-
-    return [name for name in recipe_names() if name.startswith(incomplete)]
-
+from mbx.cli import completions
 
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="NAME", help="A shipped recipe's name or a .toml file.", autocompletion=complete),
+    typer.Option(
+        "--recipe", metavar="NAME", help="A shipped recipe's name or a .toml file.", autocompletion=completions.recipes
+    ),
 ]
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[RECIPE] [KEY=VALUE]...", help="The recipe, and overrides of its keys.", autocompletion=complete
+        metavar="[RECIPE] [KEY=VALUE]...",
+        help="The recipe, and overrides of its keys.",
+        autocompletion=completions.recipe_words,
     ),
 ]
 

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from converters.errors import UnsupportedError, UsageError
+from mbx.cli import completions
 from mbx.cli.data_view import SHOWN, data_document, data_lines, show_data
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
@@ -61,7 +62,7 @@ app = typer.Typer(
         'mbx train generate runs/llama32_1b_lora --prompt "Who are you?"',
     ),
 )
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", autocompletion=completions.runs)]
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,12 @@ class Choice:
 )
 @grouped
 def generate(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a PEFT adapter or a model's folder.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run, a PEFT adapter or a model's folder.", autocompletion=completions.runs
+        ),
+    ],
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="What to answer; may be repeated.")],
     base: Annotated[
         Path | None, typer.Option("--base", metavar="DIR", help="The adapter's base (default: what it names).")
@@ -227,7 +233,7 @@ def _train(asked: Asked, words: list[str]) -> None:
         return
     for line in data_lines(prepared):
         out.message(line)
-    done = train(prepared, live=out.shows_progress)
+    done = train(prepared, live=out.shows_progress, messages=out.verbosity > -1)
     last = done.losses[-1] if done.losses else None
     out.result(
         {"run": str(done.run_dir), "stopped": done.stopped, "steps": done.first_step + len(done.losses), "loss": last},

@@ -12,7 +12,18 @@ import typer
 from mbx.cli import settings
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
-from mbx.cli.options import AllowUnusedKey, CodecChoice, Dtype, HfConfig, Mapping, Output, Resources, Workers, epilog
+from mbx.cli.options import (
+    AllowUnusedKey,
+    CodecChoice,
+    Dtype,
+    HfConfig,
+    Html,
+    Mapping,
+    Output,
+    Resources,
+    Workers,
+    epilog,
+)
 from mbx.cli.output import flag, in_flags, out, paint
 from mbx.cli.running import warn_of_unknown_core
 from mbx.extras import require
@@ -75,7 +86,7 @@ def parity(
     codec: Annotated[
         CodecChoice, typer.Option(help="The --codec that the folder was exported from the checkpoint with.")
     ] = CodecChoice.plain,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a report in one HTML file.")] = None,
+    html: Html = None,
     allow_gap: Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Do without what was not compared, reached or told apart, by its line."),

@@ -14,7 +14,7 @@ from mbx.cli.output import out, paint
 from mbx.cli.recipes import RecipeName, Words, named
 from mbx.cli.verify import app
 from mbx.extras import require
-from mbx.text import SCREEN_WIDTH
+from mbx.text import screen_width
 
 if TYPE_CHECKING:
     from mbx.train.proof.training import Report
@@ -87,12 +87,13 @@ def _lines(report: Report) -> list[str]:
     lines = [f"{report.recipe}: {report.what}"]
     for leg in report.legs:
         head = f"{leg.name:<12} {paint(leg.status, _COLOURS[leg.status])}"
-        first, *more = textwrap.wrap(leg.summary, SCREEN_WIDTH - _INDENT)
+        first, *more = textwrap.wrap(leg.summary, screen_width() - _INDENT)
         lines.append(f"{head}{' ' * (_INDENT - 13 - len(leg.status))}{first}")
         lines += [" " * _INDENT + line for line in more]
         for detail in leg.details[:_SHOWN]:
             lines += [
-                " " * _INDENT + line for line in textwrap.wrap(detail, SCREEN_WIDTH - _INDENT, break_long_words=False)
+                " " * _INDENT + line
+                for line in textwrap.wrap(detail, screen_width() - _INDENT, break_long_words=False)
             ]
         if len(leg.details) > _SHOWN:
             lines.append(f"{' ' * _INDENT}… and {len(leg.details) - _SHOWN} more (--json has all)")

@@ -61,6 +61,14 @@ def test_a_folder_is_budgeted_by_a_method(mbx: Run) -> None:
     assert mbx("budget", TINY / "llama", "--method", "sft", "--json").document["adapters"] == 0
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "sft", "pretrain"])
+def test_the_methods_that_complete_are_those_that_are_there(mbx: Run, method: str) -> None:
+    from mbx.cli.completions import methods
+
+    assert method in methods("")
+    assert mbx("budget", TINY / "llama", "--method", method, "--json").code == 0
+
+
 def test_mbx_alone_is_a_start(mbx: Run) -> None:
     said = mbx()
     assert said.code == 0 and "Examples:" in said.stdout and not said.stderr
@@ -76,13 +84,27 @@ def test_mbx_alone_is_a_start(mbx: Run) -> None:
         ("mbx models show gemma3", "gemma3_text"),
         ("mbx verify parity a b --mapping olmo2", "olmo2"),
         ("mbx convert hf-to-mcore a b --dtype bf", "bf16"),
+        ("mbx convert reshard a b --format torch_", "torch_dist"),
+        ("mbx convert hf-to-mcore a b --flavour mc", "mcore-bridge"),
+        ("mbx convert hf-to-mcore a b --flavour bridge-", "bridge-0.3"),
+        ("mbx convert hf-to-mcore a b --model-class h", "hybrid"),
+        ("mbx models check glm4_moe_l", "glm4_moe_lite"),
+        ("mbx train llama32_1b_lora train.rec", "train.recompute="),
+        ("mbx budget qwen3_8b_sft --device rtx-", "rtx-pro-6000"),
+        ("mbx budget folder --method s", "sft"),
+        ("mbx train export m", "mine"),
+        ("mbx report runs/", "runs/one"),
     ],
 )
 def test_the_shell_completes(line: str, found: str, tmp_path: Path) -> None:
+    for run in ("mine", "runs/one"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "metrics.jsonl").touch()
+    (tmp_path / "runs" / "none").mkdir()
     words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_MBX_COMPLETE": "complete_bash"}
     run = [sys.executable, "-c", "from mbx.cli import main; main()"]
     said = subprocess.run(run, env={**os.environ, **words}, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert found in said.stdout.split(), said.stderr
+    assert found in said.stdout.split() and "runs/none" not in said.stdout, said.stderr
 
 
 def test_a_comparison_says_how_much_is_left() -> None:

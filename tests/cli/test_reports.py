@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -203,12 +204,16 @@ def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == ""
 
 
-def on_a_terminal(argv: list[str], cwd: Path) -> str:
-    """What a command shows where stderr is a terminal."""
+def on_a_terminal(argv: list[str], cwd: Path, columns: int = 100, *, all_of_it: bool = False, code: int = 0) -> str:
+    """What a command shows where stderr is a terminal, or stdout as well."""
     control, terminal = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": str(columns)}
     process = subprocess.Popen(
-        [sys.executable, *argv], cwd=cwd, stdout=subprocess.PIPE, stderr=terminal, env=environment
+        [sys.executable, *argv],
+        cwd=cwd,
+        stdout=terminal if all_of_it else subprocess.PIPE,
+        stderr=terminal,
+        env=environment,
     )
     os.close(terminal)
     shown = b""
@@ -221,8 +226,40 @@ def on_a_terminal(argv: list[str], cwd: Path) -> str:
             break
         shown += part
     process.communicate()
-    assert process.returncode == 0
+    assert process.returncode == code
     return shown.decode()
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("convert", "hf-to-mcore", TINY / "llama", "x", "--dry-run"), 0),
+        (("convert", "hf-to-mcore", TINY / "llama", "x", "--tp", "3"), 2),
+        (("inspect", TINY / "llama"), 0),
+        (("verify", "parity", TINY / "llama", TINY / "mistral"), 1),
+    ],
+    ids=["plan", "error", "inspect", "parity"],
+)
+def test_no_word_is_broken_on_a_narrow_terminal(here: Path, command: tuple[object, ...], code: int) -> None:
+    argv = ["-m", "mbx", *map(str, command)]
+    shown = on_a_terminal([*argv, *(["-q"] if "parity" in argv else [])], here, 60, all_of_it=True, code=code)
+    lines = [line.rstrip() for line in shown.replace("\r\n", "\n").split("\n")]
+    # a hint is for copying, and stays whole; so does a word that is longer than the screen, such as a path
+    long = [line for line in lines if len(line) > 60 and not line.startswith("hint:")]
+    assert [line for line in long if len(line.split()[-1]) < 40] == [] and len(lines) > 3
+    wide = on_a_terminal([*argv, *(["-q"] if "parity" in argv else [])], here, 80, all_of_it=True, code=code)
+    assert shown.replace(",", "").split() == wide.replace(",", "").split()  # lists break at their commas
+
+
+def test_a_narrow_bar_is_one_line(here: Path) -> None:
+    code = "\n".join([
+        "import time; from mbx.cli.progress import Meter",
+        "with Meter('comparing', 4_000_000_000) as meter:",
+        "    meter.advance(1_000_000_000); time.sleep(0.4)",
+    ])  # fmt: skip
+    shown = on_a_terminal(["-c", code], here, 60)
+    assert "s left" in shown and "GB/s" not in shown
+    assert max(len(re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", line)) for line in re.split(r"[\r\n]", shown)) <= 60
 
 
 def test_on_a_terminal_progress_is_a_bar(here: Path) -> None:
@@ -232,7 +269,8 @@ def test_on_a_terminal_progress_is_a_bar(here: Path) -> None:
         "    meter.advance(1_000_000_000); time.sleep(0.4)",
     ])  # fmt: skip
     shown = on_a_terminal(["-c", code], here)
-    assert "writing" in shown and "1.0/4.0 GB" in shown and "GB/s" in shown and "iB" in shown
+    assert "writing" in shown and "1.00 GB of 4.00 GB" in shown and "GB/s" in shown and "iB" in shown
+    assert "s left" in shown
     argv = ["-m", "mbx", "convert", "hf-to-mcore", str(TINY / "llama")]
     shown = on_a_terminal([*argv, "a"], here)
     assert "hf-to-mcore" in shown and "downloading" not in shown

@@ -95,6 +95,16 @@ def compact(found: dict[str, Any], device: str) -> dict[str, Any]:
     return out
 
 
+def stale(device: str) -> list[str]:
+    """Families that were not measured on the device, or under another table than today's."""
+    from fixtures.make_tiny import NAMES
+    from mbx.catalogue.models_page import is_stale, read_runs
+    from mbx.tables import shipped
+
+    kept = read_runs(MEASURED).get(device, {}).get("families", {})
+    return [name for name in NAMES if name not in kept or is_stale(kept[name], shipped(kept[name]["table"]))]
+
+
 def say(text: str) -> None:
     """One line on stdout, at once."""
     sys.stdout.write(f"{text}\n")
@@ -106,6 +116,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="families; all without a name")
+    parser.add_argument("--stale", action="store_true", help="of these, what today's tables were not measured with")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")), help="folder for forward.json")
     parser.add_argument("--tiny", type=Path, help="folder of checkpoints by name; made on the spot without it")
@@ -118,6 +129,10 @@ def main() -> int:
         record(json.loads(arguments.record_from.read_text(encoding="utf-8")))
         return 0
     names = arguments.names or list(NAMES)
+    names = [name for name in names if name in stale(arguments.device)] if arguments.stale else names
+    if not names:
+        say("nothing to measure: no table has changed since")
+        return 0
     deadline = time.monotonic() + arguments.limit_s
     families: dict[str, Any] = {}
     run = {

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,10 +17,10 @@ from mbx.cli import main
 from mbx.models.forward.divergence import BorderDiff
 from mbx.proof.parity import ParityReport, parity
 from mbx.proof.report.html import page, write
+from tests.browser import BROWSER, run
 
 NAME = "qwen3"
 FC1, FINAL = "decoder.layers.mlp.linear_fc1.weight", "decoder.final_layernorm.weight"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Balanced(HTMLParser):
@@ -121,22 +118,11 @@ def test_a_file_that_cannot_be_written_is_an_error(wrong: ParityReport, tmp_path
 @pytest.mark.skipif(BROWSER is None, reason="no chromium is installed")
 def test_a_browser_lays_it_out(wrong: ParityReport, tmp_path: Path) -> None:
     """The document after layout has the verdict, a bar a tensor, and a picture of it is not blank."""
-    assert BROWSER is not None
     borders = tuple(BorderDiff(f"layer {n}", 10.0**-n, 10.0**-n) for n in range(8))
     write(replace(wrong, borders=borders), target := tmp_path / "report.html")
     shot = tmp_path / "report.png"
-    common = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    env = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [*common, "--dump-dom", target.as_uri()], capture_output=True, text=True, timeout=120, env=env, check=True
-    )
-    assert 'id="verdict">failed' in done.stdout and done.stdout.count("<rect") == 2 * len(wrong.differences)
-    assert done.stdout.count("<circle") == len(borders)
-    subprocess.run(
-        [*common, "--window-size=1000,1600", f"--screenshot={shot}", target.as_uri()],
-        capture_output=True,
-        timeout=120,
-        env=env,
-        check=True,
-    )
+    dom = run(tmp_path, "--dump-dom", target.as_uri())
+    assert 'id="verdict">failed' in dom and dom.count("<rect") == 2 * len(wrong.differences)
+    assert dom.count("<circle") == len(borders)
+    run(tmp_path, "--window-size=1000,1600", f"--screenshot={shot}", target.as_uri())
     assert shot.stat().st_size > 20_000  # an empty page of this size compresses to a few kilobytes

@@ -95,5 +95,5 @@ def test_a_block_is_written_into_a_page() -> None:
 def test_the_pages_say_what_was_measured() -> None:
     rows = measured()
     assert (ROOT / "docs" / "performance.md").read_text(encoding="utf-8") == figures.page(rows), "run `make docs`"
-    training = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    training = (ROOT / "docs" / "training-figures.md").read_text(encoding="utf-8")
     assert training == figures.insert(training, rows), "run `make docs`"

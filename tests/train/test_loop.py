@@ -218,6 +218,7 @@ def test_log_line_and_plot() -> None:
     assert line(step, 100).startswith(
         "step   7/100  loss 2.5000  lr 0.0001  grad 0.500  8,192 tok/s  300.0 TFLOP/s (40.0% MFU)"
     )
+    assert line(step, 100).endswith("  0.50 s  46 s left") and line(step, 7).endswith("  0.50 s")
     drawn = chart([3.0, 2.0, float("nan"), 1.0], height=2).splitlines()
     assert drawn == ["    3.000 █", "    1.000 ██ ▁"]
     assert chart([]) == "" and chart([2.0, 2.0], height=1) == "    2.000 ▁▁"
@@ -240,6 +241,15 @@ def test_a_slow_first_step_is_explained(
     said = capsys.readouterr().err
     assert said.count("kernels were compiled") == told
     log.close()
+
+
+def test_without_messages_it_records_and_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log(parse_recipe(raw(tmp_path / "run")), main=True, messages=False)
+    log.step(Step(1, 1.0, 1e-3, 1.0, 64, 1.0, 64.0, 1.0, 0.0, 1.0))
+    log.message("a line")
+    log.close()
+    said = capsys.readouterr()
+    assert said.out == said.err == "" and '"loss": 1.0' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_the_live_view_draws_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

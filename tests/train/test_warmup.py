@@ -49,7 +49,7 @@ def test_nothing_is_drawn_where_no_mask_follows(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_recipe_says_what_megatron_lm_defaults_to() -> None:
-    """Arguments of core_v0.16.1 that change losses; docs/training.md says where each stands there."""
+    """Arguments of core_v0.16.1 that change losses; docs/training-figures.md says where each stands there."""
     recipe = load_recipe("vanilla_gpt", [])
     plan = blueprint(recipe)
     assert plan.padded_vocab == 32128 and recipe.data.kind == "mock"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from converters.errors import StorageError
+from fixtures.make_tiny import NAMES
 from mappings import table_names
-from mbx.catalogue.models_page import MEASURED, NOT_MEASURED, page, rows
+from mbx.catalogue.models_page import MEASURED, NOT_MEASURED, is_stale, page, rows
 from mbx.tables import shipped
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -71,7 +72,7 @@ def test_a_family_that_failed_is_named_beside_those_that_passed(tmp_path: Path) 
 
 def test_a_table_that_changed_since_is_said(tmp_path: Path) -> None:
     row = next(row for row in rows(write(tmp_path, {"cpu": run("passed", sha256="0")})) if row.table == "llama")
-    assert "changed since it was measured" in row.notes
+    assert "changed since it was measured on a CPU" in row.notes and "on a GPU" not in row.notes
 
 
 def test_without_figures_nothing_is_claimed(tmp_path: Path) -> None:
@@ -84,6 +85,12 @@ def test_broken_figures_are_an_error(tmp_path: Path) -> None:
     broken.write_text("[]", encoding="utf-8")
     with pytest.raises(StorageError):
         rows(broken)
+
+
+def test_a_table_does_not_change_without_its_figures() -> None:
+    families = json.loads(MEASURED.read_text(encoding="utf-8"))["cpu"]["families"]
+    stale = [name for name, found in families.items() if is_stale(found, shipped(found["table"]))]
+    assert [*stale, *(set(NAMES) - set(families))] == [], "run `make measure`, then `make docs`"
 
 
 def test_figures_are_committed_for_the_cpu() -> None:

@@ -16,7 +16,10 @@ def test_what_is_markup_is_shown() -> None:
 
 def test_a_table_has_its_numbers_flush_right() -> None:
     text = table([(cell("x"), cell("1", "number"))], ("name", "count"), numbers=(1,), kind="row")
-    assert '<th>name</th><th class="number">count</th>' in text and '<tr class="row"><td>x</td>' in text
+    assert (
+        '<th scope="col">name</th><th scope="col" class="number">count</th>' in text
+        and '<tr class="row"><td>x</td>' in text
+    )
 
 
 @pytest.mark.parametrize("line", [[(1.0, 2.0)], [(1.0, 2.0), (2.0, 9.0)], [(n + 0.0, n % 3 + 0.0) for n in range(50)]])

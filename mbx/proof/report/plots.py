@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from mbx.page import WIDTH, Dot, curve, picture
+from mbx.page import Dot, bars, curve
 from mbx.proof.parity import Difference
 
 if TYPE_CHECKING:
     from mbx.models.forward.divergence import BorderDiff
 
-_ROW = 18
 _SHOWN_BARS = 60
 
 
@@ -52,8 +51,8 @@ def tensor_plots(differences: Sequence[Difference]) -> str:
     shares = [(d.name, share := (d.elements or 0) / (d.total or 1), f"{share:.2%}") for d in shown]
     sizes = [(d.name, _magnitude(d.max_abs), figure(d.max_abs)) for d in shown]
     return (
-        f"<h2>Differing tensors</h2>{note}<h3>Share of values that differ</h3>{_bars(shares)}"
-        f"<h3>Largest difference, on a logarithmic scale</h3>{_bars(sizes)}"
+        f"<h2>Differing tensors</h2>{note}<h3>Share of values that differ</h3>{bars(shares)}"
+        f"<h3>Largest difference, on a logarithmic scale</h3>{bars(sizes)}"
     )
 
 
@@ -69,19 +68,3 @@ def _magnitude(value: float | None) -> float:
     if not value:
         return 0.0
     return 1.0 if math.isinf(value) else min(1.0, max(0.02, (math.log10(value) + 8) / 12))
-
-
-def _bars(rows: Sequence[tuple[str, float, str]]) -> str:
-    """Horizontal bars; lengths are from 0 to 1."""
-    height, middle, out = len(rows) * _ROW + 4, WIDTH // 2, []
-    for number, (name, length, text) in enumerate(rows):
-        y = number * _ROW
-        width = max(1, round(length * (middle - 90)))
-        short = name if len(name) <= 52 else f"…{name[-51:]}"
-        kind = "bad" if text == "not finite" else "bar"
-        out.append(
-            f'<g><title>{escape(name)}: {escape(text)}</title><text x="{middle - 6}" y="{y + 13}" '
-            f'text-anchor="end">{escape(short)}</text><rect class="{kind}" x="{middle}" y="{y + 3}" width="{width}" '
-            f'height="{_ROW - 6}"/><text x="{middle + width + 4}" y="{y + 13}">{escape(text)}</text></g>'
-        )
-    return picture(height, f'<line x1="{middle}" y1="0" x2="{middle}" y2="{height}"/>', *out)

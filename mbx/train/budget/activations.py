@@ -1,6 +1,6 @@
 """What a step keeps and needs beside weights and optimizer, in bytes, phase by phase.
 
-T is the tokens of a micro-batch on this rank. docs/training.md has the derivation and the measured errors.
+T is the tokens of a micro-batch on this rank. docs/training-figures.md has the derivation and the measured errors.
 """
 
 from __future__ import annotations

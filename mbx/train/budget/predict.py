@@ -1,7 +1,8 @@
 """Memory a rank will need, part by part, before anything runs.
 
 A step is largest in one of a few phases (`activations.py`); the total is that of the largest, on top of what lasts:
-weights, gradients, optimizer state. docs/training.md holds the derivation and the measured errors. Bytes throughout.
+weights, gradients, optimizer state. docs/training-figures.md holds the derivation and the
+measured errors. Bytes throughout.
 """
 
 from __future__ import annotations

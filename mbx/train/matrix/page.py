@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from mbx.page import WIDTH, cell, curve, document, items, picture, prose, table
+from mbx.page import bars, cell, curve, document, items, prose, table
 
 _HEADS = ("run", "tokens/s", "of the recipe", "peak GiB", "predicted", "error", "first step s", "step s", "loss", "")
 
@@ -56,13 +56,8 @@ def _bars(title: str, records: Sequence[dict[str, Any]], key: str, form: str) ->
     if not records:
         return ""
     most = max(record[key] for record in records) or 1.0
-    drawn = []
-    for number, record in enumerate(records):
-        y, long = 22 * number, (WIDTH - 280) * record[key] / most
-        drawn.append(f'<text x="150" y="{y + 14}" text-anchor="end">{escape(record["cell"]["name"])}</text>')
-        drawn.append(f'<rect class="bar" x="156" y="{y + 2}" width="{long:.1f}" height="16"/>')
-        drawn.append(f'<text x="{162 + long:.1f}" y="{y + 14}">{form.format(record[key])}</text>')
-    return f"<h2>{escape(title)}</h2>{picture(22 * len(records) + 4, *drawn)}"
+    rows = [(record["cell"]["name"], record[key] / most, form.format(record[key])) for record in records]
+    return f"<h2>{escape(title)}</h2>{bars(rows, 160)}"
 
 
 def _over_time(record: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from converters.errors import UsageError, spelt
+from mbx.text import human_time
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
 
@@ -58,9 +59,10 @@ class _Writer(Protocol):
 
 
 class Log:
-    """The main rank's log; other ranks' calls do nothing."""
+    """The main rank's log; other ranks' calls do nothing. Without `messages` it records and says nothing."""
 
-    def __init__(self, recipe: Recipe, *, main: bool, live: bool = True) -> None:
+    def __init__(self, recipe: Recipe, *, main: bool, live: bool = True, messages: bool = True) -> None:
+        self._speaks = main and messages
         self.main, self.total, self.name = main, recipe.train.steps, recipe.name
         self.path = recipe.run_dir / METRICS
         self._writers: list[_Writer] = []
@@ -87,7 +89,7 @@ class Log:
 
     def message(self, text: str) -> None:
         """A line for the reader."""
-        if self.main:
+        if self._speaks:
             sys.stderr.write(spelt(text) + "\n")
             sys.stderr.flush()
 
@@ -149,9 +151,7 @@ class Log:
 
         assert self._live is not None
         done = int(30 * s.step / self.total)
-        left = (self.total - s.step) * s.step_s
-        ahead = f"{s.step}/{self.total}, {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left"
-        text = f"{'█' * done}{'░' * (30 - done)} {ahead}\n{line(s, self.total)}\n{chart(list(self._losses))}"
+        text = f"{'█' * done}{'░' * (30 - done)}\n{line(s, self.total)}\n{chart(list(self._losses))}"
         self._live.update(Panel(text, title=f"mbx train: {self.name}"))
 
 
@@ -168,10 +168,11 @@ def check_writers(recipe: Recipe) -> None:
 def line(s: Step, total: int) -> str:
     """The log line of one step."""
     mfu = f" ({s.mfu:.1%} MFU)" if s.mfu else ""
+    left = f"  {human_time((total - s.step) * s.step_s)} left" if s.step < total else ""
     beside = "".join(f"  {name.removesuffix('_loss')} {value:.4f}" for name, value in s.beside.items())
     return (
         f"step {s.step:>{len(str(total))}}/{total}  loss {s.loss:.4f}{beside}  lr {s.lr:.3g}  grad {s.grad_norm:.3f}  "
-        f"{s.tokens_per_s:,.0f} tok/s  {s.tflops:.1f} TFLOP/s{mfu}  {s.memory_gib:.1f} GiB  {s.step_s:.2f} s"
+        f"{s.tokens_per_s:,.0f} tok/s  {s.tflops:.1f} TFLOP/s{mfu}  {s.memory_gib:.1f} GiB  {s.step_s:.2f} s{left}"
     )
 
 

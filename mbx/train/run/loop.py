@@ -56,12 +56,21 @@ class Outcome:
     stopped: str
 
 
-def train(prepared: Prepared, *, live: bool = True, on_step: Callable[[Step], None] = lambda _: None) -> Outcome:
-    """Run a prepared recipe to its end, to SIGTERM or Ctrl-C, or to a loss that is not a number; collective."""
+def train(
+    prepared: Prepared,
+    *,
+    live: bool = True,
+    messages: bool = True,
+    on_step: Callable[[Step], None] = lambda _: None,
+) -> Outcome:
+    """Run a prepared recipe to its end, to SIGTERM or Ctrl-C, or to a loss that is not a number; collective.
+
+    `live`: a view where there is a terminal; `messages`: lines on stderr at all.
+    """
     recipe, ranks = prepared.recipe, prepared.ranks
     graphed = why_not(recipe, prepared.plan.config, ranks) is None
     with session(recipe, ranks), one_stream() if graphed else contextlib.nullcontext():
-        log = Log(recipe, main=ranks.is_main, live=live)
+        log = Log(recipe, main=ranks.is_main, live=live and messages, messages=messages)
         with contextlib.ExitStack() as stack:
             stack.callback(log.close)
             try:
