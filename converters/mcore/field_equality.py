@@ -18,6 +18,7 @@ NEUTRAL: Mapping[str, tuple[Value, ...]] = {
     "model.rotary_percent": (1.0,),
     "model.rope_scaling_factor": (8.0,),
     "rope_type": ("rope", "yarn"),
+    "dsa_indexer_topk_freq": (1,),
     "model.mcore_model": ("gpt",),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (1.0,)),
 }

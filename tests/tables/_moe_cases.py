@@ -38,6 +38,7 @@ ON_A_CPU = (
     "minimax_m2",
 )
 ELSEWHERE = (
+    *("glm_5", "glm_5_2", "deepseek_v32"),
     "sarvam_moe",
     "qwen3_next",
     "qwen3_5_text",
@@ -72,6 +73,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+#: Sparse attention, of which Megatron Core 0.16.1 builds no model: what it is without, latent attention.
+WITHOUT_INDEXER = {
+    "experimental_attention_variant": None,
+    **dict.fromkeys(("dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset", "dsa_indexer_k_norm_epsilon"), None),
+    "dsa_indexer_rope_interleaved": None,
+}
 #: Families, variants and layouts whose logits Transformers and Megatron Core both give on a CPU.
 FORWARD = [
     *(
@@ -124,6 +131,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "deepseek_v3": ("deepseek_v3", "moonlight_with_heads"),
     "glm4_moe": ("glm4_moe", "glm4_moe_air"),
     "glm4_moe_lite": ("glm_4_7_flash", "glm_4_7_flash_with_heads", "glm_4_7_flash_whole_queries"),
+    "glm_moe_dsa": ("glm_5", "glm_5_2"),
+    "deepseek_v32": ("deepseek_v32",),
     "dots1": ("dots1",),
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
@@ -165,7 +174,7 @@ def cases(table: str) -> list[Case]:
             found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))
     config, headers = found[0]
     found.append(({**config, "tie_word_embeddings": True}, headers))
-    if table.startswith("deepseek"):
+    if table in ("deepseek_v2", "deepseek_v3"):
         count = config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0)
         buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": ("F32", (2,)) for n in range(count)}
         found.append((config, {**headers, **buffers}))

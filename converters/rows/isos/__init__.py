@@ -26,6 +26,11 @@ FIELDS: dict[str, FieldsIso] = {
         ("rope_type", *(field for field, _ in rope.MLA_YARN.values())), rope.mla_rope_to_mcore, rope.mla_rope_to_hf
     ),
     "full_layers": FieldsIso((), layers.full_layers_to_mcore, layers.full_layers_to_hf),
+    "indexed_layers": FieldsIso(
+        ("dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"),
+        layers.indexed_layers_to_mcore,
+        layers.indexed_layers_to_hf,
+    ),
     "linear_layers": FieldsIso(("linear_attention_freq",), layers.linear_layers_to_mcore, layers.linear_layers_to_hf),
     "hybrid": FieldsIso(("num_layers", "model.hybrid_override_pattern"), layers.hybrid_to_mcore, layers.hybrid_to_hf),
     "hybrid_mtp": FieldsIso(
