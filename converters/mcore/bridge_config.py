@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from converters.errors import UsageError
-from converters.mcore.bridge_families import DEFAULT, Family, family_named, spec_for
+from converters.mcore.bridge_families import DEFAULT, Family, families_of, family_named, spec_for
 from converters.mcore.bridge_providers import SINCE_0_4, respelt, settled
 from converters.mcore.field_equality import is_idle, listed
 from converters.mcore.layout import Layout
@@ -59,6 +59,8 @@ def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
             out = {field: value for field, value in out.items() if not field.startswith(start)}
     if not model.get("is_hybrid_model"):
         out = {field: value for field, value in out.items() if not field.startswith("mamba_")}
+    own = {field for family in families_of(model) for field in family.own}
+    out |= {field: _stated(model, field) for field in sorted(own) if field in model}
     if isinstance(node := model.get("activation_func"), Mapping):
         target = str(node.get("_target_"))
         out["activation_func"] = _BY_TARGET.get(target.rpartition(".")[2], target)
@@ -149,7 +151,7 @@ def _model_node(
     size = config.get("model.vocab_size")
     padded = isinstance(size, int) and layout.padded_vocab(size) == rows
     model: dict[str, object] = {"_target_": family.provider, SINCE_0_4: None}
-    model |= {field: config[field] for field in (*FIELDS_OF_BOTH, *_STATED) if field in config}
+    model |= {field: config[field] for field in (*FIELDS_OF_BOTH, *_STATED, *family.own) if field in config}
     model |= {f: config[f"model.{f}"] for f in MODEL_ARGUMENTS if f"model.{f}" in config}
     layers = config.get("num_layers")
     for pattern in ("moe_layer_freq", "linear_attention_freq"):

@@ -33,7 +33,7 @@ from mbx.tables import table_for
 from mbx.torchfile.dcp import read_dcp
 
 ARCHIVES = Path(__file__).resolve().parents[2] / "fixtures" / "peer_0_6"
-FAMILIES = ("gemma2", "gpt_oss", "minimax_m2", "nemotron_h", "glm_moe_dsa")
+FAMILIES = ("gemma2", "gpt_oss", "minimax_m2", "nemotron_h", "glm_moe_dsa", "falcon_h1")
 OF_BOTH = ("gpt_oss", "minimax_m2", "nemotron_h")
 PLAIN = Options(sync=False)
 #: What Megatron-Bridge's YaRN of factor 1, which is none, says on top.

@@ -47,6 +47,7 @@ ELSEWHERE = (
     "nemotron_nano_v2",
     "nemotron_nano_v3",
     "nemotron_super",
+    "falcon_h1_0_5b",
 )
 ALL = (*ON_A_CPU, *ELSEWHERE)
 #: Families without a Transformers class, so without layout v5.
@@ -67,6 +68,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm_4_7_flash_whole_queries": ("glm_4_7_flash", {"q_lora_rank": None}),
     # Megatron Core's own constants of rotary scaling are not Scout's.
     "llama4_scout_unscaled": ("llama4_scout", {"rope_scaling": None}),
+    "falcon_h1_normed": ("falcon_h1_0_5b", {"mamba_rms_norm": True}),
     "nemotron_mtp_mlp": (
         "nemotron_super",
         {"hybrid_override_pattern": "MEM*EM-M", "mtp_hybrid_override_pattern": "*-"},
@@ -140,6 +142,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "qwen3_next": ("qwen3_next",),
     "qwen3_5": ("qwen3_5_text",),
     "qwen3_5_moe": ("qwen3_5_moe_text",),
+    "falcon_h1": ("falcon_h1_0_5b", "falcon_h1_normed"),
     "nemotron_h": ("nemotron_nano_v3", "nemotron_h", "nemotron_super", "nemotron_mtp_mlp"),
 }
 
