@@ -32,6 +32,9 @@ ON_A_CPU = (
     "glm4_moe_air",
     "glm_4_7_flash",
     "dots1",
+    "hy3",
+    "exaone_moe",
+    "exaone_moe_alone",
     "llama4_scout",
     "llama4_maverick",
     "olmoe",
@@ -88,7 +91,7 @@ FORWARD = [
         for name in """qwen3_moe qwen3_moe_dense_layer qwen3_moe_all_softmax gpt_oss mixtral
         mixtral_window qwen2_moe qwen2_moe_dense_layer deepseek_v2 deepseek_v3
         kimi_k2_by_class moonlight glm4_moe glm_4_7_flash glm_4_7_flash_whole_queries
-        dots1 llama4_scout_unscaled llama4_maverick""".split()
+        dots1 hy3 exaone_moe_alone llama4_scout_unscaled llama4_maverick""".split()
     ),
     *((name, "v5") for name in "qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()),
 ]
@@ -136,6 +139,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "glm_moe_dsa": ("glm_5", "glm_5_2"),
     "deepseek_v32": ("deepseek_v32",),
     "dots1": ("dots1",),
+    "hy_v3": ("hy3",),
+    "exaone_moe": ("exaone_moe",),
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
     "sarvam_moe": ("sarvam_moe",),
@@ -147,6 +152,13 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: What layout v5 calls tensors of some classes that are not experts.
+_V5_NAMES = {
+    "hy_v3": {"router.gate.": "gate.", "expert_bias": "e_score_correction_bias", "shared_mlp.": "shared_experts."},
+    "exaone_moe": {"mlp.e_score_": "mlp.gate.e_score_"},
+}
+
+
 def fused(case: Case) -> Case:
     """The case in layout v5's names: one tensor for all experts, and the prefixes of the class."""
     config, headers = case
@@ -154,6 +166,9 @@ def fused(case: Case) -> Case:
     renamed: dict[str, Header] = {}
     for name, (dtype, shape) in headers.items():
         name = name.replace("block_sparse_moe.", "mlp.").replace("backbone.", "model.")
+        for theirs, ours in _V5_NAMES.get(config["model_type"], {}).items():
+            last = f"model.layers.{config['num_hidden_layers']}."
+            name = name if name.startswith(last) else name.replace(theirs, ours)
         prefix, _, tail = name.partition(".experts.")
         number, _, matrix = tail.partition(".")
         if not number.isdigit() or name.startswith(("mtp.", f"model.layers.{config['num_hidden_layers']}.")):

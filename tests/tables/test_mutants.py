@@ -32,6 +32,7 @@ RUN = (
     *("glm4", "phi3", "smollm3", "seed_oss", "mimo", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "moonlight"),
     *("deepseek_v3", "glm4_moe", "gpt_oss", "llama4_maverick", "sarvam_moe", "dots1", "ernie4_5", "glm_4_7_flash"),
     *("starcoder2", "gemma2", "granite", "ministral3", "minimax_m2", "olmo2", "olmo3", "olmoe", "exaone4_1_2b"),
+    *("internlm3", "hy3", "exaone_moe"),
 )
 #: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
 ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
@@ -46,6 +47,7 @@ REASONS = {
     r"config model\.max_sequence_length:": "bounds prompts, and changes no position",
     r"fixed moe_grouped_gemm:": "how experts are multiplied, not what they give",
     r"(config mtp_num_layers:|rows of mtp\.)": "prediction layers, which the report names as not reached",
+    r"internlm3 via yarn: rope_dynamic_factor:": "sets in behind the context's end, where no position is",
     r"via \w+: model\.rope_scaling_factor:": "read with Llama 3's scaling alone",
     r"(llama2|nemotron) via \w+: model\.rope_scaling:": "no frequency of the tiny head is one that Llama 3 stretches",
     r"(gpt_oss|phi3|ministral3|olmo3|olmoe) via \w+: model\.rope_scaling:": "read of plain positions alone",

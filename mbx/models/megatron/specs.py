@@ -129,6 +129,11 @@ def mtp_block_spec(
 
     if not config.mtp_num_layers:
         return None
+    if isinstance(config.window_attn_skip_freq, list) or isinstance(config.no_rope_freq, list):
+        raise UnsupportedError(
+            f"{mcore_version()} lists which layers are windowed or unrotated, and not what prediction layers are",
+            hint="without their tensors and with `num_nextn_predict_layers` 0 the model is built without them",
+        )
     spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te, vp_stage=vp_stage)
     if spec is not None and not use_te:
         from mbx.models.megatron.local_modules import LocalNorm
