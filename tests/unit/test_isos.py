@@ -68,6 +68,7 @@ GROUPS: dict[str, st.SearchStrategy[Mapping[str, Value]]] = {
     "yarn": st.fixed_dictionaries({"rope_scaling": PLAIN | YARN}),
     "longrope": st.fixed_dictionaries({"rope_scaling": PLAIN})
     | st.fixed_dictionaries({"rope_scaling": LONGROPE, "original_max_position_embeddings": LENGTHS}),
+    "neox_rope": st.fixed_dictionaries({"rotary_emb_base": FACTORS, "rotary_pct": st.floats(0.1, 1.0)}),
     "window": st.fixed_dictionaries({"sliding_window": st.none() | st.integers(1, 1 << 17)}),
     "unrotated_full_layers": st.fixed_dictionaries({"sliding_window": st.integers(1, 1 << 17), "layer_types": KINDS}),
     "gelu_tanh": st.just({"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}),
