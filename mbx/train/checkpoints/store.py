@@ -35,6 +35,7 @@ from mbx.train.lora.attach import only_trained
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.build import unwrap
 from mbx.train.model.parallel import Ranks
+from mbx.train.model.sight import tower_folder
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
@@ -132,6 +133,7 @@ class Store:
             if hf.has_weights(self.plan.hf):  # a random start needs none
                 layout = hf.record_layout(hf.open_hf(self.plan.hf))
                 (target / "hf" / hf.LAYOUT).write_text(layout, encoding="utf-8")
+                self._keep_towers(target / "hf" / hf.KEPT, state.base)
         for path in [*target.rglob("*"), target]:
             _sync(path)
         tracker = self.root / torch_dist.TRACKER
@@ -146,6 +148,21 @@ class Store:
         for old in self.root.glob("iter_*"):
             if old not in stays and _is_ours(old):  # beyond `keep`, or left unfinished by a run that was killed
                 shutil.rmtree(old)
+
+    def _keep_towers(self, file: Path, base: str) -> None:
+        """Copy what lies beside the text model in the folder that the weights came from: an export is whole again."""
+        table = self.plan.table
+        if self.plan.hf is None or table is None or not table.beside or self.recipe.lora.rank:
+            return
+        folder = hf.open_hf(tower_folder(self.plan.hf, base))
+        source = folder.source
+        try:
+            beside = [tensor for name, tensor in folder.tensors.items() if name.startswith(table.beside)]
+            if beside:
+                with file.open("wb") as out:
+                    out.writelines(hf.pack_kept(beside, source))
+        finally:
+            source.close()
 
     def load(
         self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, same: bool
