@@ -15,7 +15,7 @@ import pytest
 import torch
 from _trainings import Raw, raw, run_here, run_world
 
-from converters.errors import UnsupportedError, UsageError
+from converters.errors import MbxError, UnsupportedError, UsageError
 from fixtures.seeing import image_chats, make_seeing
 from mbx.train.checkpoints.export import export_run
 from mbx.train.data.batch import _two_way
@@ -82,11 +82,21 @@ def test_adapters_learn_what_peft_learns_of_transformers_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*KINDS, "qwen2_vl"])
+@pytest.mark.parametrize("kind", [*KINDS, "qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize("lora", [{}, LORA], ids=["all", "lora"])
 def test_64_chats(folder: Callable[[str], Path], tmp_path: Path, kind: str, lora: dict[str, object]) -> None:
     asked = recipe(folder, kind, tmp_path, lora=lora, train={"global_batch": 64, "micro_batch": 4})
     report = verify_training(parse_recipe(asked), 64)
+    assert report is not None and report.passed, [leg for leg in report.legs if leg.status != "passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["all", "lora"])
+def test_experts_learn_behind_a_tower_that_adds_to_layers(
+    folder: Callable[[str], Path], tmp_path: Path, lora: dict[str, object]
+) -> None:
+    asked = recipe(folder, "qwen3_vl_moe", tmp_path, lora=lora, train={"global_batch": 4, "micro_batch": 1})
+    report = verify_training(parse_recipe(asked), 4)
     assert report is not None and report.passed, [leg for leg in report.legs if leg.status != "passed"]
 
 
@@ -224,6 +234,28 @@ def test_images_of_a_text_model_are_refused(folder: Callable[[str], Path], tmp_p
 
 
 @pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"parallel": {"pp": 2}}, "the first pipeline stage has 2: it needs one more"),
+        ({"train": {"recompute": "full"}}, "not computed twice"),
+        ({"parallel": {"pp": 2, "vpp": 2}, "train": {"micro_batch": 1}}, "interleaved stages|one more"),
+        ({"fp8": {"recipe": "delayed"}, "run": {"device": "auto"}}, "FP8"),
+    ],
+)
+def test_what_images_cannot_have_is_said(
+    folder: Callable[[str], Path], tmp_path: Path, sections: dict[str, dict[str, object]], said: str
+) -> None:
+    with pytest.raises(MbxError, match=said):
+        prepare(parse_recipe(recipe(folder, "qwen3_vl", tmp_path, **sections)), dry=True)
+
+
+def test_a_model_whose_images_are_not_trained_is_named(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="part of type 'image'") as raised:
+        prepare(parse_recipe(recipe(folder, "qwen3_5", tmp_path)), dry=True)
+    assert raised.value.hint and "`qwen3_5` is trained on text alone" in raised.value.hint
+
+
+@pytest.mark.parametrize(
     ("part", "said"),
     [
         ({"path": "https://example.org/dog.png"}, "nothing is fetched"),
@@ -246,7 +278,6 @@ def test_images_are_read_as_strangers(
 ) -> None:
     from PIL import Image
 
-    from converters.errors import MbxError
     from mbx.untrusted import images
 
     data, outside = tmp_path / "data", tmp_path / "outside.png"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from converters.errors import UnsupportedError
 from mbx.formats.hf import CONFIG, read_config
-from mbx.train.model.blueprint import Blueprint
+from mbx.train.model.blueprint import Blueprint, as_int
 from mbx.train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mbx.train.model.parallel import Ranks
 
 #: Model types whose training on images is proven: `tests/train/test_images.py`.
-TRAINED = ("gemma3", "qwen2_5_vl", "qwen2_vl")
+TRAINED = ("gemma3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 #: Why no image is trained on where a model does not see.
 TEXT_ALONE = "text alone is trained: leave other parts out"
 #: How a micro-batch's tensors begin that the tower takes.
@@ -32,13 +32,16 @@ PIXELS = "pixels "
 @dataclass(frozen=True, slots=True)
 class Sight:
     """How a folder's model sees. `token` stands in ids for each feature of an image; where `two_way`, the tokens of an
-    image see each other; `turned` where they have positions by time, height and width."""
+    image see each other; `turned` where they have positions by time, height and width. `deepstack`: layers of the text
+    model behind which the tower adds to them again.
+    """
 
     folder: Path
     kind: str
     token: int
     two_way: bool
     turned: bool
+    deepstack: int = 0
 
 
 def sight_of(plan: Blueprint) -> Sight | str:
@@ -52,21 +55,36 @@ def sight_of(plan: Blueprint) -> Sight | str:
     kind = str(raw["model_type"])
     if kind not in TRAINED:
         return f"images are trained with {', '.join(TRAINED)}; `{kind}` is trained on text alone, without its tower"
-    token = picture_token(transformers_config(plan.hf, whole=True), plan.vocab)
+    config = transformers_config(plan.hf, whole=True)
+    token = picture_token(config, plan.vocab)
     if token is None:
         return "config.json names no image token within the vocabulary"
-    return Sight(plan.hf, kind, token, KINDS[kind].two_way, isinstance(plan.config.get("mrope_section"), list))
+    deepstack = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    turned = isinstance(plan.config.get("mrope_section"), list)
+    return Sight(plan.hf, kind, token, KINDS[kind].two_way, turned, deepstack)
 
 
 def check_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, sight: Sight) -> None:
     """Refuse what images cannot be trained with."""
     p = recipe.parallel
+    first = plan.layout.stages(as_int(plan.config, "num_layers"))[0].layers
     rules: tuple[tuple[object, str, str], ...] = (
         (
             sight.two_way and ranks.te,
             f"the tokens of an image see each other both ways ({sight.kind}), which Transformer Engine's attention is "
             "not told",
             "run.kernels=local",
+        ),
+        (
+            p.pp > 1 and sight.deepstack >= first,
+            f"the tower adds to the first {sight.deepstack} layers, and the first pipeline stage has {first}: "
+            "it needs one more",
+            "a smaller parallel.pp",
+        ),
+        (
+            sight.deepstack and recipe.train.recompute == "full",
+            "layers to which the tower adds are not computed twice",
+            "train.recompute=selective or none",
         ),
         (p.cp > 1, "rows with images are not cut by context parallelism", "parallel.cp=1"),
         (p.vpp > 1, "rows with images do not go through interleaved stages", "parallel.vpp=1"),
