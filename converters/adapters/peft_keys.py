@@ -132,11 +132,11 @@ class Spelling:
         return respelt(_plain(f"{module}.", self.rows) or f"{module}.", self.way).removesuffix(".")
 
 
-def live_spelling(table: Table) -> Spelling:
+def live_spelling(table: Table, present: Collection[str] | None = None) -> Spelling:
     """How Transformers spells modules in memory, as PEFT has them: by the last of the ways in which a table says that
-    the names of a text model inside a larger one begin."""
+    the names of a text model inside a larger one begin. `present`: of the names of a folder that holds these."""
     live = table.wrapped[0 if table.name in _APART else -1] if table.wrapped else {}
-    return Spelling(live, table.beginnings(None))
+    return Spelling(live, table.beginnings(present))
 
 
 def _plain(name: str, way: Mapping[str, str]) -> str | None:

@@ -264,7 +264,7 @@ def _show_plan(prepared: Prepared) -> None:
     memory: dict[str, object]
     looks = prepared.looks
     if looks is not None:
-        said.append(f"images: a tower of {human_count(looks.parameters)} weights, frozen, on the first stage")
+        said.append(f"images: a tower of {human_count(looks.parameters)} weights, {t.tower}, on the first stage")
     try:
         budget = predict(recipe, plan, ranks.dp, looks)
     except UnsupportedError as error:

@@ -131,6 +131,46 @@ def test_an_exported_adapter_answers_in_peft(folder: Callable[[str], Path], tmp_
     assert reference_loss(asked, 16, whole_model(merged)) == pytest.approx(further, rel=2e-3)
 
 
+def test_a_trained_tower_is_exported_and_goes_on(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """What is exported is the whole model as it was trained, and a resumed run goes on with the same tower."""
+    from safetensors.torch import load_file
+
+    asked = recipe(folder, "gemma3", tmp_path / "run", train={"tower": "trained"})
+    run_here(asked)
+    exported, _ = export_run(tmp_path / "run", tmp_path / "out")
+    longer = {**asked["train"], "steps": 3}
+    (further,) = run_here({**asked, "train": longer}, resume=True)
+    straight = run_here({**asked, "train": longer, "run": {**asked["run"], "dir": str(tmp_path / "straight")}})
+    assert further == straight[2]
+    assert reference_loss(asked, 16, whole_model(exported)) == pytest.approx(further, rel=1e-5)
+    before, after = (load_file(place / "model.safetensors") for place in (folder("gemma3"), exported))
+    assert before.keys() == after.keys()
+    tower = [name for name in before if "vision_tower" in name and name.endswith("proj.weight")]
+    assert tower and not any(torch.equal(before[name].float(), after[name].float()) for name in tower)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_vl"])
+def test_a_trained_tower_learns_what_transformers_learns(
+    folder: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    train = {"tower": "trained", "global_batch": 4, "micro_batch": 1}
+    report = verify_training(parse_recipe(recipe(folder, kind, tmp_path, train=train)), 8)
+    assert report is not None and report.passed, [leg for leg in report.legs if leg.status != "passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_two_processes_train_one_tower(folder: Callable[[str], Path], tmp_path: Path, axis: str) -> None:
+    jobs: list[dict[str, object]] = []
+    for kind in KINDS:
+        train = {"tower": "trained", "global_batch": 4, "micro_batch": 2}
+        asked = recipe(folder, kind, tmp_path / kind, train=train, parallel={axis: 2})
+        jobs.append({"recipe": asked, "verify": True})
+    for legs in run_world(2, jobs, tmp_path / "world.json"):
+        assert [leg for leg in legs if leg[1] != "passed"] == []  # type: ignore[index]
+
+
 def other_image(patch: pytest.MonkeyPatch) -> None:
     plain = Picture.read
     patch.setattr(Picture, "read", lambda self: plain(self).transpose(0))
@@ -239,7 +279,16 @@ def test_images_of_a_text_model_are_refused(folder: Callable[[str], Path], tmp_p
         ({"parallel": {"pp": 2}}, "the first pipeline stage has 2: it needs one more"),
         ({"train": {"recompute": "full"}}, "not computed twice"),
         ({"parallel": {"pp": 2, "vpp": 2}, "train": {"micro_batch": 1}}, "interleaved stages|one more"),
-        ({"fp8": {"recipe": "delayed"}, "run": {"device": "auto"}}, "FP8"),
+        ({"train": {"tower": "trained"}, "lora": LORA}, "beside a frozen tower"),
+        (
+            {"lora": {**LORA, "targets": ["q_proj", "linear_fc2", "attn.qkv"]}},
+            r"attn.qkv is of the tower \(`model.visual",
+        ),
+        ({"train": {"tower": "trained"}, "run": {"export_every": 1}}, "exported from a checkpoint"),
+        (
+            {"train": {"tower": "trained"}, "data": {"kind": "pattern", "path": "", "length": 32}},
+            "no row shows an image",
+        ),
     ],
 )
 def test_what_images_cannot_have_is_said(

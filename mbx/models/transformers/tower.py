@@ -7,7 +7,8 @@ This file imports torch when imported.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,41 @@ class _Reached(Exception):
 
 
 class Tower(nn.Module):
-    """What lies before the text model of a folder, in `dtype` on `device`; frozen until its parameters are asked for.
+    """What lies before the text model of a folder, in `dtype` on `device`; frozen until it is thawed.
 
-    Raises what `PartialTransformers` raises.
+    `paths`: its parts in Transformers' model, which are its modules. Raises what `PartialTransformers` raises.
     """
+
+    frame: Any
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
         super().__init__()
         parts = PartialTransformers(folder, dtype)
         frame: Any = parts.frame((_TEXT, _PICTURE), towers=True)
         name_picture(frame, _PICTURE)
-        self.paths: tuple[str, ...] = parts.towers
-        self.dtype, self.frame = dtype, frame.to(device).eval().requires_grad_(False)
+        self.dtype = dtype
+        self.__dict__["frame"] = (
+            frame.to(device).eval().requires_grad_(False)
+        )  # what is left of the text is not its own
+        text = {id(p) for part in (frame.get_decoder(), frame.get_output_embeddings()) for p in part.parameters()}
+        self.paths = tuple(_beside(frame, text))
+        for path in self.paths:
+            self.add_module(path.replace(".", "_"), frame.get_submodule(path))
         self._takes = inspect.signature(type(frame).forward).parameters
         around = frame.get_submodule(parts.layers_path.rpartition(".")[0])
         around.register_forward_pre_hook(_reach, with_kwargs=True)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the tower would save, by the names that Transformers' model has in memory."""
+        found: dict[str, torch.Tensor] = {}
+        for path in self.paths:
+            state = self.frame.get_submodule(path).state_dict(keep_vars=True)
+            found |= {f"{path}.{name}": tensor for name, tensor in state.items()}
+        return found
+
     def see(self, counts: Sequence[int], inputs: Mapping[str, torch.Tensor]) -> Seen:
         """Features of pictures that take `counts` tokens each, from what the class takes of them all, in order."""
-        device = next(self.frame.parameters()).device
+        device = next(self.parameters()).device
         ids = torch.cat([torch.tensor([_TEXT] + [_PICTURE] * count) for count in counts])[None].to(device)
         batch = Batch(ids, pictures=Pictures(_PICTURE, inputs))
         beside = arguments(batch, self._takes, self.dtype, str(device))
@@ -65,6 +82,20 @@ class Tower(nn.Module):
         except (ValueError, RuntimeError) as error:  # images that are not those that the tokens were counted for
             raise UnsupportedError(f"Transformers' tower cannot take these images: {error}") from error
         raise UnsupportedError(f"{type(self.frame).__name__} does not call its text model")
+
+
+def _beside(frame: nn.Module, text: AbstractSet[int]) -> Iterator[str]:
+    """The largest parts of a model that hold none of the parameters `text`, by their ids."""
+
+    def look(module: nn.Module, path: str) -> Iterator[str]:
+        own = [id(p) for p in module.parameters()]
+        if own and text.isdisjoint(own):
+            yield path
+        elif own:
+            for name, child in module.named_children():
+                yield from look(child, f"{path}.{name}" if path else name)
+
+    yield from look(frame, "")
 
 
 def _reach(module: nn.Module, given: object, named: Mapping[str, Any]) -> None:

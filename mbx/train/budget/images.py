@@ -1,7 +1,8 @@
 """What images add to a rank of the first pipeline stage: a tower, and what it works on.
 
-A frozen tower keeps nothing for a backward pass, so it is largest while one of its layers runs: the pixels, the
-layer's states and its widest product, over all patches of a micro-batch. Earlier micro-batches may be in flight then.
+A frozen tower keeps nothing, so it is largest while one of its layers runs: the pixels, the layer's states and its
+widest product, over all patches of a micro-batch. Earlier micro-batches may be in flight then. A tower that is trained
+keeps as much of each of its layers until its backward pass, behind the text model's.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ _STATES = 7
 
 @dataclass(frozen=True, slots=True)
 class Looks:
-    """A tower's `parameters`, the `width` of its states and of its `widest` product, the `patches` behind a token of
-    an image and the numbers of a `patch`, and the most `tokens` of images in a row."""
+    """A tower's `parameters` and `depth` in layers, the `width` of its states and of its `widest` product, the
+    `patches` behind a token of an image and the numbers of a `patch`, and the most `tokens` of images in a row."""
 
     parameters: int
+    depth: int
     width: int
     widest: int
     patches: float
@@ -40,7 +42,8 @@ class Looks:
         """Bytes that the tower works on at most, for a micro-batch: pixels come in fp32 and are cast."""
         b = BYTES[recipe.train.precision]
         patches = round(self.patches * self.tokens * recipe.train.micro_batch)
-        return patches * (self.patch * (4 + b) + (_STATES * self.width + self.widest) * b)
+        layers = self.depth if recipe.train.tower == "trained" else 1
+        return patches * (self.patch * (4 + b) + layers * (_STATES * self.width + self.widest) * b)
 
 
 def looks_of(sight: Sight, tokens: int) -> Looks:
@@ -58,6 +61,7 @@ def looks_of(sight: Sight, tokens: int) -> Looks:
     vision: Mapping[str, Any] = model.config.vision_config.to_dict()
     return Looks(
         sum(p.numel() for p in beside),
+        int(vision.get("depth") or vision["num_hidden_layers"]),
         convs[0].out_channels,
         max(m.out_features for m in inside),
         _patches(vision, model.config),

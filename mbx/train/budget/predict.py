@@ -71,6 +71,8 @@ def _stage(
 ) -> Budget:
     c, p, t = count(recipe, plan, stage, known), recipe.parallel, recipe.train
     trained = c.adapters + c.whole if recipe.lora.rank else c.base
+    learns = looks is not None and t.tower == "trained"
+    trained += looks.parameters if looks is not None and learns else 0
     shared = dp * p.cp if p.distributed_optimizer else 1
     experts = 0 if recipe.lora.rank else c.experts
     expert_shared = max(1, dp * p.cp * p.tp // (p.ep * p.etp)) if p.distributed_optimizer else 1
@@ -86,7 +88,9 @@ def _stage(
         "tower": 0 if looks is None else looks.weights(recipe),
     }
     found = phases(load, stage, dp)
-    if looks is not None:
+    if looks is not None and learns:
+        lasting["images"] = looks.working(recipe) * min(p.pp, t.global_batch // (t.micro_batch * dp))
+    elif looks is not None:
         found[TOWER] = {"activations": in_flight(load, stage, dp), "images": looks.working(recipe)}
     phase = max(found, key=lambda name: sum(found[name].values()))
     parts = {**lasting, **found[phase]}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 TRAINED = ("gemma3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 #: Why no image is trained on where a model does not see.
 TEXT_ALONE = "text alone is trained: leave other parts out"
+#: What a trained tower is called in Megatron Core's model, and in its checkpoints.
+TOWER = "tower"
 #: How a micro-batch's tensors begin that the tower takes.
 PIXELS = "pixels "
 
@@ -93,6 +95,16 @@ def check_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, sight: Sight) ->
             "prediction layers would be given the tokens of images, not what the tower makes of them",
             "model.config.mtp_num_layers=0",
         ),
+        (
+            recipe.train.tower == "trained" and recipe.lora.rank,
+            "adapters are trained beside a frozen tower",
+            "train.tower=frozen, or lora.rank=0 trains every weight",
+        ),
+        (
+            recipe.train.tower == "trained" and recipe.run.export_every,
+            "a tower that is trained is exported from a checkpoint",
+            "run.export_every=0, and `mbx train export`",
+        ),
         (recipe.fp8.recipe != "none", "images are not trained under FP8", "fp8.recipe=none"),
     )
     for broken, fact, hint in rules:
@@ -111,13 +123,13 @@ def tower_folder(folder: Path, base: str) -> Path:
 class Seeing:
     """A model's tower on the ranks of the first pipeline stage, and what every stage must know of a micro-batch.
 
-    `base`: where the run's first weights came from.
+    `base`: where the run's first weights came from. A tower that is trained becomes a part of the model by `join`.
     """
 
     def __init__(self, sight: Sight, recipe: Recipe, plan: Blueprint, device: str, base: str) -> None:
         from mbx.models.megatron.core.groups import parallel_state
 
-        self.sight, self.config = sight, plan.config
+        self.sight, self.config, self.trained = sight, plan.config, recipe.train.tower == "trained"
         self.tower: Tower | None = None
         if parallel_state.is_pipeline_first_stage(ignore_virtual=True):
             import torch
@@ -126,6 +138,23 @@ class Seeing:
 
             dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
             self.tower = Tower(tower_folder(sight.folder, base), dtypes[recipe.train.precision], device)
+
+    def join(self, model: nn.Module) -> None:
+        """Make a tower that is trained a part of the bare `model` of its stage, which then owns its parameters.
+
+        Every rank of tensor parallelism holds it whole. Under sequence parallelism each sees the gradients of its own
+        tokens, which are summed as those of norms are.
+        """
+        from mbx.models.megatron.core.groups import set_defaults_if_not_set_tensor_model_parallel_attributes
+
+        if self.tower is None or not self.trained:
+            return
+        for parameter in self.tower.parameters():
+            parameter.requires_grad_(True)
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+            if getattr(model.config, "sequence_parallel", False):
+                parameter.sequence_parallel = True  # type: ignore[attr-defined]
+        model.add_module(TOWER, self.tower)
 
     @contextlib.contextmanager
     def passing(self, model: nn.Module, batch: Mapping[str, torch.Tensor | None]) -> Iterator[None]:
@@ -158,5 +187,5 @@ class Seeing:
         assert self.tower is not None
         numbers = Pictures(self.sight.token, inputs).numbers(tokens)
         counts = [int(count) for row in numbers for count in torch.bincount(row[row >= 0]).tolist()]
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             return self.tower.see(counts, inputs)

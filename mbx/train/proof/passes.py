@@ -89,7 +89,7 @@ def step(
                 parameter.copy_(weight)
 
     trainer = Trainer(run, Log(sized, main=False), on_gradients=keep)
-    tower = None if trainer.seeing is None else trainer.seeing.tower
+    tower = None if trainer.seeing is None or trainer.seeing.trained else trainer.seeing.tower
     found.before = state_of(trainer.chunks, tower)  # ahead of all of the step: reducing gradients moves an expert bias
     found.figures = trainer.one_step()
     found.after = state_of(trainer.chunks, tower)

@@ -53,16 +53,18 @@ def reference(
     work: Path,
     adapter: Path | None = None,
     token: int | None = None,
+    tower: bool = False,
 ) -> Reference:
     """Loss and gradients of examples with the weight of each of their tokens and what the class takes of their images.
 
-    `adapter` is a PEFT folder. With the `token` that stands for images it is the whole model, its tower frozen.
+    `adapter` is a PEFT folder. With the `token` that stands for images it is the whole model, its `tower` trained or
+    frozen.
 
     `padded_vocab`: columns of the logits; those behind the vocabulary are 0, as rows of padding give them.
     UnsupportedError where Transformers cannot run the model.
     """
     torch.manual_seed(0)
-    model, back, twin = _model(folder, whole=token is not None)
+    model, back, twin = _model(folder, whole=token is not None, tower=tower)
     takes = inspect.signature(type(model).forward).parameters
     if adapter is not None:
         model, back, twin = _adapted(model, adapter), dict, False
@@ -144,15 +146,15 @@ def _adapted(model: Any, adapter: Path) -> Any:
     return found
 
 
-def _model(folder: Path, *, whole: bool) -> tuple[Any, Callable[[Tensors], Tensors], bool]:
+def _model(folder: Path, *, whole: bool, tower: bool = False) -> tuple[Any, Callable[[Tensors], Tensors], bool]:
     """The model of a folder in fp32, how gradients become those of the folder's, and if the tensors are others.
 
-    `whole`: with its tower, frozen.
+    `whole`: with its `tower`, trained or frozen.
     """
     from transformers import AutoModelForCausalLM
 
     if whole:
-        return whole_model(folder), dict, False
+        return whole_model(folder, tower=tower), dict, False
     opened = open_hf(folder)
     twin = twin_of(opened.config)
     try:
@@ -204,8 +206,9 @@ def _model(folder: Path, *, whole: bool) -> tuple[Any, Callable[[Tensors], Tenso
     return model.float(), back, not same
 
 
-def whole_model(folder: Path) -> Any:
-    """A model that sees, in fp32, whose tower and projector are frozen; UnsupportedError where there is no class."""
+def whole_model(folder: Path, *, tower: bool = False) -> Any:
+    """A model that sees, in fp32, whose tower and projector are frozen but where the `tower` is trained;
+    UnsupportedError where there is no class."""
     from transformers import AutoModelForImageTextToText
 
     try:
@@ -221,7 +224,7 @@ def whole_model(folder: Path) -> Any:
         raise UnsupportedError(f"Transformers cannot build `{folder}`: {error}") from error
     text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in text)
+        parameter.requires_grad_(tower or id(parameter) in text)
     return model.float()
 
 

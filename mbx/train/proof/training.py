@@ -230,7 +230,8 @@ class _Proof:
             asked = list(zip(self.examples, weights, shown, strict=True))
             eyes = self.prepared.data.eyes
             token = None if eyes is None else eyes.sight.token
-            wanted = reference(self._base(), asked, quiet.padded, self.work, adapter, token)
+            tower = recipe.train.tower == "trained"
+            wanted = reference(self._base(), asked, quiet.padded, self.work, adapter, token, tower)
             legs = [
                 figure_leg("loss", quiet.figures.loss, wanted.loss, f"the mean over {wanted.tokens} tokens"),
                 gradient_leg(quiet, wanted),

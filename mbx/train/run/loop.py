@@ -119,6 +119,12 @@ class Trainer:
                     load_peft(bare, adapter)
                     load_whole(bare, self.plan, adapter, whole_layers(self.recipe.lora, self.plan))
 
+        eyes = prepared.data.eyes
+        self.seeing: Seeing | None = None
+        if eyes is not None:
+            self.seeing = Seeing(eyes.sight, self.recipe, self.plan, self.ranks.device, self.base)
+            self.seeing.join(models.unwrap(networks[0]))
+
         # 2. gradients, optimizer, schedules
         graphed = why_not(self.recipe, self.plan.config, self.ranks) is None
         self.chunks: list[DistributedDataParallel] = [
@@ -132,18 +138,8 @@ class Trainer:
             config.finalize_model_grads_func = _finalizer()
             if self.chunks[0].ddp_config.overlap_grad_reduce:
                 config.no_sync_func = waits if len(waits) > 1 else waits[0]
-        eyes = prepared.data.eyes
-        self.seeing = (
-            None if eyes is None else Seeing(eyes.sight, self.recipe, self.plan, self.ranks.device, self.base)
-        )
         self.batches = Batches(
-            self.recipe,
-            self.ranks,
-            self.chunks,
-            self.beside,
-            graphed=graphed,
-            eyes=eyes,
-            seeing=self.seeing,
+            self.recipe, self.ranks, self.chunks, self.beside, graphed=graphed, eyes=eyes, seeing=self.seeing
         )
         self.mark_first = models.first_microbatch(*self.chunks)
         self.take_step = GuardedStep(self.optimizer)

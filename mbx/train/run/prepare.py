@@ -182,18 +182,26 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> 
         else:
             check_source(plan, source)
     data = read_data(recipe, plan)
-    if data.eyes is not None:
-        check_images(recipe, plan, ranks, data.eyes.sight)
-        recipe, why = _with_images(recipe, ranks)
-        start, data = replace(start, why=start.why + why), read_data(recipe, plan) if why else data
+    recipe, why = _with_images(recipe, plan, ranks, data)
+    if data.eyes is not None and data.eyes.sight.turned:  # the fused kernel turns all rows of a micro-batch alike
+        plan = replace(plan, config={**plan.config, "apply_rope_fusion": False})
+    start, data = replace(start, why=start.why + why), read_data(recipe, plan) if why else data
     if resumed:
         check_same_rows(resumed, data.identity)
     return Prepared(with_steps(recipe, data), start, ranks, plan, data)
 
 
-def _with_images(recipe: Recipe, ranks: Ranks) -> tuple[Recipe, str]:
-    """The recipe as images are trained with it, and what the run says of that."""
+def _with_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, data: Dataset) -> tuple[Recipe, str]:
+    """The recipe as the images of the data are trained with it, and what the run says of a change of its rows."""
+    if data.eyes is None:
+        if recipe.train.tower == "trained":
+            fact = "train.tower=trained: no row shows an image, so nothing would reach a tower"
+            raise UsageError(fact, hint="train.tower=frozen")
+        return recipe, ""
+    check_images(recipe, plan, ranks, data.eyes.sight)
     recipe = replace(recipe, train=replace(recipe.train, cuda_graph="off"))  # a graph replays images of one size
+    if recipe.train.tower == "trained":  # which a micro-batch without images would not reach
+        recipe = replace(recipe, parallel=replace(recipe.parallel, overlap_grad_reduce=False))
     if not (recipe.data.packs and ranks.te):  # whose packed rows turn by a count of their own
         return recipe, ""
     recipe = replace(recipe, data=replace(recipe.data, pack=False))
