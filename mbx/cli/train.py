@@ -283,8 +283,11 @@ def _show_plan(prepared: Prepared) -> None:
         said.append(f"CUDA graph: {'on' if ungraphed is None else f'off: {ungraphed}'}")
         said += _word_on_fp8(prepared)
     memory: dict[str, object]
+    looks = prepared.looks
+    if looks is not None:
+        said.append(f"images: a tower of {human_count(looks.parameters)} weights, {t.tower}, on the first stage")
     try:
-        budget = predict(recipe, plan, ranks.dp)
+        budget = predict(recipe, plan, ranks.dp, looks)
     except UnsupportedError as error:
         memory = {"memory_unknown": error.fact}
         said.append(error.fact)
@@ -296,11 +299,12 @@ def _show_plan(prepared: Prepared) -> None:
             "trained_whole": c.whole,
             "memory_bytes": dict(budget.parts),
             "memory_total_bytes": budget.total,
+            "tower_parameters": 0 if looks is None else looks.parameters,
         }
         adapters = f", {human_count(c.adapters)} of adapters" if c.adapters else ""
         adapters += f", {human_count(c.whole)} of the weights trained whole" if c.whole else ""
         said.append(f"{human_count(c.base)} weights a rank{adapters}")
-        said += lines(budget, suggestions(recipe, plan, ranks.dp))
+        said += lines(budget, suggestions(recipe, plan, ranks.dp, looks))
     place = {"start": prepared.start.why, "world_size": ranks.world_size, "dp": ranks.dp, "device": ranks.device}
     place["cuda_graph"] = ungraphed is None
     out.result({**place, "data": data_document(prepared), **memory, "recipe": recipe.to_dict()}, lambda: said)

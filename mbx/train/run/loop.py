@@ -29,6 +29,7 @@ from mbx.train.model import build as models
 from mbx.train.model.graphs import why_not
 from mbx.train.model.kernels import compiling
 from mbx.train.model.parallel import on_any_rank, session
+from mbx.train.model.sight import Seeing
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.model.warmup import warm_up
 from mbx.train.model.weights import load_weights
@@ -128,6 +129,12 @@ class Trainer:
                     load_whole(bare, self.plan, adapter, whole_layers(self.recipe.lora, self.plan))
             models.settle_frozen(self.recipe, bare, self.ranks)
 
+        eyes = prepared.data.eyes
+        self.seeing: Seeing | None = None
+        if eyes is not None:
+            self.seeing = Seeing(eyes.sight, self.recipe, self.plan, self.ranks.device, self.base)
+            self.seeing.join(models.unwrap(networks[0]))
+
         # 2. gradients, optimizer, schedules
         graphed = why_not(self.recipe, self.plan.config, self.ranks) is None
         self.chunks: list[DistributedDataParallel] = [
@@ -141,7 +148,9 @@ class Trainer:
             config.finalize_model_grads_func = finalize
             if self.chunks[0].ddp_config.overlap_grad_reduce:
                 config.no_sync_func = waits if len(waits) > 1 else waits[0]
-        self.batches = Batches(self.recipe, self.ranks, self.chunks, self.beside, graphed=graphed)
+        self.batches = Batches(
+            self.recipe, self.ranks, self.chunks, self.beside, graphed=graphed, eyes=eyes, seeing=self.seeing
+        )
         self.mark_first = models.first_microbatch(*self.chunks)
         self.take_step = Stepper(self.optimizer)
 
