@@ -116,6 +116,7 @@ def hf_to_mcore(
         "mbx convert mcore-to-hf ckpt/iter_0001000 ./llama --hf-config ./original",
         "mbx convert mcore-to-hf ckpt ./llama --dtype bf16 --dry-run",
         "mbx convert mcore-to-hf ckpt ./deepseek --codec same",
+        "mbx convert mcore-to-hf ckpt ./llama-fp8 --codec fp8_block --exclude '*.layers.0.*'",
     ),
 )
 @grouped
@@ -129,8 +130,12 @@ def mcore_to_hf(
     dtype: ToDtype = None,
     codec: Annotated[
         CodecChoice,
-        typer.Option("--codec", help="Weights that the source had quantised: as they are now, or the same way again."),
+        typer.Option("--codec", help="Weights as they are, the same way as a quantised source, or quantised now."),
     ] = CodecChoice.plain,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Modules that a --codec chosen now leaves alone: '*.layers.0.*'."),
+    ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest weight file, where none is recorded (default: 5GB).")
     ] = None,
@@ -153,6 +158,7 @@ def mcore_to_hf(
         coverage.options(running),
         dtype=dtype and dtype.value,
         codec=codec.value,
+        exclude=tuple(exclude or ()),
         max_shard_bytes=settings.number("max_shard_size", max_shard_size),
     )
     pushing.check()

@@ -105,10 +105,16 @@ EXIT_CODES = (
 
 
 class CodecChoice(str, Enum):
-    """How an export stores what the source had quantised."""
+    """How an export stores products: as they are, as a quantised source had them, or quantised now."""
 
     plain = "plain"
     same = "same"
+    fp8_block = "fp8_block"
+    fp8_channel = "fp8_channel"
+    fp8_tensor = "fp8_tensor"
+    int8_channel = "int8_channel"
+    int4_group = "int4_group"
+    nvfp4 = "nvfp4"
 
 
 class Dtype(str, Enum):

@@ -29,8 +29,9 @@ from mbx.live.planned import Stream
 from mbx.live.routing import TensorSpec
 from mbx.live.shards import Values
 from mbx.run.commit import PartialFolder, check_free_space, check_target, partial_path
+from mbx.run.config_file import edited_config
 from mbx.run.export_codec import PLAIN
-from mbx.run.job import DEFAULT_MAX_SHARD, Job, Options, edited_config
+from mbx.run.job import DEFAULT_MAX_SHARD, Job, Options
 from mbx.run.side_files import manifest_text, write_file, write_headers, write_side_files
 from mbx.untrusted.small_files import SETTINGS, read_small
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from converters.codecs import quantization_of
+from converters.codecs.fresh import declared_plain
 from converters.errors import UsageError
 from mbx.formats.architecture import architecture_of
 from mbx.proof.comparison import Pair
@@ -22,8 +24,9 @@ def exported_pair(pair: Pair, codec: str, mapping: str | None) -> Pair:
             hint="leave it out: quantised folders are decoded",
         )
     folder, checkpoint = pair.left, pair.right
-    options = Options(codec=codec, mapping=mapping, allow_unused_keys=checkpoint.allowed_keys)
-    plan, _ = export_plan(checkpoint, architecture_of(checkpoint, mapping), options)
+    plain = declared_plain(quantization_of(folder.config or {}))
+    options = Options(codec=codec, exclude=plain, mapping=mapping, allow_unused_keys=checkpoint.allowed_keys)
+    plan, _, _ = export_plan(checkpoint, architecture_of(checkpoint, mapping), options)
     wanted = {draft.name for draft in plan.drafts}
     return replace(
         pair,

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.codecs import quantization_of
 from converters.codecs.decode import Encoded, decoded_view, discarded
 from converters.codecs.encode import encodings
+from converters.codecs.fresh import FRESH
+from converters.engine.plan import Plan
 from converters.errors import UsageError
+from converters.planning.fresh import choose
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
 from mbx.formats import hf
 
 PLAIN, SAME = "plain", "same"
-#: `codec` values: every tensor as it stands, or each as the source stored it.
-CODECS = (PLAIN, SAME)
+#: `codec` values: every tensor as it stands, each as the source stored it, or quantised now.
+CODECS = (PLAIN, SAME, *FRESH)
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
     """`encode` are tensors to store by a codec, `scales` those of the source that are at hand, by the tensor's name.
 
-    `beside` are tensors that the source held for its codec alone. `quantization` is the source's, whatever is written.
+    `beside` are tensors that the source held for its codec alone. `quantization` is the source's, whatever is written;
+    `written` is what config.json has to say of a codec that the source had not.
     """
 
     quantization: Mapping[str, Value] | None
@@ -32,6 +36,7 @@ class Codes:
     scales: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     beside: Mapping[str, StoredTensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    written: Mapping[str, Value] | None = None
 
 
 def codes_of(
@@ -48,6 +53,8 @@ def codes_of(
     if codec not in CODECS:
         raise UsageError(f"‹codec› {codec!r} is not known", hint=f"choices: {', '.join(CODECS)}")
     quantization = quantization_of(config)
+    if codec in FRESH:
+        return Codes(quantization)
     if codec == PLAIN:
         note = (
             "the weights are stored plainly, without quantization_config; ‹codec› same stores them as the source did"
@@ -72,6 +79,26 @@ def codes_of(
     lost = [f"not carried: `{name}`, an activation scale" for name in others if name not in known]
     beside = {name: known[name] for name in others if name in known}
     return Codes(quantization, encode, scales, beside, (*_notes(encode, scales), *lost))
+
+
+def quantised_now(codec: str, codes: Codes, plan: Plan, exclude: Collection[str]) -> Codes:
+    """`codes` of an export whose tensors stand in `plan` as they would be without a codec.
+
+    `exclude`: globs of modules that stay plain. Raises UsageError where nothing is left to quantise.
+    """
+    fresh = FRESH[codec]
+    found = choose(fresh, plan, exclude)
+    if not found.encode:
+        hint = "leave it out, or fewer modules by ‹exclude›" if exclude else "leave it out"
+        raise UsageError(f"‹codec› {codec}: no tensor takes it", hint=hint)
+    notes = [
+        f"{codec}: {len(found.encode):,} tensors are rounded to the nearest code; {len(found.plain):,} others of two "
+        "dimensions or more stay as they are"
+    ]
+    if found.unfit:
+        shown = ", ".join(f"`{name}`" for name in found.unfit[:3]) + (", …" if len(found.unfit) > 3 else "")
+        notes.append(f"{codec}: {len(found.unfit):,} products have a shape it does not hold, and stay plain: {shown}")
+    return replace(codes, encode=found.encode, notes=tuple(notes), written=fresh.config(found.plain))
 
 
 def _held(whole: Encoded, known: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from converters.codecs.fresh import FRESH
 from converters.engine.plan import Plan, requested_dtype
 from converters.errors import CoverageError, UsageError
 from converters.mcore.flavours import TEXT_ALONE, in_flavour, usual_of
@@ -20,7 +20,7 @@ from converters.rows.expr import Value
 from converters.rows.table import Table
 from converters.tensors import StoredTensor
 from mbx.formats import hf
-from mbx.formats.architecture import Architecture, architecture_of, config_text, table_of
+from mbx.formats.architecture import Architecture, architecture_of, table_of
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.placement import Order, Placement
 from mbx.formats.registry import format_named, open_hf, open_model
@@ -28,10 +28,10 @@ from mbx.formats.shards import settle_index
 from mbx.formats.sidecars import Sidecars, megatron_sidecars
 from mbx.installed import core_release
 from mbx.run.commit import check_target
+from mbx.run.config_file import put_config
 from mbx.run.execution import Outcome, Progress, run
-from mbx.run.export_codec import PLAIN, codes_of
+from mbx.run.export_codec import PLAIN, Codes, codes_of, quantised_now
 from mbx.run.model_class import form_said, in_form
-from mbx.untrusted.small_files import SETTINGS, read_small
 
 DEFAULT_MAX_MEMORY = 1 << 30
 DEFAULT_MAX_SHARD = 5 * 10**9
@@ -55,7 +55,8 @@ class Options:
 
     `model_class` is the form of a Megatron Core target, `gpt` or `hybrid`; None is the source's, or the installed
     release's. `flavour` is the tool whose arrangement of a model with towers a Megatron Core target has; None is the
-    usual one where the format and the class can hold more than the text model.
+    usual one where the format and the class can hold more than the text model. `exclude` are globs of modules that a
+    `codec` chosen now leaves as they are.
     """
 
     dtype: str | None = None
@@ -63,6 +64,7 @@ class Options:
     layout: Layout = Layout()
     format: str = "torch_dist"
     codec: str = PLAIN
+    exclude: tuple[str, ...] = ()
     mapping: str | None = None
     waivers: Waivers = Waivers()
     allow_unused_keys: tuple[str, ...] = ()
@@ -228,21 +230,22 @@ def plan_mcore_to_hf(source: Path, target: Path, options: Options, hf_config: Pa
     opened = open_model(source).allowing(options.allow_unused_keys)
     found = architecture_of(opened, options.mapping, hf_config)
     with _of_config(hf_config):
-        plan, files = export_plan(opened, found, options)
+        plan, files, quantization = export_plan(opened, found, options)
     placed = format_named("huggingface", "hf").place(Order(plan, None, files, options.max_shard_bytes))
     sides = dict(found.side_files)
     texts = dict(placed.texts)
     settle_index(placed, sides, texts)
-    if not plan.reencoded:
+    if not plan.reencoded or quantization is not None:
         sides.pop(hf.QUANT_CONFIG, None)
-    _config_file(found, plan, options, sides, texts)
+    put_config(found, plan, options.dtype, options.codec, quantization, sides, texts)
     return Job(plan, source, target, opened.iteration, sides, texts, options, placed)
 
 
 def export_plan(
     opened: Checkpoint, found: Architecture, options: Options
-) -> tuple[Plan, tuple[hf.WeightFile, ...] | None]:
-    """The plan of an export, and the weight files that the source had, where that is recorded."""
+) -> tuple[Plan, tuple[hf.WeightFile, ...] | None, Mapping[str, Value] | None]:
+    """The plan of an export; the weight files that the source had, where that is recorded and what is written has the
+    same tensors; and the `quantization_config` of a codec that the source had not."""
     reference, config, table = found.reference, found.config, found.table
     recorded_files = None if reference is None else hf.recorded_layout(reference)
     codes = codes_of(options.codec, config, recorded_files, opened.iteration, reference)
@@ -253,15 +256,22 @@ def export_plan(
     if plain is not None:
         recorded = {name: tensor for file in plain for name, tensor in file.tensors.items()}
     kept = {} if reference is None else hf.kept_tensors(opened.iteration, reference)
-    plan = plan_export(
-        table,
-        table.config.to_mcore(config),
-        opened.tensors,
-        Origin(recorded, {**kept, **codes.beside}, codes.encode, codes.scales),
-        dtype=requested_dtype(options.dtype),
-        exact_norms=options.exact_norms,
-        waivers=options.waivers,
-    )
+
+    def planned(codes: Codes) -> Plan:
+        return plan_export(
+            table,
+            table.config.to_mcore(config),
+            opened.tensors,
+            Origin(recorded, {**kept, **codes.beside}, codes.encode, codes.scales),
+            dtype=requested_dtype(options.dtype),
+            exact_norms=options.exact_norms,
+            waivers=options.waivers,
+        )
+
+    plan = planned(codes)
+    if options.codec in FRESH:
+        codes = quantised_now(options.codec, codes, plan, options.exclude)
+        plan, recorded_files = planned(codes), None
     left_out = [f"not carried: {what}" for what in opened.left_out]
     left_out += [] if reference is None else left_out_of(reference)
     idle = _idle(options, plan, table, config)
@@ -270,44 +280,4 @@ def export_plan(
         kinds = ", ".join(sorted({whole.codec.name for whole in plan.reencoded.values()}))
         kept_codes = [f"‹dtype› {options.dtype} casts the other tensors: {len(plan.reencoded):,} stay {kinds}"]
     plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out, *codes.notes, *kept_codes, *idle))
-    return plan, recorded_files if plan.reencoded else plain
-
-
-def _config_file(
-    found: Architecture, plan: Plan, options: Options, sides: dict[str, Path], texts: dict[str, bytes]
-) -> None:
-    """Put the target's config.json among the copied files, or among the made ones where it changes."""
-    if found.reference is None:
-        texts[hf.CONFIG] = config_text(found.config, [draft.dtype for draft in plan.drafts])
-        return
-    original = read_small(found.reference / hf.CONFIG, SETTINGS)
-    if (edited := edited_config(original, options.dtype, options.codec)) != original:
-        texts[hf.CONFIG] = edited
-        sides.pop(hf.CONFIG, None)
-
-
-_DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def edited_config(config: bytes, dtype: str | None, codec: str, settings: Mapping[str, Value] | None = None) -> bytes:
-    """`config.json` for tensors stored by `codec`, cast to `dtype` if one is asked for; nothing else changes.
-
-    `settings` are keys of the model that get other values, in the config of a text model inside a larger one too.
-    """
-    loaded = json.loads(config)
-    before = json.loads(config)
-    text = loaded.get("text_config")
-    for key, value in (settings or {}).items():
-        inside = isinstance(text, dict) and (key in text or key not in loaded)
-        if inside:
-            text[key] = value
-        if not inside or key in loaded or key == "tie_word_embeddings":
-            loaded[key] = value
-    for said in (loaded, text) if codec == PLAIN else ():
-        if isinstance(said, dict) and said.get("quantization_config") is not None:
-            del said["quantization_config"]
-    if dtype is not None:
-        loaded["dtype" if "dtype" in loaded else "torch_dtype"] = _DTYPE_NAMES[dtype]
-    if loaded == before:
-        return config
-    return (json.dumps(loaded, indent=2, ensure_ascii=False) + "\n").encode()
+    return plan, recorded_files if plan.reencoded else plain, codes.written

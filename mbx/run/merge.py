@@ -30,8 +30,9 @@ from mbx.formats.placement import Order
 from mbx.formats.registry import format_named, open_hf, sniff
 from mbx.formats.shards import settle_index
 from mbx.run.commit import check_target
+from mbx.run.config_file import edited_config
 from mbx.run.export_codec import PLAIN, SAME
-from mbx.run.job import Job, Options, edited_config, import_job, plan_mcore_to_hf
+from mbx.run.job import Job, Options, import_job, plan_mcore_to_hf
 from mbx.run.reshard import plan_mcore_to_mcore
 from mbx.untrusted.small_files import SETTINGS, read_small
 

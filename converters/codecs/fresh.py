@@ -1,0 +1,116 @@
+"""Codecs for a model that was not quantised, and what its config.json says of them then.
+
+Weights alone, rounded to the nearest code; activations are quantised by the engine as it runs, where a kind asks for
+that. Written as vLLM, SGLang and Transformers read them: Transformers' own FP8 by blocks, the rest as
+compressed-tensors (`quantization/quant_config.py`, `quant_scheme.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from converters.codecs.base import Codec
+from converters.codecs.decode import Encoded
+from converters.codecs.fp8 import Fp8Block, Fp8Scaled
+from converters.codecs.int4 import Int4Packed
+from converters.codecs.int8 import Int8
+from converters.codecs.nvfp4 import Nvfp4
+from converters.errors import LayoutError
+from converters.rows.expr import Value
+from converters.tensors import Shape, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """A codec, the safetensors dtype of each part, and `quantization_config` but for the list, under `plain_key`, of
+    the modules that stay plain. `multiple`: what a row's length divides by."""
+
+    codec: Codec
+    dtypes: Mapping[str, str]
+    settings: Mapping[str, Value]
+    plain_key: str = "ignore"
+    multiple: int = 1
+
+    def config(self, plain: Iterable[str]) -> dict[str, Value]:
+        """`quantization_config` of a model whose modules `plain` are not quantised."""
+        return {**self.settings, self.plain_key: sorted(plain)}
+
+    def encoded(self, name: str, dtype: str, shape: Shape) -> Encoded | None:
+        """A tensor in this codec's parts; None where it has a shape that they do not hold."""
+        if len(shape) != 2 or shape[1] % self.multiple:
+            return None
+        try:
+            shapes = self.codec.stored_shapes(shape)
+        except LayoutError:
+            return None
+        parts = {
+            role: StoredTensor(part, self.dtypes[role], shapes[role], ())
+            for role, part in self.codec.part_names(name).items()
+        }
+        return Encoded(StoredTensor(name, dtype, shape, ()), self.codec, parts)
+
+
+def _compressed(
+    storage: str, bits: int, kind: str, strategy: str, group: int | None, activations: str
+) -> dict[str, Value]:
+    """compressed-tensors' config; `activations`: the strategy they are quantised by as the model runs, or empty."""
+    common: dict[str, Value] = {"num_bits": bits, "type": kind, "symmetric": True, "actorder": None}
+    weights: Value = {**common, "strategy": strategy, "group_size": group, "dynamic": False}
+    inputs: Value = {**common, "strategy": activations, "group_size": None, "dynamic": True} if activations else None
+    groups: Value = {
+        "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": storage,
+        "config_groups": groups,
+        "kv_cache_scheme": None,
+    }
+
+
+_BLOCKS: Mapping[str, Value] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+#: By the name that an export is given.
+FRESH: Mapping[str, Fresh] = MappingProxyType(
+    {
+        "fp8_block": Fresh(Fp8Block(), {"weight": "F8_E4M3", "scale": "F32"}, _BLOCKS, "modules_to_not_convert"),
+        "fp8_channel": Fresh(
+            Fp8Scaled(strategy="channel"),
+            {"weight": "F8_E4M3", "scale": "F32"},
+            _compressed("float-quantized", 8, "float", "channel", None, "token"),
+        ),
+        "fp8_tensor": Fresh(
+            Fp8Scaled(strategy="tensor"),
+            {"weight": "F8_E4M3", "scale": "F32"},
+            _compressed("float-quantized", 8, "float", "tensor", None, "tensor"),
+        ),
+        "int8_channel": Fresh(
+            Int8(), {"codes": "I8", "scale": "BF16"}, _compressed("int-quantized", 8, "int", "channel", None, "token")
+        ),
+        "int4_group": Fresh(
+            Int4Packed(group=128),
+            {"packed": "I32", "scale": "BF16", "shape": "I64"},
+            _compressed("pack-quantized", 4, "int", "group", 128, ""),
+            multiple=128,
+        ),
+        "nvfp4": Fresh(
+            Nvfp4(inverse=True),
+            {"codes": "U8", "scale": "F8_E4M3", "whole": "F32"},
+            _compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", 16, ""),
+            multiple=16,
+        ),
+    }
+)
+
+
+def declared_plain(quantization: Mapping[str, object] | None) -> tuple[str, ...]:
+    """Modules that a `quantization_config` says are not quantised, by whichever key."""
+    found = (quantization or {}).get("ignore") or (quantization or {}).get("modules_to_not_convert") or ()
+    return tuple(name for name in found if isinstance(name, str)) if isinstance(found, list | tuple) else ()

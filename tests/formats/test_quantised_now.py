@@ -1,0 +1,141 @@
+"""A codec chosen on export: every value near its code, read back by the same bytes, told in config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from converters.codecs.fresh import FRESH
+from converters.errors import UsageError
+from mbx.proof.parity import parity
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+
+SMALL = {"vocab_size": 128, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=384, num_key_value_heads=2)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SMALL,
+            intermediate_size=256,
+            moe_intermediate_size=128,
+            num_key_value_heads=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+    ),
+}
+#: What a code may be off by, in parts of the largest magnitude under its scale: half the widest step of a code, and
+#: for scales of 16 or 8 bits their own rounding.
+BOUND = {
+    "fp8_block": 16 / 448,
+    "fp8_channel": 16 / 448,
+    "fp8_tensor": 16 / 448,
+    "int8_channel": 0.5 / 127.5 + 2**-8,
+    "int4_group": 0.5 / 7.5 + 2**-8,
+    "nvfp4": 1 / 6 + 2**-4,
+}
+GROUP = {"fp8_block": (128, 128), "fp8_channel": (1, 0), "fp8_tensor": (0, 0), "int8_channel": (1, 0)}
+GROUP |= {"int4_group": (1, 128), "nvfp4": (1, 16)}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `hf` and its checkpoint `mcore`, in two tensor-parallel parts."""
+    home = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    MODELS[request.param]().bfloat16().save_pretrained(home / "hf")
+    run(plan_hf_to_mcore(home / "hf", home / "mcore", Options()))
+    return home
+
+
+def largest(weight: torch.Tensor, codec: str) -> torch.Tensor:
+    """The largest magnitude under the scale of each element."""
+    rows, columns = (size or whole for size, whole in zip(GROUP[codec], weight.shape, strict=True))
+    out = torch.empty_like(weight)
+    for top in range(0, weight.shape[0], rows):
+        for left in range(0, weight.shape[1], columns):
+            part = weight[top : top + rows, left : left + columns]
+            out[top : top + rows, left : left + columns] = part.abs().max()
+    return out
+
+
+@pytest.mark.parametrize("codec", FRESH)
+def test_values_are_the_nearest_codes_and_come_back_by_the_same_bytes(model: Path, codec: str, tmp_path: Path) -> None:
+    run(plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec=codec)))
+    run(plan_hf_to_mcore(tmp_path / "q", tmp_path / "mcore", Options()))
+    run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "plain", Options()))
+    run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "again", Options(codec="same")))
+    source, plain = load_file(model / "hf" / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
+    assert plain.keys() == source.keys()
+    coded = 0
+    for name, weight in source.items():
+        if "proj" not in name:
+            assert torch.equal(plain[name], weight), name
+            continue
+        wide, off = weight.float(), (plain[name].float() - weight.float()).abs()
+        assert (off <= BOUND[codec] * largest(wide, codec) + 2**-8 * wide.abs()).all(), name  # decoded in bf16
+        assert off.max() > 0
+        coded += 1
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    assert len(stored) - len(source) == coded * (len(FRESH[codec].dtypes) - 1)
+    assert (tmp_path / "q" / "model.safetensors").read_bytes() == (
+        tmp_path / "again" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("codec", FRESH)
+def test_parity_holds_its_codes_and_finds_a_wrong_one(model: Path, codec: str, tmp_path: Path) -> None:
+    run(plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec=codec, exclude=("*.layers.0.*",))))
+    said = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    plain = said[FRESH[codec].plain_key]
+    assert {"lm_head", "model.embed_tokens", "model.layers.0.self_attn.q_proj"} <= set(plain)
+    assert not any(".layers.1.self_attn" in name for name in plain)
+    assert parity(tmp_path / "q", model / "mcore", codec=codec).proved
+    file = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.startswith("model.layers.1.self_attn.q_proj.weight"))
+    tensors[name].view(torch.uint8)[3, 5] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert not parity(tmp_path / "q", model / "mcore", codec=codec).proved
+
+
+def test_what_no_codec_is_for_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no tensor takes it"):
+        plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec="fp8_block", exclude=("*",)))
+    with pytest.raises(UsageError, match="is not known"):
+        plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec="fp5"))
+
+
+@pytest.mark.parametrize("codec", ["fp8_channel", "fp8_tensor", "int8_channel", "int4_group"])
+def test_codes_are_those_of_compressed_tensors(model: Path, codec: str, tmp_path: Path) -> None:
+    """In fp32, in which its rounding is one; scales that it has in the weights' 16 bits are taken as they stand."""
+    pytest.importorskip("compressed_tensors", reason="it is not installed: `make codecs` brings it")
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    run(plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec=codec)))
+    said: dict[str, Any] = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    weights = said["config_groups"]["group_0"]["weights"]
+    args = QuantizationArgs(**{key: value for key, value in weights.items() if value is not None})
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    for name, weight in load_file(model / "hf" / "model.safetensors").items():
+        if "proj" not in name:
+            continue
+        wide, scale = weight.float(), stored[f"{name}_scale"]
+        shape = {"tensor": (1, -1), "channel": (len(wide), -1), "group": (len(wide), -1, 128)}[args.strategy]
+        low, high = wide.reshape(shape).amin(-1), wide.reshape(shape).amax(-1)
+        theirs, zero = calculate_qparams(low.reshape(scale.shape), high.reshape(scale.shape), args)
+        assert torch.equal(theirs.to(scale.dtype), scale), name
+        codes = quantize(wide, scale.float(), zero.float(), args, dtype=args.pytorch_dtype())
+        if args.num_bits == 4:
+            assert torch.equal(pack_to_int32(codes.to(torch.int8), 4), stored[f"{name}_packed"]), name
+        else:
+            assert torch.equal(codes.float(), stored[name].float()), name
