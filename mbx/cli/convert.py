@@ -12,7 +12,7 @@ from mbx.cli import settings
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
 from mbx.cli.layout_options import Flavour, LayoutOptions, ModelClass, ToFormat
-from mbx.cli.options import AllowUnusedKey, CodecChoice, Dtype, Mapping, Output, epilog
+from mbx.cli.options import CODEC_KINDS, AllowUnusedKey, CodecChoice, Dtype, Mapping, Output, epilog
 from mbx.cli.push import Pushing
 from mbx.cli.running import Running, carry_out
 
@@ -116,7 +116,7 @@ def hf_to_mcore(
         "mbx convert mcore-to-hf ckpt/iter_0001000 ./llama --hf-config ./original",
         "mbx convert mcore-to-hf ckpt ./llama --dtype bf16 --dry-run",
         "mbx convert mcore-to-hf ckpt ./deepseek --codec same",
-        "mbx convert mcore-to-hf ckpt ./llama-fp8 --codec fp8_block --exclude '*.layers.0.*'",
+        "mbx convert mcore-to-hf ckpt ./llama-fp8 --codec fp8_block",
     ),
 )
 @grouped
@@ -130,7 +130,7 @@ def mcore_to_hf(
     dtype: ToDtype = None,
     codec: Annotated[
         CodecChoice,
-        typer.Option("--codec", help="Weights as they are, the same way as a quantised source, or quantised now."),
+        typer.Option("--codec", metavar="KIND", help=f"How products are stored: {CODEC_KINDS}."),
     ] = CodecChoice.plain,
     exclude: Annotated[
         list[str] | None,

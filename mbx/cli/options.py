@@ -117,6 +117,10 @@ class CodecChoice(str, Enum):
     nvfp4 = "nvfp4"
 
 
+#: The same in a help text.
+CODEC_KINDS = f"plain; same, as a quantised source; quantised now: {', '.join([c.value for c in CodecChoice][2:])}"
+
+
 class Dtype(str, Enum):
     """What floating-point tensors are cast to."""
 

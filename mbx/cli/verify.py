@@ -84,7 +84,8 @@ def parity(
     loss: Annotated[bool, typer.Option("--loss", help="Also compare the loss of a fixed batch.")] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="The --dtype that A was converted with.")] = None,
     codec: Annotated[
-        CodecChoice, typer.Option(help="The --codec that the folder was exported from the checkpoint with.")
+        CodecChoice,
+        typer.Option(metavar="KIND", help="The --codec that the folder was exported from the checkpoint with."),
     ] = CodecChoice.plain,
     html: Html = None,
     allow_gap: Annotated[
