@@ -117,7 +117,11 @@ def shared_out(config: dict[str, object], axis: str) -> bool:
 
     Latent attention is shared by tensor parallelism on GPUs only, and all stages have as many layers.
     """
-    return not config.get("kv_lora_rank") if axis == "tp" else int(str(config["num_hidden_layers"])) % 2 == 0
+    return (
+        not config.get("kv_lora_rank")
+        if axis == "tp"
+        else int(str(config.get("num_hidden_layers", config.get("n_layer")))) % 2 == 0
+    )
 
 
 def spread(folder: Path, families: Sequence[str], axis: str, *, shared: bool = True) -> dict[str, Raw]:
