@@ -36,8 +36,9 @@ def from_file(path: Path) -> Table:
         raise StorageError(f"cannot read the table `{path}`: {error}") from error
 
 
-#: Transformers' endings of a decoder's classes: with an output layer over the vocabulary, and over labels.
-_CLASSES = ("ForCausalLM", "ForSequenceClassification")
+#: Transformers' ending of a decoder's class with an output layer over the vocabulary, and those over labels: of a
+#: sequence, or of each token, with a bias.
+_VOCABULARY, _LABELS, _OF_TOKENS = "ForCausalLM", "ForSequenceClassification", "ForTokenClassification"
 
 
 def _with_score(tables: Sequence[Table], architectures: Collection[object]) -> Table | None:
@@ -45,14 +46,16 @@ def _with_score(tables: Sequence[Table], architectures: Collection[object]) -> T
 
     Megatron trainers keep that layer whole on every rank, unpadded and never tied. None for other classes.
     """
-    scored = [str(name) for name in architectures if str(name).endswith(_CLASSES[1])]
-    plain = {name.replace(_CLASSES[1], _CLASSES[0]) for name in scored}
+    ending = next((e for e in (_LABELS, _OF_TOKENS) for name in architectures if str(name).endswith(e)), _LABELS)
+    plain = {str(name).replace(ending, _VOCABULARY) for name in architectures if str(name).endswith(ending)}
     table = next((table for table in tables if plain & set(table.architectures)), None)
     if table is None:
         return None
-    score = RowSpec(HEAD, "copy", ("score.weight",))
+    score = [(RowSpec(HEAD, "copy", ("score.weight",)),)]
+    if ending == _OF_TOKENS:
+        score.append((RowSpec(HEAD.replace(".weight", ".bias"), "copy", ("score.bias",)),))
     blocks = {
-        block: tuple((score,) if rows[0].param == HEAD else rows for rows in held)
+        block: tuple(row for rows in held for row in (score if rows[0].param == HEAD else [rows]))
         for block, held in table.blocks.items()
     }
     config = replace(
@@ -61,7 +64,7 @@ def _with_score(tables: Sequence[Table], architectures: Collection[object]) -> T
         ignore=table.config.ignore | {row.hf for row in table.config.rows if row.mcore == TIED},
         fixed={**table.config.fixed, TIED: False},
     )
-    names = tuple(name.replace(*_CLASSES) for name in table.architectures)
+    names = tuple(name.replace(_VOCABULARY, ending) for name in table.architectures)
     return replace(table, architectures=names, blocks=blocks, config=config)
 
 
@@ -97,7 +100,7 @@ def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
         covered = sorted({name for table in fits for name in table.architectures})
         raise UnsupportedError(
             f"no table for {', '.join(map(str, architectures))}: of model_type {model_type!r} are covered "
-            f"{', '.join(covered)} and their {_CLASSES[1]}",
+            f"{', '.join(covered)} and their {_LABELS} and {_OF_TOKENS}",
             hint=f"the decoder is in the table `{fits[0].name}`, another head is not: put its rows into a copy (`mbx "
             f"models show {fits[0].name} > mine.toml`) and give that as ‹mapping› mine.toml",
         )

@@ -22,16 +22,22 @@ SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
              vocab_size=64, pad_token_id=0)  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "labels"), [("Llama", 1), ("Qwen2", 3)])
-def test_the_head_goes_there_and_comes_back(tmp_path: Path, kind: str, labels: int) -> None:
+SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending", "labels"), [("Llama", SEQUENCE, 1), ("Qwen2", SEQUENCE, 3), ("Qwen3", TOKEN, 2)]
+)
+def test_the_head_goes_there_and_comes_back(tmp_path: Path, kind: str, ending: str, labels: int) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SMALL, num_labels=labels, tie_word_embeddings=kind == "Qwen2")
-    getattr(transformers, f"{kind}ForSequenceClassification")(config).save_pretrained(tmp_path / "hf")
-    run(plan_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore", Options(layout=Layout(tp=2))))
+    getattr(transformers, f"{kind}{ending}")(config).save_pretrained(tmp_path / "hf")
+    run(plan_hf_to_mcore(tmp_path / "hf", tmp_path / "mcore", Options(layout=Layout(tp=2, pp=2))))
     with open_checkpoint(tmp_path / "mcore") as opened:
         assert isinstance(opened, Checkpoint)
         head = opened.tensors["output_layer.weight"]
         assert (head.shape, len(head.chunks)) == ((labels, 32), 1)  # whole on every rank, and not padded
+        assert ("output_layer.bias" in opened.tensors) == (ending == TOKEN)
     report = parity(tmp_path / "hf", tmp_path / "mcore")
     assert report.passed, [leg for leg in report.legs if leg.status != "passed"]
     run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "back", Options()))

@@ -23,6 +23,7 @@ from tests.oracles import compare_logits
 CASES = [
     ("llama_nemotron", "llama_nemotron", "llama"),
     ("sarvam_moe", "sarvam_moe", "glm4_moe"),
+    ("bailing_moe_v2", "bailing_moe_v2", "glm4_moe"),
     ("mimo", "mimo", "qwen2"),
     ("kimi_k2", "deepseek_v3", "deepseek_v3"),
 ]

@@ -6,7 +6,8 @@ Each is a change of config.json, of names, and of one layer's tensors at a time,
   whose last projection is zero; a narrower MLP is one padded with zero rows, since silu(0) · 0 = 0; fewer heads of
   keys and values are more of them, each repeated.
 - Sarvam-MoE as GLM-4.5 (the repository's `modeling_sarvam_moe.py`): the same norms, router and shared experts;
-  queries, keys and values apart, and the whole head rotated.
+  queries, keys and values apart, and the whole head rotated. Ling and Ring 2.0 likewise, a part of the head rotated
+  (`modeling_bailing_moe_v2.py`).
 - MiMo as Qwen2 and Kimi-K2 as DeepSeek-V3, which have the same decoder.
 - A text model beside a vision tower as that text model alone.
 """
@@ -96,7 +97,8 @@ def _decilm_layer(config: Config, number: int, layer: Weights) -> Weights:
 def _sarvam_config(config: Config) -> dict[str, Any]:
     renamed = {"n_routed_experts": config["num_experts"], "n_shared_experts": config["num_shared_experts"]}
     kept = {key: value for key, value in config.items() if key != "num_experts"}
-    return {**kept, **renamed, "partial_rotary_factor": 1.0, "attention_bias": False}
+    rotated = config.get("partial_rotary_factor", 1.0)
+    return {**kept, **renamed, "partial_rotary_factor": rotated, "attention_bias": False}
 
 
 def _sarvam_layer(config: Config, number: int, layer: Weights) -> Weights:
@@ -159,6 +161,13 @@ TWINS: Mapping[str, Twin] = {
         layer=_decilm_layer,
     ),
     "sarvam_moe": Twin(
+        "glm4_moe",
+        "Compared with Transformers' glm4_moe, which computes the same function",
+        _SARVAM_NAMES,
+        config=_sarvam_config,
+        layer=_sarvam_layer,
+    ),
+    "bailing_moe_v2": Twin(
         "glm4_moe",
         "Compared with Transformers' glm4_moe, which computes the same function",
         _SARVAM_NAMES,
