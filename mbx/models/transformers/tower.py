@@ -52,8 +52,7 @@ class Tower(nn.Module):
         self.__dict__["frame"] = (
             frame.to(device).eval().requires_grad_(False)
         )  # what is left of the text is not its own
-        text = {id(p) for part in (frame.get_decoder(), frame.get_output_embeddings()) for p in part.parameters()}
-        self.paths = tuple(_beside(frame, text))
+        self.paths = tuple(_beside(frame, text_parameters(frame)))
         self._own()
         self._takes = inspect.signature(type(frame).forward).parameters
         around = frame.get_submodule(parts.layers_path.rpartition(".")[0])
@@ -117,6 +116,12 @@ class Tower(nn.Module):
         except (ValueError, RuntimeError) as error:  # images that are not those that the tokens were counted for
             raise UnsupportedError(f"Transformers' tower cannot take these images: {error}") from error
         raise UnsupportedError(f"{type(self.frame).__name__} does not call its text model")
+
+
+def text_parameters(model: Any) -> frozenset[int]:
+    """Ids of the parameters of a model that sees which are its text model's, output layer and embedding included."""
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    return frozenset(id(parameter) for part in parts for parameter in part.parameters())
 
 
 def _beside(frame: nn.Module, text: AbstractSet[int]) -> Iterator[str]:
