@@ -387,7 +387,7 @@ def test_images_beside_the_messages_are_refused(folder: Callable[[str], Path], t
     talk = [{"from": "human", "value": "<image> what is it?"}, {"from": "gpt", "value": "a dog"}]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"conversations": talk, "images": ["a.png"]}) + "\n")
     with pytest.raises(UnsupportedError, match="chats.jsonl:1: the record names images in `images`"):
-        prepare(parse_recipe(recipe(folder, "gemma3", tmp_path, data={"path": str(tmp_path / "chats.jsonl")})))
+        prepare(parse_recipe(recipe(folder, "gemma3", tmp_path / "run", data={"path": str(tmp_path / "chats.jsonl")})))
 
 
 def test_an_image_that_changed_is_counted_again(folder: Callable[[str], Path], tmp_path: Path) -> None:
