@@ -32,6 +32,8 @@ _Names = tuple[str, str, str]
 _MOST_ATOMS = 8
 #: What shows that a key belongs to an adapter.
 MARKS = (".adapter.", ".lora_")
+#: How the keys of a tower begin that a run trains, or adapts, beside the text model.
+TOWER = "tower."
 
 
 def read_megatron(

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.adapters.megatron import MARKS, read_megatron
+from converters.adapters.megatron import MARKS, TOWER, read_megatron
 from converters.adapters.peft_keys import Spelling, recorded_keys
 from converters.adapters.peft_names import read_peft
 from converters.adapters.respell import spelt
@@ -204,7 +204,11 @@ def _open_peft(found: Sniffed, base: Base, present: Collection[str]) -> Adapter:
 
 def _open_megatron(opened: Checkpoint, base: Base) -> Adapter:
     path = opened.path
-    tensors = {name: tensor for name, tensor in opened.tensors.items() if any(mark in name for mark in MARKS)}
+    tensors = {
+        name: tensor
+        for name, tensor in opened.tensors.items()
+        if any(mark in name for mark in MARKS) and not name.startswith(TOWER)
+    }
     if not tensors:
         raise StorageError(f"`{path}` holds no adapter", hint=_ADAPTERS)
     adapted = read_megatron(base.table, base.fields, environment(base.fields), tensors)

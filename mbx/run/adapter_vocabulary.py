@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from converters.adapters.megatron import TOWER
 from converters.adapters.peft_keys import PREFIX, embedding_name, head_name
 from converters.engine.plan import Draft, Entry, Plan, Unit
 from converters.engine.regions import Move, Region
@@ -46,6 +47,16 @@ def stored_whole(adapter: Adapter, base: Base, source: Path) -> tuple[WholeLayer
         if weight not in tensors:
             raise CoverageError(f"`{source}` does not hold `{weight}`, which its run trained")
         found.append(WholeLayer(tensors[weight], vocab, names))
+    return tuple(found)
+
+
+def stored_tower(source: Path) -> tuple[WholeLayer, ...]:
+    """Factors of a tower's adapters in the checkpoint at `source`, by Transformers' names without PEFT's beginning."""
+    found = []
+    for name, tensor in sniff(source).open().tensors.items():
+        if name.startswith(TOWER) and ".lora_" in name:
+            live = name.removeprefix(TOWER).replace(":", ".").replace(".default.", ".")
+            found.append(WholeLayer(tensor, tensor.shape[0], (live,)))
     return tuple(found)
 
 

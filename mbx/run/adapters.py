@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from mbx.formats.placement import Order
 from mbx.formats.registry import format_named, sniff
 from mbx.formats.safetensors import build_header
 from mbx.formats.sidecars import Sidecars, dump_yaml, megatron_sidecars
-from mbx.run.adapter_vocabulary import WholeLayer, described_whole, stored_whole, with_whole
+from mbx.run.adapter_vocabulary import WholeLayer, described_whole, stored_tower, stored_whole, with_whole
 from mbx.run.commit import check_target
 from mbx.run.job import Job, Options
 
@@ -80,20 +80,27 @@ def plan_adapter_to_hf(source: Path, target: Path, options: Options, base: Base)
     if sniff(source).format.spelling == "peft":
         raise UsageError(f"`{source}` is a PEFT folder already", hint=f"mbx convert adapter-to-mcore {source} DST")
     adapter = open_adapter(source, base)
-    return plan_factors(adapter, target, options, base, stored_whole(adapter, base, source))
+    whole, tower = stored_whole(adapter, base, source), stored_tower(source)
+    return plan_factors(adapter, target, options, base, whole, tower)
 
 
 def plan_factors(
-    adapter: Adapter, target: Path, options: Options, base: Base, whole: tuple[WholeLayer, ...] = ()
+    adapter: Adapter,
+    target: Path,
+    options: Options,
+    base: Base,
+    whole: tuple[WholeLayer, ...] = (),
+    tower: tuple[WholeLayer, ...] = (),
 ) -> Job:
-    """`plan_adapter_to_hf` of an adapter that is open, or of a model that runs; `whole` are layers trained whole."""
+    """`plan_adapter_to_hf` of an adapter that is open, or of a model that runs; `whole` are layers trained whole, and
+    `tower` the factors of a tower's adapters."""
     recorded = adapter.recorded
     names = None if recorded is None else {name for file in recorded for name in file.tensors}
     plan = plan_to_peft(base.table, base.fields, adapter.adapted, adapter.tensors, names)
     if names is None:
         live = live_spelling(base.table)
         whole = tuple(replace(layer, names=tuple(map(live.said, layer.names))) for layer in whole)
-    plan = with_whole(plan, whole)
+    plan = with_whole(plan, (*whole, *tower))
     made = {draft.name: HfTensor(draft.dtype, draft.shape) for draft in plan.drafts}
     if recorded is None or names != set(made):
         recorded = (hf.WeightFile(WEIGHTS, None, made),)
@@ -104,9 +111,25 @@ def plan_factors(
         sides = {name: adapter.beside / name for name in hf.side_files(adapter.beside)}
     if CONFIG not in sides:
         said = _described(adapter, base, names) | described_whole(whole)
+        if tower:
+            said["target_modules"] = "|".join([str(said["target_modules"]), *_patterns(tower)])
         described = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
         texts[CONFIG] = described.encode()
     return Job(plan, adapter.path, target, adapter.root, sides, texts, options, placed, {"base": str(base.path)})
+
+
+def _patterns(tower: Sequence[WholeLayer]) -> list[str]:
+    """Expressions that fit a tower's adapted modules and no others, those of all its layers in one."""
+    layers: dict[tuple[str, str], set[str]] = {}
+    for layer in tower:
+        module = layer.names[0].partition(".lora_")[0]
+        numbered = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", module)
+        before, number, behind = (module, "", "") if numbered is None else (numbered[1], numbered[2], numbered[3])
+        layers.setdefault((before, behind), set()).add(number)
+    return [
+        re.escape(before) + (rf"\.({'|'.join(sorted(numbers, key=int))})\.{re.escape(behind)}" if behind else "")
+        for (before, behind), numbers in sorted(layers.items())
+    ]
 
 
 def _header(adapter: Adapter) -> str:

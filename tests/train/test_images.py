@@ -160,13 +160,46 @@ def test_a_trained_tower_learns_what_transformers_learns(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_vl"])
+def test_adapters_of_a_tower_learn_what_peft_learns(folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    lora = {**LORA, "tower_targets": ["all-linear"]}
+    asked = recipe(folder, kind, tmp_path, lora=lora, train={"global_batch": 4, "micro_batch": 1})
+    report = verify_training(parse_recipe(asked), 4)
+    assert report is not None and report.passed, [leg for leg in report.legs if leg.status != "passed"]
+
+
+def test_an_adapter_of_a_tower_is_exported_and_goes_on(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """By PEFT, with the named linears of the tower and no others, and merged; a resumed run goes on with it."""
+    import peft
+
+    lora = {**LORA, "targets": ["q_proj", "down_proj"], "tower_targets": ["attn.qkv", "visual.merger.mlp.2"]}
+    asked = recipe(folder, "qwen2_5_vl", tmp_path / "run", lora=lora)
+    run_here(asked)
+    adapter, _ = export_run(tmp_path / "run", tmp_path / "adapter")
+    merged, _ = export_run(tmp_path / "run", tmp_path / "merged", merged=True)
+    (further,) = run_here({**asked, "train": {**asked["train"], "steps": 3}}, resume=True)
+    model = peft.PeftModel.from_pretrained(whole_model(folder("qwen2_5_vl")), str(adapter))
+    found = model.load_adapter(str(adapter), "again")
+    assert not found.missing_keys and not found.unexpected_keys
+    names = {name.partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert sorted(name.rpartition("visual.")[2] for name in names if "visual" in name) == [
+        *("blocks.0.attn.qkv", "blocks.1.attn.qkv", "merger.mlp.2")
+    ]
+    assert reference_loss(asked, 16, model) == pytest.approx(further, rel=1e-5)
+    assert reference_loss(asked, 16, whole_model(merged)) == pytest.approx(further, rel=2e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tp", "pp"])
 def test_two_processes_train_one_tower(folder: Callable[[str], Path], tmp_path: Path, axis: str) -> None:
     jobs: list[dict[str, object]] = []
-    for kind in KINDS:
-        train = {"tower": "trained", "global_batch": 4, "micro_batch": 2}
-        asked = recipe(folder, kind, tmp_path / kind, train=train, parallel={axis: 2})
-        jobs.append({"recipe": asked, "verify": True})
+    lora = {**LORA, "tower_targets": ["all-linear"]}
+    for kind, tower, adapters in [(kind, "trained", {}) for kind in KINDS] + [("gemma3", "frozen", lora)]:
+        train = {"tower": tower, "global_batch": 4, "micro_batch": 2}
+        at = tmp_path / f"{kind} {tower}"
+        jobs.append(
+            {"recipe": recipe(folder, kind, at, train=train, lora=adapters, parallel={axis: 2}), "verify": True}
+        )
     for legs in run_world(2, jobs, tmp_path / "world.json"):
         assert [leg for leg in legs if leg[1] != "passed"] == []  # type: ignore[index]
 
@@ -285,6 +318,7 @@ def test_images_of_a_text_model_are_refused(folder: Callable[[str], Path], tmp_p
             r"attn.qkv is of the tower \(`model.visual",
         ),
         ({"train": {"tower": "trained"}, "run": {"export_every": 1}}, "exported from a checkpoint"),
+        ({"lora": {**LORA, "dora": True, "tower_targets": ["qkv"]}}, "DoRA on a tower"),
         (
             {"train": {"tower": "trained"}, "data": {"kind": "pattern", "path": "", "length": 32}},
             "no row shows an image",
@@ -347,6 +381,13 @@ def test_images_are_read_as_strangers(
     with pytest.raises(MbxError, match=said) as raised:
         prepare(parse_recipe(asked))
     assert "chats.jsonl:1" in raised.value.fact
+
+
+def test_images_beside_the_messages_are_refused(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "<image> what is it?"}, {"from": "gpt", "value": "a dog"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"conversations": talk, "images": ["a.png"]}) + "\n")
+    with pytest.raises(UnsupportedError, match="chats.jsonl:1: the record names images in `images`"):
+        prepare(parse_recipe(recipe(folder, "gemma3", tmp_path / "run", data={"path": str(tmp_path / "chats.jsonl")})))
 
 
 def test_an_image_that_changed_is_counted_again(folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from converters.adapters.settings import LoraSettings
 from converters.errors import UnsupportedError
 from mbx.models.pictures import Pictures, Seen
 from mbx.models.prompts import Batch
@@ -51,13 +52,46 @@ class Tower(nn.Module):
         self.__dict__["frame"] = (
             frame.to(device).eval().requires_grad_(False)
         )  # what is left of the text is not its own
-        text = {id(p) for part in (frame.get_decoder(), frame.get_output_embeddings()) for p in part.parameters()}
-        self.paths = tuple(_beside(frame, text))
-        for path in self.paths:
-            self.add_module(path.replace(".", "_"), frame.get_submodule(path))
+        self.paths = tuple(_beside(frame, text_parameters(frame)))
+        self._own()
         self._takes = inspect.signature(type(frame).forward).parameters
         around = frame.get_submodule(parts.layers_path.rpartition(".")[0])
         around.register_forward_pre_hook(_reach, with_kwargs=True)
+
+    def _own(self) -> None:
+        for path in self.paths:
+            self.add_module(path.replace(".", ":"), self.frame.get_submodule(path))
+
+    def linears(self) -> list[str]:
+        """Names of the tower's linears in Transformers' model."""
+        every = ((path, name, m) for path in self.paths for name, m in self.frame.get_submodule(path).named_modules())
+        return [f"{path}.{name}".rstrip(".") for path, name, module in every if isinstance(module, nn.Linear)]
+
+    def adapt(self, names: Sequence[str], lora: LoraSettings, dropout: float, seed: int) -> None:
+        """Put PEFT's own adapters on some of the tower's linears, and train nothing else; `seed` draws the A's."""
+        import peft
+
+        config = peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number will do
+            lora_dropout=dropout,
+            use_rslora=lora.rslora,
+            target_modules=list(names),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(config, self.frame)
+        self._own()
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+            parameter.data = parameter.data.to(self.dtype)
+
+    def fill(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Give the adapter of the linear `name` its factors: a [rank, in], b [out, rank]."""
+        module = self.frame.get_submodule(name)
+        with torch.no_grad():
+            module.lora_A["default"].weight.copy_(a)
+            module.lora_B["default"].weight.copy_(b)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the tower would save, by the names that Transformers' model has in memory."""
@@ -82,6 +116,12 @@ class Tower(nn.Module):
         except (ValueError, RuntimeError) as error:  # images that are not those that the tokens were counted for
             raise UnsupportedError(f"Transformers' tower cannot take these images: {error}") from error
         raise UnsupportedError(f"{type(self.frame).__name__} does not call its text model")
+
+
+def text_parameters(model: Any) -> frozenset[int]:
+    """Ids of the parameters of a model that sees which are its text model's, output layer and embedding included."""
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    return frozenset(id(parameter) for part in parts for parameter in part.parameters())
 
 
 def _beside(frame: nn.Module, text: AbstractSet[int]) -> Iterator[str]:

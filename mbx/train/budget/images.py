@@ -51,10 +51,10 @@ def looks_of(sight: Sight, tokens: int) -> Looks:
     import torch
     from torch import nn
 
-    from mbx.models.transformers.tower import unfilled
+    from mbx.models.transformers.tower import text_parameters, unfilled
 
     model: Any = unfilled(sight.folder)
-    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    text = text_parameters(model)
     beside = [p for p in model.parameters() if id(p) not in text]
     inside = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in text]
     convs = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and id(m.weight) not in text]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.adapters.megatron import TOWER
 from converters.errors import UsageError
 from converters.rows.coverage import Waivers
 from mbx.formats import hf
@@ -20,7 +21,6 @@ from mbx.train.checkpoints.state import finished, latest, read_recipe, read_stat
 from mbx.train.data.templates import TEMPLATE_FILE
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.fp8 import holds_casts
-from mbx.train.model.sight import TOWER
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
 
@@ -45,7 +45,7 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False, best: bool 
     recipe = read_recipe(found)
     lora, mapping, keys = recipe.lora, recipe.model.mapping or None, recipe.model.waived_keys
     # a trained tower's tensors are in hf/ as well, under the folder's names
-    own = Waivers(unused=(f"{TOWER}.*",)) if recipe.train.tower == "trained" else Waivers()
+    own = Waivers(unused=(f"{TOWER}*",)) if recipe.train.tower == "trained" else Waivers()
     options = Options(mapping=mapping, allow_unused_keys=keys, waivers=own)
     adapters = lora.rank > 0
     base = Path(read_state(found).base) if adapters and merged else None
@@ -61,7 +61,7 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False, best: bool 
         )
     if not adapters:
         job, kind = plan_mcore_to_hf(found, target, replace(options, exact_norms=True)), "Hugging Face model"
-    elif base is not None and lora.modules_to_save:
+    elif base is not None and (lora.modules_to_save or lora.tower_targets):
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as work:
             opened = open_base(base, mapping, keys)
             peft = run(plan_adapter_to_hf(found, Path(work) / "adapter", options, opened)).target

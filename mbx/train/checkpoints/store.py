@@ -36,7 +36,7 @@ from mbx.train.lora.attach import only_trained
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.build import unwrap
 from mbx.train.model.parallel import Ranks
-from mbx.train.model.sight import TOWER, tower_folder
+from mbx.train.model.sight import PART, tower_folder
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
@@ -264,7 +264,7 @@ def has_object(path: Path, name: str) -> bool:
 
 def _tower_of(chunks: Sequence[DistributedDataParallel]) -> Mapping[str, torch.Tensor]:
     """The tensors of the tower that is a part of a model, by Transformers' names."""
-    tower = unwrap(chunks[0]).get_submodule(TOWER)
+    tower = unwrap(chunks[0]).get_submodule(PART)
     found: Mapping[str, torch.Tensor] = tower.tensors()  # type: ignore[operator]
     return found
 

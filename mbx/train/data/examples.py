@@ -166,6 +166,8 @@ def _examples(
     for number, place, record in part:
         with placed(f"{sources[number].name}{place}"):
             read = read_record(_object(record), reading.kind)
+            if isinstance(reading.eyes, Eyes):
+                _refuse_beside(_object(record))
             source = sources[number]
             ready.append(_drawn(read, reading, template, source) if isinstance(read, Chat) else _whole(read))
     try:
@@ -221,6 +223,15 @@ def _drawn(chat: Chat, reading: Reading, template: Template | None, source: Sour
         )
     shown = eyes.show(done.text, spans, talk.images, source.path.parent)
     return _Drawn(shown.text, shown.spans, done.rewritten, shown)
+
+
+def _refuse_beside(record: Mapping[str, object]) -> None:
+    """UnsupportedError for images that a record names beside its messages, where they would be passed over."""
+    if key := next((key for key in ("images", "image") if record.get(key)), None):
+        raise UnsupportedError(
+            f"the record names images in `{key}`, beside its messages",
+            hint='an image is a part of the message that shows it: {"type": "image", "path": …}',
+        )
 
 
 def _whole(read: Completion | Document) -> Completion | Document:

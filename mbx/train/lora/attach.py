@@ -85,8 +85,8 @@ def _check_tower(lora: Lora, plan: Blueprint) -> None:
             continue
         if found := next((name for name in beside if matches(word, "", name)), None):
             raise UnsupportedError(
-                f"lora.targets: {word} is of the tower (`{found}`), which takes no adapter here",
-                hint="leave it out; lora.rank=0 train.tower=trained trains the tower with every weight",
+                f"lora.targets: {word} is of the tower (`{found}`), and names linears of the text model",
+                hint=f"lora.tower_targets={word}; lora.rank=0 train.tower=trained trains the tower with every weight",
             )
 
 
@@ -228,7 +228,7 @@ def only_trained(weights: Mapping[str, object], whole: Whole) -> dict[str, objec
     return {
         name: value
         for name, value in weights.items()
-        if name.rpartition(".")[2].startswith("lora_") or whole.holds(name)
+        if any(part.startswith("lora_") for part in name.split(".")) or whole.holds(name)
     }
 
 

@@ -17,6 +17,7 @@ from converters.mcore.keys import HEAD
 from converters.rows.pack import slot_rows
 from mbx.formats.adapter_folder import Adapter, Base, open_adapter
 from mbx.formats.files import FileSource
+from mbx.formats.hf import has_weights
 from mbx.formats.registry import open_hf
 from mbx.models.stored import read_whole
 from mbx.run.adapter_vocabulary import is_named, vocabulary
@@ -35,7 +36,9 @@ def open_for(plan: Blueprint, folder: Path) -> Adapter:
     """
     if plan.table is None:
         raise UsageError("an adapter is read by the names of a Hugging Face model", hint="model=DIR")
-    adapter = open_adapter(folder, Base(plan.hf or folder, {}, plan.table, plan.config, None))
+    base = Base(plan.hf or folder, {}, plan.table, plan.config, None)
+    sees = plan.hf is not None and plan.table.beside and has_weights(plan.hf)
+    adapter = open_adapter(folder, base, open_hf(plan.hf).tensors if sees and plan.hf else ())
     asked = adapter.settings.modules_to_save
     copied = [name for name in adapter.saved if not any(is_named(module, name) for module in asked)]
     if plan.hf is None or not copied or not adapts_head(adapter.adapted):
@@ -95,8 +98,9 @@ def like_adapter(lora: Lora, adapter: Adapter) -> Lora:
 
 def check_adapter(lora: Lora, plan: Blueprint, adapter: Adapter) -> None:
     """UsageError where an adapter adapts, or holds whole, what the recipe leaves out, or replaces single rows."""
-    if names := sorted({*adapter.rows, *adapter.as_stored}):
-        what = "replaces rows of" if adapter.rows else "adapts the embedding"
+    towers = plan.table.beside if plan.table is not None and lora.tower_targets else ()
+    if names := sorted({*adapter.rows, *(name for name in adapter.as_stored if not name.startswith(towers))}):
+        what = "replaces rows of" if adapter.rows else "adapts"
         raise UsageError(
             f"`{adapter.path}` also {what} `{names[0]}`, which no training takes",
             hint=f"merge it into the base and start from that: `mbx convert merge BASE {adapter.path} DST`",

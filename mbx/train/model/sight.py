@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import UnsupportedError
+from converters.adapters.megatron import TOWER
+from converters.adapters.peft_keys import live_spelling
+from converters.errors import UnsupportedError, UsageError
 from mbx.formats.hf import CONFIG, read_config
+from mbx.formats.registry import open_hf
+from mbx.text import near_miss
+from mbx.train.model.adapted import ALL, matches, settings_of
 from mbx.train.model.blueprint import Blueprint, as_int
 from mbx.train.recipe.sections import Recipe
 
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from mbx.formats.adapter_folder import Adapter
     from mbx.models.pictures import Seen
     from mbx.models.transformers.tower import Tower
     from mbx.train.model.parallel import Ranks
@@ -25,8 +31,8 @@ if TYPE_CHECKING:
 TRAINED = ("gemma3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 #: Why no image is trained on where a model does not see.
 TEXT_ALONE = "text alone is trained: leave other parts out"
-#: What a trained tower is called in Megatron Core's model, and in its checkpoints.
-TOWER = "tower"
+#: What a tower that learns is called in Megatron Core's model.
+PART = TOWER.rstrip(".")
 #: How a micro-batch's tensors begin that the tower takes.
 PIXELS = "pixels "
 
@@ -96,13 +102,23 @@ def check_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, sight: Sight) ->
             "model.config.mtp_num_layers=0",
         ),
         (
-            recipe.train.tower == "trained" and recipe.lora.rank,
-            "adapters are trained beside a frozen tower",
-            "train.tower=frozen, or lora.rank=0 trains every weight",
+            recipe.lora.tower_targets and recipe.lora.dora,
+            "DoRA on a tower is not supported",
+            "lora.dora=false, or lora.tower_targets=[]",
         ),
         (
-            recipe.train.tower == "trained" and recipe.run.export_every,
-            "a tower that is trained is exported from a checkpoint",
+            recipe.lora.tower_targets and (recipe.lora.rank_pattern or recipe.lora.alpha_pattern),
+            "adapters of a tower have the rank and alpha of all, and a pattern gives some their own",
+            "leave lora.rank_pattern and lora.alpha_pattern out, or lora.tower_targets",
+        ),
+        (
+            recipe.train.tower == "trained" and recipe.lora.rank,
+            "adapters are trained beside a frozen tower",
+            "lora.tower_targets adapts a tower; lora.rank=0 trains every weight",
+        ),
+        (
+            learns(recipe) and recipe.run.export_every,
+            "a tower that learns is exported from a checkpoint",
             "run.export_every=0, and `mbx train export`",
         ),
         (recipe.fp8.recipe != "none", "images are not trained under FP8", "fp8.recipe=none"),
@@ -110,6 +126,23 @@ def check_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, sight: Sight) ->
     for broken, fact, hint in rules:
         if broken:
             raise UnsupportedError(fact, hint=hint)
+
+
+def learns(recipe: Recipe) -> bool:
+    """Whether anything of a tower is trained."""
+    return recipe.train.tower == "trained" or bool(recipe.lora.rank and recipe.lora.tower_targets)
+
+
+def _chosen(targets: Sequence[str], linears: Sequence[str]) -> list[str]:
+    """The linears that any of `targets` names; UsageError for one that names none."""
+    for word in targets:
+        if not any(matches(word, "", name) for name in linears):
+            leaves = sorted({name.rpartition(".")[2] for name in linears})
+            raise UsageError(
+                f"lora.tower_targets: the tower has no {word}; its linears are {', '.join(leaves)}",
+                hint=near_miss(word, leaves, f"lora.tower_targets={ALL} names all of them"),
+            )
+    return [name for name in linears if any(matches(word, "", name) for word in targets)]
 
 
 def tower_folder(folder: Path, base: str) -> Path:
@@ -129,7 +162,8 @@ class Seeing:
     def __init__(self, sight: Sight, recipe: Recipe, plan: Blueprint, device: str, base: str) -> None:
         from mbx.models.megatron.core.groups import parallel_state
 
-        self.sight, self.config, self.trained = sight, plan.config, recipe.train.tower == "trained"
+        self.sight, self.config, self.plan = sight, plan.config, plan
+        self.lora, self.trained = recipe.lora, learns(recipe)
         self.tower: Tower | None = None
         if parallel_state.is_pipeline_first_stage(ignore_virtual=True):
             import torch
@@ -138,6 +172,30 @@ class Seeing:
 
             dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
             self.tower = Tower(tower_folder(sight.folder, base), dtypes[recipe.train.precision], device)
+            if self.lora.tower_targets:
+                self.adapted = _chosen(self.lora.tower_targets, self.tower.linears())
+                self.tower.adapt(self.adapted, settings_of(self.lora), self.lora.dropout, recipe.train.seed)
+
+    def begin(self, adapter: Adapter) -> None:
+        """Give the tower's adapters the values of one that a run starts from; UsageError where they do not fit."""
+        if self.tower is None or not self.lora.tower_targets:
+            return
+        from mbx.formats.files import FileSource
+        from mbx.models.stored import read_whole
+
+        assert self.plan.table is not None
+        live = live_spelling(self.plan.table, open_hf(self.sight.folder).tensors)
+        held = {live.said(name.removesuffix(".weight")): update for name, update in adapter.as_stored.items()}
+        if odd := sorted(held.keys() ^ set(self.adapted)):
+            raise UsageError(f"`{adapter.path}` and lora.tower_targets adapt other linears of the tower: {odd[0]}")
+        source = FileSource(adapter.root)
+        try:
+            for name, update in held.items():
+                (part,) = update.parts
+                a, b = (read_whole(adapter.tensors[own], source) for own in (part.site.a, part.site.b))
+                self.tower.fill(name, a, b)
+        finally:
+            source.close()
 
     def join(self, model: nn.Module) -> None:
         """Make a tower that is trained a part of the bare `model` of its stage, which then owns its parameters.
@@ -150,11 +208,12 @@ class Seeing:
         if self.tower is None or not self.trained:
             return
         for parameter in self.tower.parameters():
-            parameter.requires_grad_(True)
+            if not self.lora.tower_targets:
+                parameter.requires_grad_(True)
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
             if getattr(model.config, "sequence_parallel", False):
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
-        model.add_module(TOWER, self.tower)
+        model.add_module(PART, self.tower)
 
     @contextlib.contextmanager
     def passing(self, model: nn.Module, batch: Mapping[str, torch.Tensor | None]) -> Iterator[None]:

@@ -25,6 +25,7 @@ from mbx.models.stored import read_whole
 from mbx.models.transformers.equivalents import twin_of
 from mbx.models.transformers.pictures import arguments
 from mbx.models.transformers.reference import decoding, silent_transformers, transformers_config
+from mbx.models.transformers.tower import text_parameters
 from mbx.train.proof.rows import Held
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def whole_model(folder: Path, *, tower: bool = False) -> Any:
             )
     except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         raise UnsupportedError(f"Transformers cannot build `{folder}`: {error}") from error
-    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    text = text_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(tower or id(parameter) in text)
     return model.float()

@@ -187,7 +187,8 @@ class Lora:
     `targets`, and `exclude` of them, name linears as Megatron Core does (`linear_qkv`) or Transformers (`q_proj`),
     by a regular expression on Transformers' whole name, or all of them (`all-linear`). `rslora`: alpha / √rank.
     `rank_pattern` and `alpha_pattern` give modules of Transformers their own, as in PEFT. `modules_to_save`:
-    `embed_tokens`, `lm_head`, trained whole beside the adapters.
+    `embed_tokens`, `lm_head`, trained whole beside the adapters. `tower_targets`: linears of a tower and its projector
+    that are adapted as well, by Transformers' names, a regular expression, or all.
     """
 
     rank: Number = 0
@@ -198,6 +199,7 @@ class Lora:
     targets: tuple[str, ...] = ("all-linear",)
     exclude: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    tower_targets: tuple[str, ...] = ()
     rank_pattern: Mapping[str, Size] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Amount] = field(default_factory=dict)
     adapter: str = ""

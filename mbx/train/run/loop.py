@@ -133,6 +133,8 @@ class Trainer:
         self.seeing: Seeing | None = None
         if eyes is not None:
             self.seeing = Seeing(eyes.sight, self.recipe, self.plan, self.ranks.device, self.base)
+            if (begun := self.recipe.lora.adapter) and not resumed:
+                self.seeing.begin(open_for(self.plan, Path(begun)))
             self.seeing.join(models.unwrap(networks[0]))
 
         # 2. gradients, optimizer, schedules

@@ -31,7 +31,7 @@ from mbx.train.model.config import sequence_parallel
 from mbx.train.model.fp8 import check_fp8
 from mbx.train.model.kernels import check_kernels, unpacked_layers
 from mbx.train.model.parallel import Ranks, planned_ranks
-from mbx.train.model.sight import check_images
+from mbx.train.model.sight import check_images, learns
 from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Lora, Recipe
 from mbx.train.run.dataset import Dataset, read_data, with_steps
@@ -194,13 +194,15 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> 
 def _with_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, data: Dataset) -> tuple[Recipe, str]:
     """The recipe as the images of the data are trained with it, and what the run says of a change of its rows."""
     if data.eyes is None:
-        if recipe.train.tower == "trained":
-            fact = "train.tower=trained: no row shows an image, so nothing would reach a tower"
-            raise UsageError(fact, hint="train.tower=frozen")
+        if learns(recipe):
+            raise UsageError(
+                "no row shows an image, so nothing would reach the tower that is to learn",
+                hint="train.tower=frozen, without lora.tower_targets",
+            )
         return recipe, ""
     check_images(recipe, plan, ranks, data.eyes.sight)
     recipe = replace(recipe, train=replace(recipe.train, cuda_graph="off"))  # a graph replays images of one size
-    if recipe.train.tower == "trained":  # which a micro-batch without images would not reach
+    if learns(recipe):  # which a micro-batch without images would not reach
         recipe = replace(recipe, parallel=replace(recipe.parallel, overlap_grad_reduce=False))
     if not (recipe.data.packs and ranks.te):  # whose packed rows turn by a count of their own
         return recipe, ""
