@@ -44,6 +44,7 @@ ELSEWHERE = (
     *("glm_5", "glm_5_2", "deepseek_v32"),
     "sarvam_moe",
     "bailing_moe_v2",
+    "deepseek",
     "qwen3_next",
     "qwen3_5_text",
     "qwen3_5_moe_text",
@@ -55,7 +56,7 @@ ELSEWHERE = (
 )
 ALL = (*ON_A_CPU, *ELSEWHERE)
 #: Families without a Transformers class, so without layout v5.
-REMOTE_CODE = ("kimi_k2", "sarvam_moe", "bailing_moe_v2")
+REMOTE_CODE = ("kimi_k2", "sarvam_moe", "bailing_moe_v2", "deepseek")
 LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
 
 #: Config keys over a family's: paths that its own tiny config does not take.
@@ -145,6 +146,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
     "sarvam_moe": ("sarvam_moe",),
+    "deepseek": ("deepseek",),
     "bailing_moe_v2": ("bailing_moe_v2",),
     "qwen3_next": ("qwen3_next",),
     "qwen3_5": ("qwen3_5_text",),
@@ -190,7 +192,10 @@ def cases(table: str) -> list[Case]:
     for name in TABLES[table]:
         plain = headers_of(name)
         found.append(plain)
-        if table not in ("gpt_oss", "sarvam_moe", "bailing_moe_v2", "qwen3_5", "llama4") and "dense" not in name:
+        if (
+            table not in ("gpt_oss", "sarvam_moe", "bailing_moe_v2", "deepseek", "qwen3_5", "llama4")
+            and "dense" not in name
+        ):
             found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))
     config, headers = found[0]
     found.append(({**config, "tie_word_embeddings": True}, headers))

@@ -32,7 +32,7 @@ RUN = (
     *("glm4", "phi3", "smollm3", "seed_oss", "mimo", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "moonlight"),
     *("deepseek_v3", "glm4_moe", "gpt_oss", "llama4_maverick", "sarvam_moe", "dots1", "ernie4_5", "glm_4_7_flash"),
     *("starcoder2", "gemma2", "granite", "ministral3", "minimax_m2", "olmo2", "olmo3", "olmoe", "exaone4_1_2b"),
-    *("internlm3", "hy3", "exaone_moe", "gpt2", "pythia", "command_r7b", "bailing_moe_v2"),
+    *("internlm3", "hy3", "exaone_moe", "gpt2", "pythia", "command_r7b", "bailing_moe_v2", "deepseek"),
 )
 #: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
 ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
@@ -51,7 +51,7 @@ REASONS = {
     r"pythia rows of .* attention\.dense\.bias ↔ mlp\.dense_4h": "both are added to the same sum",
     r"internlm3 via yarn: rope_dynamic_factor:": "sets in behind the context's end, where no position is",
     r"via \w+: model\.rope_scaling_factor:": "read with Llama 3's scaling alone",
-    r"(llama2|nemotron|pythia|command_r7b) via \w+: model\.rope_scaling:": _NOT_STRETCHED,
+    r"(llama2|nemotron|pythia|command_r7b|deepseek) via \w+: model\.rope_scaling:": _NOT_STRETCHED,
     r"(gpt_oss|phi3|ministral3|olmo3|olmoe) via \w+: model\.rope_scaling:": "read of plain positions alone",
     r"(qwen2_moe|qwen3_moe|mixtral|gpt_oss|olmoe|minimax_m2) config ffn_hidden_size:": "no layer without experts",
     rf"{_LATENT} config num_query_groups:": "latent attention has no groups",

@@ -24,6 +24,7 @@ CASES = [
     ("llama_nemotron", "llama_nemotron", "llama"),
     ("sarvam_moe", "sarvam_moe", "glm4_moe"),
     ("bailing_moe_v2", "bailing_moe_v2", "glm4_moe"),
+    ("deepseek", "deepseek", "qwen2_moe"),
     ("mimo", "mimo", "qwen2"),
     ("kimi_k2", "deepseek_v3", "deepseek_v3"),
 ]

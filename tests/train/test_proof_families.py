@@ -32,7 +32,7 @@ ADAPTERS_ALONE = ("gpt_oss",)
 #: Whose tokenizer Transformers reads with the folder's own code only: their rows count up.
 WITHOUT_TOKENIZER = ("llama_nemotron", "kimi_k2")
 #: Of other tensors in Transformers than on disk, which take no adapter of the folder.
-WITHOUT_PEFT = ("llama_nemotron", "sarvam_moe", "bailing_moe_v2")
+WITHOUT_PEFT = ("llama_nemotron", "sarvam_moe", "bailing_moe_v2", "deepseek")
 #: Linears of latent attention, those without a norm behind them, and those that PEFT loads (docs/training.md).
 TARGETS: dict[str, list[str]] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "exaone4_32b"), ["linear_qkv", "linear_fc1"]),

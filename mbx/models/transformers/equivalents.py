@@ -8,6 +8,7 @@ Each is a change of config.json, of names, and of one layer's tensors at a time,
 - Sarvam-MoE as GLM-4.5 (the repository's `modeling_sarvam_moe.py`): the same norms, router and shared experts;
   queries, keys and values apart, and the whole head rotated. Ling and Ring 2.0 likewise, a part of the head rotated
   (`modeling_bailing_moe_v2.py`).
+- DeepSeekMoE as Qwen2-MoE (the repository's `modeling_deepseek.py`): a shared expert under σ(0) = ½, and doubled.
 - MiMo as Qwen2 and Kimi-K2 as DeepSeek-V3, which have the same decoder.
 - A text model beside a vision tower as that text model alone.
 """
@@ -110,6 +111,24 @@ def _sarvam_layer(config: Config, number: int, layer: Weights) -> Weights:
     return {**layer, **{f"self_attn.{part}_proj.weight": tensor for part, tensor in parts}}
 
 
+def _deepseek_config(config: Config) -> dict[str, Any]:
+    dense = list(range(config["first_k_dense_replace"]))
+    width = config["n_shared_experts"] * config["moe_intermediate_size"]
+    renamed = {"num_experts": config["n_routed_experts"], "shared_expert_intermediate_size": width}
+    return {**config, **renamed, "mlp_only_layers": dense, "decoder_sparse_step": 1, "qkv_bias": False}
+
+
+def _deepseek_layer(config: Config, number: int, layer: Weights) -> Weights:
+    """A shared expert behind a gate of weight zero, which halves it, and twice as large for that."""
+    import torch
+
+    out = {name.replace("shared_experts.", "shared_expert."): tensor for name, tensor in layer.items()}
+    if number >= config["first_k_dense_replace"]:
+        out["mlp.shared_expert.down_proj.weight"] = 2 * out["mlp.shared_expert.down_proj.weight"]
+        out["mlp.shared_expert_gate.weight"] = torch.zeros(1, config["hidden_size"])
+    return out
+
+
 def _experts_last(config: Config, number: int, layer: Weights) -> Weights:
     """Experts [expert, out, in], which Qwen3-VL's repositories hold the other way round."""
     del number
@@ -173,6 +192,13 @@ TWINS: Mapping[str, Twin] = {
         _SARVAM_NAMES,
         config=_sarvam_config,
         layer=_sarvam_layer,
+    ),
+    "deepseek": Twin(
+        "qwen2_moe",
+        "Compared with Transformers' qwen2_moe, the gate of whose shared expert is open by half",
+        {},
+        config=_deepseek_config,
+        layer=_deepseek_layer,
     ),
     "mimo": Twin("qwen2", "Compared with Transformers' qwen2, which has the same decoder", {}, ("model.mtp_layers.",)),
     "kimi_k2": Twin("deepseek_v3", "Compared with Transformers' deepseek_v3, which has the same decoder", {}),
