@@ -5,11 +5,13 @@
     python benchmarks/recipes_gpu.py --gpus 2                     with tensor or expert parallelism over two
     python benchmarks/recipes_gpu.py --draw 7 20                  20 random settings from seed 7
     python benchmarks/recipes_gpu.py --set lora.rank=64 --set parallel.tp=2 --gpus 2 --only qwen35_9b_lora
+    python benchmarks/recipes_gpu.py --runs FILE --of 2           the runs that FILE lists, on a machine of two GPUs
     python benchmarks/recipes_gpu.py --list
 
+A line of FILE: the run's GPUs, its recipe, overrides, and `peft` at the end for Transformers with PEFT.
 Weights are random. A model that does not fit loses layers from its end until the budget says that it does; the line
-says how many are left. One line a run as it ends, and a JSON record a run at the end of FILE. This process imports
-everything once and forks for each run, before CUDA is touched; a run that hangs is killed after `--run-s` seconds.
+says how many are left. One line a run as it ends, and a JSON record a run at the end of FILE. A few processes import
+everything ahead of their run and wait for it; a run that hangs is killed after `--run-s` seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
 
@@ -51,19 +54,50 @@ class Running:
     began: float
 
 
-def child(spec: Spec, options: argparse.Namespace, rank: int, devices: list[int], port: int, answer: Path) -> None:
+@dataclass(slots=True)
+class Spare:
+    """A process that imports everything and waits to be told its run."""
+
+    process: multiprocessing.process.BaseProcess
+    told: Connection
+
+
+def spare(start: str, options: argparse.Namespace) -> Spare:
+    """Begin one."""
+    context = multiprocessing.get_context(start)
+    heard, told = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(heard, options), daemon=True)
+    process.start()
+    heard.close()
+    return Spare(process, told)
+
+
+def child(heard: Connection, options: argparse.Namespace) -> None:
     """One process of a run: it leaves a record, or why there is none."""
+    warm(options.device)
+    spec, rank, devices, port, answer = heard.recv()
     world = len(devices)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    # the imports may have started CUDA, so every device stays visible and the run takes its own by number
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(devices[rank]), "WORLD_SIZE": str(world)}
     if world > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     log = answer.with_suffix(f".log{rank}").open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     try:
+        if options.device == "cuda":
+            import torch
+
+            torch.cuda.set_device(devices[rank])
         run = run_peft if spec.peft else run_recipe
-        found = run(spec, options.steps, options.memory * GIB, options.device, options.length)
+        own = f"run.dir={answer.with_suffix('')}"  # runs of one recipe do not share a folder
+        found = run(
+            replace(spec, overrides=(*spec.overrides, own)),
+            options.steps,
+            options.memory * GIB,
+            options.device,
+            options.length,
+        )
     except BaseException as error:  # whatever it was, it is this run's record
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}"[:600]}
@@ -75,20 +109,18 @@ def child(spec: Spec, options: argparse.Namespace, rank: int, devices: list[int]
     os._exit(1 if "error" in found else 0)
 
 
-def start(spec: Spec, options: argparse.Namespace, devices: list[int], folder: Path, number: int) -> Running:
-    """Fork a run."""
-    context = multiprocessing.get_context(options.start)
+def start(spec: Spec, options: argparse.Namespace, spares: list[Spare], devices: list[int], answer: Path) -> Running:
+    """Tell as many spare processes as the run has GPUs, and begin others in their place."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    answer = folder / f"{number}.json"
-    processes: list[multiprocessing.process.BaseProcess] = []
-    for rank in range(len(devices)):
-        process = context.Process(target=child, args=(spec, options, rank, devices, port, answer))
-        process.start()
-        processes.append(process)
+    taken = [spares.pop(0) for _ in devices]
+    for rank, one in enumerate(taken):
+        one.told.send((spec, rank, devices, port, answer))
+        one.told.close()
+    spares += [spare(options.start, options) for _ in devices]
     now = time.monotonic()
-    return Running(spec, processes, devices, answer, now + options.run_s, now)
+    return Running(spec, [one.process for one in taken], devices, answer, now + options.run_s, now)
 
 
 def settled(run: Running, deadline: float) -> Record | None:
@@ -134,6 +166,12 @@ def choose(options: argparse.Namespace) -> list[Spec]:
     """The runs that the command line asks for."""
     from mbx.train.recipe.catalogue import load_recipe, recipe_names
 
+    if options.runs:
+        lines = [line.split() for line in options.runs.read_text().splitlines() if line and not line.startswith("#")]
+        return [
+            Spec(recipe, tuple(word for word in rest if word != "peft"), int(gpus), "peft" in rest)
+            for gpus, recipe, *rest in lines
+        ]
     names = [name for name in recipe_names() if fnmatch.fnmatch(name, options.only)]
     names = [name for name in names if load_recipe(name).model.shape]
     specs = drawn(names, *options.draw) if options.draw else [Spec(name) for name in names]
@@ -164,14 +202,15 @@ def warm(device: str) -> str:
 def work(specs: list[Spec], options: argparse.Namespace, out: TextIO | None) -> int:
     """Run everything, as many at once as GPUs are free; the number of runs that failed."""
     deadline = time.monotonic() + 60 * options.minutes
-    free, waiting, running, failures = list(range(options.gpus)), list(specs), list[Running](), 0
+    free, waiting, running, failures = list(range(options.of)), list(specs), list[Running](), 0
+    spares = [spare(options.start, options) for _ in range(2 * options.of)]
     with tempfile.TemporaryDirectory() as name:
         number = 0
         while waiting or running:
             while waiting and len(free) >= waiting[0].gpus and time.monotonic() < deadline:
                 spec = waiting.pop(0)
                 devices = [free.pop(0) for _ in range(spec.gpus)]
-                running.append(start(spec, options, devices, Path(name), number))
+                running.append(start(spec, options, spares, devices, Path(name) / f"{number}.json"))
                 number += 1
             if time.monotonic() >= deadline and waiting:
                 sys.stdout.write(f"out of time: {len(waiting)} runs were not started, {waiting[0].label} first\n")
@@ -189,6 +228,8 @@ def work(specs: list[Spec], options: argparse.Namespace, out: TextIO | None) -> 
                     out.write(json.dumps({**asdict(run.spec), "whole_s": took, **found}) + "\n")
                     out.flush()
             time.sleep(0.05)
+    for one in spares:
+        one.process.kill()
     return failures
 
 
@@ -200,6 +241,8 @@ def main() -> int:
     parser.add_argument("--draw", nargs=2, type=int, metavar=("SEED", "N"), help="N random settings from a seed")
     parser.add_argument("--peft", action="store_true", help="also Transformers with PEFT at the same shapes")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of a run")
+    parser.add_argument("--of", type=int, help="GPUs of the machine, that runs share; as many as a run's by default")
+    parser.add_argument("--runs", type=Path, metavar="FILE", help="a run a line, instead of recipes by name")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--length", type=int, default=0, help="tokens of a row, whatever the recipes say")
     parser.add_argument("--memory", type=float, default=120.0, metavar="GIB", help="of a GPU, that a budget may fill")
@@ -209,6 +252,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--list", action="store_true", help="print the runs and start none")
     options = parser.parse_args()
+    options.of = options.of or options.gpus
     specs = choose(options)
     if options.list or not specs:
         sys.stdout.write("".join(spec.label + "\n" for spec in specs))

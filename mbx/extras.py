@@ -21,6 +21,7 @@ EXTRA_OF = {
     "transformers": "verify",
     "peft": "train",
     "psutil": "train",
+    "PIL": "vision",
     "datasets": "data",
     "pyarrow": "data",
     "transformer_engine": "gpu",
@@ -29,7 +30,7 @@ EXTRA_OF = {
     "causal_conv1d": "mamba",
 }
 #: Extras that bring torch.
-_WITH_TORCH = ("torch", "verify", "train", "gpu", "gated-delta-net", "mamba", "all")
+_WITH_TORCH = ("torch", "verify", "train", "vision", "gpu", "gated-delta-net", "mamba", "all")
 _LIBRARIES = ("torch", "megatron", "transformers")
 #: Extras that compile against the torch that is installed.
 _COMPILED = ("mamba",)

@@ -43,6 +43,8 @@ _INSIDE: tuple[Mapping[str, str], ...] = (
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
     {"model.": "language_model."},
 )
+#: Tables of models that keep a causal model beside their tower: in memory it has the hub's names.
+_APART = frozenset(("llama4_vl",))
 #: How they begin in any model: without a head around the decoder, or inside a value model's wrapper.
 _AROUND: tuple[Mapping[str, str], ...] = ({"": "pretrained_model."}, {"model.": ""})
 
@@ -128,6 +130,13 @@ class Spelling:
     def said(self, module: str) -> str:
         """A module's name as the file has it."""
         return respelt(_plain(f"{module}.", self.rows) or f"{module}.", self.way).removesuffix(".")
+
+
+def live_spelling(table: Table, present: Collection[str] | None = None) -> Spelling:
+    """How Transformers spells modules in memory, as PEFT has them: by the last of the ways in which a table says that
+    the names of a text model inside a larger one begin. `present`: of the names of a folder that holds these."""
+    live = table.wrapped[0 if table.name in _APART else -1] if table.wrapped else {}
+    return Spelling(live, table.beginnings(present))
 
 
 def _plain(name: str, way: Mapping[str, str]) -> str | None:

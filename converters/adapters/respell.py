@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from converters.adapters.megatron import megatron_sites
-from converters.adapters.peft_keys import PREFIX, recorded_keys
+from converters.adapters.peft_keys import PREFIX, live_spelling, recorded_keys
 from converters.adapters.peft_names import peft_sites
 from converters.adapters.sites import Adapted, columns, spellings
 from converters.engine.lowrank import Site
@@ -99,10 +99,12 @@ def plan_to_peft(
     """Plan that writes adapters (`read_megatron`'s) under PEFT's names.
 
     `recorded` are the names of the PEFT folder they once came from. Without it an adapter of a whole expert linear is
-    written as one of the parameter that holds all experts where the table knows that, else by projection.
+    written as one of the parameter that holds all experts where the table knows that, else by projection, under the
+    names that Transformers has in memory.
     """
     joiner = Joiner.at(table, config)
     keys = {} if recorded is None else recorded_keys(table, joiner.env, recorded)[1]
+    adapted = adapted if recorded is not None else in_memory(table, adapted)
     chosen = [(found, spelt(table, found, keys or recorded)) for found in adapted]
     owners: dict[str, list[str]] = {}
     for _, row in chosen:
@@ -124,6 +126,14 @@ def plan_to_peft(
         for name, target in sorted(carrier.targets.items())
     ]
     return carrier.plan("adapter-to-hf", table, config, Layout(), drafts)
+
+
+def in_memory(table: Table, adapted: Sequence[Adapted]) -> list[Adapted]:
+    """Adapters whose weights have the names that Transformers' model has for them (`live_spelling`)."""
+    live = live_spelling(table)
+    return [
+        replace(found, row=replace(found.row, hf=tuple(live.said(name) for name in found.row.hf))) for found in adapted
+    ]
 
 
 def _under(site: Site, keys: Mapping[str, str]) -> Site:

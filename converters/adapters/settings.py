@@ -14,11 +14,12 @@ from converters.errors import UnsupportedError, UsageError
 from converters.rows.config_spelling import is_provenance
 from converters.rows.expr import Value
 
-#: Keys that say where an adapter came from, or how it was trained.
+#: Keys that say where an adapter came from, or how it was trained; and `fan_in_fan_out`, set by PEFT itself where the
+#: base stores its weights the other way round (GPT-2), as its table says.
 _HARMLESS = frozenset(
     """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config inference_mode lora_dropout
     lora_ga_config megatron_core peft_type peft_version qalora_group_size revision runtime_config task_type
-    loftq_config""".split()
+    loftq_config fan_in_fan_out""".split()
 )
 _READ = frozenset(
     """r lora_alpha use_rslora use_dora rank_pattern alpha_pattern modules_to_save init_lora_weights
@@ -127,6 +128,8 @@ def parse_settings(config: Mapping[str, Value]) -> LoraSettings:
         refused.append(f"`init_lora_weights` = {start!r}, which changes the base weights")
     if config.get("bias") not in _BIASES:
         refused.append(f"`bias` = {config['bias']!r}")
+    if config.get("fan_in_fan_out") and config.get("use_dora"):
+        refused.append("`fan_in_fan_out` with `use_dora`")
     if refused:
         raise UnsupportedError(
             f"adapter_config.json: {refused[0]} is not supported",

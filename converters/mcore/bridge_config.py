@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from converters.errors import UsageError
-from converters.mcore.bridge_families import DEFAULT, Family, family_named, spec_for
+from converters.mcore.bridge_families import DEFAULT, Family, families_of, family_named, spec_for
 from converters.mcore.bridge_providers import SINCE_0_4, respelt, settled
 from converters.mcore.field_equality import is_idle, listed
 from converters.mcore.layout import Layout
@@ -31,10 +31,12 @@ _BY_TARGET = {target.rpartition(".")[2]: name for name, target in _ACTIVATIONS.i
 _DTYPES = {"BF16": "torch.bfloat16", "F16": "torch.float16", "F32": "torch.float32"}
 #: Fields that are a plain value wherever they are stated.
 _STATED = ("num_query_groups", "num_moe_experts", "gated_linear_unit")
-#: A field that says whether a model has a part, and how the fields of that part begin; others mean nothing without.
-_PARTS = (
-    *(("num_moe_experts", "moe_"), ("experimental_attention_variant", "linear_")),
-    *(("multi_latent_attention", "rotary_scaling_factor"), ("multi_latent_attention", "rope_type")),
+#: A field that says whether a model has a part, by which value where not by any, and how the fields of that part
+#: begin; others mean nothing without.
+_PARTS: tuple[tuple[str, Value, str], ...] = (
+    *(("num_moe_experts", None, "moe_"), ("experimental_attention_variant", "gated_delta_net", "linear_")),
+    ("experimental_attention_variant", "dsa", "dsa_"),
+    *(("multi_latent_attention", None, "rotary_scaling_factor"), ("multi_latent_attention", None, "rope_type")),
 )
 _DIVISOR = "make_vocab_size_divisible_by"
 _CHECKPOINT = "megatron.bridge.training.config.CheckpointConfig"
@@ -52,11 +54,13 @@ def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
         if field in model and (value := _plain(model[field])) is not _OBJECT:
             out[field] = value
     out |= {field: _stated(model, field) for field in _STATED if field in model}
-    for part, start in _PARTS:
-        if not out.get(part):
+    for part, kind, start in _PARTS:
+        if not out.get(part) or kind not in (None, out[part]):
             out = {field: value for field, value in out.items() if not field.startswith(start)}
     if not model.get("is_hybrid_model"):
         out = {field: value for field, value in out.items() if not field.startswith("mamba_")}
+    own = {field for family in families_of(model) for field in family.own}
+    out |= {field: _stated(model, field) for field in sorted(own) if field in model}
     if isinstance(node := model.get("activation_func"), Mapping):
         target = str(node.get("_target_"))
         out["activation_func"] = _BY_TARGET.get(target.rpartition(".")[2], target)
@@ -147,7 +151,7 @@ def _model_node(
     size = config.get("model.vocab_size")
     padded = isinstance(size, int) and layout.padded_vocab(size) == rows
     model: dict[str, object] = {"_target_": family.provider, SINCE_0_4: None}
-    model |= {field: config[field] for field in (*FIELDS_OF_BOTH, *_STATED) if field in config}
+    model |= {field: config[field] for field in (*FIELDS_OF_BOTH, *_STATED, *family.own) if field in config}
     model |= {f: config[f"model.{f}"] for f in MODEL_ARGUMENTS if f"model.{f}" in config}
     layers = config.get("num_layers")
     for pattern in ("moe_layer_freq", "linear_attention_freq"):

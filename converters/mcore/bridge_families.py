@@ -59,7 +59,7 @@ class Family:
     `architecture` is its Hugging Face class. `provider` is the class that every release has, and `older` how the names
     of others begin that releases before wrote. `spec` makes its layers; None is the provider's own choice. `marks` are
     constants by which its converter tells it from others of the same provider and spec. `implied` are fields that the
-    provider means without saying them.
+    provider means without saying them, `own` those that it alone has.
     """
 
     architecture: str
@@ -68,6 +68,7 @@ class Family:
     older: tuple[str, ...] = ()
     marks: Mapping[str, Value] = field(default_factory=dict)
     implied: Mapping[str, Value] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
 
     def fits(self, model: Mapping[str, object]) -> bool:
         """Whether a `model` node has its layer spec and its marks; what the node does not say does not count."""
@@ -101,6 +102,13 @@ _SCALED = {"model.scale_embeddings": True}
 _SANDWICH = {**_SCALED, "model.post_layernorms": True}
 #: Transformers norms the latent vectors by this epsilon whatever the config says; Bridge has one for all norms.
 _LATENT_EPSILON = {"model.latent_layernorm_epsilon": 1e-6}
+
+#: Falcon-H1's: a multiplier at every turn, and mixers in a model that is not called hybrid.
+_FALCON_H1 = tuple(
+    """mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim rmsnorm norm_before_gate embedding_multiplier
+    attention_in_multiplier attention_out_multiplier key_multiplier ssm_in_multiplier ssm_out_multiplier
+    ssm_multipliers mlp_multipliers lm_head_multiplier""".split()
+)
 
 FAMILIES = (
     Family(
@@ -197,6 +205,12 @@ FAMILIES = (
             *("HybridModelProvider", "NemotronHModel", "Nemotron3NanoProvider", "NemotronNanoModelProvider"),
             *("NemotronNano9Bv2Provider", "NemotronNano12Bv2Provider"),
         ),
+    ),
+    Family(
+        "FalconH1ForCausalLM",
+        f"{_MODELS}falcon_h1.falconh1_provider.FalconH1ModelProvider",
+        implied={"model.mcore_model": "hybrid"},
+        own=_FALCON_H1,
     ),
     # Families that share provider and spec with one above; some have no table here.
     Family(

@@ -18,8 +18,9 @@ NEUTRAL: Mapping[str, tuple[Value, ...]] = {
     "model.rotary_percent": (1.0,),
     "model.rope_scaling_factor": (8.0,),
     "rope_type": ("rope", "yarn"),
+    "dsa_indexer_topk_freq": (1,),
     "model.mcore_model": ("gpt",),
-    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (1.0,)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), (1.0,)),
 }
 #: Fields that say "every n-th layer" by one number, and whether such a layer is marked 1: the others are then 0.
 _PATTERNS = {"moe_layer_freq": True, "window_attn_skip_freq": False, "linear_attention_freq": False}

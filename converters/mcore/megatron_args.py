@@ -29,11 +29,13 @@ moe_router_load_balancing_type moe_aux_loss_coeff moe_router_dtype moe_grouped_g
 moe_shared_expert_intermediate_size moe_shared_expert_gate moe_latent_size""".split()
 _DELTA = """linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads
 linear_num_value_heads""".split()
+_SPARSE = """dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_topk_freq
+dsa_indexer_skip_topk_offset dsa_indexer_rope_interleaved dsa_indexer_k_norm_epsilon""".split()
 _MAMBA = "mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads".split()
 _YARN = """yarn_rotary_scaling_factor yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_mscale
 yarn_mscale_all_dim yarn_correction_range_round_to_int""".split()
 #: Fields that Megatron-LM, Megatron-Bridge and Megatron Core call alike.
-FIELDS_OF_BOTH = (*_ALWAYS, *_LATENT, *_EXPERTS, *_DELTA, *_MAMBA, *_YARN)
+FIELDS_OF_BOTH = (*_ALWAYS, *_LATENT, *_EXPERTS, *_DELTA, *_SPARSE, *_MAMBA, *_YARN)
 #: What some families add to YaRN, and Megatron Core has no field for; unsaid, they would pass for others.
 _BEYOND_YARN = ("llama_4_scaling_beta",)
 #: Arguments of GPTModel.
@@ -82,7 +84,8 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
     for names, there in (
         (_LATENT, args.get("multi_latent_attention")),
         (_EXPERTS, args.get("num_experts")),
-        (_DELTA, args.get("experimental_attention_variant")),
+        (_DELTA, args.get("experimental_attention_variant") == "gated_delta_net"),
+        (_SPARSE, args.get("experimental_attention_variant") == "dsa"),
         (_MAMBA, hybrid),
         ((*_YARN, *_BEYOND_YARN), args.get("position_embedding_type") == "yarn"),
     ):

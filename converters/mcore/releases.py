@@ -135,7 +135,8 @@ RELEASE_0_16 = Release(
     ),
     te_linears=frozenset(
         """linear_qkv linear_proj linear_fc1 linear_fc2 linear_q_proj linear_q_down_proj linear_q_up_proj
-        linear_kv_down_proj linear_kv_up_proj in_proj out_proj eh_proj fc1_latent_proj fc2_latent_proj""".split()
+        linear_kv_down_proj linear_kv_up_proj in_proj out_proj eh_proj fc1_latent_proj fc2_latent_proj
+        linear_wq_b linear_wk linear_weights_proj""".split()
     ),
     torch_norms=("mixer.norm",),
     # Two by accident: prediction layers are first saved by the default rule, so their attention core keeps a state

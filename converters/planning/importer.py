@@ -164,7 +164,11 @@ class _Importer:
         if not joined.row.kept:
             spec = joined.row.spec
             shared = spec.op == "col"
-            self.objects += extra_states_of(key, place.index, place.stack, table.family, shared=shared, own=spec.state)
+            home = (place.index, place.stack, table.family)
+            self.objects += extra_states_of(key, *home, shared=shared, own=spec.state is True)
+            if isinstance(spec.state, str):
+                beside = f"{key.removesuffix(spec.param)}{spec.state}.weight"
+                self.objects += extra_states_of(beside, *home, own=True)
 
     def drafts(self, ranks: RankMap) -> tuple[Draft, ...]:
         for key, target in self.targets.items():

@@ -250,6 +250,20 @@ def fetched(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, path=str(fetch(recipe.model.path).path)))
 
 
+def _word_on_fp8(prepared: Prepared) -> list[str]:
+    """A warning where FP8 is estimated to cost time on this GPU."""
+    import torch
+
+    from mbx.train.budget.devices import seen_as
+    from mbx.train.budget.speed import fp8_does_not_pay
+
+    device = seen_as(torch.cuda.get_device_name(prepared.ranks.local_rank))
+    if device is None or prepared.recipe.fp8.recipe == "none":
+        return []
+    word = fp8_does_not_pay(prepared.recipe, prepared.plan, device, prepared.ranks.dp)
+    return [word] if word else []
+
+
 def _show_plan(prepared: Prepared) -> None:
     from mbx.train.budget.predict import lines, predict, suggestions
     from mbx.train.model.graphs import why_not
@@ -267,9 +281,13 @@ def _show_plan(prepared: Prepared) -> None:
     ungraphed = why_not(recipe, plan.config, ranks)
     if ranks.device == "cuda":
         said.append(f"CUDA graph: {'on' if ungraphed is None else f'off: {ungraphed}'}")
+        said += _word_on_fp8(prepared)
     memory: dict[str, object]
+    looks = prepared.looks
+    if looks is not None:
+        said.append(f"images: a tower of {human_count(looks.parameters)} weights, {t.tower}, on the first stage")
     try:
-        budget = predict(recipe, plan, ranks.dp)
+        budget = predict(recipe, plan, ranks.dp, looks)
     except UnsupportedError as error:
         memory = {"memory_unknown": error.fact}
         said.append(error.fact)
@@ -281,11 +299,12 @@ def _show_plan(prepared: Prepared) -> None:
             "trained_whole": c.whole,
             "memory_bytes": dict(budget.parts),
             "memory_total_bytes": budget.total,
+            "tower_parameters": 0 if looks is None else looks.parameters,
         }
         adapters = f", {human_count(c.adapters)} of adapters" if c.adapters else ""
         adapters += f", {human_count(c.whole)} of the weights trained whole" if c.whole else ""
         said.append(f"{human_count(c.base)} weights a rank{adapters}")
-        said += lines(budget, suggestions(recipe, plan, ranks.dp))
+        said += lines(budget, suggestions(recipe, plan, ranks.dp, looks))
     place = {"start": prepared.start.why, "world_size": ranks.world_size, "dp": ranks.dp, "device": ranks.device}
     place["cuda_graph"] = ungraphed is None
     out.result({**place, "data": data_document(prepared), **memory, "recipe": recipe.to_dict()}, lambda: said)

@@ -65,7 +65,8 @@ def fitting(known: Mapping[str, Value], opened: Checkpoint, mapping: str | None)
         raise _none(named, reasons)
     if len(fits) == 1:
         return fits[0]
-    if (chosen := _preferred(fits)) is not None and all(_same_function(chosen, other) for other in fits):
+    stated = () if named is None else named.architectures
+    if (chosen := _preferred(fits, stated)) is not None and all(_same_function(chosen, other) for other in fits):
         others = ", ".join(sorted(fit.table.architectures[0] for fit in fits if fit is not chosen))
         return replace(chosen, notes=(f"the same function also goes by {others}",))
     raise UsageError(
@@ -79,7 +80,10 @@ def _may_be(table: Table, named: Named | None) -> bool:
     """Whether a table is of a class that is named; without a name, whether Megatron Core itself builds its models."""
     if named is None:
         return not table.unsupported
-    return not set(table.architectures).isdisjoint(named.architectures)
+    first, *others = table.architectures
+    # a class that another table is of is that one's, though a model of this one may be saved under it
+    own = [name for name in others if all(shipped(other).architectures[0] != name for other in table_names())]
+    return first in named.architectures or not set(own).isdisjoint(named.architectures)
 
 
 def _none(named: Named | None, reasons: Sequence[tuple[Table, MbxError]]) -> UnsupportedError:
@@ -113,8 +117,10 @@ def _against(fits: list[Fit], reasons: Sequence[tuple[Table, MbxError]]) -> list
     return [*lines, *(f"{table.name}: {error.fact}" for table, error in reasons)]
 
 
-def _preferred(fits: list[Fit]) -> Fit | None:
-    return next((fit for wish in _PREFERRED for fit in fits if fit.table.name == wish), None)
+def _preferred(fits: list[Fit], stated: tuple[str, ...]) -> Fit | None:
+    """The fit of exactly the classes that are stated, or of the table that most tools know."""
+    own = [fit for fit in fits if fit.table.architectures == stated]
+    return next(iter((*own, *(fit for wish in _PREFERRED for fit in fits if fit.table.name == wish))), None)
 
 
 def _same_function(left: Fit, right: Fit) -> bool:

@@ -36,7 +36,7 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a tower made of a pass's pictures, in the order of their tokens, on the CPU.
+    """What a tower made of a pass's pictures, in the order of their tokens.
 
     `features: [n, hidden]` stand for the embeddings; `deepstack` of the same shape are added behind the first layers
     in turn; `positions: [3, b, s]` count time, height and width, None where pictures are counted like text.
@@ -45,3 +45,8 @@ class Seen:
     features: torch.Tensor
     deepstack: tuple[torch.Tensor, ...] = ()
     positions: torch.Tensor | None = None
+
+    def on_cpu(self) -> Seen:
+        """The same on the CPU, features in fp32."""
+        positions = None if self.positions is None else self.positions.cpu()
+        return Seen(self.features.float().cpu(), tuple(part.float().cpu() for part in self.deepstack), positions)

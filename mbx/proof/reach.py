@@ -45,7 +45,7 @@ _FIELDS: Mapping[str, tuple[str, tuple[Value, ...]]] = {
     "model.post_layernorms": ("norms behind sublayers", (False,)),
     "model.scale_embeddings": ("scaled embeddings", (False,)),
 }
-_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+_MULTIPLIERS = "embedding_multiplier residual_multiplier attention_multiplier logits_scaling logit_scale".split()
 
 
 @dataclass(slots=True)

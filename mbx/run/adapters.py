@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from converters.adapters.respell import plan_to_megatron, plan_to_peft, spelt
+from converters.adapters.peft_keys import Spelling, live_spelling
+from converters.adapters.respell import in_memory, plan_to_megatron, plan_to_peft, spelt
 from converters.adapters.sites import is_weight
 from converters.engine.plan import Plan
 from converters.errors import UnsupportedError, UsageError
@@ -88,6 +90,9 @@ def plan_factors(
     recorded = adapter.recorded
     names = None if recorded is None else {name for file in recorded for name in file.tensors}
     plan = plan_to_peft(base.table, base.fields, adapter.adapted, adapter.tensors, names)
+    if names is None:
+        live = live_spelling(base.table)
+        whole = tuple(replace(layer, names=tuple(map(live.said, layer.names))) for layer in whole)
     plan = with_whole(plan, whole)
     made = {draft.name: HfTensor(draft.dtype, draft.shape) for draft in plan.drafts}
     if recorded is None or names != set(made):
@@ -177,7 +182,7 @@ def _described(adapter: Adapter, base: Base, names: set[str] | None) -> dict[str
     modules: dict[str, int] = {}
     parameters: set[str] = set()
     alphas: dict[str, Value] = {}
-    for found in adapter.adapted:
+    for found in adapter.adapted if names is not None else in_memory(base.table, adapter.adapted):
         row = spelt(base.table, found, names)
         router = row.spec.param == ROUTER  # of most classes of Transformers no linear, but of all of them a weight
         for site in found.sites:
@@ -191,9 +196,14 @@ def _described(adapter: Adapter, base: Base, names: set[str] | None) -> dict[str
     rank = common_rank(adapter.adapted)
     leaves = {name.rpartition(".")[2] for name in set(modules) - parameters}
     rows = base.table.expand(environment(base.fields), None)
-    known = {name.removesuffix(".weight") for row in rows if is_weight(row) for name in row.hf}
+    live = live_spelling(base.table) if names is None else Spelling({})
+    known = {live.said(name.removesuffix(".weight")) for row in rows if is_weight(row) for name in row.hf}
     everywhere = {leaf for leaf in leaves if all(n in modules for n in known if n.rpartition(".")[2] == leaf)}
     odd = sorted(name for name in set(modules) - parameters if name.rpartition(".")[2] not in everywhere)
+    targets: Value = [*sorted(everywhere), *odd]
+    if live.way and everywhere:  # a tower's modules may end alike
+        inside = re.escape(live.name) + f".*\\.({'|'.join(sorted(everywhere))})"
+        targets = "|".join([inside, *map(re.escape, odd)])
     named = str(base.path) if base.config_file == base.path / hf.CONFIG else None
     return {
         **adapter.config,
@@ -203,7 +213,7 @@ def _described(adapter: Adapter, base: Base, names: set[str] | None) -> dict[str
         **({"alpha_pattern": alphas | dict(adapter.settings.alpha_pattern)} if alphas else {}),
         "use_dora": adapter.settings.dora,
         "inference_mode": True,
-        "target_modules": [*sorted(everywhere), *odd],
+        "target_modules": targets,
         # PEFT loads no adapter of a parameter that had dropout in training
         **({"target_parameters": sorted(parameters), "lora_dropout": 0.0} if parameters else {}),
     }

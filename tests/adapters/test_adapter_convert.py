@@ -125,7 +125,6 @@ def test_a_checkpoint_without_pefts_files_is_described_anew(tmp_path: Path) -> N
         ({"peft_type": "IA3"}, "peft_type"),
         ({"bias": "some"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"a_key_of_tomorrow": 1}, "a_key_of_tomorrow"),

@@ -120,6 +120,20 @@ def test_a_merge_is_that_of_peft(tmp_path: Path, family: str, name: str) -> None
     check(family, name, tmp_path)
 
 
+def test_weights_that_are_stored_the_other_way_round_are_merged_as_peft_does(tmp_path: Path) -> None:
+    """GPT-2's, of which DoRA is refused."""
+    made = adapt("gpt2", tmp_path / "lora", target_modules=["c_attn", "c_fc", "c_proj"])
+    run(plan_merge(made.base, made.adapter, tmp_path / "merged", Options()))
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(made.base), made.adapter)
+    model.merge_and_unload().save_pretrained(tmp_path / "expected")
+    expected, got, before = weights(tmp_path / "expected"), weights(tmp_path / "merged"), weights(made.base)
+    assert [key for key in expected if not torch.equal(got[key], expected[key])] == []
+    assert sum(not torch.equal(got[key], before[key]) for key in expected) == 16
+    dora = adapt("gpt2", tmp_path / "dora", target_modules=["c_attn"], use_dora=True)
+    with pytest.raises(MbxError, match="fan_in_fan_out"):
+        plan_merge(dora.base, dora.adapter, tmp_path / "again", Options())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), [pair for pair in SWEEP if pair not in SMALL])
 def test_every_setting_on_every_family(tmp_path: Path, family: str, name: str) -> None:

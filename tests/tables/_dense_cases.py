@@ -6,6 +6,7 @@ from __future__ import annotations
 FORWARD = (
     *("mistral", "qwen2", "qwen3", "qwen3_tied", "nemotron", "gemma", "gemma3_text", "glm", "glm4", "phi3", "smollm3"),
     *("seed_oss", "mimo", "ernie4_5", "starcoder2", "gemma2", "olmo2", "ministral3", "olmo3"),
+    *("internlm3", "gpt2", "pythia", "command_r7b"),
     *("exaone4_32b", "exaone4_1_2b"),
 )
 #: Families that Transformers has no class for, so without layout v5.

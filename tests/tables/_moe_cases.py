@@ -32,12 +32,16 @@ ON_A_CPU = (
     "glm4_moe_air",
     "glm_4_7_flash",
     "dots1",
+    "hy3",
+    "exaone_moe",
+    "exaone_moe_alone",
     "llama4_scout",
     "llama4_maverick",
     "olmoe",
     "minimax_m2",
 )
 ELSEWHERE = (
+    *("glm_5", "glm_5_2", "deepseek_v32"),
     "sarvam_moe",
     "qwen3_next",
     "qwen3_5_text",
@@ -46,6 +50,7 @@ ELSEWHERE = (
     "nemotron_nano_v2",
     "nemotron_nano_v3",
     "nemotron_super",
+    "falcon_h1_0_5b",
 )
 ALL = (*ON_A_CPU, *ELSEWHERE)
 #: Families without a Transformers class, so without layout v5.
@@ -66,12 +71,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm_4_7_flash_whole_queries": ("glm_4_7_flash", {"q_lora_rank": None}),
     # Megatron Core's own constants of rotary scaling are not Scout's.
     "llama4_scout_unscaled": ("llama4_scout", {"rope_scaling": None}),
+    "falcon_h1_normed": ("falcon_h1_0_5b", {"mamba_rms_norm": True}),
     "nemotron_mtp_mlp": (
         "nemotron_super",
         {"hybrid_override_pattern": "MEM*EM-M", "mtp_hybrid_override_pattern": "*-"},
     ),
 }
 
+#: Sparse attention, of which Megatron Core 0.16.1 builds no model: what it is without, latent attention.
+WITHOUT_INDEXER = {
+    "experimental_attention_variant": None,
+    **dict.fromkeys(("dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset", "dsa_indexer_k_norm_epsilon"), None),
+    "dsa_indexer_rope_interleaved": None,
+}
 #: Families, variants and layouts whose logits Transformers and Megatron Core both give on a CPU.
 FORWARD = [
     *(
@@ -79,7 +91,7 @@ FORWARD = [
         for name in """qwen3_moe qwen3_moe_dense_layer qwen3_moe_all_softmax gpt_oss mixtral
         mixtral_window qwen2_moe qwen2_moe_dense_layer deepseek_v2 deepseek_v3
         kimi_k2_by_class moonlight glm4_moe glm_4_7_flash glm_4_7_flash_whole_queries
-        dots1 llama4_scout_unscaled llama4_maverick""".split()
+        dots1 hy3 exaone_moe_alone llama4_scout_unscaled llama4_maverick""".split()
     ),
     *((name, "v5") for name in "qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()),
 ]
@@ -124,14 +136,26 @@ TABLES: dict[str, tuple[str, ...]] = {
     "deepseek_v3": ("deepseek_v3", "moonlight_with_heads"),
     "glm4_moe": ("glm4_moe", "glm4_moe_air"),
     "glm4_moe_lite": ("glm_4_7_flash", "glm_4_7_flash_with_heads", "glm_4_7_flash_whole_queries"),
+    "glm_moe_dsa": ("glm_5", "glm_5_2"),
+    "deepseek_v32": ("deepseek_v32",),
     "dots1": ("dots1",),
+    "hy_v3": ("hy3",),
+    "exaone_moe": ("exaone_moe",),
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
     "sarvam_moe": ("sarvam_moe",),
     "qwen3_next": ("qwen3_next",),
     "qwen3_5": ("qwen3_5_text",),
     "qwen3_5_moe": ("qwen3_5_moe_text",),
+    "falcon_h1": ("falcon_h1_0_5b", "falcon_h1_normed"),
     "nemotron_h": ("nemotron_nano_v3", "nemotron_h", "nemotron_super", "nemotron_mtp_mlp"),
+}
+
+
+#: What layout v5 calls tensors of some classes that are not experts.
+_V5_NAMES = {
+    "hy_v3": {"router.gate.": "gate.", "expert_bias": "e_score_correction_bias", "shared_mlp.": "shared_experts."},
+    "exaone_moe": {"mlp.e_score_": "mlp.gate.e_score_"},
 }
 
 
@@ -142,6 +166,9 @@ def fused(case: Case) -> Case:
     renamed: dict[str, Header] = {}
     for name, (dtype, shape) in headers.items():
         name = name.replace("block_sparse_moe.", "mlp.").replace("backbone.", "model.")
+        for theirs, ours in _V5_NAMES.get(config["model_type"], {}).items():
+            last = f"model.layers.{config['num_hidden_layers']}."
+            name = name if name.startswith(last) else name.replace(theirs, ours)
         prefix, _, tail = name.partition(".experts.")
         number, _, matrix = tail.partition(".")
         if not number.isdigit() or name.startswith(("mtp.", f"model.layers.{config['num_hidden_layers']}.")):
@@ -165,7 +192,7 @@ def cases(table: str) -> list[Case]:
             found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))
     config, headers = found[0]
     found.append(({**config, "tie_word_embeddings": True}, headers))
-    if table.startswith("deepseek"):
+    if table in ("deepseek_v2", "deepseek_v3"):
         count = config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0)
         buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": ("F32", (2,)) for n in range(count)}
         found.append((config, {**headers, **buffers}))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -87,14 +88,33 @@ def test_table_covers_the_full_size_model_both_ways(reference: str) -> None:
 
 
 def head_cases(reference: str) -> list[Case]:
-    """The full-size model as it is, with an output layer of its own, and with one that repeats the embedding."""
+    """The full-size model as it is, with an output layer of its own, and with one that repeats the embedding.
+
+    GPT-2's too as its first repositories spell it, and with the causal masks that early files hold, as GPT-NeoX's.
+    """
     config, headers = load_index(reference)
-    with_head = {**headers, "lm_head.weight": headers["model.embed_tokens.weight"]}
-    return [
+    (embedding,) = (
+        name for name in headers if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))
+    )
+    with_head = {**headers, HEADS.get(config["model_type"], "lm_head.weight"): headers[embedding]}
+    found: list[Case] = [
         (config, headers),
         ({**config, "tie_word_embeddings": False}, with_head),
         ({**config, "tie_word_embeddings": True}, with_head),
     ]
+    if config["model_type"] == "gpt2":
+        masked = {**headers, "transformer.h.0.attn.bias": ("F32", (1, 1, 8, 8))}
+        found += [(config, masked), (config, {n.removeprefix("transformer."): h for n, h in masked.items()})]
+    if config["model_type"] == "gpt_neox":
+        buffers = {"bias": ("U8", (1, 1, 8, 8)), "masked_bias": ("F16", ()), "rotary_emb.inv_freq": ("F16", (2,))}
+        masked = {f"gpt_neox.layers.0.attention.{name}": header for name, header in buffers.items()}
+        renamed = {"lm_head.weight" if n == "embed_out.weight" else n: h for n, h in headers.items()}
+        found += [(config, {**headers, **masked}), (config, renamed)]
+    return found
+
+
+#: Output layers by another name, by model type.
+HEADS = {"gpt_neox": "embed_out.weight"}
 
 
 @pytest.mark.parametrize("name", MUTATED)
@@ -109,13 +129,10 @@ def test_every_row_is_needed_and_every_name_is_checked(name: str) -> None:
 
 def shortened(case: Case) -> Case:
     config, headers = case
-    keep = {
-        name: header
-        for name, header in headers.items()
-        if not name.startswith("model.layers.") or int(name.split(".")[2]) < 2
-    }
+    numbers = {name: re.search(r"\b(?:layers|h)\.(\d+)\.", name) for name in headers}
+    keep = {name: headers[name] for name, found in numbers.items() if found is None or int(found[1]) < 2}
     lists = {key: value[:2] for key, value in config.items() if key in ("layer_types", "no_rope_layers")}
-    return {**config, **lists, "num_hidden_layers": 2}, keep
+    return {**config, **lists, "n_layer" if "n_layer" in config else "num_hidden_layers": 2}, keep
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -153,6 +170,7 @@ VARIANTS: list[tuple[str, Config]] = [
     ("mistral", {"sliding_window": 8}),
     ("phi3", {"sliding_window": 8}),
     ("phi3", {"partial_rotary_factor": 0.5}),
+    ("pythia", {"use_parallel_residual": False}),
     *(("qwen2", {"rope_scaling": {"rope_type": kind, "factor": 2.0}}) for kind in ("linear", "dynamic")),
     ("qwen3", {"rope_scaling": YARN, "max_position_embeddings": 64}),
     *((name, {"rope_scaling": YARN, "max_position_embeddings": 64}) for name in ("llama", "mistral")),
@@ -217,6 +235,9 @@ def test_a_wrong_row_passes_every_check_but_the_forward_one(
         ("gemma2", {"final_logit_softcapping": 1.0}, {"final_logit_softcapping": None}),
         ("granite", {"logits_scaling": 0.5}, {"residual_multiplier": 1.0}),
         ("olmo3", {}, {"model.rotary_base_local": None}),
+        ("pythia", {}, {"model.parallel_residual": False}),
+        ("command_r7b", {}, {"no_rope_freq": None}),
+        ("command_r7b", {}, {"logit_scale": 1.0}),
         ("exaone4_32b", {}, {"no_rope_freq": None}),
     ],
 )

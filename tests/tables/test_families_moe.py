@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -22,6 +23,7 @@ from _moe_cases import (  # noqa: E402
     FORWARD,
     LAYOUTS,
     TABLES,
+    WITHOUT_INDEXER,
     cases,
     family,
     headers_in,
@@ -45,6 +47,7 @@ from _scaffold import (  # noqa: E402
 
 from converters.codecs.decode import decoded_view  # noqa: E402
 from converters.errors import CoverageError, MbxError  # noqa: E402
+from converters.mcore.bridge_families import family_named  # noqa: E402
 from converters.planning.exporter import plan_export  # noqa: E402
 from converters.rows.expr import Value  # noqa: E402
 from fixtures.index import Header, load_index  # noqa: E402
@@ -55,7 +58,7 @@ from mbx.run.job import Options, plan_mcore_to_hf  # noqa: E402
 from mbx.tables import shipped, table_for  # noqa: E402
 
 #: Plans of more than 70,000 tensors take longer than a default test may.
-LARGE = ("DeepSeek-V3", "Kimi-K2-Instruct", "MiniMax-M2", "Qwen3-Next-80B-A3B-Instruct")
+LARGE = ("DeepSeek-V3", "DeepSeek-V3.2", "GLM-5", "Kimi-K2-Instruct", "MiniMax-M2", "Qwen3-Next-80B-A3B-Instruct")
 FULL_SIZE = [
     pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
     for name in sorted({family(name).reference for name in ALL})
@@ -142,7 +145,9 @@ def test_config_survives_the_cycle_and_megatron_core_knows_every_field(
     table = table_for(config)
     fields = table.config.to_mcore(config)
     assert table.config.to_mcore(table.config.to_hf(fields)) == fields
-    transformer_config({**fields, "moe_latent_size": None})  # which needs Transformer Engine
+    family = family_named(table.architectures)
+    known = {key: value for key, value in fields.items() if family is None or key not in family.own}
+    transformer_config({**known, **WITHOUT_INDEXER, "moe_latent_size": None})  # which needs Transformer Engine
 
 
 def test_a_cast_spares_state_space_parameters_and_the_router_bias() -> None:
@@ -189,6 +194,20 @@ def test_logits_are_those_of_transformers(
     assert logits_differ(checkpoint(name, layout), tmp_path, {}) <= FORWARD_TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["glm_5", "glm_5_2", "deepseek_v32"])
+def test_sparse_attention_is_latent_attention_up_to_as_many_tokens_as_it_chooses(
+    checkpoint: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    import json
+
+    source = checkpoint(name)
+    assert logits_differ(source, tmp_path / "all", WITHOUT_INDEXER) <= FORWARD_TOLERANCE
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    few = shutil.copytree(source, tmp_path / "few")
+    (few / "config.json").write_text(json.dumps({**config, "index_topk": 8}), encoding="utf-8")
+    assert logits_differ(few, tmp_path / "some", WITHOUT_INDEXER) > DEFECT
+
+
 EXPERTS = (
     '"mlp.experts.{E}.gate_proj.weight", "mlp.experts.{E}.up_proj.weight"',
     '"mlp.experts.{E}.up_proj.weight", "mlp.experts.{E}.gate_proj.weight"',
@@ -219,6 +238,8 @@ W1_W3 = (
         ("glm4_moe", "v4", SHARED),
         ("glm_4_7_flash", "v4", SHARED),
         ("dots1", "v4", EXPERTS),
+        ("hy3", "v5", SHARED),
+        ("exaone_moe_alone", "v4", SHARED),
         ("llama4_scout_unscaled", "v4", ("glu_fused", "glu_zip")),
     ],
 )
@@ -241,6 +262,8 @@ def test_a_wrong_row_passes_every_check_but_the_forward_one(
         ("deepseek_v2", {"mscale_all_dim": 0.0}),
         ("deepseek_v2", {"moe_router_topk_scaling_factor": 1.0}),
         ("glm4_moe", {"model.rotary_percent": 1.0}),
+        ("hy3", {"moe_router_topk_scaling_factor": 1.0}),
+        ("exaone_moe_alone", {"no_rope_freq": None}),
         ("llama4_scout_unscaled", {"qk_l2_norm": False}),
         ("llama4_scout_unscaled", {"no_rope_freq": None}),
         ("llama4_scout_unscaled", {"moe_apply_probs_on_input": False}),
@@ -267,6 +290,11 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("deepseek_v3", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("glm4_moe", "norm_topk_prob", False),
         ("glm_4_7_flash", "mlp_layer_types", ["dense", "dense", "sparse", "sparse"]),
+        ("hy3", "route_norm", False),
+        ("exaone_moe", "is_moe_layer", [False, True, False, True]),
+        ("glm_5_2", "indexer_types", ["full", "shared", "full", "full"]),
+        ("glm_5", "indexer_rope_interleave", False),
+        ("deepseek_v32", "layer_types", ["full_attention"] * 4),
         ("dots1", "layer_types", ["full_attention"] * 3 + ["sliding_attention"]),
         ("minimax_m2", "attn_type_list", [1, 0, 1, 1]),
         ("qwen3_next", "layer_types", ["full_attention", "linear_attention"] * 2),

@@ -32,12 +32,14 @@ RUN = (
     *("glm4", "phi3", "smollm3", "seed_oss", "mimo", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "moonlight"),
     *("deepseek_v3", "glm4_moe", "gpt_oss", "llama4_maverick", "sarvam_moe", "dots1", "ernie4_5", "glm_4_7_flash"),
     *("starcoder2", "gemma2", "granite", "ministral3", "minimax_m2", "olmo2", "olmo3", "olmoe", "exaone4_1_2b"),
+    *("internlm3", "hy3", "exaone_moe", "gpt2", "pythia", "command_r7b"),
 )
 #: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
 ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 #: Models whose towers a table arranges by rows of its own; the others travel with their names and bytes as they are.
 WITH_TOWER_ROWS = ("gemma3", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 _LATENT = "(deepseek_v2|deepseek_v3|moonlight|glm_4_7_flash)"
+_NOT_STRETCHED = "no frequency of the tiny head is one that Llama 3 stretches"
 _IDLE_YARN = "the tiny head turns with two frequencies, of which either length and slope take the same"
 #: Mutants, as their names begin, and why no pass depends on them; of one family where one is named.
 REASONS = {
@@ -46,8 +48,10 @@ REASONS = {
     r"config model\.max_sequence_length:": "bounds prompts, and changes no position",
     r"fixed moe_grouped_gemm:": "how experts are multiplied, not what they give",
     r"(config mtp_num_layers:|rows of mtp\.)": "prediction layers, which the report names as not reached",
+    r"pythia rows of .* attention\.dense\.bias ↔ mlp\.dense_4h": "both are added to the same sum",
+    r"internlm3 via yarn: rope_dynamic_factor:": "sets in behind the context's end, where no position is",
     r"via \w+: model\.rope_scaling_factor:": "read with Llama 3's scaling alone",
-    r"(llama2|nemotron) via \w+: model\.rope_scaling:": "no frequency of the tiny head is one that Llama 3 stretches",
+    r"(llama2|nemotron|pythia|command_r7b) via \w+: model\.rope_scaling:": _NOT_STRETCHED,
     r"(gpt_oss|phi3|ministral3|olmo3|olmoe) via \w+: model\.rope_scaling:": "read of plain positions alone",
     r"(qwen2_moe|qwen3_moe|mixtral|gpt_oss|olmoe|minimax_m2) config ffn_hidden_size:": "no layer without experts",
     rf"{_LATENT} config num_query_groups:": "latent attention has no groups",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from _trainings import raw, run_here
+from torch import nn
 
 from converters.errors import UsageError
 from fixtures.make_tiny import make
@@ -121,3 +123,11 @@ def test_an_expert_bias_moves_when_asked_and_counts_no_padding(tmp_path: Path) -
 def test_an_adapter_run_refuses_to_move_the_bias() -> None:
     with pytest.raises(UsageError, match="moves the router's expert bias"):
         parse_recipe({"lora": {"rank": 4}, "model": {"config": {"moe_router_bias_update_rate": 0.001}}})
+
+
+@pytest.mark.parametrize("family", [BALANCED, BOTH])
+def test_a_run_leaves_nothing_of_its_model_behind(tmp_path: Path, family: str) -> None:
+    first_step(tmp_path, family, "run", (0, 2))
+    gc.collect()
+    left = [type(o).__name__ for o in gc.get_objects() if isinstance(o, nn.Module | torch.distributed.ProcessGroup)]
+    assert not [name for name in left if name in ("GPTModel", "MoELayer", "ProcessGroup")]

@@ -20,6 +20,7 @@ ELSEWHERE = frozenset(
     (
         *("exaone4_1_2b", "gpt_oss_mxfp4", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
         *("nemotron_h", "nemotron_nano_v2", "nemotron_nano_v3", "nemotron_super", "deepseek_v3_fp8"),
+        *("glm_5", "glm_5_2", "deepseek_v32", "falcon_h1_0_5b", "exaone_moe"),
     )
 )
 #: Every tiny family that trains on a CPU.
@@ -36,7 +37,8 @@ WITHOUT_PEFT = ("llama_nemotron", "sarvam_moe")
 TARGETS: dict[str, list[str]] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "exaone4_32b"), ["linear_qkv", "linear_fc1"]),
     **dict.fromkeys(
-        ("glm4_moe", "glm4_moe_air", "dots1", "llama4_scout", "llama4_maverick"), ["linear_qkv", "linear_proj"]
+        ("glm4_moe", "glm4_moe_air", "dots1", "hy3", "exaone_moe_alone", "llama4_scout", "llama4_maverick"),
+        ["linear_qkv", "linear_proj"],
     ),
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm_4_7_flash"),
@@ -81,6 +83,11 @@ def test_every_family_passes(family: str, adapters: bool, tmp_path: Path) -> Non
 def test_fp8_blocks_that_transformers_cannot_decode_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="FP8 blocks"):
         verify_training(parse_recipe(recipe(tmp_path, "deepseek_v3_fp8")))
+
+
+def test_prediction_layers_behind_a_list_of_windowed_layers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="not what prediction layers are"):
+        verify_training(parse_recipe(of_family(tmp_path, "exaone_moe", False)))
 
 
 def layouts_pass(folder: Path, jobs: dict[str, Raw]) -> None:

@@ -215,8 +215,9 @@ class _Silu(torch.autograd.Function):
         raise NotImplementedError
 
 
-def test_a_gated_delta_net_keeps_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron Core's module between stand-ins for the kernels of flash-linear-attention and causal-conv1d."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gated_delta_net_keeps_what_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """Megatron Core's module between stand-ins for kernels: flash-linear-attention's and, `fused`, causal-conv1d's."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.ssm import gated_delta_net as core
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -241,7 +242,7 @@ def test_a_gated_delta_net_keeps_what_is_counted(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(core, "l2norm", _L2Norm.apply, raising=False)
     monkeypatch.setattr(core, "chunk_gated_delta_rule", rule, raising=False)
     convolve = lambda x, weight, bias, activation: _Kernel.apply(x.shape, 0, x)  # noqa: E731
-    monkeypatch.setattr(core, "causal_conv1d_fn", convolve, raising=False)
+    monkeypatch.setattr(core, "causal_conv1d_fn", convolve if fused else None, raising=False)
     gated = lambda self, x, gate: _Silu.apply(self.out_norm(x.reshape(-1, x.shape[-1])), gate)  # noqa: E731
     monkeypatch.setattr(core.GatedDeltaNet, "_apply_gated_norm", gated)
     with megatron_on_cpu(), process_group():
@@ -258,7 +259,8 @@ def test_a_gated_delta_net_keeps_what_is_counted(tmp_path: Path, monkeypatch: py
             out, _ = module(x * 1.0, None)
             found = counted.by_layer()
         assert out.requires_grad
-    expected = tokens * (mixer(Load(recipe, plan, shape, tokens), shape.layers[0]) - shape.hidden * 2)  # no norm here
+    load = Load(recipe, plan, shape, tokens, fuses_convolution=fused)
+    expected = tokens * (mixer(load, shape.layers[0]) - shape.hidden * 2)  # no norm here
     statistics = 4 * heads * tokens  # of the norm behind the rule, whose stand-in keeps none
     assert found[0] == pytest.approx(expected - statistics, rel=0.01)
 

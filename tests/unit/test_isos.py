@@ -68,6 +68,7 @@ GROUPS: dict[str, st.SearchStrategy[Mapping[str, Value]]] = {
     "yarn": st.fixed_dictionaries({"rope_scaling": PLAIN | YARN}),
     "longrope": st.fixed_dictionaries({"rope_scaling": PLAIN})
     | st.fixed_dictionaries({"rope_scaling": LONGROPE, "original_max_position_embeddings": LENGTHS}),
+    "neox_rope": st.fixed_dictionaries({"rotary_emb_base": FACTORS, "rotary_pct": st.floats(0.1, 1.0)}),
     "window": st.fixed_dictionaries({"sliding_window": st.none() | st.integers(1, 1 << 17)}),
     "unrotated_full_layers": st.fixed_dictionaries({"sliding_window": st.integers(1, 1 << 17), "layer_types": KINDS}),
     "gelu_tanh": st.just({"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}),
@@ -106,6 +107,26 @@ def test_mlp_layers_come_back_and_their_count_agrees(kinds: list[Value]) -> None
     assert back == ({"first_k_dense_replace": kinds.count("dense")} if counted else {})
     with pytest.raises(UsageError, match="mlp_layer_types"):
         FIELDS["mlp_layers"].to_mcore({**hf, "mlp_layer_types": ["sparse"] * len(kinds), "first_k_dense_replace": 1})
+
+
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 6))
+def test_layers_with_an_indexer_come_back(count: int, every: int, begin: int) -> None:
+    kinds = ["shared" if max(layer + 1 - begin, 0) % every else "full" for layer in range(count)]
+    said: list[Mapping[str, Value]] = [
+        {"indexer_types": kinds},
+        {"index_topk_pattern": "".join(kind[0].upper() for kind in kinds)},
+        {"index_topk_freq": every, "index_skip_topk_offset": begin},
+    ]
+    for keys in said:
+        fields = FIELDS["indexed_layers"].to_mcore({"num_hidden_layers": count, **keys})
+        assert FIELDS["indexed_layers"].to_hf({"num_layers": count, **fields}) == {"indexer_types": kinds}
+
+
+def test_layers_with_an_indexer_have_one_period() -> None:
+    with pytest.raises(UsageError, match="one period"):
+        FIELDS["indexed_layers"].to_mcore(
+            {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "full", "full"]}
+        )
 
 
 @pytest.mark.parametrize(

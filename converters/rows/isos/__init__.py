@@ -26,6 +26,11 @@ FIELDS: dict[str, FieldsIso] = {
         ("rope_type", *(field for field, _ in rope.MLA_YARN.values())), rope.mla_rope_to_mcore, rope.mla_rope_to_hf
     ),
     "full_layers": FieldsIso((), layers.full_layers_to_mcore, layers.full_layers_to_hf),
+    "indexed_layers": FieldsIso(
+        ("dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"),
+        layers.indexed_layers_to_mcore,
+        layers.indexed_layers_to_hf,
+    ),
     "linear_layers": FieldsIso(("linear_attention_freq",), layers.linear_layers_to_mcore, layers.linear_layers_to_hf),
     "hybrid": FieldsIso(("num_layers", "model.hybrid_override_pattern"), layers.hybrid_to_mcore, layers.hybrid_to_hf),
     "hybrid_mtp": FieldsIso(
@@ -37,6 +42,9 @@ FIELDS: dict[str, FieldsIso] = {
         rope.PLAIN,
         rope.rope_to_mcore,
         rope.rope_to_hf,
+    ),
+    "neox_rope": FieldsIso(
+        ("model.rotary_base", "model.rotary_percent"), rope.neox_rope_to_mcore, rope.neox_rope_to_hf
     ),
     "window": FieldsIso(("window_size",), layers.window_to_mcore, layers.window_to_hf),
     "unrotated_full_layers": FieldsIso(

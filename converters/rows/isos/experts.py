@@ -78,16 +78,24 @@ def first_dense_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
 
 
 def mlp_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
-    """`mlp_layer_types`, or as many dense layers first as `first_k_dense_replace` says (1 where it is absent)."""
-    kinds, dense = hf.get("mlp_layer_types"), hf.get("first_k_dense_replace")
-    by_count = first_dense_to_mcore(1 if dense is None else dense, hf)
-    if kinds is None:
-        return {"moe_layer_freq": by_count}
-    if not isinstance(kinds, list) or set(map(str, kinds)) - {"dense", "sparse"}:
+    """`mlp_layer_types`, or as many dense layers first as `first_k_dense_replace` says (1 where it is absent).
+
+    K-EXAONE says the same by `is_moe_layer` and `first_last_k_dense_replace`; all that is said must agree.
+    """
+    kinds, listed = hf.get("mlp_layer_types"), hf.get("is_moe_layer")
+    if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) - {"dense", "sparse"}):
         raise UsageError(f"config: mlp_layer_types is {kinds!r}; layers are dense or sparse")
-    flags: list[Value] = [int(kind == "sparse") for kind in kinds]
-    if dense is not None and flags != by_count:
-        raise UsageError(f"config: first_k_dense_replace is {dense!r}, and mlp_layer_types is {kinds!r}")
+    said: dict[str, Value] = {}
+    for key in ("first_k_dense_replace", "first_last_k_dense_replace"):
+        if (dense := hf.get(key)) is not None:
+            said[key] = first_dense_to_mcore(dense, hf)
+    if isinstance(listed, list):
+        said["is_moe_layer"] = [int(bool(flag)) for flag in listed]
+    if isinstance(kinds, list):
+        said["mlp_layer_types"] = [int(kind == "sparse") for kind in kinds]
+    flags = next(iter(said.values()), None) or first_dense_to_mcore(1, hf)
+    if any(other != flags for other in said.values()):
+        raise UsageError("config: " + ", and ".join(f"{key} is {hf[key]!r}" for key in said))
     return {"moe_layer_freq": flags}
 
 

@@ -168,6 +168,44 @@ def hybrid_to_hf(mcore: Mapping[str, Value]) -> Fields:
     }
 
 
+_SPARSE = ("deepseek_sparse_attention", "indexed_attention")
+
+
+def indexed_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """Layers with an indexer of their own, the others taking the last one's choice, ↔ a period and where it begins.
+
+    `indexer_types` says each layer, `index_topk_pattern` by letters; without either every layer before
+    `index_skip_topk_offset` and every `index_topk_freq`-th from the one before it on has one (GLM-5.2).
+    """
+    count, pattern = layers_of(hf, "num_hidden_layers"), hf.get("index_topk_pattern")
+    if (kinds := hf.get("layer_types")) is not None and (not isinstance(kinds, list) or set(kinds) - set(_SPARSE)):
+        raise UsageError(f"config: layer_types is {kinds!r}; only {' and '.join(_SPARSE)} are known here")
+    said = hf.get("indexer_types")
+    if said is None and isinstance(pattern, str):
+        said = [{"F": "full", "S": "shared"}.get(letter, letter) for letter in pattern]
+    if said is None:
+        freq, offset = hf.get("index_topk_freq"), hf.get("index_skip_topk_offset")
+        every = 1 if freq is None else max(1, whole(freq, "index_topk_freq"))
+        begin = 2 if offset is None else max(1, whole(offset, "index_skip_topk_offset"))
+        said = _indexers(count, every, begin)
+    spellings = ((every, begin) for every in range(1, count + 1) for begin in range(1, count + 1))
+    found = next((pair for pair in spellings if _indexers(count, *pair) == said), None)
+    if found is None:
+        raise UsageError(f"config: indexer_types is {said!r}; Megatron Core has one period of layers with an indexer")
+    every, begin = found
+    return {"dsa_indexer_topk_freq": every, "dsa_indexer_skip_topk_offset": 0 if every == 1 else begin}
+
+
+def _indexers(count: int, every: int, begin: int) -> list[Value]:
+    return ["shared" if max(layer + 1 - begin, 0) % every else "full" for layer in range(count)]
+
+
+def indexed_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    every = whole(mcore.get("dsa_indexer_topk_freq") or 1, "dsa_indexer_topk_freq")
+    begin = max(1, whole(mcore.get("dsa_indexer_skip_topk_offset") or 0, "dsa_indexer_skip_topk_offset"))
+    return {"indexer_types": _indexers(layers_of(mcore, "num_layers"), every, begin)}
+
+
 def no_linear_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """MiniMax's `attn_type_list`: 1 is softmax attention, the only kind Megatron Core has here."""
     if value is not None and (not isinstance(value, list) or set(value) != {1}):

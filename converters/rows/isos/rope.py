@@ -213,6 +213,24 @@ def mla_rope_to_hf(mcore: Mapping[str, Value]) -> Fields:
     return {"rope_scaling": {"rope_type": "yarn", **{key: mcore.get(field) for key, (field, _) in MLA_YARN.items()}}}
 
 
+def neox_rope_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """GPT-NeoX's own words for the base and the rotated share of a head, or everybody's."""
+    out: Fields = {}
+    for field, default, words in (
+        ("model.rotary_base", 10000.0, ("rope_theta", "rotary_emb_base")),
+        ("model.rotary_percent", 0.25, ("partial_rotary_factor", "rotary_pct")),
+    ):
+        said = [hf[word] for word in words if hf.get(word) is not None]
+        if any(value != said[0] for value in said):
+            raise UsageError(f"config: {' and '.join(words)} disagree: {said}")
+        out[field] = positive(said[0], words[1]) if said else default
+    return out
+
+
+def neox_rope_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    return {"rotary_emb_base": mcore.get("model.rotary_base"), "rotary_pct": mcore.get("model.rotary_percent")}
+
+
 def rotary_dim_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """Rotated dimensions of a head ↔ their share of it."""
     return 1.0 if value is None else number(value, "rotary_dim") / positive(hf.get("head_dim"), "head_dim")

@@ -45,7 +45,7 @@ _YARN_NEEDED = ("yarn_rotary_scaling_factor", "yarn_original_max_position_embedd
 #: Fields of families that no Megatron Core has: `family_hooks` reads them from the flat config. `rope_dynamic_factor`
 #: changes nothing before the end of the context, where sequences end here.
 OWN_FIELDS = """attn_logit_softcapping final_logit_softcapping embedding_multiplier residual_multiplier logits_scaling
-llama_4_scaling_beta rope_dynamic_factor""".split()
+logit_scale llama_4_scaling_beta rope_dynamic_factor""".split()
 # Any of these lets stages hold different numbers of layers; mcore checks those itself.
 _UNEVEN_STAGES = """num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout
 account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split""".split()

@@ -40,6 +40,8 @@ def add_family_hooks(model: nn.Module, config: FlatConfig) -> None:
             raise UsageError("`llama_4_scaling_beta` needs `yarn_original_max_position_embeddings`")
         _scale_queries(model, beta, length)
     divisor, cap = _number(config, "logits_scaling"), _number(config, "final_logit_softcapping")
+    if (scale := _number(config, "logit_scale")) is not None:  # Cohere multiplies where Granite divides
+        divisor = 1.0 / scale
     if (output := getattr(model, "output_layer", None)) is not None and (divisor is not None or cap is not None):
         if getattr(decoder.config, "cross_entropy_fusion_impl", None) == "linear":
             raise UnsupportedError("logits are scaled or capped, which cross_entropy_fusion_impl=linear never holds")

@@ -28,13 +28,27 @@ def seeing(model: nn.Module, config: Mapping[str, Value], batch: Batch, seen: Se
     does not take.
     """
     assert batch.pictures is not None
-    with contextlib.ExitStack() as undo:
-        _merge(model, batch.pictures.places(batch.ids), seen, undo)
+    with merged(model, batch.pictures.places(batch.ids), seen), contextlib.ExitStack() as undo:
         if batch.pictures.two_way:
             _show_each_other(model, batch.pictures.numbers(batch.ids), undo)
-        axes = () if seen.positions is None else _axes(config)
-        undo.enter_context(rotated_at(model, seen.positions, axes))
+        undo.enter_context(turned(model, config, seen.positions))
         yield
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module, here: torch.Tensor, seen: Seen) -> Iterator[None]:
+    """Make a stage of `model` take what a tower has `seen` of the tokens `here: [b, s]`; nothing of it changes where
+    it has neither the embedding nor the first layers. Sequence parallelism gives each rank its part."""
+    with contextlib.ExitStack() as undo:
+        _merge(model, here, seen, undo)
+        yield
+
+
+def turned(
+    model: nn.Module, config: Mapping[str, Value], positions: torch.Tensor | None
+) -> contextlib.AbstractContextManager[None]:
+    """Make `model` turn by `positions: [3, b, s]` of time, height and width; by its own count where they are None."""
+    return rotated_at(model, positions, () if positions is None else _axes(config))
 
 
 def _axes(config: Mapping[str, Value]) -> list[int]:
@@ -50,12 +64,14 @@ def _merge(model: nn.Module, here: torch.Tensor, seen: Seen, undo: contextlib.Ex
     def place(module: nn.Module, given: object, embedded: torch.Tensor) -> torch.Tensor:
         del module, given
         states = embedded.clone()  # [s, b, hidden]
-        states.transpose(0, 1)[here.to(states.device)] = seen.features.to(states)
+        mine, numbers = _part(here.to(states.device), states.shape[0])
+        states.transpose(0, 1)[mine] = seen.features.to(states)[numbers]
         return states
 
     def add(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         deeper = states.clone()
-        deeper.transpose(0, 1)[here.to(states.device)] += features.to(states)
+        mine, numbers = _part(here.to(states.device), states.shape[0])
+        deeper.transpose(0, 1)[mine] += features.to(states)[numbers]
         return deeper
 
     if (embedding := getattr(model, "embedding", None)) is not None:
@@ -71,6 +87,16 @@ def _merge(model: nn.Module, here: torch.Tensor, seen: Seen, undo: contextlib.Ex
 
         if (layer := layers.get(number + 2)) is not None:
             undo.callback(layer.register_forward_pre_hook(deepen, with_kwargs=True).remove)
+
+
+def _part(here: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `here: [b, s]` the columns of a rank that holds `length` tokens, and the numbers of its tokens among all."""
+    from mbx.models.megatron.core.groups import parallel_state
+
+    numbers = here.flatten().long().cumsum(0).view_as(here) - 1
+    first = 0 if length == here.shape[1] else parallel_state.get_tensor_model_parallel_rank() * length
+    mine = here[:, first : first + length]
+    return mine, numbers[:, first : first + length][mine]
 
 
 def _show_each_other(model: nn.Module, numbers: torch.Tensor, undo: contextlib.ExitStack) -> None:

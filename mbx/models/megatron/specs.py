@@ -69,6 +69,10 @@ def gpt_block_spec(
     if parts is not None and parts != FamilyParts():
         for layer in block.layer_specs:
             _put_parts(layer, parts, block.layer_norm)
+        if parts.one_layernorm:
+            from mbx.models.megatron.parallel_layers import WeightedLayerNorm
+
+            block.layer_norm = WeightedLayerNorm
     return block
 
 
@@ -76,11 +80,15 @@ def gpt_block_spec(
 class FamilyParts:
     """What families build into a layer that Megatron Core has not (`family_layers`); this, if nothing is said.
 
+    With `parallel_residual` the MLP reads what attention reads, with `one_layernorm` from the same norm, and no norm
+    has a bias.
     `post_layernorms` stand behind attention and MLP beside those before, or `post_layernorms_only` there;
     `qk_layernorm_over_heads` spans all heads, `rotary_base_local` is windowed layers' own, and `softcapped` attention
     shows its scores.
     """
 
+    parallel_residual: bool = False
+    one_layernorm: bool = False
     post_layernorms: bool = False
     post_layernorms_only: bool = False
     qk_layernorm_over_heads: bool = False
@@ -90,6 +98,7 @@ class FamilyParts:
 
 def _put_parts(layer: ModuleSpec, parts: FamilyParts, norm: Callable[..., nn.Module]) -> None:
     from mbx.models.megatron import family_layers as own
+    from mbx.models.megatron import parallel_layers
     from mbx.models.megatron.core.layers import DotProductAttention
 
     if parts.softcapped:
@@ -100,6 +109,8 @@ def _put_parts(layer: ModuleSpec, parts: FamilyParts, norm: Callable[..., nn.Mod
         own.drop_pre_layernorms(layer)
     if parts.post_layernorms or parts.post_layernorms_only:
         own.add_post_layernorms(layer, norm)
+    if parts.parallel_residual:
+        parallel_layers.read_the_same(layer, one_norm=parts.one_layernorm)
     if parts.rotary_base_local is not None:
         own.use_two_bases(layer, parts.rotary_base_local)
 
@@ -129,6 +140,11 @@ def mtp_block_spec(
 
     if not config.mtp_num_layers:
         return None
+    if isinstance(config.window_attn_skip_freq, list) or isinstance(config.no_rope_freq, list):
+        raise UnsupportedError(
+            f"{mcore_version()} lists which layers are windowed or unrotated, and not what prediction layers are",
+            hint="without their tensors and with `num_nextn_predict_layers` 0 the model is built without them",
+        )
     spec = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te, vp_stage=vp_stage)
     if spec is not None and not use_te:
         from mbx.models.megatron.local_modules import LocalNorm

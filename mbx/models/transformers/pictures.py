@@ -140,14 +140,29 @@ def pictured_pass(hf_dir: Path, vocab: int, seed: int) -> Batch | None:
     kind, config = KINDS[str(raw["model_type"])], transformers_config(hf_dir, whole=True)
     generator = torch.Generator().manual_seed(seed)
     counts, inputs = kind.draw(config, generator)
-    named = getattr(config, "image_token_id", None)
-    token = named if isinstance(named, int) and 0 <= named < vocab else vocab - 1
+    named = picture_token(config, vocab)
+    token = vocab - 1 if named is None else named
     text = torch.randint(0, vocab - 1, (sum(_TEXT),), generator=generator)
     parts: list[torch.Tensor] = list(torch.split(text + (text >= token), list(_TEXT)))  # any token but that one
     for number, count in enumerate(counts):
         parts.insert(2 * number + 1, torch.full((count,), token))
     ids = torch.cat(parts)
     return Batch(ids[None], pictures=Pictures(token, inputs, kind.two_way))
+
+
+def picture_token(config: Any, vocab: int) -> int | None:
+    """The token that stands for a picture's features by a class's `config`; None where it is none of `vocab`."""
+    named = getattr(config, "image_token_id", None)
+    return named if isinstance(named, int) and 0 <= named < vocab else None
+
+
+def name_picture(frame: Any, token: int) -> None:
+    """Tell every part of a model that sees that `token`, and no other, stands for a picture or film."""
+    for module in frame.modules():
+        config = getattr(module, "config", None)
+        for name, value in (("image_token_id", token), ("video_token_id", -1)):
+            if hasattr(config, name):
+                setattr(config, name, value)
 
 
 def arguments(batch: Batch, takes: Mapping[str, object], dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
@@ -167,10 +182,9 @@ def seen(batch: Batch, decoder: Mapping[str, Any]) -> Seen | None:
     pictures = batch.pictures
     if pictures is None:
         return None
-    here = pictures.places(batch.ids)
-    embeddings = decoder["inputs_embeds"].float().cpu()
+    embeddings = decoder["inputs_embeds"]
+    here = pictures.places(batch.ids).to(embeddings.device)
     positions = decoder.get("position_ids")
     if positions is not None:  # some classes count text in a row of its own before
-        positions = positions[-3:].cpu() if positions.dim() == 3 else None
-    deepstack = decoder.get("deepstack_visual_embeds") or ()
-    return Seen(embeddings[here], tuple(part.float().cpu() for part in deepstack), positions)
+        positions = positions[-3:] if positions.dim() == 3 else None
+    return Seen(embeddings[here], tuple(decoder.get("deepstack_visual_embeds") or ()), positions)

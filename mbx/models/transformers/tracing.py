@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from converters.errors import UnsupportedError
 from mbx.models.prompts import Batch, tokens_of
 from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
-from mbx.models.transformers.pictures import arguments, seen
+from mbx.models.transformers.pictures import arguments, name_picture, seen
 from mbx.models.transformers.reading import AS_IT_IS, FolderReading
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def trace_transformers(
     with torch.no_grad():
         for batch in batches:
             if batch.pictures is not None:
-                _name_picture(frame, int(torch.searchsorted(tokens, batch.pictures.token)))
+                name_picture(frame, int(torch.searchsorted(tokens, batch.pictures.token)))
             beside = _places(batch, device) | arguments(batch, takes, parts.dtype, device)
             try:
                 frame(torch.searchsorted(tokens, batch.ids).to(device), use_cache=False, **beside)
@@ -75,17 +75,9 @@ def trace_transformers(
             recorder.add(FINAL, outputs[-1][0])
     for handle in handles:
         handle.remove()
-    found = tuple(seen(batch, named) for batch, named in zip(batches, given, strict=True))
-    return Trace(recorder.joined(), _head(parts, batches, outputs, device), parts.close, found)
-
-
-def _name_picture(frame: Any, token: int) -> None:
-    """Tell every part of a model that sees that `token`, and no other, stands for a picture or film."""
-    for module in frame.modules():
-        config = getattr(module, "config", None)
-        for name, value in (("image_token_id", token), ("video_token_id", -1)):
-            if hasattr(config, name):
-                setattr(config, name, value)
+    found = [seen(batch, named) for batch, named in zip(batches, given, strict=True)]
+    on_cpu = tuple(None if one is None else one.on_cpu() for one in found)
+    return Trace(recorder.joined(), _head(parts, batches, outputs, device), parts.close, on_cpu)
 
 
 def causal_model(model: Any) -> Any:

@@ -127,6 +127,15 @@ def phases(load: Load, stage: int, dp: int) -> dict[str, Mapping[str, int]]:
     return found
 
 
+def in_flight(load: Load, stage: int, dp: int) -> int:
+    """Bytes that micro-batches hold which are under way when a stage begins another one."""
+    p, full = load.recipe.parallel, load.recipe.train.recompute == "full"
+    mine = layers_of(load.shape, p.pp, stage)
+    part = load.tokens * load.shape.hidden * load.b // load.cut
+    one = part * len(mine) if full else sum(kept(load, layer) for layer in mine)
+    return round(one * max(0.0, _chunks_in_flight(load, stage, dp) - 1))
+
+
 def _last(mine: Sequence[Layer], full: bool) -> Sequence[Layer]:
     """Layers whose backward pass may be the largest moment: any that is computed again, else the last of each kind."""
     return mine if full else tuple({(layer.mixer, layer.mlp, layer.ffn): layer for layer in mine[-2:]}.values())

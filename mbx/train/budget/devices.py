@@ -73,8 +73,8 @@ def device_of(text: str) -> Device:
     raise UsageError(f"there is no device `{text}`", hint=hint)
 
 
-def tflops_of(name: str) -> float | None:
-    """Dense TFLOP/s of bf16 products of a GPU by the name that CUDA has for it; None where it is not known."""
+def seen_as(name: str) -> Device | None:
+    """A GPU by the name that CUDA has for it; None where it is not known."""
     plain = re.sub(r"[\s-]+", "", name.lower())
     known = {re.sub(r"-\d\d$", "", one).replace("-", ""): one for one in DEVICES} | _OTHER_NAMES
-    return next((DEVICES[one].tflops for word, one in known.items() if word in plain), None)
+    return next((DEVICES[one] for word, one in known.items() if word in plain), None)

@@ -9,6 +9,7 @@ from mbx.train.budget.adapters import pairs_of
 from mbx.train.budget.shape import Layer, Shape
 from mbx.train.model.adapted import Linear
 from mbx.train.model.blueprint import Blueprint
+from mbx.train.model.kernels import fuses_convolution
 from mbx.train.recipe.sections import Recipe
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -20,7 +21,8 @@ _CAST = {"delayed": 1.0, "tensorwise": 1.0, "blockwise": 1 + 4 / 128, "mxfp8": 1
 class Load:
     """What activations are counted from: the recipe, the sizes, the tokens of a micro-batch on this rank.
 
-    `known`: the model's adapted linears. `targets`: names of those of the layer that is counted.
+    `known`: the model's adapted linears. `targets`: names of those of the layer that is counted. `fuses_convolution`:
+    as it is installed here.
     """
 
     recipe: Recipe
@@ -29,6 +31,7 @@ class Load:
     tokens: int
     known: Mapping[str, Linear] = field(default_factory=dict)
     targets: frozenset[str] = frozenset()
+    fuses_convolution: bool = field(default_factory=fuses_convolution)
 
     def at(self, layer: Layer) -> Load:
         """The same at one layer, whose adapted linears are `targets`."""

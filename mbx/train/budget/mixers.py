@@ -79,7 +79,8 @@ def _delta(load: Load, layer: Layer) -> float:
     d = s.delta
     repeated = d.heads // d.key_heads
     norms = s.hidden * (b + load.seen("in_proj", normed=True))
-    rule = d.mixed * b  # behind the convolution nothing of its output but copies is kept
+    # behind the convolution's kernel nothing of its output but copies is kept
+    rule = d.mixed * b * (1 if load.fuses_convolution else 2)
     rule += 2 * d.key * b * (1 + repeated if repeated > 1 else 1) + 2 * 4 * d.key_heads
     rule += d.value * b + _DELTA_CHUNK * d.heads * b
     rule += d.heads * (b + 3 * 4)  # beta; alpha as softplus reads it, softplus, g summed up

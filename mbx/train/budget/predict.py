@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from converters.errors import UnsupportedError
-from mbx.train.budget.activations import phases
+from mbx.train.budget.activations import in_flight, phases
 from mbx.train.budget.adapters import chosen
 from mbx.train.budget.counts import Counts, count
+from mbx.train.budget.images import Looks
 from mbx.train.budget.load import BYTES, Load
 from mbx.train.budget.shape import shape_of
 from mbx.train.model.adapted import Linear
 from mbx.train.model.blueprint import Blueprint
+from mbx.train.model.fp8 import holds_casts
 from mbx.train.recipe.sections import Recipe
 
 GIB = 1 << 30
@@ -28,6 +30,8 @@ CONTEXT = 600 << 20
 WORKSPACES = 64 << 20
 #: Transformer Engine runs the experts' products on four streams, each with a workspace of its own.
 GROUPED_WORKSPACES = 128 << 20
+#: The phase in which a tower works on a micro-batch's images.
+TOWER = "the tower"
 #: fp32 state a weight: Adam's two moments; one momentum buffer, which the fused SGD keeps even at momentum 0.
 _STATE = {"adam": 8, "sgd": 4}
 
@@ -46,21 +50,31 @@ class Budget:
         """Bytes PyTorch's allocator will hand out at the peak; compares with `max_memory_allocated`."""
         return sum(self.parts.values())
 
+    @property
+    def direction(self) -> str:
+        """Of which pass the phase is: a frozen tower has no backward pass."""
+        return "forward" if self.phase == TOWER else "backward"
 
-def predict(recipe: Recipe, plan: Blueprint, dp: int) -> Budget:
-    """The budget of the pipeline stage that needs most."""
-    return max(stages(recipe, plan, dp), key=lambda budget: budget.total)
+
+def predict(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = None) -> Budget:
+    """The budget of the pipeline stage that needs most; `looks`: of rows that show images."""
+    return max(stages(recipe, plan, dp, looks), key=lambda budget: budget.total)
 
 
-def stages(recipe: Recipe, plan: Blueprint, dp: int) -> list[Budget]:
+def stages(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = None) -> list[Budget]:
     """The budget of a rank of every pipeline stage."""
     known = chosen(recipe, plan)
-    return [_stage(recipe, plan, dp, stage, known) for stage in range(recipe.parallel.pp)]
+    every = range(recipe.parallel.pp)
+    return [_stage(recipe, plan, dp, stage, known, looks if stage == 0 else None) for stage in every]
 
 
-def _stage(recipe: Recipe, plan: Blueprint, dp: int, stage: int, known: Mapping[str, Linear]) -> Budget:
+def _stage(
+    recipe: Recipe, plan: Blueprint, dp: int, stage: int, known: Mapping[str, Linear], looks: Looks | None
+) -> Budget:
     c, p, t = count(recipe, plan, stage, known), recipe.parallel, recipe.train
     trained = c.adapters + c.whole if recipe.lora.rank else c.base
+    learns = looks is not None and t.tower == "trained"
+    trained += looks.parameters if looks is not None and learns else 0
     shared = dp * p.cp if p.distributed_optimizer else 1
     experts = 0 if recipe.lora.rank else c.experts
     expert_shared = max(1, dp * p.cp * p.tp // (p.ep * p.etp)) if p.distributed_optimizer else 1
@@ -68,20 +82,25 @@ def _stage(recipe: Recipe, plan: Blueprint, dp: int, stage: int, known: Mapping[
     s = shape_of(plan.config)
     load = Load(recipe, plan, s, t.micro_batch * recipe.data.length // p.cp, known)
     lasting = {
-        "weights": (c.base + c.adapters) * BYTES[t.precision],
+        "weights": (c.base + c.adapters - (c.linears if holds_casts(recipe) else 0)) * BYTES[t.precision],
         "gradients": trained * 4,
         "optimizer": math.ceil((trained - experts) * state / shared + experts * state / expert_shared),
         "fp8 copies": _copies(recipe, c),
         "workspaces": WORKSPACES + (GROUPED_WORKSPACES if s.experts else 0),
+        "tower": 0 if looks is None else looks.weights(recipe),
     }
     found = phases(load, stage, dp)
+    if looks is not None and learns:
+        lasting["images"] = looks.working(recipe) * min(p.pp, t.global_batch // (t.micro_batch * dp))
+    elif looks is not None:
+        found[TOWER] = {"activations": in_flight(load, stage, dp), "images": looks.working(recipe)}
     phase = max(found, key=lambda name: sum(found[name].values()))
     parts = {**lasting, **found[phase]}
     return Budget({name: value for name, value in parts.items() if value}, c, stage, phase)
 
 
 def _copies(recipe: Recipe, c: Counts) -> int:
-    """FP8 weights: the cast and its transpose, which backward passes read.
+    """FP8 weights: the cast and its transpose, which backward passes read; frozen ones have no other form.
 
     Recomputed layers run first without gradients. Products with their norm in front cast for that pass alone, and by
     blocks that drops the transpose until their layer is computed again, behind the largest moment
@@ -89,13 +108,13 @@ def _copies(recipe: Recipe, c: Counts) -> int:
     """
     if recipe.fp8.recipe == "none":
         return 0
-    blocks = recipe.fp8.recipe in ("blockwise", "mxfp8") and recipe.train.recompute == "full"
-    return 2 * c.linears - (c.normed if blocks else 0)
+    dropped = recipe.fp8.recipe in ("blockwise", "mxfp8") and recipe.train.recompute == "full"
+    return 2 * c.linears - (c.normed if dropped and not holds_casts(recipe) else 0)
 
 
-def suggestions(recipe: Recipe, plan: Blueprint, dp: int) -> list[tuple[str, int]]:
+def suggestions(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = None) -> list[tuple[str, int]]:
     """Single changes that would lower the peak by 0.01 GiB or more, with the bytes each saves, most first."""
-    here, p, t = predict(recipe, plan, dp).total, recipe.parallel, recipe.train
+    here, p, t = predict(recipe, plan, dp, looks).total, recipe.parallel, recipe.train
     groups = plan.config.get("num_query_groups") or plan.config.get("num_attention_heads")
     options: list[tuple[str, str, str | int, bool]] = [
         ("train", "recompute", "full", t.recompute != "full"),
@@ -111,7 +130,7 @@ def suggestions(recipe: Recipe, plan: Blueprint, dp: int) -> list[tuple[str, int
         changed = replace(recipe, **{section: replace(getattr(recipe, section), **{key: value})})
         layout = replace(plan.layout, tp=changed.parallel.tp)
         try:
-            saved = here - predict(changed, replace(plan, layout=layout), dp).total
+            saved = here - predict(changed, replace(plan, layout=layout), dp, looks).total
         except UnsupportedError:
             continue
         found.append((f"{section}.{key}={value}", saved))
@@ -123,7 +142,7 @@ def lines(budget: Budget, tips: list[tuple[str, int]]) -> list[str]:
     width = max(len(name) for name in budget.parts)
     rows = [f"{name:<{width}}  {value / GIB:8.2f} GiB" for name, value in budget.parts.items()]
     rows.append(
-        f"{'total':<{width}}  {budget.total / GIB:8.2f} GiB  in the backward pass of {budget.phase}"
+        f"{'total':<{width}}  {budget.total / GIB:8.2f} GiB  in the {budget.direction} pass of {budget.phase}"
         f" (on a GPU about {CONTEXT / GIB:.1f} GiB of CUDA context more)"
     )
     rows += [f"{name} would save {saved / GIB:.2f} GiB" for name, saved in tips]

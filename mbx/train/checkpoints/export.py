@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import UsageError
+from converters.rows.coverage import Waivers
 from mbx.formats import hf
 from mbx.formats.adapter_folder import open_base, trained
 from mbx.run.adapters import plan_adapter_to_hf
@@ -18,6 +19,8 @@ from mbx.train.checkpoints.best import read_best
 from mbx.train.checkpoints.state import finished, latest, read_recipe, read_state
 from mbx.train.data.templates import TEMPLATE_FILE
 from mbx.train.model.blueprint import Blueprint
+from mbx.train.model.fp8 import holds_casts
+from mbx.train.model.sight import TOWER
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
 
@@ -41,7 +44,9 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False, best: bool 
         raise UsageError(f"`{target}` is not empty", hint="name a new folder")
     recipe = read_recipe(found)
     lora, mapping, keys = recipe.lora, recipe.model.mapping or None, recipe.model.waived_keys
-    options = Options(mapping=mapping, allow_unused_keys=keys)
+    # a trained tower's tensors are in hf/ as well, under the folder's names
+    own = Waivers(unused=(f"{TOWER}.*",)) if recipe.train.tower == "trained" else Waivers()
+    options = Options(mapping=mapping, allow_unused_keys=keys, waivers=own)
     adapters = lora.rank > 0
     base = Path(read_state(found).base) if adapters and merged else None
     if base is not None and not (base / hf.CONFIG).is_file():
@@ -88,7 +93,8 @@ def export_beside(
     target = writable(exports, f"step_{step:07d}")
     if target.is_dir():  # whole: it gets its name last, when all ranks have looked
         return f"{target} is there already"
-    if recipe.lora.rank and recipe.lora.modules_to_save:  # the stored checkpoint has the layers that are trained whole
+    # the stored checkpoint has the layers that are trained whole, and a live model needs all its weights to be read
+    if recipe.lora.rank and (recipe.lora.modules_to_save or holds_casts(recipe)):
         with agreed():
             if torch.distributed.get_rank() == 0:
                 export_run(recipe.run_dir, target)

@@ -17,7 +17,7 @@ RECIPE = "recipe.json"
 #: the run, or its optimizer state would not be the checkpoint's.
 _FIXED = (
     *("data", "lora", "model.path", "model.shape", "optim.optimizer", "run.save_optimizer"),
-    *("train.global_batch", "train.seed", "train.per_token_loss", "train.precision"),
+    *("train.tower", "train.global_batch", "train.seed", "train.per_token_loss", "train.precision"),
 )
 #: Among them, those that may: rows are compared by content, and validation rows train nothing.
 _FREE = ("data.path", "data.eval_path")

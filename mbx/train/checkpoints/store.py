@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from converters.adapters.peft_keys import live_spelling
 from converters.errors import StorageError
 from converters.mcore.releases import CURRENT
 from mbx.formats import hf, torch_dist
@@ -35,6 +36,7 @@ from mbx.train.lora.attach import only_trained
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.build import unwrap
 from mbx.train.model.parallel import Ranks
+from mbx.train.model.sight import TOWER, tower_folder
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
@@ -57,6 +59,7 @@ class Store:
         # read now: its file may be gone when the run ends
         self.template = named_template(recipe.data.template) if recipe.data.template else ""
         self._writers: AsyncCallsQueue | None = None
+        self._tower: dict[str, torch.Tensor] = {}
         self._target = self.root  # what the writers write
 
     def save(self, state: LoopState, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> Path:
@@ -77,6 +80,8 @@ class Store:
                 shutil.rmtree(target)
             target.mkdir(parents=True)
         torch.distributed.barrier()
+        if self.recipe.train.tower == "trained" and self.ranks.is_main:
+            self._tower = {name: tensor.detach().cpu().clone() for name, tensor in _tower_of(chunks).items()}
         content = self._content(chunks, optimizer) | CURRENT.common_state(state.step)
         beside = self.recipe.run.save_async
         try:  # torch's CheckpointException derives from BaseException, so it is named
@@ -132,6 +137,7 @@ class Store:
             if hf.has_weights(self.plan.hf):  # a random start needs none
                 layout = hf.record_layout(hf.open_hf(self.plan.hf))
                 (target / "hf" / hf.LAYOUT).write_text(layout, encoding="utf-8")
+                self._keep_towers(target / "hf" / hf.KEPT, state.base)
         for path in [*target.rglob("*"), target]:
             _sync(path)
         tracker = self.root / torch_dist.TRACKER
@@ -146,6 +152,27 @@ class Store:
         for old in self.root.glob("iter_*"):
             if old not in stays and _is_ours(old):  # beyond `keep`, or left unfinished by a run that was killed
                 shutil.rmtree(old)
+
+    def _keep_towers(self, file: Path, base: str) -> None:
+        """Write what lies beside the text model, as it is in the folder that the weights came from or, of a tower that
+        is trained, in the model: an export is whole again."""
+        from safetensors.torch import save_file
+
+        table = self.plan.table
+        if self.plan.hf is None or table is None or not table.beside or self.recipe.lora.rank:
+            return
+        folder = hf.open_hf(tower_folder(self.plan.hf, base))
+        source = folder.source
+        try:
+            beside = [tensor for name, tensor in folder.tensors.items() if name.startswith(table.beside)]
+            if self._tower:
+                live = live_spelling(table, folder.tensors)
+                save_file({one.name: self._tower[live.said(one.name)].contiguous() for one in beside}, file)
+            elif beside:
+                with file.open("wb") as out:
+                    out.writelines(hf.pack_kept(beside, source))
+        finally:
+            source.close()
 
     def load(
         self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, same: bool
@@ -233,6 +260,13 @@ class Store:
 def has_object(path: Path, name: str) -> bool:
     """Whether a checkpoint holds an object of this name, of any rank."""
     return any(key.startswith(f"{name}/") for key in read_index(path).state_dict_metadata)
+
+
+def _tower_of(chunks: Sequence[DistributedDataParallel]) -> Mapping[str, torch.Tensor]:
+    """The tensors of the tower that is a part of a model, by Transformers' names."""
+    tower = unwrap(chunks[0]).get_submodule(TOWER)
+    found: Mapping[str, torch.Tensor] = tower.tensors()  # type: ignore[operator]
+    return found
 
 
 def _is_ours(folder: Path) -> bool:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
+from mbx.models.pictures import Pictures
 from mbx.train.model.build import unwrap
 from mbx.train.model.parallel import Ranks
+from mbx.train.model.sight import PIXELS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mbx.models.megatron.core.beside import Beside
+    from mbx.train.data.pictures import Eyes
     from mbx.train.data.rows import Row
+    from mbx.train.model.sight import Seeing
 
 Batch = Mapping[str, "torch.Tensor | None"]
 
 
 def forward_step(
-    batches: Iterator[Batch], model: nn.Module, *, beside: Beside
+    batches: Iterator[Batch], model: nn.Module, *, beside: Beside, seeing: Seeing | None = None
 ) -> tuple[torch.Tensor, Callable[..., object]]:
     """One micro-batch: per-token losses [b, s], and how to reduce them.
 
-    What Megatron Core computes `beside` them (prediction layers, balance losses) sees the same masks.
+    What Megatron Core computes `beside` them (prediction layers, balance losses) sees the same masks. `seeing` has the
+    tower for the images of a micro-batch.
     """
     batch = next(batches)
     arguments: dict[str, object] = {}
@@ -39,7 +45,8 @@ def forward_step(
     mask = batch["mask"]
     assert mask is not None
     arguments |= beside.masks(unwrap(model), mask, batch["padding"])
-    with beside.passing(batch["padding"], batch["owner"]):
+    looking = nullcontext() if seeing is None else seeing.passing(unwrap(model), batch)
+    with beside.passing(batch["padding"], batch["owner"]), looking:
         output = model(
             batch["tokens"], batch["positions"], batch["attention_mask"], labels=batch["labels"], **arguments
         )
@@ -52,10 +59,11 @@ def forward_step(
     return output, reduce
 
 
-def to_device(rows: list[Row], ranks: Ranks, cp: int) -> Batch:
+def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, seeing: Seeing | None = None) -> Batch:
     """A micro-batch as tensors [b, s]; packed rows as one long row with `cu_seqlens`, or with a mask where the
     local attention has no such kernel. `padding` [b, s] is True on padding, `owner` [b, s] numbers the segments of
-    packed rows; either is None where there is none.
+    packed rows; either is None where there is none. With `eyes`, `axes` [3, b, s] are positions where images have
+    them, and what a tower takes of the images is there under PIXELS and its own name where `seeing` has one.
 
     Copies to a GPU leave from pinned memory and are not waited for: a wait in front of each micro-batch drains the
     GPU's queue, which cost 5 % of a step in FP8 at the 1B shape. `longest` stays on the CPU for the same reason.
@@ -91,8 +99,39 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int) -> Batch:
             owner, later = batch["owner"], torch.ones(len(at), len(at), dtype=torch.bool).triu(1)
             hidden = (owner[:, :, None] != owner[:, None, :]) | later.to(owner.device)
             extra["attention_mask"] = hidden[:, None]  # [b, 1, s, s], True is hidden
+    if eyes is not None:
+        looks = seeing is not None and seeing.tower is not None
+        extra |= {name: move(tensor) for name, tensor in _seen(rows, eyes, pixels=looks).items()}
+        if eyes.sight.two_way:
+            extra["attention_mask"] = _two_way(batch, eyes.sight.token, extra["attention_mask"])
     if cp > 1:
         from mbx.models.megatron.core.groups import get_batch_on_this_cp_rank
 
         batch = get_batch_on_this_cp_rank(batch)
-    return {"padding": None, "owner": None} | batch | extra
+    return {"padding": None, "owner": None, "axes": None} | batch | extra
+
+
+def _seen(rows: list[Row], eyes: Eyes, *, pixels: bool) -> dict[str, torch.Tensor]:
+    """Positions by axes of rows, where any has them, and the `pixels` of their images, as a tower takes them."""
+    import numpy as np
+
+    found: dict[str, torch.Tensor] = {}
+    if any(row.axes is not None for row in rows):
+        plain = [np.broadcast_to(row.positions, (3, len(row.positions))) for row in rows]
+        axes = [own if row.axes is None else row.axes for row, own in zip(rows, plain, strict=True)]
+        found["axes"] = torch.from_numpy(np.stack(axes, axis=1))
+    if pixels and (pictures := [one for row in rows for own in row.pictures for one in own]):
+        inputs = eyes.inputs([picture.read() for picture in pictures])
+        found |= {PIXELS + name: value for name, value in inputs.items()}
+    return found
+
+
+def _two_way(batch: Mapping[str, torch.Tensor], token: int, hidden: torch.Tensor | None) -> torch.Tensor:
+    """`hidden` [b, 1, s, s], causal where it is None, in which the tokens of one image do not hide from each other."""
+    tokens, padding = batch["tokens"], batch.get("padding")
+    if hidden is None:
+        length = tokens.shape[1]
+        hidden = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None, None]
+    numbers = Pictures(token, {}).numbers(tokens if padding is None else tokens.masked_fill(padding, -1))
+    same = (numbers[:, :, None] == numbers[:, None]) & (numbers[:, :, None] >= 0)
+    return hidden & ~same[:, None]

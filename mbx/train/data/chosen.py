@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -34,7 +34,7 @@ class Chosen(ExampleSequence):
     def at(self, number: int) -> Example:
         """The `number`-th of those that are chosen."""
         found = self.corpus.at(int(self.numbers[number]))
-        return Example(found.tokens[: self.limit], found.learn[: self.limit])
+        return replace(found, tokens=found.tokens[: self.limit], learn=found.learn[: self.limit])
 
     @property
     def sizes(self) -> Numbers:
@@ -85,6 +85,12 @@ def choose(data: Data, corpus: Corpus, named: str, *, share: float = 0.0) -> tup
     long = np.flatnonzero(sizes > limit)
     if len(long) and data.too_long == "error":
         refuse_long(data, [f"{corpus.place(int(at))}: {sizes[at]} tokens" for at in long[:100]], len(long))
+    if data.too_long == "truncate" and len(torn := long[corpus.pictured[long]]):
+        raise UsageError(
+            f"{corpus.place(int(torn[0]))}: a conversation with images is longer than data.length {data.length}, and "
+            "an image is not cut",
+            hint="raise data.length, or data.too_long=drop",
+        )
     drops = data.too_long == "drop" and len(long) > 0
     numbers = np.flatnonzero(sizes <= limit) if drops else np.arange(len(sizes))
     numbers = numbers[sizes[numbers] > 1]  # of one token nothing is predicted

@@ -15,8 +15,10 @@ from converters.errors import UsageError
 from mbx.train.data.cache import cached, make_room
 from mbx.train.data.corpus import FORMAT, Corpus, Writer, open_corpus
 from mbx.train.data.examples import Reading, Source, nothing_to_learn, shape_said, write_examples
+from mbx.train.data.pictures import Eyes
 from mbx.train.data.sources import open_sources
 from mbx.train.data.tokens import marks_of
+from mbx.train.model.sight import TEXT_ALONE
 from mbx.train.recipe.sections import Data
 
 if TYPE_CHECKING:
@@ -40,14 +42,21 @@ class Found:
     displaced: tuple[int, int] = (0, 0)
 
 
-def prepare_corpus(data: Data, places: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab: int) -> Found:
+def prepare_corpus(
+    data: Data,
+    places: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab: int,
+    eyes: Eyes | str = TEXT_ALONE,
+) -> Found:
     """Prepared examples of what `places` name; `data.kind` is resolved. UsageError where they cannot be used.
 
-    `vocab`: the model's rows; the tokenizer may know more tokens, as long as no example has one.
+    `vocab`: the model's rows; the tokenizer may know more tokens, as long as no example has one. `eyes`: what reads
+    images, or why nothing does.
     """
     sources = open_sources(*places)
     names = [source.name for source in sources]
-    reading = Reading.of(data, sources, tokenizer)
+    reading = Reading.of(data, sources, tokenizer, eyes)
     key = _key(reading, sources)
     corpus, kept = cached(
         key,
@@ -79,7 +88,7 @@ def _make(sources: Sequence[Source], reading: Reading, folder: Path) -> None:
 def _key(reading: Reading, sources: Sequence[Source]) -> str:
     """SHA-256 of all that decides what the examples are."""
     marks = marks_of(reading.tokenizer)
-    parts = {
+    parts: dict[str, object] = {
         "format": FORMAT,
         "releases": {name: version(name) for name in ("transformers", "tokenizers", "jinja2")},
         "sources": [(source.digest(), _suffix(source.name)) for source in sources],
@@ -89,6 +98,8 @@ def _key(reading: Reading, sources: Sequence[Source]) -> str:
         "tokenizer": _digest_of(reading.tokenizer),
         "marks": [marks.special, marks.stops],
     }
+    if isinstance(reading.eyes, Eyes):  # images are named by their path from the file
+        parts["eyes"] = [reading.eyes.digest, *(os.path.realpath(source.name) for source in sources)]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

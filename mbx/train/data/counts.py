@@ -37,8 +37,9 @@ class Share:
 class Counts:
     """Of the rows to train on. `shape`: of their records, in words. `rows` and `padding_tokens`, places of rows that
     hold no token, are an epoch's. `rewritten`: chats of which the template shows turns otherwise once others follow.
-    `silent`: examples that have no token to learn. `mixture`: places that have a weight. `displaced`: older prepared
-    data that went to make room in the cache."""
+    `silent`: examples that have no token to learn. `pictured`: examples with images, of which the data has `pictures`,
+    of so many tokens together and at most, and in a row at most. `mixture`: places that have a weight. `displaced`:
+    older prepared data that went to make room in the cache."""
 
     kind: str
     shape: str
@@ -56,6 +57,11 @@ class Counts:
     mixture: tuple[Share, ...] = ()
     displaced: int = 0
     displaced_bytes: int = 0
+    pictured: int = 0
+    pictures: int = 0
+    picture_tokens: int = 0
+    largest_picture: int = 0
+    row_picture_tokens: int = 0
 
     def steps(self, epochs: float, global_batch: int) -> int:
         """Steps in which `epochs` passes are over, the last one filled up."""
@@ -76,6 +82,12 @@ class Counts:
             f"{plural(self.rows, 'row')} of {length} tokens, {share:.1%} padding; {plural(steps, 'step')} of "
             f"{global_batch} rows are {epochs:.4g} epochs"
         )
+        if self.pictures:
+            yield (
+                f"{plural(self.pictures, 'image')} in {plural(self.pictured, 'example')}, "
+                f"{plural(self.picture_tokens, 'token')}: {self.picture_tokens / self.pictures:.4g} an image, "
+                f"{self.largest_picture} at most, none of them learned"
+            )
         for one in self.mixture:
             passes = epochs * one.rows_an_epoch / one.rows
             yield f"{one.rows_an_epoch / self.rows:.1%} of the rows are from {one.place}: {passes:.4g} passes over it"
@@ -117,7 +129,20 @@ def count_rows(kind: str, parts: Sequence[Part], mixture: Mixture | None, held_o
         ),
         displaced=sum(part.found.displaced[0] for part in parts),
         displaced_bytes=sum(part.found.displaced[1] for part in parts),
+        pictured=sum(fact.pictured for fact in facts),
+        pictures=sum(fact.pictures for fact in facts),
+        picture_tokens=sum(fact.picture_tokens for fact in facts),
+        largest_picture=max((fact.largest_picture for fact in facts), default=0),
+        row_picture_tokens=max(map(_in_a_row, parts), default=0),
     )
+
+
+def _in_a_row(part: Part) -> int:
+    """The most tokens of images in a row of a part."""
+    if isinstance(part.rows, Stream) or not part.found.corpus.facts.pictures:
+        return 0
+    counts = part.found.corpus.picture_tokens()[part.chosen.numbers]
+    return max(int(counts[list(numbers)].sum()) for numbers in part.rows.packs)
 
 
 def _padding(part: Part) -> int:

@@ -11,14 +11,16 @@ from itertools import islice
 from queue import LifoQueue
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from converters.errors import MbxError, UsageError
+from converters.errors import MbxError, UnsupportedError, UsageError
 from mbx.train.data.messages import conversation
+from mbx.train.data.pictures import Eyes, Shown
 from mbx.train.data.shapes import NAMES, Chat, Completion, Document, read_record, shape_of
 from mbx.train.data.sources import File, Saved, open_sources
 from mbx.train.data.template_process import Template
 from mbx.train.data.templates import template_text
 from mbx.train.data.tokens import Encoder, Example, marks_of
 from mbx.train.data.turns import NO_MARKS
+from mbx.train.model.sight import TEXT_ALONE
 from mbx.train.recipe.sections import Data
 
 if TYPE_CHECKING:
@@ -45,12 +47,16 @@ class Reading:
     learn: str
     template: str
     tokenizer: PreTrainedTokenizerBase
+    eyes: Eyes | str = TEXT_ALONE
 
     @staticmethod
-    def of(data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> Reading:
-        """What `data` asks for; UsageError where chats have no template."""
+    def of(
+        data: Data, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, eyes: Eyes | str = TEXT_ALONE
+    ) -> Reading:
+        """What `data` asks for; UsageError where chats have no template. `eyes`: what reads images, or why nothing."""
         needed = data.kind == "chat" or (data.kind == "completion" and _of_messages(sources))
-        return Reading(data.kind, data.learn, template_text(data.template, tokenizer) if needed else "", tokenizer)
+        template = template_text(data.template, tokenizer) if needed else ""
+        return Reading(data.kind, data.learn, template, tokenizer, eyes)
 
 
 def _of_messages(sources: Sequence[Source]) -> bool:
@@ -140,11 +146,12 @@ def _together(records: Iterator[tuple[int, str, object]]) -> tuple[list[tuple[in
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """A chat as text, with spans of it, each learned or not; tokens of no span are not."""
+    """A chat as text, with spans of it, each learned or not; tokens of no span are not. `shown`: with its images."""
 
     text: str
     spans: Sequence[tuple[int, int, bool]]
     rewritten: bool
+    shown: Shown | None = None
 
 
 def _examples(
@@ -159,20 +166,21 @@ def _examples(
     for number, place, record in part:
         with placed(f"{sources[number].name}{place}"):
             read = read_record(_object(record), reading.kind)
-            ready.append(_drawn(read, reading, template) if isinstance(read, Chat) else _whole(read))
+            source = sources[number]
+            ready.append(_drawn(read, reading, template, source) if isinstance(read, Chat) else _whole(read))
     try:
-        examples = _encoded(ready, encoder)
+        examples = _encoded(ready, encoder, reading.eyes)
     except UsageError:  # whose is it?
         for (number, place, _), one in zip(part, ready, strict=True):
             with placed(f"{sources[number].name}{place}"):
-                _encoded([one], encoder)
+                _encoded([one], encoder, reading.eyes)
         raise
     changed = [isinstance(one, _Drawn) and one.rewritten for one in ready]
     places = [(number, place) for number, place, _ in part]
     return [(*where, one, count) for where, one, count in zip(places, examples, changed, strict=True)]
 
 
-def _encoded(ready: Sequence[_Drawn | Completion | Document], encoder: Encoder) -> list[Example]:
+def _encoded(ready: Sequence[_Drawn | Completion | Document], encoder: Encoder, eyes: Eyes | str) -> list[Example]:
     """All at once: the tokenizer has threads of its own."""
     drawn = [one for one in ready if isinstance(one, _Drawn)]
     asked = [one for one in ready if isinstance(one, Completion)]
@@ -182,23 +190,37 @@ def _encoded(ready: Sequence[_Drawn | Completion | Document], encoder: Encoder) 
         Completion: iter(encoder.completions([one.prompt for one in asked], [one.completion for one in asked])),
         Document: iter(encoder.documents(told)),
     }
-    return [next(made[type(one)]) for one in ready]
+    examples = [next(made[type(one)]) for one in ready]
+    return [
+        eyes.seen(example, one.shown) if isinstance(one, _Drawn) and one.shown and isinstance(eyes, Eyes) else example
+        for one, example in zip(ready, examples, strict=True)
+    ]
 
 
-def _drawn(chat: Chat, reading: Reading, template: Template | None) -> _Drawn:
+def _drawn(chat: Chat, reading: Reading, template: Template | None, source: Source) -> _Drawn:
     """A chat as its template draws it; the turns of `learn` are marked, or all but those of weight 0."""
     if template is None:
         raise UsageError(
             "the record has messages, and the first one had none: no chat template was asked for",
             hint="data.kind=chat, with all records in messages; or prompt and completion as text in all of them",
         )
-    talk = conversation(chat.messages, template.names, reading.learn, chat.variables, chat.first)
+    eyes = reading.eyes
+    blind = "" if isinstance(eyes, Eyes) else eyes
+    talk = conversation(chat.messages, template.names, reading.learn, chat.variables, chat.first, blind)
     every = reading.learn == "all"
     wanted = talk.idle if every else talk.learned
     done = template.turns(talk.messages, talk.variables, wanted)
     _encodable(done.text)
     spans = [(begin, end, not every) for begin, end in done.spans]
-    return _Drawn(done.text, [(0, len(done.text), True), *spans] if every else spans, done.rewritten)
+    spans = [(0, len(done.text), True), *spans] if every else spans
+    if not talk.images or not isinstance(eyes, Eyes):
+        return _Drawn(done.text, spans, done.rewritten)
+    if isinstance(source, Saved):
+        raise UnsupportedError(
+            "images are named by their path from a file of records", hint="write the records as JSON lines beside them"
+        )
+    shown = eyes.show(done.text, spans, talk.images, source.path.parent)
+    return _Drawn(shown.text, shown.spans, done.rewritten, shown)
 
 
 def _whole(read: Completion | Document) -> Completion | Document:

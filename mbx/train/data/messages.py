@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from converters.errors import UnsupportedError, UsageError
 from mbx.text import near_miss
+from mbx.train.model.sight import TEXT_ALONE
 
 #: Keys that Transformers' templates and chat APIs give a message; a template may read more.
 _KEYS = frozenset(
@@ -15,6 +16,8 @@ _KEYS = frozenset(
 #: Whether a turn is learned, as trainers spell it.
 _WEIGHTS = ("weight", "train", "loss")
 _ALL_KEYS = sorted({*_KEYS, *_WEIGHTS})
+#: In which a part of type `image` names its file.
+_IMAGE_KEYS = ("path", "image", "url")
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function", "ipython", "observation")
 #: What an assistant's turn may hold in place of content.
 _SPOKEN = ("tool_calls", "reasoning_content", "reasoning", "thinking", "function_call")
@@ -28,33 +31,47 @@ class Conversation:
     learned: Sequence[int]
     #: Assistants' turns of weight 0.
     idle: Sequence[int] = ()
+    #: Names of the images that the messages show, in order.
+    images: Sequence[str] = ()
     variables: Mapping[str, object] = field(default_factory=dict)
 
 
 def conversation(
-    messages: object, names: Collection[str], learn: str, variables: Mapping[str, object], first: int = 0
+    messages: object,
+    names: Collection[str],
+    learn: str,
+    variables: Mapping[str, object],
+    first: int = 0,
+    blind: str = TEXT_ALONE,
 ) -> Conversation:
     """Check `messages`, of which those from `first` on may be learned; UsageError names what is wrong in which.
 
-    `names`: what the template reads, known as keys therefore. `learn`: as `data.learn`.
+    `names`: what the template reads, known as keys therefore. `learn`: as `data.learn`. `blind`: why the messages can
+    show no images, empty where they can.
     """
     if not isinstance(messages, list) or not messages:
         raise UsageError("`messages` must be a non-empty list")
     plain: list[Mapping[str, object]] = []
     learned: list[int] = []
     idle: list[int] = []
+    images: list[str] = []
     for at, message in enumerate(messages):
         if not isinstance(message, dict):
             raise UsageError(f"message {at} must be an object with `role` and `content`, got {_short(message)}")
         weighs = _weighs(at, message)
-        kept = _message(at, {key: value for key, value in message.items() if key not in _WEIGHTS}, names, weighs)
+        kept = _message(
+            at, {key: value for key, value in message.items() if key not in _WEIGHTS}, names, weighs, blind
+        )
+        images += _images(at, message.get("content"))
         plain.append(kept)
         if kept["role"] == "assistant" and at >= first:
             (learned if weighs else idle).append(at)
-    return Conversation(plain, learned[-1:] if learn == "last" else learned, idle, variables)
+    return Conversation(plain, learned[-1:] if learn == "last" else learned, idle, images, variables)
 
 
-def _message(at: int, message: Mapping[str, object], names: Collection[str], weighs: bool) -> dict[str, object]:
+def _message(
+    at: int, message: Mapping[str, object], names: Collection[str], weighs: bool, blind: str
+) -> dict[str, object]:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         hint = "`from` and `value` stand in `conversations`" if "from" in message else None
@@ -72,7 +89,7 @@ def _message(at: int, message: Mapping[str, object], names: Collection[str], wei
             hint = near_miss(key, _ALL_KEYS, f"known: {', '.join(_ALL_KEYS)}")
             raise UsageError(f"message {at} has an unknown key `{key}`", hint=hint)
         kept[key] = value
-    kept["content"] = _content(at, message.get("content"))
+    kept["content"] = _content(at, message.get("content"), blind)
     calls = kept.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise UsageError(f"message {at}: `tool_calls` must be a list of objects, got {_short(calls)}")
@@ -86,24 +103,49 @@ def _message(at: int, message: Mapping[str, object], names: Collection[str], wei
     return kept
 
 
-def _content(at: int, content: object) -> object:
-    """Content as text; parts of text are joined, as templates that know parts do."""
+def _content(at: int, content: object, blind: str) -> object:
+    """Content as text; parts of text are joined, as templates that know parts do. Where an image is among them they
+    stay parts, without its name, which is no matter of the template."""
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise UsageError(f"message {at} must have a string `content`, or parts of text; got {_short(content)}")
-    texts = []
+    parts: list[dict[str, str]] = []
     for part in content:
-        if isinstance(part, dict) and part.get("type", "text") != "text":
-            raise UnsupportedError(
-                f"message {at} has a part of type {part['type']!r}",
-                hint="text alone is trained: leave other parts out",
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind == "image" and not blind:
+            parts.append({"type": "image"})
+            continue
+        if kind != "text":
+            hint = (
+                'an image is {"type": "image", "path": …}'
+                if kind == "image_url" and not blind
+                else blind or TEXT_ALONE
             )
+            raise UnsupportedError(f"message {at} has a part of type {kind!r}", hint=hint)
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             raise UsageError(f"message {at}: a part of its content must be text, got {_short(part)}")
-        texts.append(text)
-    return "".join(texts)
+        parts.append({"type": "text", "text": text})
+    shows = any(part["type"] == "image" for part in parts)
+    return parts if shows else "".join(part["text"] for part in parts)
+
+
+def _images(at: int, content: object) -> list[str]:
+    """Names of the images among a message's parts, which `_content` has taken."""
+    names = []
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, dict) or part.get("type") != "image":
+            continue
+        named = [part[key] for key in _IMAGE_KEYS if part.get(key) is not None]
+        if len(named) != 1 or not isinstance(named[0], str) or not named[0]:
+            keys = ", ".join(key for key in part if key != "type") or "nothing"
+            raise UsageError(
+                f"message {at}: an image is named by one path, got {keys}",
+                hint='{"type": "image", "path": "images/0.png"}, its path from the file that names it',
+            )
+        names.append(named[0])
+    return names
 
 
 def _weighs(at: int, message: Mapping[str, object]) -> bool:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from converters.errors import StorageError, UsageError
 from mbx.train.data.chosen import Chosen, Joined
-from mbx.train.data.tokens import Example, Tokens
+from mbx.train.data.tokens import Example, Picture, Tokens
 from mbx.train.recipe.sections import Data
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ class Row:
     """One row of a micro-batch; all arrays are [length].
 
     `mask`: 1 where the label counts. `lengths`: tokens of each packed segment, padding included as the last one;
-    empty where the row is one sequence. `filled`: tokens before the padding, None where there is none.
+    empty where the row is one sequence. `filled`: tokens before the padding, None where there is none. `pictures`:
+    the images of each example, in order; `axes` [3, length]: positions by time, height and width, None where none has
+    others than `positions`.
     """
 
     tokens: Tokens
@@ -39,6 +41,8 @@ class Row:
     positions: Tokens
     lengths: tuple[int, ...] = ()
     filled: int | None = None
+    pictures: tuple[tuple[Picture, ...], ...] = ()
+    axes: Tokens | None = None
 
 
 class Rows(Protocol):
@@ -92,19 +96,25 @@ class Examples:
         labels = np.full(self.length, self.pad, np.int64)
         mask, positions = np.zeros(self.length, np.float32), np.zeros(self.length, np.int64)
         lengths, start = [], 0
-        for number in self.packs[at]:
-            example = self.examples[number]
+        here = [self.examples[number] for number in self.packs[at]]
+        axes = None if all(example.axes is None for example in here) else np.zeros((3, self.length), np.int64)
+        for example in here:
             count = len(example.tokens) - 1
             place = slice(start, start + count)
             tokens[place], labels[place] = example.tokens[:-1], example.tokens[1:]
             mask[place], positions[place] = example.learn[1:], np.arange(count)
+            if axes is not None:
+                axes[:, place] = positions[place] if example.axes is None else example.axes[:, :count]
             lengths.append(count)
             start += count
         filled = start if start < self.length else None
         if filled is not None:
             positions[start:] = np.arange(self.length - start)
             lengths.append(self.length - start)
-        return Row(tokens, labels, mask, positions, tuple(lengths) if self.packed else (), filled)
+            if axes is not None:
+                axes[:, start:] = positions[start:]
+        pictures = tuple(example.pictures for example in here)
+        return Row(tokens, labels, mask, positions, tuple(lengths) if self.packed else (), filled, pictures, axes)
 
 
 @dataclass(frozen=True, slots=True)

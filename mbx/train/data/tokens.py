@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -15,9 +16,11 @@ import numpy.typing as npt
 
 from converters.errors import StorageError, UsageError
 from mbx.train.data.turns import Marks
+from mbx.untrusted.images import decoded, read_image
 from mbx.untrusted.small_files import read_json
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import PreTrainedTokenizerBase
 
 Tokens = npt.NDArray[np.int64]
@@ -27,11 +30,45 @@ Span = tuple[int, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """An image file as it was when data was prepared: SHA-256, bytes, and when it was written (nanoseconds); and the
+    tokens that stand for it."""
+
+    path: str
+    sha256: str
+    size: int
+    written: int
+    tokens: int = 0
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the file looks as it did, without reading it."""
+        try:
+            found = Path(self.path).stat()
+        except OSError:
+            return False
+        return (found.st_size, found.st_mtime_ns) == (self.size, self.written)
+
+    def read(self) -> Image:
+        """The image; StorageError where its bytes are others by now."""
+        data = read_image(Path(self.path))
+        if sha256(data).hexdigest() != self.sha256:
+            raise StorageError(f"the image `{self.path}` changed since the data was prepared", hint="‹resume›")
+        return decoded(data, Path(self.path))
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids of one document, and which of them are learned (`learn[i]` for `tokens[i]`)."""
+    """Token ids of one document, and which of them are learned (`learn[i]` for `tokens[i]`).
+
+    `pictures`: its images, in order. `axes` [3, tokens]: positions by time, height and width, None where they count
+    like text.
+    """
 
     tokens: Tokens
     learn: Learn
+    pictures: tuple[Picture, ...] = ()
+    axes: Tokens | None = None
 
 
 class ExampleSequence(Sequence[Example], ABC):

@@ -14,6 +14,8 @@ from torch import nn
 from converters.adapters.sites import Adapted
 from converters.errors import UnsupportedError, UsageError
 from converters.mcore.keys import HEAD, ROUTER
+from mbx.formats.hf import has_weights
+from mbx.formats.registry import open_hf
 from mbx.train.lora.adapter import COLUMN, GROUPED_COLUMN, GROUPED_ROW, ROUTERS, ROW, WHOLE, group_of, slots_of
 from mbx.train.lora.grouped import LoraGrouped
 from mbx.train.lora.layer import LoraLinear
@@ -21,7 +23,7 @@ from mbx.train.lora.output import LoraOutput
 from mbx.train.lora.product import ends_checkpoint, kind_of
 from mbx.train.lora.router import LoraRouter
 from mbx.train.lora.whole import thaw
-from mbx.train.model.adapted import adapted, key_of, plain
+from mbx.train.model.adapted import adapted, key_of, linears, matches, plain
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.trained_whole import Whole, whole_layers
 from mbx.train.recipe.sections import Lora, Recipe
@@ -42,6 +44,7 @@ def check_lora(recipe: Recipe, plan: Blueprint) -> None:
             "lora.targets is empty: nothing would be trained",
             hint="lora.targets=linear_qkv,linear_proj adapts attention",
         )
+    _check_tower(lora, plan)
     found = adapted(lora, plan)
     if HEAD in found and whole_layers(lora, plan).holds(HEAD):
         raise UnsupportedError(
@@ -65,6 +68,26 @@ def check_lora(recipe: Recipe, plan: Blueprint) -> None:
         )
     if lora.dora and recipe.fp8.recipe != "none":
         raise UnsupportedError("DoRA under FP8 is not supported: its norms would not be those of the FP8 weights")
+
+
+def _check_tower(lora: Lora, plan: Blueprint) -> None:
+    """Refuse a target that is a tower's alone, or its projector's."""
+    if plan.hf is None or plan.table is None or not plan.table.beside or not has_weights(plan.hf):
+        return
+    beside = [
+        name.removesuffix(".weight")
+        for name in open_hf(plan.hf).tensors
+        if name.startswith(plan.table.beside) and name.endswith(".weight")
+    ]
+    own = [(row.mcore.rpartition(".")[0], module) for row, modules in linears(plan) for module in modules]
+    for word in lora.targets:
+        if any(matches(word, *pair) for pair in own):
+            continue
+        if found := next((name for name in beside if matches(word, "", name)), None):
+            raise UnsupportedError(
+                f"lora.targets: {word} is of the tower (`{found}`), which takes no adapter here",
+                hint="leave it out; lora.rank=0 train.tower=trained trains the tower with every weight",
+            )
 
 
 def _check_dora(lora: Lora, found: Collection[str]) -> None:

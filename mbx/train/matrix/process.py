@@ -96,7 +96,7 @@ def _recipe(prepared: Any) -> dict[str, object]:
     train(prepared, live=False, on_step=steps.append)
     timed = steps[WARM:] or steps
     on_gpu = prepared.ranks.device == "cuda"
-    predicted = predict(prepared.recipe, prepared.plan, prepared.ranks.dp).total
+    predicted = predict(prepared.recipe, prepared.plan, prepared.ranks.dp, prepared.looks).total
     return {
         "tokens_per_s": statistics.median(step.tokens_per_s for step in timed),
         "first_step_s": steps[0].step_s,

@@ -11,6 +11,7 @@ from converters.rows.expr import Value
 from mbx.train.model.blueprint import Blueprint, as_int
 from mbx.train.model.config import train_config
 from mbx.train.model.experts import joins_experts
+from mbx.train.model.fp8 import holds_casts
 from mbx.train.model.parallel import Ranks, spread_of
 from mbx.train.recipe.sections import Recipe
 
@@ -54,6 +55,17 @@ def _build_chunk(recipe: Recipe, plan: Blueprint, ranks: Ranks, stage: int) -> n
         half: nn.Module = Float16Module(model.config, model)
         return half
     return model
+
+
+def settle_frozen(recipe: Recipe, model: nn.Module, ranks: Ranks) -> None:
+    """What can be spared once the weights of an adapter run are in their places."""
+    if not (recipe.lora.rank and ranks.te):
+        return
+    from mbx.models.megatron.core.frozen import keep_casts, spare_gammas
+
+    spare_gammas(model)
+    if holds_casts(recipe):
+        keep_casts(model, recipe.fp8.recipe)
 
 
 def _reduce_experts(model: nn.Module) -> None:

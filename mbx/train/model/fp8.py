@@ -16,6 +16,15 @@ _CAPABILITY: dict[str, tuple[tuple[int, int], tuple[int, int] | None]] = {
     "mxfp8": ((10, 0), None),
 }
 
+#: Scalings whose casts of a weight depend on the weight alone: frozen weights are held in FP8 only. MXFP8 is left to
+#: Transformer Engine, as no GPU with it has run this.
+_CAST_AHEAD = ("delayed", "tensorwise", "blockwise")
+
+
+def holds_casts(recipe: Recipe) -> bool:
+    """Whether a run's frozen weights are held in FP8 alone (`mbx.models.megatron.core.frozen`)."""
+    return recipe.lora.rank > 0 and recipe.fp8.recipe in _CAST_AHEAD
+
 
 def fp8_config(fp8: Fp8) -> dict[str, Value]:
     """TransformerConfig fields of the recipe; none without FP8."""

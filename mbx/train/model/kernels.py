@@ -58,6 +58,11 @@ def _needed(config: Mapping[str, Value]) -> Iterator[Kernels]:
         yield _MAMBA
 
 
+def fuses_convolution() -> bool:
+    """Whether gated delta nets have a kernel for their convolution and its SiLU; PyTorch keeps what lies between."""
+    return find_spec("causal_conv1d") is not None
+
+
 def check_kernels(config: Mapping[str, Value]) -> None:
     """DeviceError, with the command that installs them, where a model's kernels are not here."""
     for kernels in _needed(config):

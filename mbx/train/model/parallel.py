@@ -167,6 +167,8 @@ def on_any_rank(flag: bool, device: torch.device | str, group: torch.distributed
     """Whether `flag` is set on a rank of `group`, of all ranks without one; the same answer on each. Collective."""
     import torch
 
+    if torch.distributed.get_world_size(group) == 1:
+        return flag
     told = torch.tensor([float(flag)], device=device)
     torch.distributed.all_reduce(told, group=group)
     return bool(told.item() > 0)

@@ -62,7 +62,7 @@ def step(
         recipe, train=replace(recipe.train, global_batch=len(rows)), data=replace(recipe.data, length=_length(rows))
     )
     seed_everything(recipe.train.seed)
-    run = replace(prepared, recipe=sized, data=Dataset(Fixed(rows)))
+    run = replace(prepared, recipe=sized, data=Dataset(Fixed(rows), eyes=prepared.data.eyes))
     found = Pass(Step(0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0, 0.0), padded=prepared.plan.padded_vocab)
 
     def export(name: str) -> None:
@@ -89,10 +89,12 @@ def step(
                 parameter.copy_(weight)
 
     trainer = Trainer(run, Log(sized, main=False), on_gradients=keep)
-    found.before = state_of(trainer.chunks)  # ahead of all of the step: reducing gradients moves an expert bias
+    tower = None if trainer.seeing is None or trainer.seeing.trained else trainer.seeing.tower
+    found.before = state_of(trainer.chunks, tower)  # ahead of all of the step: reducing gradients moves an expert bias
     found.figures = trainer.one_step()
-    found.after = state_of(trainer.chunks)
+    found.after = state_of(trainer.chunks, tower)
     export("stepped")
+    trainer.close()
     return found
 
 
@@ -100,11 +102,12 @@ def _length(rows: Sequence[Row]) -> int:
     return len(rows[0].tokens)
 
 
-def state_of(chunks: Sequence[DistributedDataParallel]) -> dict[str, torch.Tensor]:
+def state_of(chunks: Sequence[torch.nn.Module], tower: torch.nn.Module | None = None) -> dict[str, torch.Tensor]:
     """Copies of every parameter and every buffer, persistent or not, that a forward pass reads."""
     found = {}
-    for number, chunk in enumerate(chunks):
-        for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
+    parts: list[tuple[int | str, torch.nn.Module]] = [*enumerate(chunks)]
+    for number, part in [*parts, *([("tower", tower)] if tower is not None else [])]:
+        for name, tensor in (*part.named_parameters(), *part.named_buffers()):
             if not name.endswith(_SCRATCH):
                 found[f"{number}.{name}"] = tensor.detach().clone()
     return found

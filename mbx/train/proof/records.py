@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mbx.train.data.calls import forms
-from mbx.train.data.sources import open_sources
+from mbx.train.data.sources import File, Saved, open_sources
 from mbx.train.recipe.sections import Data
+
+if TYPE_CHECKING:
+    import torch
 
 #: Where a place has no more records.
 _NONE = object()
@@ -26,33 +29,49 @@ _MARK = "\u2042mark\u2042"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Tokens of a record, and which are learned: None where this derivation cannot say."""
+    """Tokens of a record, and which are learned: None where this derivation cannot say.
+
+    `pictures`: paths of its images, and `inputs` what Transformers' class takes of them.
+    """
 
     tokens: tuple[int, ...]
     learn: tuple[bool, ...] | None
+    pictures: tuple[str, ...] = ()
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def first_records(data: Data, count: int) -> list[str]:
-    """The first `count` records as lines of JSON; of places that have weights, the first of each in turn."""
+def first_records(
+    data: Data, count: int, carry: Callable[[object, File | Saved], object] = lambda record, source: record
+) -> list[str]:
+    """The first `count` records as lines of JSON, as `carry` makes them of a source's; of places that have weights,
+    the first of each in turn."""
     groups = [(place,) for place in data.places] if data.weights else [data.places]
-    each = [(record for source in open_sources(*places) for _, record in source.records()) for places in groups]
+    each = [
+        (carry(record, source) for source in open_sources(*places) for _, record in source.records())
+        for places in groups
+    ]
     turns = (record for turn in zip_longest(*each, fillvalue=_NONE) for record in turn if record is not _NONE)
     return [json.dumps(record, ensure_ascii=False) for record in islice(turns, count)]
 
 
-def records(data: Data, lines: Sequence[str], tokenizer: Any) -> list[Record]:
-    """The records that rows are made of; longer ones left out or cut as `data.too_long` says."""
+def records(
+    data: Data, lines: Sequence[str], tokenizer: Any, look: Callable[[Mapping[str, Any]], Record | None] | None = None
+) -> list[Record]:
+    """The records that rows are made of; longer ones left out or cut as `data.too_long` says. `look` makes those that
+    show images, and None of others."""
     out, length = [], data.length
     for line in map(json.loads, lines):
-        messages, first = _messages(line)
+        messages, first = messages_of(line)
         if messages is None:
             record = _completion(line, tokenizer)
         else:
-            record = _chat(messages, first, line, tokenizer, data.learn)
+            seen = None if look is None else look(line)
+            record = chat_record(messages, first, line, tokenizer, data.learn) if seen is None else seen
         if len(record.tokens) > length + 1:
             if data.too_long != "truncate":
                 continue
-            record = Record(record.tokens[: length + 1], record.learn and record.learn[: length + 1])
+            cut = record.learn and record.learn[: length + 1]
+            record = Record(record.tokens[: length + 1], cut)  # those that show images are not cut
         out.append(record)
     return out
 
@@ -79,7 +98,7 @@ def _completion(line: Mapping[str, Any], tokenizer: Any) -> Record:
     return Record((*prompt, *answer), (*(False,) * len(prompt), *(True,) * len(answer)))
 
 
-def _messages(line: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, int]:
+def messages_of(line: Mapping[str, Any]) -> tuple[list[dict[str, Any]] | None, int]:
     """A record's messages and how many of them are the prompt alone; None for strings of prompt and completion."""
     if isinstance(line.get("messages"), list):
         return line["messages"], 0
@@ -136,9 +155,10 @@ def _taken(plain: list[dict[str, Any]], text: Callable[[Sequence[object]], str])
     return [dict(message) for message in last], text(last)
 
 
-def _chat(
+def chat_record(
     messages: Sequence[Mapping[str, Any]], first: int, line: Mapping[str, Any], tokenizer: Any, learned: str
 ) -> Record:
+    """A chat's messages, of which those from `first` on may be learned."""
     more = {**(line.get("chat_template_kwargs") or {})}
     more |= {key: line[key] for key in ("tools", "documents") if line.get(key)}
     plain = [{k: v for k, v in message.items() if k not in ("weight", "train", "loss")} for message in messages]

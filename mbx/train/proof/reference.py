@@ -7,6 +7,7 @@ This file imports torch when imported; Transformers and PEFT inside functions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,11 @@ from torch.nn import functional
 from converters.errors import DifferenceError, UnsupportedError
 from mbx.formats.hf import read_config
 from mbx.formats.registry import open_hf
+from mbx.models.pictures import Pictures
+from mbx.models.prompts import Batch
 from mbx.models.stored import read_whole
 from mbx.models.transformers.equivalents import twin_of
+from mbx.models.transformers.pictures import arguments
 from mbx.models.transformers.reference import decoding, silent_transformers, transformers_config
 from mbx.train.proof.rows import Held
 
@@ -43,15 +47,25 @@ class Reference:
 
 
 def reference(
-    folder: Path, examples: Sequence[tuple[Held, float]], padded_vocab: int, work: Path, adapter: Path | None = None
+    folder: Path,
+    examples: Sequence[tuple[Held, float, Tensors]],
+    padded_vocab: int,
+    work: Path,
+    adapter: Path | None = None,
+    token: int | None = None,
+    tower: bool = False,
 ) -> Reference:
-    """Loss and gradients of examples with the weight of each of their tokens; `adapter` is a PEFT folder.
+    """Loss and gradients of examples with the weight of each of their tokens and what the class takes of their images.
+
+    `adapter` is a PEFT folder. With the `token` that stands for images it is the whole model, its `tower` trained or
+    frozen.
 
     `padded_vocab`: columns of the logits; those behind the vocabulary are 0, as rows of padding give them.
     UnsupportedError where Transformers cannot run the model.
     """
     torch.manual_seed(0)
-    model, back, twin = _model(folder)
+    model, back, twin = _model(folder, whole=token is not None, tower=tower)
+    takes = inspect.signature(type(model).forward).parameters
     if adapter is not None:
         model, back, twin = _adapted(model, adapter), dict, False
     model.eval()  # no dropout; gradients flow all the same
@@ -64,11 +78,15 @@ def reference(
     head = model.get_output_embeddings()
     # an adapter on the output layer has no rows for padding
     learns = any(own.requires_grad for name, own in head.named_parameters() if "lora_" not in name)
-    divisor = float(getattr(model.config, "logits_scaling", None) or 1.0)  # Granite's, behind the output layer
+    # Granite's and Cohere's, behind the output layer
+    divisor = float(getattr(model.config, "logits_scaling", None) or 1.0)
+    divisor /= float(getattr(model.config, "logit_scale", None) or 1.0)
     hook = head.register_forward_pre_hook(lambda _, given: states.append(given[0]))
-    for one, weight in examples:
+    for one, weight, inputs in examples:
         ids = torch.tensor(one.tokens)[None]
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+        pictures = None if token is None or not inputs else Pictures(token, inputs)
+        beside = arguments(Batch(ids[:, :-1], pictures=pictures), takes, torch.float32, "cpu")
+        logits = model(input_ids=ids[:, :-1], use_cache=False, **beside).logits.float()
         padding = torch.zeros(*logits.shape[:-1], padded_vocab - logits.shape[-1], requires_grad=True)
         wide = torch.cat((logits, padding), dim=-1)[0]
         learn = torch.tensor(one.learn[1:])
@@ -89,14 +107,14 @@ def reference(
     return Reference(total, tokens, gradients, float(torch.stack([*norms, extra.norm()]).norm()))
 
 
-def seeded_adapter(adapter: Path, base: Path, into: Path) -> Path:
+def seeded_adapter(adapter: Path, base: Path, into: Path, *, whole: bool = False) -> Path:
     """The adapter of a folder, with random B's: zeros would hide its scale and every gradient of an A.
 
     DifferenceError where PEFT cannot load it, UnsupportedError for a model that Transformers holds in other tensors.
     """
     from safetensors.torch import load_file, save_file
 
-    model, _, other = _model(base)
+    model, _, other = _model(base, whole=whole)
     if other:
         raise UnsupportedError(
             f"Transformers holds the weights of `{base}` in other tensors, which take no adapter of it",
@@ -130,10 +148,15 @@ def _adapted(model: Any, adapter: Path) -> Any:
     return found
 
 
-def _model(folder: Path) -> tuple[Any, Callable[[Tensors], Tensors], bool]:
-    """The model of a folder in fp32, how gradients become those of the folder's, and if the tensors are others."""
+def _model(folder: Path, *, whole: bool, tower: bool = False) -> tuple[Any, Callable[[Tensors], Tensors], bool]:
+    """The model of a folder in fp32, how gradients become those of the folder's, and if the tensors are others.
+
+    `whole`: with its `tower`, trained or frozen.
+    """
     from transformers import AutoModelForCausalLM
 
+    if whole:
+        return whole_model(folder, tower=tower), dict, False
     opened = open_hf(folder)
     twin = twin_of(opened.config)
     try:
@@ -183,6 +206,28 @@ def _model(folder: Path) -> tuple[Any, Callable[[Tensors], Tensors], bool]:
 
     same = all(name in stored and stored[name].shape == tensor.shape for name, tensor in own.items())
     return model.float(), back, not same
+
+
+def whole_model(folder: Path, *, tower: bool = False) -> Any:
+    """A model that sees, in fp32, whose tower and projector are frozen but where the `tower` is trained;
+    UnsupportedError where there is no class."""
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with silent_transformers():
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        raise UnsupportedError(f"Transformers cannot build `{folder}`: {error}") from error
+    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(tower or id(parameter) in text)
+    return model.float()
 
 
 def _on_disk(model: Any, work: Path) -> dict[str, torch.Tensor]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mbx.train.data.rows import Row, pack
+from mbx.train.data.tokens import Picture, Tokens
+from mbx.train.recipe.sections import Train
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +27,16 @@ class Fixed:
 class Held:
     """One example as row number `row` holds it: tokens, and which of them are learned.
 
-    `faults`: labels that are not the next token, positions that do not count from 0.
+    `faults`: labels that are not the next token, positions that do not count from 0. `pictures` and `axes` are its
+    part of the row's.
     """
 
     tokens: tuple[int, ...]
     learn: tuple[bool, ...]
     row: int
     faults: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    axes: Tokens | None = None
 
 
 def held(rows: Sequence[Row]) -> list[Held]:
@@ -42,7 +47,7 @@ def held(rows: Sequence[Row]) -> list[Held]:
 def _of_row(number: int, row: Row) -> list[Held]:
     out, start = [], 0
     filled = len(row.tokens) if row.filled is None else row.filled
-    for length in row.lengths or (filled,):
+    for number_within, length in enumerate(row.lengths or (filled,)):
         end = start + length
         if start >= filled:
             break
@@ -53,11 +58,22 @@ def _of_row(number: int, row: Row) -> list[Held]:
         if not np.array_equal(row.positions[start:end], np.arange(length)):
             faults.append("positions do not count from 0")
         learn = (False, *(bool(value) for value in row.mask[start:end]))
-        out.append(Held((*map(int, tokens), int(labels[-1])), learn, number, tuple(faults)))
+        pictures = row.pictures[number_within] if row.pictures else ()
+        axes = None if row.axes is None else row.axes[:, start:end]
+        out.append(Held((*map(int, tokens), int(labels[-1])), learn, number, tuple(faults), pictures, axes))
         start = end
     if row.mask[filled:].any():
         out.append(Held((), (), number, ("padding is learned",)))
     return [one for one in out if one.faults or any(one.learn)]
+
+
+def weights(examples: Sequence[Held], rows: int, train: Train) -> list[float]:
+    """What a token of each example weighs in the loss of a step over so many `rows`."""
+    if train.per_token_loss:
+        return [1.0 / sum(sum(one.learn) for one in examples)] * len(examples)
+    micro = [one.row // train.micro_batch for one in examples]
+    tokens = {n: sum(sum(o.learn) for o, m in zip(examples, micro, strict=True) if m == n) for n in set(micro)}
+    return [1.0 / (tokens[n] * (rows // train.micro_batch)) for n in micro]
 
 
 def made(examples: Sequence[Held], length: int, pad: int, *, packed: bool) -> list[Row]:
@@ -67,19 +83,24 @@ def made(examples: Sequence[Held], length: int, pad: int, *, packed: bool) -> li
     for numbers in packs:
         tokens, labels = np.full(length, pad, np.int64), np.full(length, pad, np.int64)
         mask, positions, lengths, at = np.zeros(length, np.float32), np.zeros(length, np.int64), [], 0
-        for one in (examples[n] for n in numbers):
+        here = [examples[n] for n in numbers]
+        turned = any(one.axes is not None for one in here)
+        axes = np.zeros((3, length), np.int64)
+        for one in here:
             count = len(one.tokens) - 1
             place = slice(at, at + count)
             tokens[place], labels[place], mask[place] = one.tokens[:-1], one.tokens[1:], one.learn[1:]
             positions[place] = np.arange(count)
+            axes[:, place] = positions[place] if one.axes is None else one.axes
             lengths.append(count)
             at += count
         if at < length:
             positions[at:] = np.arange(length - at)
+            axes[:, at:] = positions[at:]
             lengths.append(length - at)
-        rows.append(
-            Row(tokens, labels, mask, positions, tuple(lengths) if packed else (), at if at < length else None)
-        )
+        pictures = tuple(one.pictures for one in here)
+        row = Row(tokens, labels, mask, positions, tuple(lengths) if packed else (), at if at < length else None)
+        rows.append(replace(row, pictures=pictures, axes=axes if turned else None))
     return rows
 
 
@@ -96,7 +117,12 @@ def longer(rows: Sequence[Row], more: int) -> list[Row]:
             name: np.concatenate((getattr(row, name), np.zeros(more, getattr(row, name).dtype)))
             for name in ("tokens", "labels", "mask")
         }
-        out.append(Row(**values, positions=positions, lengths=tuple(lengths), filled=filled))
+        axes = row.axes
+        if axes is not None:
+            axes = np.concatenate((axes[:, :filled], np.broadcast_to(np.arange(had + more), (3, had + more))), axis=1)
+        out.append(
+            replace(row, **values, positions=positions, lengths=tuple(lengths), filled=filled, axes=axes)  # type: ignore[arg-type]
+        )
     return out
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from converters.errors import UnsupportedError, UsageError
@@ -27,6 +28,7 @@ from mbx.train.proof.legs import figure_leg, frozen_leg, gradient_leg, leg, rows
 from mbx.train.proof.passes import EXPORTS, Pass, off, step
 from mbx.train.proof.records import Record, first_records, records, windows
 from mbx.train.proof.reference import reference, seeded_adapter
+from mbx.train.proof.seen import carried, inputs_of, looking
 from mbx.train.recipe.sections import Recipe
 from mbx.train.run.prepare import Prepared, prepare
 
@@ -66,7 +68,12 @@ def verify_training(recipe: Recipe, num_records: int = 8, excused: Collection[st
     if recipe.data.path:
         recipe = replace(recipe, data=resolved(recipe.data))
     with tempfile.TemporaryDirectory(prefix="mbx-verify-") as own:
-        lines = first_records(recipe.data, num_records) if recipe.data.kind in _FILES else []
+        numbers = count()
+        lines = (
+            first_records(recipe.data, num_records, lambda record, place: carried(record, place, Path(own), numbers))
+            if recipe.data.kind in _FILES
+            else []
+        )
         still = _settled(recipe, Path(own), lines)
         prepared = prepare(still)
         with session(still, prepared.ranks):
@@ -134,6 +141,7 @@ class _Proof:
             _first(prepared.train_rows, t.micro_batch * self.dp_unit), t.micro_batch * self.dp_unit
         )
         self.held = made.held(self.rows)
+        self.records: Sequence[Record] = ()
         self.examples = [one for one in self.held if one.tokens]
 
     def report(self) -> Report | None:
@@ -188,7 +196,8 @@ class _Proof:
         first = self._pass(recipe, self.rows, work=self.work / "adapter", exports=("weights",))
         folder = self.work / "seeded"
         if self.ranks.is_main:
-            seeded_adapter(first.exported["weights"], self._base(), folder)
+            whole = self.prepared.data.eyes is not None
+            seeded_adapter(first.exported["weights"], self._base(), folder, whole=whole)
         torch.distributed.barrier()
         return replace(recipe, lora=replace(recipe.lora, adapter=str(folder)))
 
@@ -205,18 +214,10 @@ class _Proof:
             return rows_legs(self.held, windows(data, tokenizer, len(self.held)))
         if template := Reading.of(data, open_sources(*data.places), tokenizer).template:
             tokenizer.chat_template = template
-        return rows_legs(self.held, records(data, self.lines, tokenizer))
-
-    def _weights(self) -> list[float]:
-        """What a token of each example weighs in the step's loss."""
-        t = self.recipe.train
-        if t.per_token_loss:
-            return [1.0 / sum(sum(one.learn) for one in self.examples)] * len(self.examples)
-        micro = [one.row // t.micro_batch for one in self.examples]
-        tokens = {
-            n: sum(sum(o.learn) for o, m in zip(self.examples, micro, strict=True) if m == n) for n in set(micro)
-        }
-        return [1.0 / (tokens[n] * (len(self.rows) // t.micro_batch)) for n in micro]
+        sees = self.prepared.data.eyes is not None
+        look = looking(tokenizer, data.learn, Path(data.places[0]).parent, self._base()) if sees else None
+        self.records = records(data, self.lines, tokenizer, look)
+        return rows_legs(self.held, self.records)
 
     def _against_reference(self, recipe: Recipe, quiet: Pass) -> list[Leg]:
         import torch
@@ -224,8 +225,13 @@ class _Proof:
         legs: list[Leg] = []
         if self.ranks.is_main:
             adapter = Path(recipe.lora.adapter) if recipe.lora.rank else None
-            pairs = list(zip(self.examples, self._weights(), strict=True))
-            wanted = reference(self._base(), pairs, quiet.padded, self.work, adapter)
+            weights = made.weights(self.examples, len(self.rows), self.recipe.train)
+            shown = [inputs_of(one, self.records) for one in self.examples]
+            asked = list(zip(self.examples, weights, shown, strict=True))
+            eyes = self.prepared.data.eyes
+            token = None if eyes is None else eyes.sight.token
+            tower = recipe.train.tower == "trained"
+            wanted = reference(self._base(), asked, quiet.padded, self.work, adapter, token, tower)
             legs = [
                 figure_leg("loss", quiet.figures.loss, wanted.loss, f"the mean over {wanted.tokens} tokens"),
                 gradient_leg(quiet, wanted),

@@ -17,11 +17,13 @@ from mbx.train.run.graph import WARM_STEPS, Graph, Results
 if TYPE_CHECKING:
     from mbx.models.megatron.core.beside import Beside
     from mbx.models.megatron.core.training import DistributedDataParallel
+    from mbx.train.data.pictures import Eyes
+    from mbx.train.model.sight import Seeing
 
 
 class Batches:
     """What turns rows into losses and gradients of a model's `chunks`; `beside` takes the losses that are not the
-    label's."""
+    label's, `eyes` read images and `seeing` has the tower for them."""
 
     def __init__(
         self,
@@ -31,10 +33,13 @@ class Batches:
         beside: Beside,
         *,
         graphed: bool = False,
+        eyes: Eyes | None = None,
+        seeing: Seeing | None = None,
     ) -> None:
         from mbx.models.megatron.core.training import get_forward_backward_func
 
         self.recipe, self.ranks, self.chunks, self.beside = recipe, ranks, chunks, beside
+        self.eyes, self.seeing = eyes, seeing
         self.forward_backward = get_forward_backward_func()
         one = partial(self._pass, count=1, forward_only=False)
         rounds = recipe.train.global_batch // (recipe.train.micro_batch * ranks.dp)
@@ -80,7 +85,7 @@ class Batches:
         if self.ranks.te and self.recipe.data.packs:
             length, micro = length * micro, 1  # packed rows travel between stages as one
         results: Results = self.forward_backward(
-            forward_step_func=partial(forward_step, beside=self.beside),
+            forward_step_func=partial(forward_step, beside=self.beside, seeing=self.seeing),
             data_iterator=batches,
             model=self.chunks,
             num_microbatches=count,
@@ -102,4 +107,4 @@ class Batches:
             dp=self.ranks.dp,
             dp_rank=ps.get_data_parallel_rank(),
         ):
-            yield to_device(micro, self.ranks, self.recipe.parallel.cp)
+            yield to_device(micro, self.ranks, self.recipe.parallel.cp, self.eyes, self.seeing)

@@ -12,8 +12,10 @@ from mbx.train.data.corpora import Found, data_identity, prepare_corpus
 from mbx.train.data.counts import Counts, Part, count_rows, no_epochs
 from mbx.train.data.identity import indexed_identity
 from mbx.train.data.mixture import Mixture
+from mbx.train.data.pictures import Eyes
 from mbx.train.data.rows import Pattern, Rows, check_indexed, example_rows
 from mbx.train.model.blueprint import Blueprint, load_tokenizer
+from mbx.train.model.sight import Sight, sight_of
 from mbx.train.recipe.sections import Data, Recipe, places_of
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class Dataset:
     """Rows, None where Megatron Core's datasets give them; for files, what they are and come to besides.
 
     `identity`: the data by its content (`data_identity`), empty where no file is read. `chosen`: the examples, of each
-    place that has a weight, or of all.
+    place that has a weight, or of all. `eyes`: what reads the images of the rows, None where these have none.
     """
 
     train: Rows | None
@@ -34,6 +36,7 @@ class Dataset:
     identity: str = ""
     chosen: Sequence[Chosen] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
+    eyes: Eyes | None = None
 
 
 def read_data(recipe: Recipe, plan: Blueprint) -> Dataset:
@@ -57,16 +60,20 @@ def _of_examples(d: Data, plan: Blueprint) -> Dataset:
     tokenizer = load_tokenizer(plan)
     pad = int(next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0))
     pad = min(pad, plan.vocab - 1)
+    sight = sight_of(plan)
+    eyes = Eyes(sight) if isinstance(sight, Sight) else sight
 
     def prepared(places: Sequence[str]) -> tuple[str, Found]:
-        return ", ".join(places), prepare_corpus(d, places, tokenizer, plan.vocab)
+        return ", ".join(places), prepare_corpus(d, places, tokenizer, plan.vocab, eyes)
 
     founds = [prepared(places) for places in ([(place,) for place in d.places] if d.weights else [d.places])]
     chosen = [choose(d, found.corpus, name, share=d.eval_share) for name, found in founds]
     held: Sequence[Chosen] = [held for _, held in chosen if held is not None]
+    pictures = sum(found.corpus.facts.pictures for _, found in founds)
     if d.eval_path:
         name, found = prepared(places_of(d.eval_path))
         held = [choose(d, found.corpus, name)[0]]
+        pictures += found.corpus.facts.pictures
     parts = [
         Part(name, found, mine, example_rows(d, mine, pad))
         for (name, found), (mine, _) in zip(founds, chosen, strict=True)
@@ -79,6 +86,7 @@ def _of_examples(d: Data, plan: Blueprint) -> Dataset:
         data_identity(d, [found.corpus for _, found in founds]),
         [mine for mine, _ in chosen],
         tokenizer,
+        eyes if pictures and isinstance(eyes, Eyes) else None,
     )
 
 

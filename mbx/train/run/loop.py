@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from converters.errors import DifferenceError
-from mbx.train.budget.devices import tflops_of
+from mbx.train.budget.devices import seen_as
 from mbx.train.checkpoints.state import LoopState, read_state, same_processes
 from mbx.train.checkpoints.store import Store
 from mbx.train.data.evaluation import OnePass, one_pass
@@ -29,6 +29,7 @@ from mbx.train.model import build as models
 from mbx.train.model.graphs import why_not
 from mbx.train.model.kernels import compiling
 from mbx.train.model.parallel import on_any_rank, session
+from mbx.train.model.sight import Seeing
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.model.warmup import warm_up
 from mbx.train.model.weights import load_weights
@@ -39,7 +40,7 @@ from mbx.train.run.keeping import Keeper
 from mbx.train.run.log import Log, Step
 from mbx.train.run.prepare import Prepared
 from mbx.train.run.schedule import learning_rate
-from mbx.train.run.stepping import GuardedStep
+from mbx.train.run.stepping import Stepper, finalize
 from mbx.train.run.stop import Stop
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def train(
             stack.callback(log.close)
             try:
                 trainer = Trainer(prepared, log, on_step)
-                stack.callback(trainer.batches.close)
+                stack.callback(trainer.close)
                 return trainer.run()
             except torch.cuda.OutOfMemoryError as error:
                 raise memory.explain(prepared, error) from error
@@ -126,6 +127,13 @@ class Trainer:
                 elif adapter:
                     load_peft(bare, adapter)
                     load_whole(bare, self.plan, adapter, whole_layers(self.recipe.lora, self.plan))
+            models.settle_frozen(self.recipe, bare, self.ranks)
+
+        eyes = prepared.data.eyes
+        self.seeing: Seeing | None = None
+        if eyes is not None:
+            self.seeing = Seeing(eyes.sight, self.recipe, self.plan, self.ranks.device, self.base)
+            self.seeing.join(models.unwrap(networks[0]))
 
         # 2. gradients, optimizer, schedules
         graphed = why_not(self.recipe, self.plan.config, self.ranks) is None
@@ -137,12 +145,14 @@ class Trainer:
         waits = [chunk.no_sync for chunk in self.chunks]
         for config in map(get_model_config, self.chunks):
             config.grad_scale_func = self.optimizer.scale_loss
-            config.finalize_model_grads_func = _finalizer()
+            config.finalize_model_grads_func = finalize
             if self.chunks[0].ddp_config.overlap_grad_reduce:
                 config.no_sync_func = waits if len(waits) > 1 else waits[0]
-        self.batches = Batches(self.recipe, self.ranks, self.chunks, self.beside, graphed=graphed)
+        self.batches = Batches(
+            self.recipe, self.ranks, self.chunks, self.beside, graphed=graphed, eyes=eyes, seeing=self.seeing
+        )
         self.mark_first = models.first_microbatch(*self.chunks)
-        self.take_step = GuardedStep(self.optimizer)
+        self.take_step = Stepper(self.optimizer)
 
         # 3. rows, and the place in them
         self.train_rows, self.eval_rows = self._rows()
@@ -162,6 +172,13 @@ class Trainer:
         self.flops = models.flops_per_token(
             self.plan.config, self.recipe.data.length, self.plan.padded_vocab, self.recipe.lora.rank > 0
         )
+
+    def close(self) -> None:
+        """Let go of what would outlive the run: recorded passes, and what modules keep of the last one."""
+        from mbx.models.megatron.core.last_pass import forget_last_pass
+
+        self.batches.close()
+        forget_last_pass(self.chunks)
 
     def _rows(self) -> tuple[Rows, OnePass | None]:
         t = self.recipe.train
@@ -241,7 +258,8 @@ class Trainer:
         """Peak TFLOP/s of this GPU at the run's precision; infinite, for an MFU of 0, where it is not known."""
         if self.ranks.device != "cuda" or self.recipe.train.precision == "fp32":
             return math.inf
-        peak = tflops_of(torch.cuda.get_device_name()) or math.inf
+        device = seen_as(torch.cuda.get_device_name())
+        peak = device.tflops if device else math.inf
         return peak * (2 if self.recipe.fp8.recipe != "none" else 1)
 
     def _evaluate(self) -> float:
@@ -266,7 +284,7 @@ class Trainer:
         """Stop on a loss that is not finite, or that leaves the running mean behind."""
         loss, factor = figures.loss, self.recipe.train.spike_factor
         if not math.isfinite(loss):
-            fact, tip = f"the loss is {loss}; weights were not updated by it", "; a lower optim.lr may help"
+            fact, tip = f"the loss is {loss}; nothing of this step is saved", "; a lower optim.lr may help"
         elif factor and loss > factor * self.mean_loss:
             mean = f"{factor:g} times its running mean {self.mean_loss:.4f}"
             fact, tip = f"the loss {loss:.4f} is more than train.spike_factor {mean}", ""
@@ -291,11 +309,3 @@ class Trainer:
         self.store.save(state, self.chunks, self.optimizer)
         self.saved = self.step
         self.keeper.export(self.step, self.chunks, self.base)
-
-
-def _finalizer() -> Callable[..., None]:
-    """Megatron Core's reduction of gradients over data, tensor (sequence) and pipeline (tied embedding) ranks."""
-    from mbx.models.megatron.core.training import finalize_model_grads
-
-    function: Callable[..., None] = finalize_model_grads
-    return function

@@ -15,7 +15,7 @@ def compare(prepared: Prepared, log: Log) -> None:
     if prepared.ranks.device != "cuda":
         return
     try:
-        predicted = predict(prepared.recipe, prepared.plan, prepared.ranks.dp).total
+        predicted = predict(prepared.recipe, prepared.plan, prepared.ranks.dp, prepared.looks).total
     except UnsupportedError as error:
         log.message(error.fact)
         return
@@ -39,8 +39,8 @@ def explain(prepared: Prepared, error: BaseException) -> DeviceError:
     """An out-of-memory error as a fact: what was predicted, what is there, and what would help."""
     free, total = torch.cuda.mem_get_info()
     reached = torch.cuda.max_memory_allocated()
-    budget = predict(prepared.recipe, prepared.plan, prepared.ranks.dp)
-    tips = suggestions(prepared.recipe, prepared.plan, prepared.ranks.dp)
+    budget = predict(prepared.recipe, prepared.plan, prepared.ranks.dp, prepared.looks)
+    tips = suggestions(prepared.recipe, prepared.plan, prepared.ranks.dp, prepared.looks)
     if budget.total > total:
         why = (
             f"the budget of {budget.total / GIB:.1f} GiB exceeds this GPU: the batch or the model is too large for it"

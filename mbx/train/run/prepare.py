@@ -13,6 +13,7 @@ from mbx.extras import install_line
 from mbx.formats import hf
 from mbx.formats.adapter_folder import is_adapter
 from mbx.formats.torch_dist import TRACKER
+from mbx.train.budget.images import Looks, looks_of
 from mbx.train.checkpoints.state import (
     check_continues,
     check_same_rows,
@@ -30,6 +31,7 @@ from mbx.train.model.config import sequence_parallel
 from mbx.train.model.fp8 import check_fp8
 from mbx.train.model.kernels import check_kernels, unpacked_layers
 from mbx.train.model.parallel import Ranks, planned_ranks
+from mbx.train.model.sight import check_images
 from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Lora, Recipe
 from mbx.train.run.dataset import Dataset, read_data, with_steps
@@ -111,6 +113,12 @@ class Prepared:
         return self.data.train
 
     @property
+    def looks(self) -> Looks | None:
+        """What images add to the memory of the first stage; None without."""
+        counts, eyes = self.data.counts, self.data.eyes
+        return None if counts is None or eyes is None else looks_of(eyes.sight, counts.row_picture_tokens)
+
+    @property
     def eval_rows(self) -> Rows | None:
         """Rows to validate on."""
         return self.data.evaluation
@@ -174,9 +182,30 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> 
         else:
             check_source(plan, source)
     data = read_data(recipe, plan)
+    recipe, why = _with_images(recipe, plan, ranks, data)
+    if data.eyes is not None and data.eyes.sight.turned:  # the fused kernel turns all rows of a micro-batch alike
+        plan = replace(plan, config={**plan.config, "apply_rope_fusion": False})
+    start, data = replace(start, why=start.why + why), read_data(recipe, plan) if why else data
     if resumed:
         check_same_rows(resumed, data.identity)
     return Prepared(with_steps(recipe, data), start, ranks, plan, data)
+
+
+def _with_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, data: Dataset) -> tuple[Recipe, str]:
+    """The recipe as the images of the data are trained with it, and what the run says of a change of its rows."""
+    if data.eyes is None:
+        if recipe.train.tower == "trained":
+            fact = "train.tower=trained: no row shows an image, so nothing would reach a tower"
+            raise UsageError(fact, hint="train.tower=frozen")
+        return recipe, ""
+    check_images(recipe, plan, ranks, data.eyes.sight)
+    recipe = replace(recipe, train=replace(recipe.train, cuda_graph="off"))  # a graph replays images of one size
+    if recipe.train.tower == "trained":  # which a micro-batch without images would not reach
+        recipe = replace(recipe, parallel=replace(recipe.parallel, overlap_grad_reduce=False))
+    if not (recipe.data.packs and ranks.te):  # whose packed rows turn by a count of their own
+        return recipe, ""
+    recipe = replace(recipe, data=replace(recipe.data, pack=False))
+    return recipe, "; one chat a row (data.pack=false): Transformer Engine packs no rows that show images"
 
 
 def _begun(lora: Lora, plan: Blueprint) -> Lora:

@@ -1,40 +1,89 @@
-"""An optimizer step that waits for the GPU once, and that a loss which is no number does not reach."""
+"""An optimizer step that the GPU never waits for.
+
+Megatron Core's step reads the gradients' norm to decide on clipping, and walks over the weights in between. While the
+GPU still computes gradients that costs nothing; behind a value that was read, the GPU stands still for it: under
+adapters of an 8B model, 11 ms of a step of 140. Here the norm and the factor of clipping stay on the GPU, and the
+whole step is queued behind the passes.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from mbx.models.megatron.core.training import MegatronOptimizer
+    from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
 
 
-class GuardedStep:
-    """Megatron Core's step, with the loss read after the gradient norm.
+class Stepper:
+    """A step of Megatron Core's optimizer, and what it says of itself, read once it is queued.
 
-    Reading the loss before the step would drain the GPU's queue while nothing of the step is in it; the norm, which
-    clipping has to know, is waited for anyway. Weights are written only after both are known, so a loss that is not
-    finite leaves them as they were.
+    The loss scale of fp16 has to know of overflows before anything is written: there Megatron Core's own step runs.
     """
 
     def __init__(self, optimizer: MegatronOptimizer) -> None:
-        self.optimizer, self._write = optimizer, optimizer.step_with_ready_grads
-        self._loss: torch.Tensor | None = None
-        optimizer.step_with_ready_grads = self._write_if_finite
-        for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-            _copy_at_once(inner)
+        self.optimizer = optimizer
+        self._parts = list(getattr(optimizer, "chained_optimizers", [optimizer]))
+        self._scaled = any(getattr(part, "grad_scaler", None) is not None for part in self._parts)
+        for part in self._parts:
+            _copy_at_once(part)
 
     def __call__(self, loss: torch.Tensor) -> tuple[float, float, bool]:
-        """Step; the loss, the gradient's norm, and whether weights were written (fp16 may have overflowed)."""
-        self._loss = loss
-        updated, norm, _ = self.optimizer.step()
-        return float(loss), float(norm or 0.0), bool(updated)
+        """Step; the loss, the gradient's norm, and whether weights were written (fp16 may have overflowed).
 
-    def _write_if_finite(self) -> bool:
-        assert self._loss is not None
-        return math.isfinite(float(self._loss)) and bool(self._write())
+        A loss that is no number leaves weights that are none either: whoever reads it has to stop there.
+        """
+        if self._scaled:
+            updated, norm, _ = self.optimizer.step()
+            return float(loss), float(norm or 0.0), bool(updated)
+        for part in self._parts:
+            part.prepare_grads()
+        found = self._clipped()
+        self.optimizer.step_with_ready_grads()
+        seen, norm = torch.stack([loss.double(), found.double()]).tolist()
+        return seen, norm, True
+
+    @torch.no_grad()
+    def _clipped(self) -> torch.Tensor:
+        """Scale gradients down to the norm that is allowed; the norm they had, as Megatron Core counts it."""
+        parts = [part for part in self._parts if not getattr(part, "is_stub_optimizer", False)]
+        squares = [_square(part) for part in parts]
+        norm = torch.stack(squares).sum().sqrt()
+        for part in parts:
+            grads = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
+            if part.config.clip_grad > 0 and grads:
+                torch._foreach_mul_(grads, (part.config.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+def _square(part: MegatronOptimizer) -> torch.Tensor:
+    """The squared norm of an optimizer's gradients over its ranks; parameters that several hold count once."""
+    grads = part.get_main_grads_for_grad_norm()
+    if grads:
+        square = torch.nn.utils.get_total_norm(grads).float().square()
+    else:  # all of this rank's are others' copies
+        square = torch.zeros((), device=part.get_parameters()[0].device)
+    torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
+    return square
+
+
+def finalize(chunks: Sequence[DistributedDataParallel], tokens: torch.Tensor | None = None, **groups: object) -> None:
+    """Megatron Core's reduction of gradients over data, tensor (sequence) and pipeline (tied embedding) ranks, and
+    their division by the batch's `tokens`, which is there after the last stage alone and which nobody reads."""
+    from mbx.models.megatron.core.groups import parallel_state as ps
+    from mbx.models.megatron.core.training import finalize_model_grads
+
+    finalize_model_grads(list(chunks), None, **groups)
+    if tokens is None:
+        return
+    if ps.get_pipeline_model_parallel_world_size() > 1:
+        last, group = ps.get_pipeline_model_parallel_last_rank(), ps.get_pipeline_model_parallel_group()
+        torch.distributed.broadcast(tokens, src=last, group=group)
+    torch.distributed.all_reduce(tokens, group=ps.get_data_parallel_group(with_context_parallel=True))
+    for chunk in chunks:
+        chunk.scale_gradients(1.0 / tokens.clamp(min=1))
 
 
 def _copy_at_once(optimizer: MegatronOptimizer) -> None:

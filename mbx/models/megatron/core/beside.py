@@ -220,12 +220,16 @@ def _window_and_mask(
     mask: torch.Tensor | None,
     softmax_offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention's softmax over scores [b, heads, s, s] under a window and a mask [b, 1, s, s], True is hidden."""
+    """Attention's softmax over scores [b, heads, s, s] under a window and a mask [b, 1, s, s], True is hidden.
+
+    Tokens of which the mask shows one what comes later are of one image, where the window hides nothing.
+    """
     if mask is None:
         return plain(scores, mask, softmax_offset)
     window = fused_softmax.get_sliding_window_causal_mask(*scores.shape[2:], softmax.window_size)
+    ahead = (~mask).triu(1)
     with patch.object(softmax, "window_size", None):
-        return plain(scores, mask | window, softmax_offset)
+        return plain(scores, mask | (window & ~(ahead | ahead.transpose(-1, -2))), softmax_offset)
 
 
 def _count_tokens(router: Any, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:

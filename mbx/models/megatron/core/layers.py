@@ -22,7 +22,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from megatron.core.transformer.utils import is_layer_window_attention
 
 
@@ -48,7 +48,7 @@ def without_norm(linear: type) -> type:
 __all__ = ["DotProductAttention", "FusedScaleMaskSoftmax", "GPTModel", "IdentityOp", "MLASelfAttention", "ModuleSpec"]
 __all__ += ["mlp_submodules", "without_norm"]
 __all__ += ["MultiTokenPredictionBlockSubmodules"]
-__all__ += ["SelfAttention", "TransformerBlockSubmodules", "WrappedTorchNorm"]
+__all__ += ["SelfAttention", "TransformerBlockSubmodules", "TransformerLayer", "WrappedTorchNorm"]
 __all__ += ["get_gpt_decoder_block_spec", "get_gpt_heterogeneous_layer_spec", "get_gpt_layer_local_spec"]
 __all__ += ["get_gpt_mtp_block_spec", "get_num_layers_to_build"]
 __all__ += ["get_transformer_block_with_experimental_attention_variant_spec", "get_transformer_layer_offset"]

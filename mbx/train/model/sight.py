@@ -1,0 +1,191 @@
+"""What of a model that sees is known before it is built, and its tower beside Megatron Core's decoder as it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.errors import UnsupportedError
+from mbx.formats.hf import CONFIG, read_config
+from mbx.train.model.blueprint import Blueprint, as_int
+from mbx.train.recipe.sections import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mbx.models.pictures import Seen
+    from mbx.models.transformers.tower import Tower
+    from mbx.train.model.parallel import Ranks
+
+#: Model types whose training on images is proven: `tests/train/test_images.py`.
+TRAINED = ("gemma3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
+#: Why no image is trained on where a model does not see.
+TEXT_ALONE = "text alone is trained: leave other parts out"
+#: What a trained tower is called in Megatron Core's model, and in its checkpoints.
+TOWER = "tower"
+#: How a micro-batch's tensors begin that the tower takes.
+PIXELS = "pixels "
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """How a folder's model sees. `token` stands in ids for each feature of an image; where `two_way`, the tokens of an
+    image see each other; `turned` where they have positions by time, height and width. `deepstack`: layers of the text
+    model behind which the tower adds to them again.
+    """
+
+    folder: Path
+    kind: str
+    token: int
+    two_way: bool
+    turned: bool
+    deepstack: int = 0
+
+
+def sight_of(plan: Blueprint) -> Sight | str:
+    """How the model of a blueprint sees, or in words why no image can be trained on."""
+    from mbx.models.transformers.pictures import KINDS, picture_token, sees
+    from mbx.models.transformers.reference import transformers_config
+
+    raw = {} if plan.hf is None else read_config(plan.hf)
+    if plan.hf is None or not sees(raw):
+        return TEXT_ALONE
+    kind = str(raw["model_type"])
+    if kind not in TRAINED:
+        return f"images are trained with {', '.join(TRAINED)}; `{kind}` is trained on text alone, without its tower"
+    config = transformers_config(plan.hf, whole=True)
+    token = picture_token(config, plan.vocab)
+    if token is None:
+        return "config.json names no image token within the vocabulary"
+    deepstack = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    turned = isinstance(plan.config.get("mrope_section"), list)
+    return Sight(plan.hf, kind, token, KINDS[kind].two_way, turned, deepstack)
+
+
+def check_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, sight: Sight) -> None:
+    """Refuse what images cannot be trained with."""
+    p = recipe.parallel
+    first = plan.layout.stages(as_int(plan.config, "num_layers"))[0].layers
+    rules: tuple[tuple[object, str, str], ...] = (
+        (
+            sight.two_way and ranks.te,
+            f"the tokens of an image see each other both ways ({sight.kind}), which Transformer Engine's attention is "
+            "not told",
+            "run.kernels=local",
+        ),
+        (
+            p.pp > 1 and sight.deepstack >= first,
+            f"the tower adds to the first {sight.deepstack} layers, and the first pipeline stage has {first}: "
+            "it needs one more",
+            "a smaller parallel.pp",
+        ),
+        (
+            sight.deepstack and recipe.train.recompute == "full",
+            "layers to which the tower adds are not computed twice",
+            "train.recompute=selective or none",
+        ),
+        (p.cp > 1, "rows with images are not cut by context parallelism", "parallel.cp=1"),
+        (p.vpp > 1, "rows with images do not go through interleaved stages", "parallel.vpp=1"),
+        (
+            plan.config.get("mtp_num_layers"),
+            "prediction layers would be given the tokens of images, not what the tower makes of them",
+            "model.config.mtp_num_layers=0",
+        ),
+        (
+            recipe.train.tower == "trained" and recipe.lora.rank,
+            "adapters are trained beside a frozen tower",
+            "train.tower=frozen, or lora.rank=0 trains every weight",
+        ),
+        (
+            recipe.train.tower == "trained" and recipe.run.export_every,
+            "a tower that is trained is exported from a checkpoint",
+            "run.export_every=0, and `mbx train export`",
+        ),
+        (recipe.fp8.recipe != "none", "images are not trained under FP8", "fp8.recipe=none"),
+    )
+    for broken, fact, hint in rules:
+        if broken:
+            raise UnsupportedError(fact, hint=hint)
+
+
+def tower_folder(folder: Path, base: str) -> Path:
+    """Whose tower a run has: that of the folder that its first weights came from, where this has one."""
+    from mbx.models.transformers.pictures import sees
+
+    start = Path(base) if base else folder
+    return start if (start / CONFIG).is_file() and sees(read_config(start)) else folder
+
+
+class Seeing:
+    """A model's tower on the ranks of the first pipeline stage, and what every stage must know of a micro-batch.
+
+    `base`: where the run's first weights came from. A tower that is trained becomes a part of the model by `join`.
+    """
+
+    def __init__(self, sight: Sight, recipe: Recipe, plan: Blueprint, device: str, base: str) -> None:
+        from mbx.models.megatron.core.groups import parallel_state
+
+        self.sight, self.config, self.trained = sight, plan.config, recipe.train.tower == "trained"
+        self.tower: Tower | None = None
+        if parallel_state.is_pipeline_first_stage(ignore_virtual=True):
+            import torch
+
+            from mbx.models.transformers.tower import Tower
+
+            dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+            self.tower = Tower(tower_folder(sight.folder, base), dtypes[recipe.train.precision], device)
+
+    def join(self, model: nn.Module) -> None:
+        """Make a tower that is trained a part of the bare `model` of its stage, which then owns its parameters.
+
+        Every rank of tensor parallelism holds it whole. Under sequence parallelism each sees the gradients of its own
+        tokens, which are summed as those of norms are.
+        """
+        from mbx.models.megatron.core.groups import set_defaults_if_not_set_tensor_model_parallel_attributes
+
+        if self.tower is None or not self.trained:
+            return
+        for parameter in self.tower.parameters():
+            parameter.requires_grad_(True)
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+            if getattr(model.config, "sequence_parallel", False):
+                parameter.sequence_parallel = True  # type: ignore[attr-defined]
+        model.add_module(TOWER, self.tower)
+
+    @contextlib.contextmanager
+    def passing(self, model: nn.Module, batch: Mapping[str, torch.Tensor | None]) -> Iterator[None]:
+        """A forward pass of one micro-batch through a bare stage of the model."""
+        from mbx.models.megatron.pictures import merged, turned
+
+        tokens, padding = batch["tokens"], batch["padding"]
+        assert tokens is not None
+        if padding is not None:  # which may hold any token
+            tokens = tokens.masked_fill(padding, -1)
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(turned(model, self.config, batch["axes"]))
+            if hasattr(model, "embedding") and (found := self._seen(tokens, batch)) is not None:
+                undo.enter_context(merged(model, tokens == self.sight.token, found))
+            yield
+
+    def _seen(self, tokens: torch.Tensor, batch: Mapping[str, torch.Tensor | None]) -> Seen | None:
+        """What the tower makes of a micro-batch's images; None where there are none."""
+        import torch
+
+        from mbx.models.pictures import Pictures
+
+        inputs = {
+            name.removeprefix(PIXELS): value
+            for name, value in batch.items()
+            if name.startswith(PIXELS) and value is not None
+        }
+        if not inputs:
+            return None
+        assert self.tower is not None
+        numbers = Pictures(self.sight.token, inputs).numbers(tokens)
+        counts = [int(count) for row in numbers for count in torch.bincount(row[row >= 0]).tolist()]
+        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            return self.tower.see(counts, inputs)

@@ -1,0 +1,383 @@
+"""Training on chats with images: Megatron Core behind Transformers' tower, against Transformers' whole model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from _trainings import Raw, raw, run_here, run_world
+
+from converters.errors import MbxError, UnsupportedError, UsageError
+from fixtures.seeing import image_chats, make_seeing
+from mbx.train.checkpoints.export import export_run
+from mbx.train.data.batch import _two_way
+from mbx.train.data.rows import Examples
+from mbx.train.data.tokens import Picture
+from mbx.train.model import sight
+from mbx.train.proof.reference import whole_model
+from mbx.train.proof.training import verify_training
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.run.prepare import prepare
+
+KINDS = ("gemma3", "qwen2_5_vl")
+LORA: dict[str, object] = {"rank": 4, "alpha": 6.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny folder by model type, and `chats` with 64 chats about images; made once."""
+    root = tmp_path_factory.mktemp("images")
+
+    def made(kind: str) -> Path:
+        return image_chats(root / "chats", 64) if kind == "chats" else make_seeing(kind, root / kind)
+
+    return cache(made)
+
+
+def recipe(folder: Callable[[str], Path], kind: str, at: Path, **sections: dict[str, object]) -> Raw:
+    """Two steps over the chats, in their order, a chat a row."""
+    base: Raw = {
+        "model": {"path": str(folder(kind))},
+        "data": {"kind": "auto", "path": str(folder("chats")), "length": 112, "pack": False, "shuffle": False},
+        "train": {"steps": 2, "global_batch": 8, "micro_batch": 4},
+        "optim": {"lr": 3e-3, "schedule": "constant", "clip": 0.0},
+    }
+    return raw(at, **{name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}})
+
+
+def reference_loss(asked: Raw, first: int, model: Any) -> float:
+    """The mean loss of eight chats from `first` on, as Transformers' own model has it."""
+    prepared = prepare(parse_recipe({**asked, "run": {**asked["run"], "dir": "unused"}}))
+    eyes, (chosen,) = prepared.data.eyes, prepared.data.chosen
+    assert eyes is not None
+    total = tokens = 0.0
+    kinds = "token_type_ids" if eyes.sight.two_way else "mm_token_type_ids"
+    for example in chosen[first : first + 8]:
+        ids = torch.from_numpy(example.tokens)[None]
+        given = {**eyes.inputs([one.read() for one in example.pictures]), kinds: (ids == eyes.sight.token).long()}
+        with torch.no_grad():
+            logits = model(input_ids=ids, **given).logits[0, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        learned = torch.from_numpy(example.learn[1:])
+        total, tokens = total + float(losses[learned].sum()), tokens + int(learned.sum())
+    return total / tokens
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_adapters_learn_what_peft_learns_of_transformers_model(
+    folder: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    """Losses, gradients, a step, and rows packed or apart, on the first chats."""
+    asked = recipe(folder, kind, tmp_path, data={"pack": True}, lora=LORA, train={"global_batch": 2, "micro_batch": 1})
+    report = verify_training(parse_recipe(asked), 4)
+    assert report is not None and report.passed, [leg for leg in report.legs if leg.status != "passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, "qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["all", "lora"])
+def test_64_chats(folder: Callable[[str], Path], tmp_path: Path, kind: str, lora: dict[str, object]) -> None:
+    asked = recipe(folder, kind, tmp_path, lora=lora, train={"global_batch": 64, "micro_batch": 4})
+    report = verify_training(parse_recipe(asked), 64)
+    assert report is not None and report.passed, [leg for leg in report.legs if leg.status != "passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["all", "lora"])
+def test_experts_learn_behind_a_tower_that_adds_to_layers(
+    folder: Callable[[str], Path], tmp_path: Path, lora: dict[str, object]
+) -> None:
+    asked = recipe(folder, "qwen3_vl_moe", tmp_path, lora=lora, train={"global_batch": 4, "micro_batch": 1})
+    report = verify_training(parse_recipe(asked), 4)
+    assert report is not None and report.passed, [leg for leg in report.legs if leg.status != "passed"]
+
+
+@pytest.mark.parametrize("kind", ["gemma3", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+def test_what_is_exported_is_what_was_trained(folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    """The next step's loss is the exported model's, with its tower, as Transformers reads the folder."""
+    asked = recipe(folder, kind, tmp_path / "run")
+    losses = run_here(asked)
+    exported, _ = export_run(tmp_path / "run", tmp_path / "out")
+    (further,) = run_here({**asked, "train": {**asked["train"], "steps": 3}}, resume=True)
+    assert reference_loss(asked, 0, whole_model(folder(kind))) == pytest.approx(losses[0], rel=1e-5)
+    assert reference_loss(asked, 16, whole_model(exported)) == pytest.approx(further, rel=1e-5)
+    assert abs(further - losses[0]) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_an_exported_adapter_answers_in_peft(folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    """By PEFT on the whole model, and merged: the next step's loss. Not a module of the tower is adapted."""
+    import peft
+
+    asked = recipe(folder, kind, tmp_path / "run", lora=LORA)
+    run_here(asked)
+    adapter, _ = export_run(tmp_path / "run", tmp_path / "adapter")
+    merged, _ = export_run(tmp_path / "run", tmp_path / "merged", merged=True)
+    (further,) = run_here({**asked, "train": {**asked["train"], "steps": 3}}, resume=True)
+    model = peft.PeftModel.from_pretrained(whole_model(folder(kind)), str(adapter))
+    found = model.load_adapter(str(adapter), "again")
+    assert not found.missing_keys and not found.unexpected_keys
+    assert all("language_model" in name for name, _ in model.named_parameters() if "lora_" in name)
+    assert reference_loss(asked, 16, model) == pytest.approx(further, rel=1e-5)
+    # the base is stored in bf16, and so is what is merged
+    assert reference_loss(asked, 16, whole_model(merged)) == pytest.approx(further, rel=2e-3)
+
+
+def test_a_trained_tower_is_exported_and_goes_on(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """What is exported is the whole model as it was trained, and a resumed run goes on with the same tower."""
+    from safetensors.torch import load_file
+
+    asked = recipe(folder, "gemma3", tmp_path / "run", train={"tower": "trained"})
+    run_here(asked)
+    exported, _ = export_run(tmp_path / "run", tmp_path / "out")
+    longer = {**asked["train"], "steps": 3}
+    (further,) = run_here({**asked, "train": longer}, resume=True)
+    straight = run_here({**asked, "train": longer, "run": {**asked["run"], "dir": str(tmp_path / "straight")}})
+    assert further == straight[2]
+    assert reference_loss(asked, 16, whole_model(exported)) == pytest.approx(further, rel=1e-5)
+    before, after = (load_file(place / "model.safetensors") for place in (folder("gemma3"), exported))
+    assert before.keys() == after.keys()
+    tower = [name for name in before if "vision_tower" in name and name.endswith("proj.weight")]
+    assert tower and not any(torch.equal(before[name].float(), after[name].float()) for name in tower)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_vl"])
+def test_a_trained_tower_learns_what_transformers_learns(
+    folder: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    train = {"tower": "trained", "global_batch": 4, "micro_batch": 1}
+    report = verify_training(parse_recipe(recipe(folder, kind, tmp_path, train=train)), 8)
+    assert report is not None and report.passed, [leg for leg in report.legs if leg.status != "passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_two_processes_train_one_tower(folder: Callable[[str], Path], tmp_path: Path, axis: str) -> None:
+    jobs: list[dict[str, object]] = []
+    for kind in KINDS:
+        train = {"tower": "trained", "global_batch": 4, "micro_batch": 2}
+        asked = recipe(folder, kind, tmp_path / kind, train=train, parallel={axis: 2})
+        jobs.append({"recipe": asked, "verify": True})
+    for legs in run_world(2, jobs, tmp_path / "world.json"):
+        assert [leg for leg in legs if leg[1] != "passed"] == []  # type: ignore[index]
+
+
+def other_image(patch: pytest.MonkeyPatch) -> None:
+    plain = Picture.read
+    patch.setattr(Picture, "read", lambda self: plain(self).transpose(0))
+
+
+def shifted_position(patch: pytest.MonkeyPatch) -> None:
+    plain = Examples.row
+
+    def row(self: Examples, index: int) -> Any:
+        found = plain(self, index)
+        assert found.axes is not None
+        later = np.arange(found.axes.shape[1]) > 20  # positions are relative: a shift of all is none
+        return replace(found, axes=found.axes + np.array([[1], [0], [0]]) * later)
+
+    patch.setattr(Examples, "row", row)
+
+
+def features_dropped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sight.Seeing, "_seen", lambda self, tokens, batch: None)
+
+
+def seen_one_way(patch: pytest.MonkeyPatch) -> None:
+    from mbx.train.data import batch
+
+    patch.setattr(batch, "_two_way", lambda rows, token, hidden: _two_way(rows, -7, hidden))
+
+
+@pytest.mark.parametrize(
+    ("kind", "plant"),
+    [
+        ("qwen2_5_vl", other_image),
+        ("qwen2_5_vl", shifted_position),
+        ("qwen2_5_vl", features_dropped),
+        ("gemma3", other_image),
+        ("gemma3", features_dropped),
+        ("gemma3", seen_one_way),
+    ],
+)
+def test_a_planted_fault_changes_the_loss(
+    folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    plant: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    asked = recipe(folder, kind, tmp_path, train={"steps": 1}, run={"save": False})
+    wanted = reference_loss(asked, 0, whole_model(folder(kind)))
+    plant(monkeypatch)
+    (loss,) = run_here(asked)
+    assert abs(loss - wanted) > 1e-4 * wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_two_processes_agree_with_one(folder: Callable[[str], Path], tmp_path: Path, kind: str, axis: str) -> None:
+    """Losses of a run, and the proof, tied embeddings and sequence parallelism included."""
+    train = {"global_batch": 8, "micro_batch": 2}
+    alone = run_here(recipe(folder, kind, tmp_path / "one", train=train, model={"vocab_divisor": 2}))
+    more = {"train": train, "parallel": {axis: 2}, "model": {"vocab_divisor": 1 if axis == "tp" else 2}}
+    jobs: list[dict[str, object]] = [
+        {"recipe": recipe(folder, kind, tmp_path / "two", **more)},
+        {"recipe": recipe(folder, kind, tmp_path / "proof", lora=LORA, **more), "verify": True},
+    ]
+    together, legs = run_world(2, jobs, tmp_path / "world.json")
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert [leg for leg in legs if leg[1] != "passed"] == []  # type: ignore[index]
+
+
+@pytest.mark.parametrize("lora", [pytest.param({}, marks=pytest.mark.slow), LORA], ids=["all", "lora"])
+def test_a_run_goes_on_where_it_was(folder: Callable[[str], Path], tmp_path: Path, lora: dict[str, object]) -> None:
+    whole = recipe(folder, "qwen2_5_vl", tmp_path / "whole", lora=lora, train={"steps": 4}, data={"shuffle": True})
+    half = recipe(folder, "qwen2_5_vl", tmp_path / "half", lora=lora, data={"shuffle": True})
+    straight, first = run_here(whole), run_here(half)
+    later = run_here({**half, "train": {**half["train"], "steps": 4}}, resume=True)
+    assert [*first, *later] == straight
+
+
+@pytest.mark.slow
+def test_recomputed_layers_learn_the_same(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    losses = [
+        run_here(recipe(folder, "gemma3", tmp_path / how, train={"recompute": how}, run={"save": False}))
+        for how in ("none", "full", "selective")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_the_plan_counts_images(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    asked = parse_recipe(recipe(folder, "qwen2_5_vl", tmp_path))
+    counts = prepare(asked, dry=True).data.counts
+    assert counts is not None and (counts.pictured, counts.pictures) == (64, 80)
+    assert any(
+        "80 images in 64 examples" in line and "none of them learned" in line for line in counts.lines(2, 8, 112)
+    )
+
+
+def test_images_of_a_text_model_are_refused(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    asked = raw(tmp_path, data={"kind": "auto", "path": str(folder("chats")), "length": 112})
+    with pytest.raises(UnsupportedError, match="part of type 'image'"):
+        prepare(parse_recipe(asked))
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"parallel": {"pp": 2}}, "the first pipeline stage has 2: it needs one more"),
+        ({"train": {"recompute": "full"}}, "not computed twice"),
+        ({"parallel": {"pp": 2, "vpp": 2}, "train": {"micro_batch": 1}}, "interleaved stages|one more"),
+        ({"train": {"tower": "trained"}, "lora": LORA}, "beside a frozen tower"),
+        (
+            {"lora": {**LORA, "targets": ["q_proj", "linear_fc2", "attn.qkv"]}},
+            r"attn.qkv is of the tower \(`model.visual",
+        ),
+        ({"train": {"tower": "trained"}, "run": {"export_every": 1}}, "exported from a checkpoint"),
+        (
+            {"train": {"tower": "trained"}, "data": {"kind": "pattern", "path": "", "length": 32}},
+            "no row shows an image",
+        ),
+    ],
+)
+def test_what_images_cannot_have_is_said(
+    folder: Callable[[str], Path], tmp_path: Path, sections: dict[str, dict[str, object]], said: str
+) -> None:
+    with pytest.raises(MbxError, match=said):
+        prepare(parse_recipe(recipe(folder, "qwen3_vl", tmp_path, **sections)), dry=True)
+
+
+def test_a_model_whose_images_are_not_trained_is_named(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="part of type 'image'") as raised:
+        prepare(parse_recipe(recipe(folder, "qwen3_5", tmp_path)), dry=True)
+    assert raised.value.hint and "`qwen3_5` is trained on text alone" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"path": "https://example.org/dog.png"}, "nothing is fetched"),
+        ({"path": "data:image/png;base64,AAAA"}, "within the record"),
+        ({"path": "/etc/hostname"}, "does not lie in the folder"),
+        ({"path": "../outside.png"}, "does not lie in the folder"),
+        ({"path": "out.png"}, "does not lie in the folder"),
+        ({"path": "linked/outside.png"}, "does not lie in the folder"),
+        ({"path": "pipe.png"}, "no regular file"),
+        ({"path": "absent.png"}, "cannot read the image"),
+        ({"path": "text.png"}, "cannot be read as an image"),
+        ({"path": "wide.png"}, "pixels; at most"),
+        ({"path": 7}, "named by one path"),
+        ({}, "named by one path"),
+        ({"path": "a.png", "image": "b.png"}, "named by one path"),
+    ],
+)
+def test_images_are_read_as_strangers(
+    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: dict[str, object], said: str
+) -> None:
+    from PIL import Image
+
+    from mbx.untrusted import images
+
+    data, outside = tmp_path / "data", tmp_path / "outside.png"
+    data.mkdir()
+    Image.new("RGB", (56, 56)).save(outside)
+    (data / "out.png").symlink_to(outside)
+    (data / "linked").symlink_to(tmp_path)
+    os.mkfifo(data / "pipe.png")
+    (data / "text.png").write_text("no image")
+    Image.new("RGB", (90, 60)).save(data / "wide.png")
+    monkeypatch.setattr(images, "MOST_PIXELS", 60 * 60)
+    messages = [
+        {"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a dog"},
+    ]
+    (data / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    asked = recipe(folder, "gemma3", tmp_path / "run", data={"path": str(data / "chats.jsonl")})
+    with pytest.raises(MbxError, match=said) as raised:
+        prepare(parse_recipe(asked))
+    assert "chats.jsonl:1" in raised.value.fact
+
+
+def test_an_image_that_changed_is_counted_again(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    file = image_chats(tmp_path, 4)
+    asked = recipe(folder, "qwen2_5_vl", tmp_path / "run", data={"path": str(file)}, train={"global_batch": 4})
+    first, again = (prepare(parse_recipe(asked)).data for _ in range(2))
+    assert again.counts and again.counts.from_cache and again.identity == first.identity
+    Image.new("RGB", (112, 84)).save(tmp_path / "images" / "000-0.png")
+    other = prepare(parse_recipe(asked)).data
+    assert other.counts and first.counts and not other.counts.from_cache and other.identity != first.identity
+    assert other.counts.picture_tokens > first.counts.picture_tokens
+
+
+def test_a_chat_with_images_is_not_cut(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    short = {"length": 32, "too_long": "truncate"}
+    with pytest.raises(UsageError, match="an image is not cut"):
+        prepare(parse_recipe(recipe(folder, "gemma3", tmp_path, data=short)))
+
+
+def test_text_alone_needs_no_tower_and_keeps_it(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A model that sees, trained on text: the exported folder is whole, byte for byte where nothing was learned."""
+    from safetensors.torch import load_file
+
+    data: dict[str, object] = {"kind": "pattern", "path": "", "length": 32}
+    asked = recipe(folder, "gemma3", tmp_path / "run", data=data)
+    assert prepare(parse_recipe(asked)).data.eyes is None
+    run_here(asked)
+    exported, _ = export_run(tmp_path / "run", tmp_path / "out")
+    before, after = (load_file(place / "model.safetensors") for place in (folder("gemma3"), exported))
+    assert before.keys() == after.keys()
+    tower = [name for name in before if "language_model" not in name]
+    assert tower and all(torch.equal(before[name], after[name]) for name in tower)
