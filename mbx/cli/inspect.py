@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,13 +56,15 @@ def _document(found: Summary, tensors: bool) -> dict[str, Any]:
         "architecture": found.architecture,
         "table": found.table,
         "flavour": found.flavour,
+        "towers": _counted(found.towers),
+        "kept": _counted(found.kept),
         "adapter": None if found.adapter is None else asdict(found.adapter),
         "layout": dict(found.layout),
         "tensors": found.num_tensors,
         "parameters": found.parameters,
         "bytes": found.nbytes,
-        "dtypes": {name: {"tensors": count, "bytes": size} for name, (count, size) in found.dtypes.items()},
-        "other_state": {name: {"tensors": count, "bytes": size} for name, (count, size) in found.other_state.items()},
+        "dtypes": _counted(found.dtypes),
+        "other_state": _counted(found.other_state),
         "objects": found.num_objects,
         "chunks": found.num_chunks,
         "files": dict(found.files),
@@ -81,6 +83,10 @@ def _document(found: Summary, tensors: bool) -> dict[str, Any]:
             for tensor in found.tensors
         ]
     return doc
+
+
+def _counted(found: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+    return {name: {"tensors": count, "bytes": size} for name, (count, size) in found.items()}
 
 
 def _adapter_rows(adapter: dict[str, Any]) -> list[tuple[str, str]]:
@@ -116,6 +122,9 @@ def _lines(doc: dict[str, Any]) -> list[str]:
         rows.append(("tensors", f"{doc['tensors']:,}, {doc['parameters']:,} parameters, {human_bytes(doc['bytes'])}"))
     for name, sizes in doc["dtypes"].items():
         rows.append(("dtype", f"{name}: {plural(sizes['tensors'], 'tensor')}, {human_bytes(sizes['bytes'])}"))
+    for kind, label in (("towers", "tower"), ("kept", "kept in hf/")):
+        for name, sizes in doc[kind].items():
+            rows.append((label, f"{name}: {plural(sizes['tensors'], 'tensor')}, {human_bytes(sizes['bytes'])}"))
     for name, sizes in doc["other_state"].items():
         counted = f": {plural(sizes['tensors'], 'tensor')}, {human_bytes(sizes['bytes'])}" if sizes["tensors"] else ""
         rows.append(("also", name + counted))

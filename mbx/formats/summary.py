@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from mbx.formats.safetensors_folder import read_folder
 from mbx.formats.torch_dist import count_by, is_weight
 from mbx.tables import table_for
 from mbx.torchfile.dcp import METADATA_NAME, read_dcp
+
+#: What names of whole models begin with, before a module's own (`thinker` is the part of an Omni model that answers).
+_CONTAINERS = re.compile(r"^(model\.|thinker\.)+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +45,9 @@ class Summary:
 
     `tensors` are the model's weights; `other_state` counts the rest by kind, as (tensors, bytes). `files` holds the
     data files with their sizes, `layout` the parallel sizes as far as they show. `flavour` is the tool whose keys the
-    towers of a Megatron checkpoint have, for a model with any. `adapter` is set where the tensors
-    are those of an adapter.
+    towers of a Megatron checkpoint have, for a model with any; `towers` counts the tensors of each by the way its
+    names begin, `kept` those that travel beside the model in hf/. `adapter` is set where the tensors are those of an
+    adapter.
     """
 
     path: Path
@@ -56,6 +60,8 @@ class Summary:
     architecture: str | None = None
     table: str | None = None
     flavour: str | None = None
+    towers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     layout: Mapping[str, int] = field(default_factory=dict)
     tensors: tuple[Tensor, ...] = ()
     other_state: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -129,6 +135,8 @@ def summarize(path: Path, hf_config: Path | None = None) -> Summary:
         architecture=architecture,
         table=None if table is None else table.name,
         flavour=(table.flavour or TEXT_ALONE) if table and table.flavours and opened.spelling == "mcore" else None,
+        towers=_towers(opened, table),
+        kept=_kept(opened),
         layout=_layout(opened, listed),
         tensors=listed,
         other_state=opened.other_state,
@@ -166,6 +174,29 @@ def _table(opened: Checkpoint, architecture: str | None) -> Table | None:
         return architecture_of(opened).table
     except UnsupportedError:
         return None
+
+
+def _towers(opened: Checkpoint, table: Table | None) -> dict[str, tuple[int, int]]:
+    """Tensors around the text model of a Megatron checkpoint that holds towers; none for any other."""
+    if table is None or not table.flavour or opened.spelling != "mcore":
+        return {}
+    text = table.prefix
+    return _by_module(tensor for name, tensor in opened.tensors.items() if text and not name.startswith(text))
+
+
+def _kept(opened: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Tensors of the source that no Megatron module holds, and that an export gives back."""
+    if opened.hf is None or opened.spelling != "mcore":
+        return {}
+    try:
+        return _by_module(hf.kept_tensors(opened.home, opened.hf).values())
+    except MbxError:  # a damaged one is reported by what reads it
+        return {}
+
+
+def _by_module(tensors: Iterable[StoredTensor]) -> dict[str, tuple[int, int]]:
+    """(tensors, bytes) by the module of the model that each name begins with."""
+    return count_by((_CONTAINERS.sub("", tensor.name).partition(".")[0], tensor.nbytes) for tensor in tensors)
 
 
 def _adapter(opened: Checkpoint) -> AdapterFacts | None:

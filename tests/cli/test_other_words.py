@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from _cli import TINY, Run
 
 from mbx.cli.progress import Meter
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -113,3 +117,26 @@ def test_a_comparison_says_how_much_is_left() -> None:
     meter.advance(300)
     meter.expect(600)
     assert "300 B of 1.20 kB (25%)" in meter.line() and "s left" in meter.line()
+
+
+def test_a_class_around_a_known_text_model_is_told_as_that(mbx: Run, here: Path) -> None:
+    folder = here / "novel"
+    shutil.copytree(TINY / "llama", folder)
+    text = json.loads((folder / "config.json").read_text())
+    config = {"architectures": ["NovelForConditionalGeneration"], "model_type": "novel_vl", "text_config": text}
+    (folder / "config.json").write_text(json.dumps(config))
+    said = mbx("convert", "hf-to-mcore", "novel", "out", "--dry-run")
+    assert said.code == 3 and "near:" not in said.stderr
+    assert "no table for NovelForConditionalGeneration around a 'llama' text model" in said.stderr
+    assert "the table `llama` covers that text model" in said.stderr
+
+
+@pytest.mark.parametrize(
+    "launch", [["-m", "mbx"], ["-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "mbx"]]
+)
+def test_it_starts_in_the_folder_above_a_clone_of_its_name(here: Path, launch: list[str]) -> None:
+    (here / "mbx").symlink_to(ROOT)
+    command = [sys.executable, *launch, "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0 and said.stdout.startswith("mbx "), said.stderr

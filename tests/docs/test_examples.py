@@ -71,6 +71,6 @@ def test_a_notebook_runs(notebook: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("MBX_NO_CONFIG", "1")
     read = nbformat.read(notebook, 4)
-    nbclient.NotebookClient(read, timeout=300, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
+    nbclient.NotebookClient(read, timeout=600, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
     assert all(cell.execution_count for cell in read.cells if cell.cell_type == "code")
     assert any(output.output_type == "display_data" for cell in read.cells for output in cell.get("outputs", ()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -36,11 +38,17 @@ def test_the_core_installs_small_and_converts(version: str, tmp_path: Path) -> N
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "demo", "fixtures", "__pycache__"))
     subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
     binary = tmp_path / "venv" / "bin" / "python"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.monotonic()
     subprocess.run([binary, "-m", "pip", "install", "-q", str(source)], check=True, cwd=tmp_path)
+    took, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    # half a minute of a processor: how long it takes beside other work says nothing of the installation
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 30
     files = {
         (entry.stat().st_ino, entry.stat().st_size) for entry in (tmp_path / "venv").rglob("*") if entry.is_file()
     }
-    assert sum(size for _, size in files) <= 200 * MIB
+    nbytes = sum(size for _, size in files)
+    assert nbytes <= 200 * MIB, f"{nbytes / MIB:.0f} MiB, installed in {took:.0f} s"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     commands: list[tuple[object, ...]] = [
         ("convert", "hf-to-mcore", LLAMA, "mcore", "--tp", "2"),

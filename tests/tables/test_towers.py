@@ -20,6 +20,7 @@ from converters.planning.exporter import HfTensor, Origin, plan_export
 from converters.planning.importer import plan_import
 from converters.tensors import StoredTensor
 from fixtures.wrapped import TOWERS, WRAPPED, make_wrapped
+from mbx.cli import main
 from mbx.formats.hf import MANIFEST
 from mbx.formats.registry import open_megatron
 from mbx.models.transformers.equivalents import TWINS
@@ -272,3 +273,32 @@ def test_every_tensor_of_a_published_size_has_its_place(kind: str) -> None:
     recorded = {name: HfTensor("BF16", shape) for name, shape in shapes.items()}
     back = plan_export(whole, plan.config, made, Origin(recorded))
     assert {draft.name: draft.shape for draft in back.drafts} == shapes
+
+
+@pytest.mark.parametrize(
+    ("kind", "flavour", "towers", "kept"),
+    [
+        ("qwen2_5_vl", None, {"visual"}, set()),
+        ("qwen2_5_vl", "text", set(), {"visual"}),
+        ("qwen3_omni_moe", None, {"audio_model", "visual"}, {"talker", "code2wav"}),
+    ],
+)
+def test_inspect_shows_the_towers_and_what_is_kept_beside(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    flavour: str | None,
+    towers: set[str],
+    kept: set[str],
+) -> None:
+    source = checkpoint(kind)
+    run(plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False, flavour=flavour)))
+    assert main(["inspect", str(tmp_path / "mcore"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (set(said["towers"]), set(said["kept"])) == (towers, kept)
+    around = sum(part["tensors"] for part in (*said["towers"].values(), *said["kept"].values()))
+    assert 0 < around < said["tensors"] + sum(part["tensors"] for part in said["kept"].values())
+    assert main(["inspect", str(tmp_path / "mcore")]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name}: " in shown for name in towers | kept) and ("kept in hf/" in shown) == bool(kept)
