@@ -29,12 +29,13 @@ _OPTIONAL = {
     "psutil": "train",
     "transformer-engine": "train in FP8",
     "peft": "answers and baselines of adapters",
+    "pillow": "train on images",
     "flash-linear-attention": "train gated delta nets",
     "mamba-ssm": "train Mamba layers",
-    "causal-conv1d": "train Mamba layers",
+    "causal-conv1d": "train Mamba layers, gated delta nets in less memory",
 }
 #: Distribution → its package, where that has another name.
-_MODULES = {"flash-linear-attention": "fla"}
+_MODULES = {"flash-linear-attention": "fla", "pillow": "PIL"}
 #: Job → the extra that brings what it needs, and the distributions; each needs those of the jobs before it too.
 _JOBS = {
     "convert": (None, tuple(_CORE)),

@@ -49,9 +49,9 @@ class Telemetry:
 
 
 def _used() -> int:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return int(torch.cuda.memory_allocated())
+    cuda = sys.modules.get("torch.cuda")  # which the run may be importing just now, and then has no functions yet
+    if cuda is not None and hasattr(cuda, "is_initialized") and cuda.is_initialized():
+        return int(cuda.memory_allocated())
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
