@@ -220,7 +220,8 @@ class Run:
     `save`: whether it leaves checkpoints at all. `save_every` 0 saves at the end only; `keep` 0 keeps all.
     `keep_best`: the checkpoint of the best validation loss stays as well. `export_every`: the checkpoint of every so
     many steps, and the last, is also written as a Hugging Face folder or a PEFT adapter, in `export/` of the run.
-    `save_async`: a process beside the training writes them; the tracker moves when it is done.
+    `save_async`: a process beside the training writes them; the tracker moves when it is done. `profile`: so many
+    steps, behind the first five, are traced to `profile/` of the run.
     """
 
     dir: str = "runs/{recipe}"
@@ -232,6 +233,7 @@ class Run:
     export_every: Number = 0
     save_optimizer: bool = True
     tensorboard: bool = False
+    profile: Number = 0
     wandb: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "te", "local"] = "auto"

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 METRICS = "metrics.jsonl"
+#: The folder of a run that has a trace of some of its steps.
+PROFILE = "profile"
 #: A first step that is worth a word.
 _SLOW_S = 5.0
 _BARS = "▁▂▃▄▅▆▇█"

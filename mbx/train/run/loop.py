@@ -39,6 +39,7 @@ from mbx.train.run.graph import one_stream
 from mbx.train.run.keeping import Keeper
 from mbx.train.run.log import Log, Step
 from mbx.train.run.prepare import Prepared
+from mbx.train.run.profile import Profile
 from mbx.train.run.schedule import learning_rate
 from mbx.train.run.stepping import Stepper, finalize
 from mbx.train.run.stop import Stop
@@ -162,6 +163,8 @@ class Trainer:
             self.log.message("there are no validation rows: train.eval_every evaluates nothing")
         self.store = Store(self.recipe, self.plan, self.ranks)
         self.step, self.saved, self.mean_loss = 0, -1, math.nan
+        traced = self.recipe.run.profile if self.ranks.is_main else 0
+        self.profile = Profile(traced, self.recipe.run_dir, log, cuda=self.ranks.device == "cuda")
         self.keeper = Keeper(self.recipe, self.ranks, self.store, log, resumed.step if resumed else None)
         if source and resumed:
             same = same_processes(self.recipe, source, self.ranks.world_size)
@@ -179,6 +182,7 @@ class Trainer:
         """Let go of what would outlive the run: recorded passes, and what modules keep of the last one."""
         from mbx.models.megatron.core.last_pass import forget_last_pass
 
+        self.profile.close()
         self.batches.close()
         forget_last_pass(self.chunks)
 
@@ -206,6 +210,7 @@ class Trainer:
                 losses.append(figures.loss)
                 self.log.step(figures)
                 self.on_step(figures)
+                self.profile.step(self.step)
                 self._check_loss(figures)
                 if t.eval_every and self.step % t.eval_every == 0 and self.eval_rows is not None:
                     why = self.keeper.judge(self.step, self._evaluate(), self._save)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from converters.errors import StorageError, UsageError
 from mbx.page import Dot, curve, document, write
-from mbx.train.run.log import METRICS
+from mbx.train.run.log import METRICS, PROFILE
 from mbx.untrusted.names import writable
 from mbx.untrusted.small_files import INDEX, read_small
 
@@ -59,6 +59,8 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
     elif target.suffix == ".html":
         last = steps[-1]
         head = f"<h1>{escape(run_dir.name)}</h1><p>{int(last['step'])} steps, last loss {last['loss']:.4f}</p>"
+        traced = sorted(path.name for path in (run_dir / PROFILE).glob("*") if path.is_file())
+        head += f"<p>Profile: {', '.join(escape(f'{PROFILE}/{name}') for name in traced)}</p>" if traced else ""
         write(target, document(run_dir.name, [head, *(_drawn(*panel) for panel in panels)]))
     else:
         raise UsageError(f"a report is .html or .png, got `{target}`")

@@ -16,6 +16,9 @@ import torch
 if TYPE_CHECKING:
     from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
 
+#: Megatron Core's method that leaves out what other ranks count as well, by release, the newest name first.
+_COUNTED = ("get_grads_for_grad_norm", "get_main_grads_for_grad_norm")
+
 
 class Stepper:
     """A step of Megatron Core's optimizer, and what it says of itself, read once it is queued.
@@ -60,7 +63,8 @@ class Stepper:
 
 def _square(part: MegatronOptimizer) -> torch.Tensor:
     """The squared norm of an optimizer's gradients over its ranks; parameters that several hold count once."""
-    grads = part.get_main_grads_for_grad_norm()
+    counted = next(getattr(part, name) for name in _COUNTED if hasattr(part, name))
+    grads = counted()
     if grads:
         square = torch.nn.utils.get_total_norm(grads).float().square()
     else:  # all of this rank's are others' copies
