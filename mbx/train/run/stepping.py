@@ -43,32 +43,30 @@ class Stepper:
             return float(loss), float(norm or 0.0), bool(updated)
         for part in self._parts:
             part.prepare_grads()
-        found = self._clipped()
+        found = self._clipped(loss.device)
         self.optimizer.step_with_ready_grads()
         seen, norm = torch.stack([loss.double(), found.double()]).tolist()
         return seen, norm, True
 
     @torch.no_grad()
-    def _clipped(self) -> torch.Tensor:
-        """Scale gradients down to the norm that is allowed; the norm they had, as Megatron Core counts it."""
-        parts = [part for part in self._parts if not getattr(part, "is_stub_optimizer", False)]
-        squares = [_square(part) for part in parts]
-        norm = torch.stack(squares).sum().sqrt()
-        for part in parts:
+    def _clipped(self, device: torch.device) -> torch.Tensor:
+        """Scale gradients down to the norm that is allowed; the norm they had, as Megatron Core counts it.
+
+        A pipeline stage that trains nothing counts with the others.
+        """
+        norm = sum((_square(part, device) for part in self._parts), torch.zeros((), device=device)).sqrt()
+        for part in self._parts:
             grads = [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]
             if part.config.clip_grad > 0 and grads:
                 torch._foreach_mul_(grads, (part.config.clip_grad / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
 
-def _square(part: MegatronOptimizer) -> torch.Tensor:
+def _square(part: MegatronOptimizer, device: torch.device) -> torch.Tensor:
     """The squared norm of an optimizer's gradients over its ranks; parameters that several hold count once."""
     counted = next(getattr(part, name) for name in _COUNTED if hasattr(part, name))
     grads = counted()
-    if grads:
-        square = torch.nn.utils.get_total_norm(grads).float().square()
-    else:  # all of this rank's are others' copies
-        square = torch.zeros((), device=part.get_parameters()[0].device)
+    square = torch.nn.utils.get_total_norm(grads).float().square() if grads else torch.zeros((), device=device)
     torch.distributed.all_reduce(square, group=part.get_grad_stats_parallel_group())
     return square
 
