@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import webbrowser
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -74,7 +75,10 @@ def test_it_is_served_until_interrupted_and_nothing_else_is(here: Path) -> None:
     (here / "secret.txt").write_text("secret")
     command = [sys.executable, "-m", "mbx", "report", "report.html", "--serve"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, text=True, env=environment) as server:
+    # tests in the background of a shell start with the signal ignored, and so would the server
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    opened = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heed)
+    with opened as server:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:")
@@ -82,7 +86,10 @@ def test_it_is_served_until_interrupted_and_nothing_else_is(here: Path) -> None:
             with urlopen(url + path, timeout=20) as answer:
                 assert answer.read() == b"<!doctype html><p>page</p>"
         server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=30) == 0
+        try:
+            assert server.wait(timeout=30) == 0
+        finally:
+            server.kill()
 
 
 def test_a_port_that_is_taken_is_named(mbx: Run, here: Path) -> None:

@@ -18,6 +18,7 @@ from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
 from mbx.train.budget.counts import count
 from mbx.train.budget.predict import Budget, predict, suggestions
+from mbx.train.budget.shape import shape_of
 from mbx.train.lora import attach as lora
 from mbx.train.model.blueprint import Blueprint, blueprint
 from mbx.train.recipe.catalogue import load_recipe
@@ -220,7 +221,7 @@ def test_counts_are_those_of_every_table(family: str, tmp_path: Path) -> None:
     plan = blueprint(recipe)
     if plan.table is not None and plan.table.unsupported:
         pytest.skip("not trained")
-    stored, ahead = 0, bool(plan.config.get("mtp_num_layers"))  # where the config says so, the model has them
+    stored, ahead = 0, bool(shape_of(plan.config).ahead)  # where the config says so, the model has them
     for line in (GOLDEN / f"{family}.txt").read_text().splitlines():
         name, shape, dtype = (*line.split(" ", 1)[:1], *line.split(" ", 1)[1].rpartition(" ")[::2])
         if dtype != "object" and not name.endswith("expert_bias") and (ahead or not name.startswith("mtp.")):

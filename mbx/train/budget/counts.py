@@ -77,6 +77,8 @@ def count(recipe: Recipe, plan: Blueprint, stage: int, known: Mapping[str, Linea
 
 def _normed(s: Shape, layer: Layer, tp: int) -> int:
     """Weights of a layer's products that have their norm in front of them in one module."""
+    if s.one_norm:  # it stays a module of its own
+        return 0
     inputs = {
         "attention": s.q * (2 if s.output_gate else 1) + 2 * layer.groups * s.head,
         "delta": s.delta.rows if s.delta else 0,
@@ -122,7 +124,7 @@ def _mixer(s: Shape, layer: Layer, tp: int) -> tuple[int, int]:
 
 def _mlp(s: Shape, layer: Layer, recipe: Recipe) -> tuple[int, int, int]:
     """Products, other parameters (the norm in front included), and how many of both are the experts'."""
-    p, norm = recipe.parallel, s.norm_terms * s.hidden
+    p, norm = recipe.parallel, 0 if s.one_norm else s.norm_terms * s.hidden
     if not layer.mlp:
         return 0, 0, 0
     if layer.mlp == "dense":

@@ -21,7 +21,8 @@ def mlp(load: Load, layer: Layer) -> float:
     if not layer.mlp:
         return 0.0
     s, b = load.shape, load.b
-    norms = s.hidden * (b + load.seen("linear_fc1", normed=True)) / load.cut
+    own = 0.0 if s.one_norm else b + load.seen("linear_fc1", normed=True)  # else it reads attention's
+    norms = s.hidden * own / load.cut
     inner = layer.ffn * (activation(load) * b + load.seen("linear_fc2")) / load.tp
     return norms + inner + (s.hidden * b / load.cut if s.post_norms else 0)
 

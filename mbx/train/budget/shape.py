@@ -137,6 +137,7 @@ class Shape:
     tied: bool
     positions: int
     post_norms: bool
+    one_norm: bool
     sinks: bool
     latent: Latent | None
     delta: Delta | None
@@ -163,10 +164,12 @@ def shape_of(config: Mapping[str, Value]) -> Shape:
     experts, ffn = _number(config, "num_moe_experts", 0), _number(config, "ffn_hidden_size", 4 * hidden)
     layers = _layers(config)
     balanced = config.get("moe_router_load_balancing_type", "aux_loss")
+    # behind layers that are listed Megatron Core builds no prediction layers: such a run is refused
+    listed = any(isinstance(config.get(key), list | tuple) for key in ("window_attn_skip_freq", "no_rope_freq"))
     return Shape(
         hidden=hidden,
         layers=tuple(replace(layer, index=number) for number, layer in enumerate(layers)),
-        ahead=layers[-1:] * _number(config, "mtp_num_layers", 0),
+        ahead=() if listed else layers[-1:] * _number(config, "mtp_num_layers", 0),
         heads=heads,
         head=latent.head + latent.rotary if latent else _number(config, "kv_channels", hidden // heads),
         gated=bool(config.get("gated_linear_unit")),
@@ -178,7 +181,8 @@ def shape_of(config: Mapping[str, Value]) -> Shape:
         qk_norm_wide=bool(config.get("model.qk_layernorm_over_heads")),
         output_gate=bool(config.get("attention_output_gate")),
         dropout=bool(config.get("hidden_dropout")),
-        norm_terms=1 if config.get("normalization") == "RMSNorm" else 2,
+        # one norm for attention and MLP is Cohere's, which has no bias
+        norm_terms=1 if config.get("normalization") == "RMSNorm" or config.get("model.one_layernorm") else 2,
         experts=experts,
         expert_ffn=_number(config, "moe_ffn_hidden_size", ffn),
         expert_hidden=_number(config, "moe_latent_size", hidden),
@@ -197,6 +201,7 @@ def shape_of(config: Mapping[str, Value]) -> Shape:
         if config.get("model.position_embedding_type") == "learned_absolute"
         else 0,
         post_norms=bool(config.get("model.post_layernorms")),
+        one_norm=bool(config.get("model.one_layernorm")),
         sinks=config.get("softmax_type") == "learnable",
         latent=latent,
         delta=_delta(config) if variant else None,
