@@ -31,13 +31,13 @@ class Waivers:
         """In words, the patterns that matched nothing that `ledger` lacks or leaves over."""
         unused = (*ledger.waived_unused, *ledger.beside)
         return (
-            *_idle("‹allow-missing›", self.missing, ledger.waived_missing, "missing"),
-            *_idle("‹allow-unused›", self.unused, unused, "left over"),
+            *idle_patterns("‹allow-missing›", self.missing, ledger.waived_missing, "missing"),
+            *idle_patterns("‹allow-unused›", self.unused, unused, "left over"),
         )
 
     def unused_by(self, name: str) -> bool:
         """Whether the user accepts to leave `name` unused."""
-        return _matches(name, self.unused)
+        return matches(name, self.unused)
 
 
 #: Nothing may lack and nothing may be left over.
@@ -72,10 +72,10 @@ def settle(
     want = set(wanted)
     missing = sorted(want - set(present))
     unused = sorted(set(present) - want)
-    waived_missing = tuple(name for name in missing if _matches(name, waivers.missing))
-    waived_unused = tuple(name for name in unused if _matches(name, waivers.unused))
-    missing = [name for name in missing if not _matches(name, waivers.missing)]
-    unused = [name for name in unused if not _matches(name, waivers.unused)]
+    waived_missing = tuple(name for name in missing if matches(name, waivers.missing))
+    waived_unused = tuple(name for name in unused if matches(name, waivers.unused))
+    missing = [name for name in missing if not matches(name, waivers.missing)]
+    unused = [name for name in unused if not matches(name, waivers.unused)]
     if missing or unused:
         parts = []
         if missing:
@@ -135,13 +135,14 @@ def _layers(names: Iterable[str], stem: str) -> frozenset[int]:
     return frozenset(int(m[2]) for name in names if (m := _LAYER.match(name)) and m[1] == stem)
 
 
-def _idle(option: str, patterns: Iterable[str], names: Sequence[str], what: str) -> list[str]:
+def idle_patterns(option: str, patterns: Iterable[str], names: Sequence[str], what: str) -> list[str]:
     """Patterns that match none of `names`."""
     idle = (pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names))
     return [f"{option} {pattern!r} had no effect: it matches nothing that is {what}" for pattern in idle]
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the globs `patterns` fits a name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

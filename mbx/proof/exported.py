@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from glob import escape
 
 from converters.codecs import quantization_of
 from converters.codecs.fresh import declared_plain
@@ -24,7 +25,8 @@ def exported_pair(pair: Pair, codec: str, mapping: str | None) -> Pair:
             hint="leave it out: quantised folders are decoded",
         )
     folder, checkpoint = pair.left, pair.right
-    plain = declared_plain(quantization_of(folder.config or {}))
+    # names, whatever stands in them: a folder's config is no place for patterns
+    plain = tuple(map(escape, declared_plain(quantization_of(folder.config or {}))))
     options = Options(codec=codec, exclude=plain, mapping=mapping, allow_unused_keys=checkpoint.allowed_keys)
     plan, _, _ = export_plan(checkpoint, architecture_of(checkpoint, mapping), options)
     wanted = {draft.name for draft in plan.drafts}

@@ -98,7 +98,7 @@ def quantised_now(codec: str, codes: Codes, plan: Plan, exclude: Collection[str]
     if found.unfit:
         shown = ", ".join(f"`{name}`" for name in found.unfit[:3]) + (", …" if len(found.unfit) > 3 else "")
         notes.append(f"{codec}: {len(found.unfit):,} products have a shape it does not hold, and stay plain: {shown}")
-    return replace(codes, encode=found.encode, notes=tuple(notes), written=fresh.config(found.plain))
+    return replace(codes, encode=found.encode, notes=(*notes, *found.in_vain), written=fresh.config(found.plain))
 
 
 def _held(whole: Encoded, known: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -105,6 +105,16 @@ def test_parity_holds_its_codes_and_finds_a_wrong_one(model: Path, codec: str, t
     assert not parity(tmp_path / "q", model / "mcore", codec=codec).proved
 
 
+def test_what_is_excluded_is_said_and_a_folder_s_own_list_is_no_pattern(model: Path, tmp_path: Path) -> None:
+    job = plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec="fp8_block", exclude=("*.layers.9.*",)))
+    assert any("‹exclude› '*.layers.9.*' had no effect" in note for note in job.plan.notes)
+    run(job)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].append("*")
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    assert parity(tmp_path / "q", model / "mcore", codec="fp8_block").proved
+
+
 def test_what_no_codec_is_for_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tensor takes it"):
         plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec="fp8_block", exclude=("*",)))

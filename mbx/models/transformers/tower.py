@@ -49,9 +49,8 @@ class Tower(nn.Module):
         frame: Any = parts.frame((_TEXT, _PICTURE), towers=True)
         name_picture(frame, _PICTURE)
         self.dtype = dtype
-        self.__dict__["frame"] = (
-            frame.to(device).eval().requires_grad_(False)
-        )  # what is left of the text is not its own
+        # no module of its own: the tower is only its parts, not what is left of the text
+        self.__dict__["frame"] = frame.to(device).eval().requires_grad_(False)
         self.paths = tuple(_beside(frame, text_parameters(frame)))
         self._own()
         self._takes = inspect.signature(type(frame).forward).parameters

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Tensors = Mapping[str, torch.Tensor]
+#: How Transformers loads a folder here: in fp32, by its plainest attention, and nothing but what lies there.
+_LOADED: Mapping[str, Any] = {
+    "dtype": torch.float32,
+    "attn_implementation": "eager",
+    "local_files_only": True,
+    "trust_remote_code": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +170,7 @@ def _model(folder: Path, *, whole: bool, tower: bool = False) -> tuple[Any, Call
     try:
         with silent_transformers():
             if twin is None:
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    dtype=torch.float32,
-                    attn_implementation="eager",
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    **decoding(folder),
-                )
+                model: Any = AutoModelForCausalLM.from_pretrained(folder, **_LOADED, **decoding(folder))
                 return model.float(), dict, False
             source = opened.source
             try:
@@ -216,13 +216,7 @@ def whole_model(folder: Path, *, tower: bool = False) -> Any:
 
     try:
         with silent_transformers():
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                local_files_only=True,
-                trust_remote_code=False,
-            )
+            model: Any = AutoModelForImageTextToText.from_pretrained(folder, **_LOADED)
     except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
         raise UnsupportedError(f"Transformers cannot build `{folder}`: {error}") from error
     text = text_parameters(model)

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 
-def keep_casts(model: nn.Module, scaling: str) -> int:
-    """Cast every frozen weight of Transformer Engine's linears to FP8 and give back its storage; the bytes given back.
+def keep_casts(model: nn.Module, scaling: str) -> None:
+    """Cast every frozen weight of Transformer Engine's linears to FP8 and give back its storage.
 
     `scaling`: `tensorwise`, `delayed` or `blockwise`. The casts are those that the first pass would make and keep,
     both ways round. Delayed scaling would scale them by a history that is empty then; they have the scale of their own
     maximum instead. From here on the weights cannot be read, only multiplied with.
     """
-    quantizer, freed = _quantizer(scaling), 0
+    quantizer = _quantizer(scaling)
     for module in model.modules():
         casts, frozen = getattr(module, "_fp8_workspaces", None), not any(p.requires_grad for p in module.parameters())
         if casts is None or not frozen:
@@ -31,10 +31,8 @@ def keep_casts(model: nn.Module, scaling: str) -> int:
             if not name.startswith("weight") or storage.nbytes() != weight.nbytes:  # nor a part of a larger tensor
                 continue
             casts[name] = quantizer.quantize(weight.detach())
-            freed += storage.nbytes()
             storage.resize_(0)
         module.is_first_microbatch = False  # type: ignore[assignment]
-    return freed
 
 
 def _quantizer(scaling: str) -> Any:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-#: Objects beside the modules that a layer of experts computes with.
-_HELPERS = ("token_dispatcher", "_comm_manager", "shared_experts")
+#: Objects that are no modules and that a layer of experts computes with.
+_HELPERS = ("token_dispatcher", "_comm_manager")
 
 
 def forget_last_pass(chunks: Iterable[nn.Module]) -> None:
@@ -30,6 +30,5 @@ def forget_last_pass(chunks: Iterable[nn.Module]) -> None:
 def _with_helpers(holder: object) -> Iterator[object]:
     yield holder
     for name in _HELPERS:
-        helper = vars(holder).get(name)
-        if helper is not None and not isinstance(helper, nn.Module):
+        if (helper := vars(holder).get(name)) is not None:
             yield from _with_helpers(helper)
