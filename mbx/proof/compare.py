@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from converters.engine.plan import Draft, Plan
+from converters.engine.plan import Draft, Plan, Unit
 from converters.engine.stream import Engine
 from converters.planning.pairing import same_units
 from converters.protocols import Source
@@ -225,6 +225,11 @@ def narrow(plan: Plan, targets: Mapping[str, StoredTensor]) -> Plan:
         whole = plan.reencoded.get(name)
         return name in targets if whole is None else all(part.name in targets for part in whole.parts.values())
 
-    units = tuple(u for u in plan.units if u.entries and all(is_there(entry.tensor) for entry in u.entries))
+    def kept(unit: Unit) -> Unit:
+        entries = tuple(entry for entry in unit.entries if is_there(entry.tensor))
+        names = {entry.tensor for entry in entries}
+        return replace(unit, entries=entries, moves=tuple(m for m in unit.moves if m.target.tensor in names))
+
+    units = tuple(unit for unit in map(kept, plan.units) if unit.entries)
     drafts = tuple(Draft(t.name, t.dtype, t.shape, ()) for t in targets.values())
     return replace(plan, drafts=drafts, units=units)

@@ -269,6 +269,8 @@ def export_plan(
         )
 
     plan = planned(codes)
+    if options.exclude and options.codec not in FRESH:
+        raise UsageError("‹exclude› is for a ‹codec› that is chosen now", hint=f"one of {', '.join(FRESH)}")
     if options.codec in FRESH:
         codes = quantised_now(options.codec, codes, plan, options.exclude)
         plan, recorded_files = planned(codes), None

@@ -115,9 +115,30 @@ def test_what_is_excluded_is_said_and_a_folder_s_own_list_is_no_pattern(model: P
     assert parity(tmp_path / "q", model / "mcore", codec="fp8_block").proved
 
 
+@pytest.mark.parametrize("codec", ["fp8_channel", "int4_group"])
+def test_one_wrong_tensor_of_a_joined_product_leaves_the_others_compared(
+    model: Path, codec: str, tmp_path: Path
+) -> None:
+    run(plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec=codec)))
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["quantization_config"]["ignore"].append("model.layers.1.self_attn.q_proj")  # which it quantised
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    assert not parity(tmp_path / "q", model / "mcore", codec=codec).proved
+
+    file = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.startswith("model.layers.1.self_attn.k_proj.weight"))
+    tensors[name].view(torch.uint8)[3, 5] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = parity(tmp_path / "q", model / "mcore", codec=codec)
+    assert any(name.startswith(difference.name) for difference in found.differences), "beside q_proj in one product"
+
+
 def test_what_no_codec_is_for_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no tensor takes it"):
         plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec="fp8_block", exclude=("*",)))
+    with pytest.raises(UsageError, match="is for a `codec` that is chosen now"):
+        plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(exclude=("*",)))
     with pytest.raises(UsageError, match="is not known"):
         plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec="fp5"))
 
