@@ -6,6 +6,7 @@
     python benchmarks/recipes_gpu.py --draw 7 20                  20 random settings from seed 7
     python benchmarks/recipes_gpu.py --set lora.rank=64 --set parallel.tp=2 --gpus 2 --only qwen35_9b_lora
     python benchmarks/recipes_gpu.py --runs FILE --of 2           the runs that FILE lists, on a machine of two GPUs
+    python benchmarks/recipes_gpu.py --memory 60 --together 2     two runs share a GPU, for their memory
     python benchmarks/recipes_gpu.py --list
 
 A line of FILE: the run's GPUs, its recipe, overrides, and `peft` at the end for Transformers with PEFT.
@@ -202,8 +203,9 @@ def warm(device: str) -> str:
 def work(specs: list[Spec], options: argparse.Namespace, out: TextIO | None) -> int:
     """Run everything, as many at once as GPUs are free; the number of runs that failed."""
     deadline = time.monotonic() + 60 * options.minutes
-    free, waiting, running, failures = list(range(options.of)), list(specs), list[Running](), 0
-    spares = [spare(options.start, options) for _ in range(2 * options.of)]
+    free = options.together * list(range(options.of))
+    waiting, running, failures = list(specs), list[Running](), 0
+    spares = [spare(options.start, options) for _ in range(2 * len(free))]
     with tempfile.TemporaryDirectory() as name:
         number = 0
         while waiting or running:
@@ -242,6 +244,7 @@ def main() -> int:
     parser.add_argument("--peft", action="store_true", help="also Transformers with PEFT at the same shapes")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of a run")
     parser.add_argument("--of", type=int, help="GPUs of the machine, that runs share; as many as a run's by default")
+    parser.add_argument("--together", type=int, default=1, help="runs of one GPU that share one; --memory is of each")
     parser.add_argument("--runs", type=Path, metavar="FILE", help="a run a line, instead of recipes by name")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--length", type=int, default=0, help="tokens of a row, whatever the recipes say")
@@ -254,6 +257,8 @@ def main() -> int:
     options = parser.parse_args()
     options.of = options.of or options.gpus
     specs = choose(options)
+    if options.together > 1 and any(spec.gpus > 1 for spec in specs):
+        parser.error("runs of several GPUs share none: --together 1")
     if options.list or not specs:
         sys.stdout.write("".join(spec.label + "\n" for spec in specs))
         return 0 if specs else 2

@@ -6,12 +6,15 @@ another order.
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 
 from mbx.train.model.graphs import why_not
 from mbx.train.recipe.catalogue import load_recipe
+from mbx.train.run import graph
 from mbx.train.run.loop import train
 from mbx.train.run.prepare import prepare
 
@@ -32,6 +35,7 @@ CASES = {
     "fp8": ("qwen3_0_6b_lora", ("fp8.recipe=tensorwise",)),
     "fp8_weights": ("qwen3_0_6b_sft", ("fp8.recipe=tensorwise",)),
 }
+TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,5 +47,31 @@ def test_a_recorded_run_is_the_run(case: str, tmp_path: Path) -> None:
         prepared = prepare(load_recipe(name, overrides))
         assert (why_not(prepared.recipe, prepared.plan.config, prepared.ranks) is None) == (word == "auto")
         losses.append(train(prepared, live=False).losses)
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.02
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("room", [32, 2])
+@pytest.mark.parametrize("name", ["llama32_1b_lora", "llama32_1b_sft"])
+def test_packed_rows_are_recorded(name: str, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of different numbers of examples replay one recording, or a larger one where there was no room."""
+    monkeypatch.setattr(graph, "_EXAMPLES", room)
+    chats, stream = tmp_path / "chats.jsonl", random.Random(7)
+    with chats.open("w") as out:
+        for _ in range(300):
+            words = " ".join(stream.choices("the law of the sea and a tree".split(), k=stream.randint(1, 60)))
+            turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words[::-1]}]
+            out.write(json.dumps({"messages": turns}) + "\n")
+    losses, made = [], []
+    record = graph.Graph._record
+    monkeypatch.setattr(graph.Graph, "_record", lambda self, given: made.append(1) or record(self, given))
+    for word in ("auto", "off"):
+        overrides = [f"model={TINY / 'llama'}", f"data={chats}", "data.length=512", "run.save=false", "train.steps=10"]
+        overrides += ["train.micro_batch=2", "train.global_batch=4", "optim.lr=1e-3", "optim.warmup_steps=0"]
+        prepared = prepare(load_recipe(name, [*overrides, f"train.cuda_graph={word}", f"run.dir={tmp_path / word}"]))
+        assert prepared.recipe.data.packs
+        assert (why_not(prepared.recipe, prepared.plan.config, prepared.ranks) is None) == (word == "auto")
+        losses.append(train(prepared, live=False).losses)
+    assert len(made) == 1 if room == 32 else len(made) > 1
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.02
     assert losses[0][-1] < losses[0][0]

@@ -14,6 +14,7 @@ from mbx.train.model.blueprint import blueprint
 from mbx.train.model.graphs import why_not
 from mbx.train.model.parallel import Ranks
 from mbx.train.recipe.catalogue import load_recipe
+from mbx.train.run.graph import with_empty
 
 GPU = Ranks(0, 1, 0, 1, "cuda", te=True)
 BASE = ("model.init=random", "data.pack=false", "parallel.ep=1")
@@ -28,7 +29,8 @@ def reason(name: str, *overrides: str, ranks: Ranks = GPU) -> str | None:
     ("name", "overrides", "word"),
     [
         ("qwen3_8b_lora", ("train.cuda_graph=off",), "cuda_graph"),
-        ("qwen3_8b_lora", ("data.pack=true", "data.kind=chat"), "packed"),
+        ("gpt_oss_20b_lora", ("data.pack=true", "data.kind=chat"), "packed"),
+        ("deepseek_v2_lite_lora", ("data.pack=true", "data.kind=chat"), "packed"),
         ("qwen3_8b_lora", ("parallel.pp=2",), "stages"),
         ("qwen3_8b_lora", ("parallel.cp=2",), "context"),
         ("qwen3_8b_lora", ("lora.dropout=0.1",), "dropout"),
@@ -45,10 +47,18 @@ def test_what_no_graph_holds_is_said(name: str, overrides: tuple[str, ...], word
 
 def test_the_rest_is_recorded() -> None:
     assert reason("qwen3_8b_lora") is None
+    assert reason("qwen3_8b_lora", "data.pack=true", "data.kind=chat") is None
     assert reason("qwen3_8b_sft", "fp8.recipe=tensorwise", "parallel.tp=2") is None
     assert reason("qwen35_9b_lora", "data.pack=true", "data.kind=chat") is None  # its rows hold one example each
     assert reason("qwen3_8b_lora", ranks=replace(GPU, te=False)) and reason("qwen3_8b_lora", ranks=ALONE)
     assert reason("qwen3_30b_a3b_lora") is None
+
+
+def test_a_recording_has_room_for_more_examples_than_a_row_has() -> None:
+    """What is beyond them ends where they do: an example of no token each."""
+    ends = torch.tensor([0, 3, 7, 8], dtype=torch.int32)
+    assert with_empty(ends, 5).tolist() == [0, 3, 7, 8, 8, 8]
+    assert torch.equal(with_empty(ends, 3), ends) and with_empty(ends, 5).dtype == torch.int32
 
 
 ALONE = Ranks(0, 1, 0, 1, "cpu", te=False)

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from converters.rows.expr import Value
+from mbx.train.model.config import gpu_config
 from mbx.train.model.experts import joins_experts
 from mbx.train.model.kernels import unpacked_layers
 from mbx.train.model.parallel import Ranks
 from mbx.train.recipe.sections import Recipe
+
+
+def turns_packed(config: Mapping[str, Value]) -> bool:
+    """Whether rotary positions of packed rows are one kernel; Megatron Core's own loops over the examples."""
+    fused = {**gpu_config(config), **config}.get("apply_rope_fusion")
+    return bool(fused) or config.get("model.position_embedding_type") in ("none", "learned_absolute")
 
 
 def why_not(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> str | None:
@@ -18,8 +25,9 @@ def why_not(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> str | 
     reasons: dict[str, object] = {
         "train.cuda_graph=off": t.cuda_graph == "off",
         "graphs are recorded on GPUs with Transformer Engine": ranks.device != "cuda" or not ranks.te,
-        "packed rows differ in their examples (data.pack=false)": recipe.data.packs
-        and not unpacked_layers(config, te=ranks.te),
+        "packed rows are turned example by example, which the processor counts (data.pack=false)": recipe.data.packs
+        and not unpacked_layers(config, te=ranks.te)
+        and not turns_packed(config),
         "pipeline stages wait for one another": p.pp > 1,
         "context parallelism exchanges parts of a row": p.cp > 1,
         "experts wait for their tokens' counts": config.get("num_moe_experts")

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 Results = list[dict[str, torch.Tensor]]
 #: Steps in front of the recording: kernels are compiled and chosen, the optimizer's state is made.
 WARM_STEPS = 2
-#: What a pass reads of a micro-batch that holds one example a row.
+#: What a pass reads of a micro-batch, but for what is beside it below.
 _READ = ("tokens", "labels", "mask", "positions")
+#: Examples of a packed micro-batch that a recording has room for, at least.
+_EXAMPLES = 32
 
 
 @contextlib.contextmanager
@@ -52,6 +54,7 @@ class Graph:
         self.chunk, self.config, self.run, self.micro_batches = chunk, get_model_config(chunk), run, micro_batches
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: dict[str, torch.Tensor] = {}
+        self._examples = _EXAMPLES
         self._results: Results = []
         self._tokens: torch.Tensor | None = None
         self._reduction: dict[str, object] = {}
@@ -61,6 +64,8 @@ class Graph:
         found, tokens = Results(), None
         for batch in batches:
             given = self._read(batch)
+            if any(given[name].shape != buffer.shape for name, buffer in self._inputs.items()):
+                self.close()  # more examples in a row than there is room for
             if self._graph is None:
                 self._record(given)
             for name, buffer in self._inputs.items():
@@ -83,6 +88,10 @@ class Graph:
         if self.config.num_moe_experts:  # balance losses leave padding out, of which a micro-batch may have none
             padding = batch["padding"]
             given["padding"] = torch.zeros_like(given["tokens"], dtype=torch.bool) if padding is None else padding
+        if (ends := batch["cu_seqlens"]) is not None:
+            while self._examples < len(ends) - 1:
+                self._examples *= 2
+            given["cu_seqlens"] = with_empty(ends, self._examples)
         return given
 
     def _record(self, given: Mapping[str, torch.Tensor]) -> None:
@@ -90,7 +99,9 @@ class Graph:
         from mbx.models.megatron.core.capture import recordable
 
         self._inputs = {name: value.clone() for name, value in given.items()}
-        batch: Batch = dict.fromkeys(("padding", "owner", "attention_mask", "cu_seqlens", "longest")) | self._inputs
+        batch: Batch = dict.fromkeys(("padding", "owner", "attention_mask", "cu_seqlens")) | self._inputs
+        # kernels are started for what may come: an example as long as all rows
+        batch = {**batch, "longest": torch.tensor(given["tokens"].numel())}
         scaled = self.config.grad_scale_func
 
         def keep(_: object, tokens: torch.Tensor | None, **others: object) -> None:
@@ -111,3 +122,8 @@ class Graph:
             )
             self._results = self.run(iter([batch]))
         self._graph = graph
+
+
+def with_empty(ends: torch.Tensor, examples: int) -> torch.Tensor:
+    """The ends of packed examples, [n + 1], as those of `examples`, [examples + 1]: the others hold no token."""
+    return torch.cat((ends, ends[-1:].expand(examples + 1 - len(ends))))
