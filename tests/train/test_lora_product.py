@@ -33,6 +33,22 @@ def test_output_and_gradients_are_those_of_the_parts(with_bias: bool) -> None:
     assert ours["weight"].grad is None
 
 
+def test_gradients_are_added_where_megatron_core_holds_them() -> None:
+    """Two passes, as of two micro-batches, against autograd's sum."""
+    ours, theirs = _tensors(2), _tensors(2)
+    factors = {name: nn.Parameter(ours[name].detach()) for name in ("a", "b")}
+    for factor in factors.values():
+        factor.main_grad = torch.full_like(factor, 0.25)  # type: ignore[attr-defined]
+        factor.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    for _ in range(2):
+        product(ours["x"], ours["weight"], None, factors["a"], [factors["b"]], 0.7).square().sum().backward()
+        product(theirs["x"], theirs["weight"], None, theirs["a"], [theirs["b"]], 0.7).square().sum().backward()
+    torch.testing.assert_close(ours["x"].grad, theirs["x"].grad)
+    for name, factor in factors.items():
+        assert factor.grad_added_to_main_grad and factor.grad is not None  # type: ignore[attr-defined]
+        torch.testing.assert_close(factor.main_grad - 0.25, theirs[name].grad, msg=name)  # type: ignore[attr-defined]
+
+
 def test_factors_of_their_own_rows_are_a_block_diagonal_one() -> None:
     t = _tensors(4)
     parts = [torch.randn(7, 1, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)]

@@ -42,7 +42,9 @@ def test_the_step_is_that_of_megatron_core(trainer: Trainer, clip: float) -> Non
     began = [w.detach().clone() for w in weights]
     grads, state = [w.main_grad.clone() for w in weights], copy.deepcopy(optimizer.state_dict())
 
-    _, norm, updated = Stepper(optimizer)(torch.tensor(1.0))
+    cleared: list[torch.Tensor] = []
+    _, norm, updated = Stepper(optimizer)(torch.tensor(1.0), lambda: cleared.append(weights[0].detach().clone()))
+    assert torch.equal(cleared[0], weights[0])  # what is queued behind the step finds the weights that it made
     stepped = [w.detach().clone() for w in weights]
     for weight, value, grad in zip(weights, began, grads, strict=True):
         weight.data.copy_(value)

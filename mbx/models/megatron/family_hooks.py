@@ -67,7 +67,7 @@ def _scale_embedding(model: nn.Module, factor: float, *, rounded: bool) -> None:
     def scale(module: nn.Module, arguments: object, embedded: torch.Tensor) -> torch.Tensor:
         del module, arguments
         if rounded:
-            return embedded * torch.tensor(factor, dtype=embedded.dtype, device=embedded.device)
+            return embedded * embedded.new_full((), factor)  # filled where it is: a copy from the CPU is not recorded
         return embedded * factor
 
     if (embedding := getattr(model, "embedding", None)) is not None:

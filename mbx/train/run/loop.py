@@ -7,6 +7,7 @@ gradients, its optimizer steps. This file decides what they are given.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -71,6 +72,8 @@ def train(
     """
     recipe, ranks = prepared.recipe, prepared.ranks
     graphed = why_not(recipe, prepared.plan.config, ranks) is None
+    if ranks.device == "cuda":  # a wrapper and its hooks are a cycle: an earlier run's model may still be on the GPU
+        gc.collect()
     with session(recipe, ranks), one_stream() if graphed else contextlib.nullcontext():
         log = Log(recipe, main=ranks.is_main, live=live and messages, messages=messages)
         with contextlib.ExitStack() as stack:
@@ -156,6 +159,7 @@ class Trainer:
         )
         self.mark_first = models.first_microbatch(*self.chunks)
         self.take_step = Stepper(self.optimizer)
+        self._clear_gradients()
 
         # 3. rows, and the place in them
         self.train_rows, self.eval_rows = self._rows()
@@ -242,12 +246,9 @@ class Trainer:
             group["lr"] = lr
             group["weight_decay"] = self.recipe.optim.weight_decay * group.get("wd_mult", 1.0)  # none on biases, norms
         self.mark_first()
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
         total = self.batches.run(self.train_rows, self.step, t.global_batch, forward_only=False)
         self.on_gradients(self.chunks)
-        loss, grad_norm, updated = self.take_step(total[0] / total[1].clamp(min=1))
+        loss, grad_norm, updated = self.take_step(total[0] / total[1].clamp(min=1), self._clear_gradients)
         if not updated and math.isfinite(loss):  # fp16: the scaler met an infinity, lowered its scale and skipped
             self.log.message(f"step {self.step + 1}: skipped, gradients overflowed fp16")
         beside = self.beside.read(t.global_batch // (t.micro_batch * self.ranks.dp))
@@ -260,6 +261,11 @@ class Trainer:
         peak = memory.peak_gib(self.ranks.device)
         mfu = tflops / self._peak()
         return Step(self.step, loss, lr, grad_norm, tokens, took, tokens / took, tflops, mfu, peak, beside)
+
+    def _clear_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def _peak(self) -> float:
         """Peak TFLOP/s of this GPU at the run's precision; infinite, for an MFU of 0, where it is not known."""

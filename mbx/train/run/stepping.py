@@ -8,7 +8,7 @@ whole step is queued behind the passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,18 +33,21 @@ class Stepper:
         for part in self._parts:
             _copy_at_once(part)
 
-    def __call__(self, loss: torch.Tensor) -> tuple[float, float, bool]:
+    def __call__(self, loss: torch.Tensor, behind: Callable[[], None] = lambda: None) -> tuple[float, float, bool]:
         """Step; the loss, the gradient's norm, and whether weights were written (fp16 may have overflowed).
 
-        A loss that is no number leaves weights that are none either: whoever reads it has to stop there.
+        `behind` is done between queueing the step and waiting for it. A loss that is no number leaves weights that are
+        none either: whoever reads it has to stop there.
         """
         if self._scaled:
             updated, norm, _ = self.optimizer.step()
+            behind()
             return float(loss), float(norm or 0.0), bool(updated)
         for part in self._parts:
             part.prepare_grads()
         found = self._clipped(loss.device)
         self.optimizer.step_with_ready_grads()
+        behind()
         seen, norm = torch.stack([loss.double(), found.double()]).tolist()
         return seen, norm, True
 
