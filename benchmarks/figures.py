@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.engine_figures import engine
 from benchmarks.recipe_runs import with_layers
@@ -162,13 +163,15 @@ def training(rows: list[Row]) -> list[str]:
 
 
 def recipe_runs() -> list[Row]:
-    """Runs of recipes of every kind: recipe, overrides, GPUs, measured peak, and layers where a model was cut."""
+    """Runs of recipes of every kind: recipe, overrides, GPUs, measured peak, layers where a model was cut, and kernels
+    of other packages that were installed."""
     return [json.loads(line) for line in (MEASURED / "recipes.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def predicted_gib(run: Row) -> float:
     """What today's budget says of one of `recipe_runs`."""
     from mbx.train.budget.predict import GIB, predict
+    from mbx.train.model import kernels
     from mbx.train.model.blueprint import blueprint
     from mbx.train.recipe.catalogue import load_recipe
     from mbx.train.recipe.world import check_world
@@ -176,7 +179,8 @@ def predicted_gib(run: Row) -> float:
     recipe = load_recipe(str(run["recipe"]), ["train.eval_every=0", "optim.warmup_steps=0", *run["overrides"]])
     if "layers" in run:
         recipe = with_layers(recipe, run["layers"])
-    return predict(recipe, blueprint(recipe), check_world(recipe, int(run["gpus"]))).total / GIB
+    with patch.object(kernels, "find_spec", lambda name: name in run.get("kernels", ()) or None):
+        return predict(recipe, blueprint(recipe), check_world(recipe, int(run["gpus"]))).total / GIB
 
 
 def recipes(rows: list[Row]) -> list[str]:
