@@ -71,8 +71,14 @@ def torchrun(gpus: int, port: int, arguments: Sequence[str], folder: Path) -> st
     command += ["--master-port", str(port), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_SECONDS, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments[:3])} failed\n{(done.stdout + done.stderr)[-3000:]}")
+        raise RuntimeError(f"{' '.join(arguments[:3])} failed\n{_reason(done.stdout + done.stderr)}")
     return done.stdout
+
+
+def _reason(text: str) -> str:
+    """Why a script failed: the end of its first rank's traceback, which stands before the launcher's own."""
+    rank = [line for line in text.splitlines() if line.startswith("[rank0]")]
+    return "\n".join(rank[-15:])[-3000:] if rank else text[-3000:]
 
 
 def theirs(setting: Setting, dropout: float, checkout: Path, port: int) -> list[float]:

@@ -7,6 +7,7 @@ changes what is computed. `deterministic_mode` chooses `torch_chunk_gated_delta_
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -52,7 +53,8 @@ def delta_on_cpu() -> Iterator[None]:
     from mbx.models.megatron import specs
     from mbx.train.run import prepare
 
-    kernels = patch.multiple(gated_delta_net, HAVE_FLA=True, l2norm=_l2norm, create=True)
+    home = sys.modules[gated_delta_net.torch_chunk_gated_delta_rule.__module__]  # in 0.19 one of a package
+    kernels = patch.multiple(home, HAVE_FLA=True, l2norm=_l2norm, create=True)
     nothing = lambda *_, **__: None  # noqa: E731
     checks = patch.multiple(prepare, _check_local=nothing, check_kernels=nothing)
     eager = patch.object(torch._dynamo.config, "disable", True)  # compiling one small function takes half a minute

@@ -56,7 +56,9 @@ _TE_RECIPES = tuple(
 
 #: Megatron Core's own recipe, of delayed scaling.
 _CORE_RECIPES = ("megatron.core.extensions.transformer_engine.TEDelayedScaling",)
-_EXTRA_STATE = frozenset((*_TE_RECIPES, *_CORE_RECIPES, "torch.storage._load_from_bytes", "_io.BytesIO", "io.BytesIO"))
+#: What makes a tensor's storage of bytes: torch's function, and what Megatron Core puts in its place since 0.17.1.
+_STORAGES = ("torch.storage._load_from_bytes", "megatron.core.safe_globals.safe_load_from_bytes")
+_EXTRA_STATE = frozenset((*_TE_RECIPES, *_CORE_RECIPES, *_STORAGES, "_io.BytesIO", "io.BytesIO"))
 _OBJECTS = frozenset((*_NUMPY, "_io.BytesIO", "io.BytesIO", "builtins.bytearray", "builtins.complex"))
 _PICKLE_START = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 

@@ -12,6 +12,7 @@ import pytest
 from _trainings import QWEN3, Raw, raw, run_here
 
 from converters.errors import CoverageError, MbxError, StorageError, UnsupportedError, UsageError
+from mbx.installed import core_release
 from mbx.train.checkpoints.export import export_run
 from mbx.train.checkpoints.state import latest
 from mbx.train.recipe.parse import parse_recipe
@@ -58,9 +59,13 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path: Path, beside: bool
     ("damage", "words"),
     [
         (lambda last: (last / ".metadata").unlink(), "no .metadata"),
-        (lambda last: (last / "common.pt").unlink(), "common.pt"),
+        pytest.param(
+            lambda last: (last / "common.pt").unlink(),
+            "common.pt",
+            marks=pytest.mark.skipif(core_release().common_file is None, reason="this release saves no common.pt"),
+        ),
         (lambda last: (last / "__0_0.distcp").unlink(), "__0_0.distcp"),
-        (lambda last: (last / "__0_1.distcp").write_bytes(b"cut"), "__0_1.distcp"),
+        (lambda last: (last / "__0_0.distcp").write_bytes(b"cut"), "__0_0.distcp"),
         (lambda last: (last / "mbx_train.json").write_text("{}"), "mbx_train.json"),
         (lambda last: (last / "recipe.json").write_text('{"a": 1}'), "recipe.json"),
         (lambda last: (last / "recipe.json").write_text("[]"), "recipe.json"),
