@@ -10,12 +10,11 @@ import torch
 
 from converters.engine.boxes import Box
 from converters.errors import UsageError
-from converters.torch_casts import TORCH_DTYPES
 from mbx.live.exchange import World
 from mbx.live.held import Held
-from mbx.live.routing import Lot, TensorSpec, lots, starts_of
+from mbx.live.routing import TensorSpec, lots
 from mbx.live.shards import Model, Values
-from mbx.live.transport import Transport
+from mbx.live.transport import Transport, view_of
 
 #: Who receives: every rank, the first rank of each pipeline stage what its stage holds, or one rank.
 To = Literal["all", "stage"] | int
@@ -41,11 +40,6 @@ class Bucket:
         """Names and tensors: views of `data`."""
         for spec, at in self.tensors:
             yield spec.name, None if self.data is None or at is None else view_of(self.data, spec, at)
-
-
-def view_of(data: torch.Tensor, spec: TensorSpec, at: int) -> torch.Tensor:
-    """The tensor that begins at a byte of a bucket."""
-    return data[at : at + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
 
 
 class Sender:
@@ -87,18 +81,9 @@ class Sender:
         device, views = self._model.device(), self.views(values)
         transport = Transport(self._world.rank, self._world.size, device, views)
         for lot in lots(specs, boxes, self._world.holders, receivers, self._world.size, bucket):
-            yield self._carry(lot, receivers, transport)
-
-    def _carry(self, lot: Lot, receivers: Receivers, transport: Transport) -> Bucket:
-        """Bring one bucket to its receivers. Collective."""
-        mine = [spec for spec in lot.specs if self._world.rank in receivers(spec.name)]
-        starts, nbytes = starts_of(mine)
-        data = torch.empty(nbytes, dtype=torch.uint8, device=transport.device) if mine else None
-        outs = {} if data is None else {spec.name: view_of(data, spec, starts[spec.name]) for spec in mine}
-        with torch.no_grad():
-            for step in lot.steps:
-                transport.carry(step, outs)
-        return Bucket(tuple((spec, starts.get(spec.name)) for spec in lot.specs), data)
+            with torch.no_grad():
+                placed, data = transport.carry(lot)
+            yield Bucket(tuple((spec, placed.starts.get(spec.name)) for spec in lot.specs), data)
 
     def receivers(self, boxes: Boxes, to: To) -> Receivers:
         """Ranks that get a tensor, by its name."""
