@@ -13,7 +13,7 @@ import torch
 
 from mbx.live import Held
 from mbx.live.exchange import gather_objects
-from mbx.live.transport import Copies
+from mbx.live.moves import Copies
 
 Index = tuple[slice, ...]
 _ALIGNED = 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from benchmarks.live_session import Session, build, config_of, core
 from converters.torch_casts import TORCH_DTYPES
 from fixtures.families import FAMILIES
 from fixtures.headers import hub_headers
+from fixtures.weights import ZERO_CENTERED
 from mbx.run.job import Options, plan_hf_to_mcore, run
 
 
@@ -125,8 +127,11 @@ def write_random(folder: Path, config: dict[str, Any], reference: str, device: s
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator(device).manual_seed(3)
     tensors = {}
+    centred = ZERO_CENTERED.get(config["model_type"], "$^")
     for name, (dtype, shape) in hub_headers(config, repository=reference).items():
         drawn = torch.randn(shape, generator=generator, device=device) * 0.02
+        if len(shape) == 1 and "norm" in name and not re.search(centred, name):
+            drawn += 1
         tensors[name] = drawn.to(TORCH_DTYPES[dtype]).cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

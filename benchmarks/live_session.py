@@ -38,7 +38,7 @@ def config_of(name: str, *, tiny: bool) -> Config:
     if tiny:
         return {**config, **family.sizes}
     if name == "qwen3_5_moe_text":
-        return {**config, **{key: family.sizes[key] for key in _QWEN3_5}, "num_experts": 64, "vocab_size": 248320}
+        return {**config, **{key: family.sizes[key] for key in _QWEN3_5}, "num_experts": 32, "vocab_size": 65536}
     return {**config, "num_hidden_layers": 4} if name == "deepseek_v2_lite" else config
 
 

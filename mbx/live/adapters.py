@@ -89,7 +89,8 @@ class Adapters:
     def export(self, layout: AdapterLayout, to: To, bucket: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Every factor by its name, whole; see `Live.export`. Collective."""
         found = self.factors(layout)
-        for one in self.sender.buckets(found.boxes, found.specs, self.sender.receivers(found.boxes, to), bucket):
+        receivers = self.sender.receivers(found.boxes, to)
+        for one in self.sender.buckets(found.boxes, found.specs, receivers, bucket, key=(layout, to, bucket)):
             yield from one
 
     def job(self, target: Path, config: Mapping[str, Value], options: Options) -> Job:

@@ -125,20 +125,34 @@ class Views:
 
     def __getitem__(self, shard: Shard) -> torch.Tensor:
         """A shard in its `sizes`, stacked ones included."""
-        owner = self._owner(shard)
-        return _view(owner.dequantize() if _is_quantised(owner) else owner, shard)
+        return _view(self.plain(shard), shard)
+
+    def plain(self, shard: Shard) -> torch.Tensor:
+        """The parameter that a shard lies in, as plain values: the memory itself, unless it has them as codes."""
+        owner = self.owner(shard)
+        return owner.dequantize() if is_quantised(owner) else owner
 
     def memory(self, shard: Shard) -> torch.Tensor:
         """The same, to write into; UnsupportedError where values are computed from what is stored."""
-        owner = self._owner(shard)
-        if _is_quantised(owner):
+        owner = self.owner(shard)
+        if is_quantised(owner):
             raise UnsupportedError(
                 f"`{shard.name}` is an FP8 parameter: its values cannot be written in place",
                 hint="load before the parameters are made FP8, or through Megatron Core",
             )
         return _view(owner, shard)
 
-    def _owner(self, shard: Shard) -> torch.Tensor:
+    def owner(self, shard: Shard) -> torch.Tensor:
+        """The parameter that a shard lies in, or what stands for it; UsageError where it has no memory."""
+        found = self._found(shard)
+        if found.device.type == "meta" or found.untyped_storage().nbytes() == 0:
+            raise UsageError(
+                f"`{shard.name}` has no memory: the model is offloaded",
+                hint="load it first, or give `values`, copies of its parameters by name",
+            )
+        return found
+
+    def _found(self, shard: Shard) -> torch.Tensor:
         live = self._named[shard.chunk][shard.name].detach()
         if self._values is None:
             return live
@@ -151,17 +165,12 @@ class Views:
         return given.detach()
 
 
-def _is_quantised(owner: torch.Tensor) -> bool:
+def is_quantised(owner: torch.Tensor) -> bool:
     """Whether a parameter is one of Transformer Engine's FP8 tensors: codes and scales."""
     return hasattr(owner, "_quantizer") or type(owner).__name__.startswith("Float8")
 
 
 def _view(owner: torch.Tensor, shard: Shard) -> torch.Tensor:
-    if owner.device.type == "meta" or owner.untyped_storage().nbytes() == 0:
-        raise UsageError(
-            f"`{shard.name}` has no memory: the model is offloaded",
-            hint="load it first, or give `values`, copies of its parameters by name",
-        )
     own = shard.sizes[shard.stacked :]
     return owner.as_strided(own, shard.strides, owner.storage_offset() + shard.first).view(shard.sizes)
 
