@@ -187,12 +187,14 @@ def _entry(offsets: Shape, sizes: Shape, number: int) -> Shape:
 
 
 def _scale(chunk: nn.Module, parameter: str) -> float:
-    """A factor's scale as the module around it has it: of `mbx train`, or Megatron-Bridge's alpha and dim."""
+    """A factor's scale as the module around it has it: of `mbx train`, PEFT's scaling, or Megatron-Bridge's alpha and dim."""
     path, _, leaf = parameter.rpartition(".")
     while path:
         module = chunk.get_submodule(path)
         if callable(scale_of := getattr(module, "scale_of", None)):
             return float(scale_of(leaf))
+        if isinstance(scaling := getattr(module, "scaling", None), Mapping) and len(scaling) == 1:
+            return float(next(iter(scaling.values())))
         alpha, rank = getattr(module, "alpha", None), getattr(module, "dim", None)
         if isinstance(alpha, int | float) and isinstance(rank, int) and rank:
             return alpha / rank

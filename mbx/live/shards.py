@@ -7,6 +7,7 @@ GPU and the host, and are views into buffers that come and go.
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from bisect import bisect_right
 from collections import Counter
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 #: Values by parameter name, for a model of one chunk, or one such mapping a chunk.
 Values = Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]]
+
+#: A factor by PEFT's name in a module, behind whose `lora_A` stands how the adapter is called.
+_PEFT = re.compile(r"(.+)\.lora_([AB])\.[^.]+\.weight")
 
 #: What parameters and buffers are of, and how safetensors names it.
 DTYPES = {TORCH_DTYPES[name]: name for name in ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")}
@@ -257,6 +261,12 @@ def _leaves(value: object, places: _Places) -> Iterator[_Leaf]:
             yield from _leaves(inner, places)
 
 
+def _peft_key(key: str) -> str:
+    """The key of a factor that PEFT put on a linear of Megatron Core, as Megatron-Bridge has it: they mean the same."""
+    found = _PEFT.fullmatch(key)
+    return key if found is None else f"{found[1]}.adapter.linear_{'in' if found[2] == 'A' else 'out'}.weight"
+
+
 def _shard(leaf: _Leaf, places: _Places, number: int) -> Shard:
     from mbx.models.megatron.core.sharding import is_main_replica
 
@@ -267,7 +277,7 @@ def _shard(leaf: _Leaf, places: _Places, number: int) -> Shard:
     if data.dtype not in DTYPES:
         raise UnsupportedError(f"`{name}` is of {data.dtype}, which no checkpoint of weights holds")
     return Shard(
-        value.key.replace(".base_layer.", "."),
+        _peft_key(value.key.replace(".base_layer.", ".")),
         DTYPES[owner.dtype],
         tuple(value.global_shape),
         tuple(value.global_offset),

@@ -143,6 +143,58 @@ def test_the_model_is_not_kept(tiny: Path) -> None:
         list(live.export())
 
 
+def test_adapters_that_peft_put_on(tiny: Path) -> None:
+    """PEFT's own layers around Megatron Core's linears: their factors by name, and merged as PEFT says.
+
+    PEFT does not say how its layers are sharded; those who train with them add that.
+    """
+    from megatron.core import tensor_parallel
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+    from peft import LoraConfig
+    from peft.tuners.lora.tp_layer import LoraParallelLinear
+
+    class Sharded(LoraParallelLinear):
+        def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):  # type: ignore[no-untyped-def]
+            out = self.base_layer.sharded_state_dict(f"{prefix}base_layer.", sharded_offsets, metadata)
+            for part in ("lora_A", "lora_B"):
+                own = {"weight": getattr(self, part)["default"].weight}
+                out |= make_sharded_tensors_for_checkpoint(own, f"{prefix}{part}.default.", {}, sharded_offsets)
+            return out
+
+    chunks, live = loaded(tiny / "llama", Spread())
+    base = dict(live.export(dtype="fp32"))
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False)  # PEFT 0.21 cannot draw these itself
+    added, put_on = {}, {}
+    for name, module in list(chunks[0].named_modules()):
+        if name.endswith(("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")):
+            layer = Sharded(
+                module, "default", config, tensor_parallel, r=4, lora_alpha=8, megatron_config=chunks[0].config
+            )
+            nn.init.normal_(layer.lora_B["default"].weight)
+            chunks[0].get_submodule(name.rpartition(".")[0]).__setattr__(name.rpartition(".")[2], layer)
+            added[name], put_on[name] = layer.get_delta_weight("default").detach(), layer
+    live = attach(chunks, tiny / "llama")
+    assert live.has_adapters and all(same_bytes(t, base[n]) for n, t in live.export(dtype="fp32"))
+    factors = dict(live.adapters())
+    first, last = (put_on[f"decoder.layers.0.self_attention.{name}"] for name in ("linear_proj", "linear_qkv"))
+    stem = "base_model.model.model.layers.0.self_attn"
+    assert same_bytes(factors[f"{stem}.o_proj.lora_B.weight"], first.lora_B["default"].weight.detach())
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert same_bytes(factors[f"{stem}.{name}.lora_A.weight"], last.lora_A["default"].weight.detach())
+    merged = dict(live.merged(dtype="fp32"))
+    plain = build(tiny / "llama", Spread())
+    other = attach(plain, tiny / "llama")
+    other.load(tiny / "llama")
+    with torch.no_grad():
+        for name, delta in added.items():
+            plain[0].get_submodule(name).weight.add_(delta)
+    changed = 0
+    for name, tensor in other.export(dtype="fp32"):
+        assert tensor is not None and torch.allclose(merged[name], tensor, rtol=1e-5, atol=1e-5), name
+        changed += not torch.equal(merged[name], base[name])
+    assert changed == 7 * 4, "every linear of the four layers"
+
+
 def test_megatron_bridges_names(tiny: Path, tmp_path: Path) -> None:
     bridge, folder = AutoBridge.from_hf_pretrained(tiny / "llama"), read_folder(tiny / "llama")
     chunks = build(tiny / "llama", BF16)
