@@ -187,7 +187,7 @@ def _entry(offsets: Shape, sizes: Shape, number: int) -> Shape:
 
 
 def _scale(chunk: nn.Module, parameter: str) -> float:
-    """A factor's scale as the module around it has it: of `mbx train`, PEFT's scaling, or Megatron-Bridge's alpha and dim."""
+    """A factor's scale as the module around it has it: `mbx train`'s, PEFT's, or Megatron-Bridge's alpha and dim."""
     path, _, leaf = parameter.rpartition(".")
     while path:
         module = chunk.get_submodule(path)

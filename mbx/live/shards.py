@@ -262,7 +262,7 @@ def _leaves(value: object, places: _Places) -> Iterator[_Leaf]:
 
 
 def _peft_key(key: str) -> str:
-    """The key of a factor that PEFT put on a linear of Megatron Core, as Megatron-Bridge has it: they mean the same."""
+    """The key of a factor that PEFT put on a linear, as Megatron-Bridge has it: they mean the same."""
     found = _PEFT.fullmatch(key)
     return key if found is None else f"{found[1]}.adapter.linear_{'in' if found[2] == 'A' else 'out'}.weight"
 

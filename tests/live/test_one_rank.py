@@ -12,14 +12,18 @@ from torch import nn
 
 import mbx
 from converters.errors import CoverageError, UnsupportedError, UsageError
+from converters.mcore.hybrid_form import hybrid_config
 from fixtures.make_tiny import make
 from mbx.compat import AutoBridge
 from mbx.formats.hf import read_config
+from mbx.installed import core_release, core_version
 from mbx.live import attach
 from mbx.live.routing import TensorSpec, together
 from mbx.models.device import Spread
+from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
+from mbx.tables import table_for
 
 BF16 = Spread(dtype="bf16")
 
@@ -143,6 +147,23 @@ def test_the_model_is_not_kept(tiny: Path) -> None:
         list(live.export())
 
 
+@pytest.mark.skipif(
+    not core_release().hybrid_without_te,
+    reason=f"Megatron Core {core_version()} builds hybrid models with Transformer Engine only: `make test-core`",
+)
+@pytest.mark.parametrize("family", ["mistral", "qwen3_moe"])
+def test_a_hybrid_model(family: str, tmp_path: Path) -> None:
+    """HybridModel, whose layers are numbered otherwise, in and out; the same names as of a GPTModel."""
+    folder = make(family, tmp_path)
+    config = read_config(folder)
+    chunk = build_model(hybrid_config(table_for(config).config.to_mcore(config)), BF16)
+    assert type(chunk).__name__ in ("HybridModel", "MambaModel")
+    live, tensors = attach(chunk, folder), read_folder(folder)
+    live.load(folder)
+    given = dict(live.export())
+    assert given.keys() == tensors.keys() and all(same_bytes(given[name], tensors[name]) for name in tensors)
+
+
 def test_adapters_that_peft_put_on(tiny: Path) -> None:
     """PEFT's own layers around Megatron Core's linears: their factors by name, and merged as PEFT says.
 
@@ -193,6 +214,14 @@ def test_adapters_that_peft_put_on(tiny: Path) -> None:
         assert tensor is not None and torch.allclose(merged[name], tensor, rtol=1e-5, atol=1e-5), name
         changed += not torch.equal(merged[name], base[name])
     assert changed == 7 * 4, "every linear of the four layers"
+    bridge = AutoBridge.from_hf_pretrained(tiny / "llama")
+    pairs = list(bridge.export_adapter_weights(chunks))
+    assert [name for name, _ in pairs] == list(factors) and all(same_bytes(w, factors[name]) for name, w in pairs)
+    merging = dict(bridge.export_hf_weights(chunks))
+    assert all(same_bytes(merging[name], merged[name].bfloat16()) for name in merged)
+    assert all(
+        same_bytes(w, base[n].bfloat16()) for n, w in bridge.export_hf_weights(chunks, merge_adapter_weights=False)
+    )
 
 
 def test_megatron_bridges_names(tiny: Path, tmp_path: Path) -> None:
