@@ -149,6 +149,8 @@ class Views:
     def owner(self, shard: Shard) -> torch.Tensor:
         """The parameter that a shard lies in, or what stands for it; UsageError where it has no memory."""
         found = self._found(shard)
+        if is_quantised(found):  # its memory is that of its codes
+            return found
         if found.device.type == "meta" or found.untyped_storage().nbytes() == 0:
             raise UsageError(
                 f"`{shard.name}` has no memory: the model is offloaded",
@@ -214,12 +216,13 @@ def _shards(chunk: nn.Module, number: int, named: Mapping[str, torch.Tensor]) ->
 
 
 class _Places:
-    """Finds the parameter that a tensor lies in, by its address."""
+    """Finds the parameter that a tensor lies in: by itself, or by its address, which FP8 parameters have none of."""
 
     def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+        self._known = {id(tensor): (name, tensor) for name, tensor in named.items()}
         spans = []
         for name, tensor in named.items():
-            if tensor.numel():
+            if tensor.numel() and not is_quantised(tensor):
                 spans.append((tensor.data_ptr(), tensor.numel() * tensor.element_size(), name, tensor))
         spans.sort(key=lambda span: span[0])
         self._spans, self._starts = spans, [span[0] for span in spans]
@@ -229,6 +232,8 @@ class _Places:
 
         UnsupportedError for a tensor that lies in none: it was computed, and nothing that it says reaches the model.
         """
+        if id(tensor) in self._known:
+            return *self._known[id(tensor)], 0
         at = bisect_right(self._starts, tensor.data_ptr()) - 1
         if at < 0 or tensor.data_ptr() >= self._starts[at] + self._spans[at][1]:
             raise UnsupportedError(f"`{key}` is no part of a parameter: the model computes it for its checkpoints")
