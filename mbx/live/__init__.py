@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from mbx.live.held import Held
     from mbx.live.model import Live, attach
     from mbx.live.routing import TensorSpec
-    from mbx.live.sending import Bucket, view_of
+    from mbx.live.sending import Bucket
+    from mbx.live.transport import view_of
 
 _HOMES = {
     "Bucket": "sending",
@@ -27,7 +28,7 @@ _HOMES = {
     "Snapshot": "delta",
     "TensorSpec": "routing",
     "attach": "model",
-    "view_of": "sending",
+    "view_of": "transport",
 }
 
 __all__ = ["Bucket", "Delta", "Held", "Live", "Snapshot", "TensorSpec", "attach", "view_of"]

@@ -89,7 +89,8 @@ class Adapters:
     def export(self, layout: AdapterLayout, to: To, bucket: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Every factor by its name, whole; see `Live.export`. Collective."""
         found = self.factors(layout)
-        for one in self.sender.buckets(found.boxes, found.specs, self.sender.receivers(found.boxes, to), bucket):
+        receivers = self.sender.receivers(found.boxes, to)
+        for one in self.sender.buckets(found.boxes, found.specs, receivers, bucket, key=(layout, to, bucket)):
             yield from one
 
     def job(self, target: Path, config: Mapping[str, Value], options: Options) -> Job:
@@ -186,12 +187,14 @@ def _entry(offsets: Shape, sizes: Shape, number: int) -> Shape:
 
 
 def _scale(chunk: nn.Module, parameter: str) -> float:
-    """A factor's scale as the module around it has it: of `mbx train`, or Megatron-Bridge's alpha and dim."""
+    """A factor's scale as the module around it has it: `mbx train`'s, PEFT's, or Megatron-Bridge's alpha and dim."""
     path, _, leaf = parameter.rpartition(".")
     while path:
         module = chunk.get_submodule(path)
         if callable(scale_of := getattr(module, "scale_of", None)):
             return float(scale_of(leaf))
+        if isinstance(scaling := getattr(module, "scaling", None), Mapping) and len(scaling) == 1:
+            return float(next(iter(scaling.values())))
         alpha, rank = getattr(module, "alpha", None), getattr(module, "dim", None)
         if isinstance(alpha, int | float) and isinstance(rank, int) and rank:
             return alpha / rank

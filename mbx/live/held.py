@@ -9,7 +9,7 @@ import torch
 from converters.engine.boxes import Index, sizes_of
 from converters.tensors import Shape
 from converters.torch_casts import TORCH_DTYPES
-from mbx.live.transport import assign
+from mbx.live.moves import assign
 
 
 @dataclass(frozen=True, slots=True)

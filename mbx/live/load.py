@@ -23,6 +23,7 @@ from converters.engine.stream import Engine
 from converters.errors import CoverageError, StorageError
 from converters.mcore.cuts import is_vocab
 from converters.mcore.layout import Layout
+from converters.planning.hybrid import as_hybrid
 from converters.planning.importer import plan_import
 from converters.rows.coverage import Ledger
 from converters.rows.expr import Value
@@ -31,6 +32,7 @@ from converters.rows.table import Table
 from converters.tensors import Chunk, StoredTensor
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
+from mbx.installed import core_release
 from mbx.live.exchange import World
 from mbx.live.held import Held
 from mbx.live.routing import TensorSpec
@@ -65,7 +67,12 @@ def load_checkpoint(
     """
     began = time.perf_counter()
     model = Model(chunks)
-    full = plan_folder(opened, table, layout) if opened.spelling == "hf" else _same_keys(config, table, opened, model)
+    if opened.spelling == "hf":
+        full = plan_folder(opened, table, layout)
+        if _is_hybrid(model) and full.config.get("model.mcore_model", "gpt") == "gpt":
+            full = as_hybrid(full)
+    else:
+        full = _same_keys(config, table, opened, model)
     source = opened.source
     try:
         counted = CountingSource(source)
@@ -79,6 +86,11 @@ def load_checkpoint(
 def plan_folder(folder: Checkpoint, table: Table | None, layout: Layout) -> Plan:
     """The import of a Hugging Face folder; raises what is wrong with it before there is a model."""
     return plan_import(table or table_for(folder.config), folder.config, folder.tensors, layout)
+
+
+def _is_hybrid(model: Model) -> bool:
+    """Whether this is a HybridModel, whose layers are attention or MLP alone."""
+    return any(hasattr(chunk, core_release().hybrid_pattern) for chunk in model.chunks())
 
 
 def _same_keys(config: Mapping[str, Value], table: Table | None, opened: Checkpoint, model: Model) -> Plan:

@@ -163,7 +163,8 @@ class Live:
         """`export`, a bucket of tensors at a time: one buffer to hand to another process."""
         stream = self.stream(experts, dtype)
         receivers = self.sender.receivers(stream.boxes, to)
-        return self.sender.buckets(stream.boxes, chosen(stream.specs, only), receivers, bucket, values)
+        key = (experts, dtype, to, bucket) if only is None else None
+        return self.sender.buckets(stream.boxes, chosen(stream.specs, only), receivers, bucket, values, key)
 
     def adapters(
         self, layout: AdapterLayout = "peft", to: To = "all", *, bucket: int = BUCKET

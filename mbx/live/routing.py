@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -56,15 +56,49 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Whole:
+    """A tensor that its sender has all of, and the pieces that make it there."""
+
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+
+
+#: (sender, receiver); the receiver is -1 where all ranks get what the sender has.
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Lot:
-    """Tensors of one bucket, and the steps that bring them."""
+    """Tensors of one bucket: `whole` ones travel as they are and land where they stay, `steps` bring pieces of others.
+
+    `receivers` are the ranks that get a tensor, by its name.
+    """
 
     specs: tuple[TensorSpec, ...]
+    receivers: Mapping[str, tuple[int, ...]]
+    whole: Mapping[Pair, tuple[Whole, ...]]
     steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """A rank's buffer of one lot: the byte at which each tensor begins that it receives, and the bytes of all.
+
+    `regions` are (first byte, bytes) of what arrives whole, by pair, and those of all pairs to all ranks equally long,
+    with room behind, where that is `even`.
+    """
+
+    starts: Mapping[str, int]
+    nbytes: int
+    regions: Mapping[Pair, tuple[int, int]]
+    even: bool
 
 
 #: In place of a receiver: all ranks.
 ALL = -1
+#: Of a bucket: what its tensors may take, which equal parts of a gather may stretch by a quarter, and what may be on
+#: the wire beside. Two buffers, of which somebody still holds the first, and the wire are two buckets.
+_TENSORS, _WIRE = (7, 10), (1, 4)
 
 
 def lots(
@@ -75,18 +109,52 @@ def lots(
     world: int,
     bucket: int,
 ) -> Iterator[Lot]:
-    """Buckets of at most `bucket` bytes, but for a group of tensors that is larger; the same on every rank.
+    """Buckets of at most `bucket` bytes, but for a group of tensors that is larger; the same on every rank."""
+    limit = max(1, bucket * _WIRE[0] // _WIRE[1])
+    for group in _bucketed(specs, bucket * _TENSORS[0] // _TENSORS[1]):
+        asked = {spec.name: receivers(spec.name) for spec in group}
+        whole: dict[Pair, list[Whole]] = {}
+        cut: list[Piece] = []
+        loads = [0] * world
+        for spec in group:
+            ranks, parts = asked[spec.name], boxes[spec.name]
+            having = set.intersection(*(set(holders[box.source, box.chunk]) for box in parts))
+            lacking = [rank for rank in ranks if rank not in having]
+            if not having or not lacking or len(lacking) < len(ranks) < world:
+                cut += _pieces(spec, parts, holders, limit)
+                continue
+            sender = min(having, key=lambda rank: (loads[rank], rank))
+            loads[sender] += spec.nbytes
+            one = Whole(spec, tuple(_pieces(spec, parts, holders, spec.nbytes)))
+            for receiver in [ALL] if len(ranks) == world else ranks:
+                whole.setdefault((sender, receiver), []).append(one)
+        steps = tuple(_steps(cut, asked, world, limit))
+        yield Lot(tuple(group), asked, {pair: tuple(own) for pair, own in whole.items()}, steps)
 
-    What travels at once is at most three quarters of a bucket.
-    """
-    for group in _bucketed(specs, bucket):
-        pieces = (piece for spec in group for piece in _pieces(spec, boxes[spec.name], holders, bucket * 3 // 4))
-        yield Lot(tuple(group), tuple(_steps(pieces, receivers, world, bucket * 3 // 4)))
+
+def arrange(lot: Lot, rank: int, world: int) -> Arrangement:
+    """Where a rank has what of a lot."""
+    sizes = [sum(_aligned(one.spec.nbytes) for one in lot.whole.get((sender, ALL), ())) for sender in range(world)]
+    even = is_even(sizes)
+    lengths = {(sender, ALL): max(sizes) if even else size for sender, size in enumerate(sizes) if any(sizes)}
+    arriving = [pair for pair in lot.whole if pair[1] == rank]
+    regions: dict[Pair, tuple[int, int]] = {}
+    starts: dict[str, int] = {}
+    end = 0
+    for pair in (*lengths, *arriving):
+        first = end
+        own, end = starts_of([one.spec for one in lot.whole.get(pair, ())], first)
+        starts |= own
+        end = max(end, first + lengths.get(pair, 0))
+        regions[pair] = first, end - first
+    rest = [spec for spec in lot.specs if spec.name not in starts and rank in lot.receivers[spec.name]]
+    own, end = starts_of(rest, end)
+    return Arrangement({**starts, **own}, end, regions, even)
 
 
-def starts_of(specs: Sequence[TensorSpec]) -> tuple[dict[str, int], int]:
-    """The byte at which each tensor begins that lie behind one another, by name, and the bytes of all."""
-    at, starts = 0, {}
+def starts_of(specs: Sequence[TensorSpec], first: int = 0) -> tuple[dict[str, int], int]:
+    """The byte at which each tensor begins that lie behind one another, by name, and the byte behind the last."""
+    at, starts = first, {}
     for spec in specs:
         starts[spec.name] = at
         at += _aligned(spec.nbytes)
@@ -101,7 +169,7 @@ def _bucketed(specs: Sequence[TensorSpec], bucket: int) -> Iterator[list[TensorS
         if held and size + nbytes > bucket:
             yield held
             held, size = [], 0
-        held = held + group
+        held.extend(group)
         size += nbytes
     if held:
         yield held
@@ -135,11 +203,11 @@ def _pieces(
 
 
 def _steps(
-    pieces: Iterator[Piece], receivers: Callable[[str], tuple[int, ...]], world: int, limit: int
+    pieces: Iterable[Piece], receivers: Mapping[str, tuple[int, ...]], world: int, limit: int
 ) -> Iterator[Step]:
     step, loads = Step(), [0] * world
     for piece in pieces:
-        asked = receivers(piece.box.tensor)
+        asked = receivers[piece.box.tensor]
         lacking = [rank for rank in asked if rank not in piece.holders]
         moved = _aligned(piece.nbytes) * (1 if len(asked) == world else len(lacking)) if lacking else 0
         if step.nbytes and step.nbytes + moved > limit:

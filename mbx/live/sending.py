@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
 
 from converters.engine.boxes import Box
 from converters.errors import UsageError
-from converters.torch_casts import TORCH_DTYPES
+from converters.tensors import DTYPE_BITS
+from mbx.live.course import Course, course_of
 from mbx.live.exchange import World
 from mbx.live.held import Held
-from mbx.live.routing import Lot, TensorSpec, lots, starts_of
+from mbx.live.moves import Typed
+from mbx.live.routing import TensorSpec, lots
 from mbx.live.shards import Model, Values
-from mbx.live.transport import Transport
+from mbx.live.transport import Transport, view_of
 
 #: Who receives: every rank, the first rank of each pipeline stage what its stage holds, or one rank.
 To = Literal["all", "stage"] | int
@@ -24,6 +27,8 @@ Receivers = Callable[[str], tuple[int, ...]]
 #: The boxes that make a tensor, by its name.
 Boxes = Mapping[str, Sequence[Box]]
 BUCKET = 1 << 30
+#: How many kinds of exports are remembered as they were worked out.
+_KEPT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,13 @@ class Bucket:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Names and tensors: views of `data`."""
+        typed = None if self.data is None else Typed(self.data)
         for spec, at in self.tensors:
-            yield spec.name, None if self.data is None or at is None else view_of(self.data, spec, at)
-
-
-def view_of(data: torch.Tensor, spec: TensorSpec, at: int) -> torch.Tensor:
-    """The tensor that begins at a byte of a bucket."""
-    return data[at : at + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+            if typed is None or at is None:
+                yield spec.name, None
+                continue
+            whole, first = typed[spec.dtype], at * 8 // DTYPE_BITS[spec.dtype]
+            yield spec.name, whole[first : first + prod(spec.shape)].view(spec.shape)
 
 
 class Sender:
@@ -53,6 +58,7 @@ class Sender:
 
     def __init__(self, model: Model, world: World) -> None:
         self._model, self._world = model, world
+        self._kept: dict[Hashable, tuple[Course, ...]] = {}
 
     def views(self, values: Values | None = None) -> Callable[[Box], torch.Tensor]:
         """Access to the live memory of boxes that this rank holds; UsageError where the model was rebuilt."""
@@ -80,25 +86,33 @@ class Sender:
         receivers: Receivers,
         bucket: int = BUCKET,
         values: Values | None = None,
+        key: Hashable = None,
     ) -> Iterator[Bucket]:
-        """Tensors, a bucket at a time, to those who get them. Collective."""
+        """Tensors, a bucket at a time, to those who get them; what was worked out is kept by a `key`. Collective."""
         if bucket < 1:
             raise UsageError(f"a bucket cannot be {bucket} bytes")
-        device, views = self._model.device(), self.views(values)
-        transport = Transport(self._world.rank, self._world.size, device, views)
-        for lot in lots(specs, boxes, self._world.holders, receivers, self._world.size, bucket):
-            yield self._carry(lot, receivers, transport)
+        transport = Transport(self._world.rank, self._model.device(), self._model.views(values))
+        for course in self._courses(boxes, specs, receivers, bucket, key):
+            with torch.no_grad():
+                data = transport.carry(course)
+            yield Bucket(course.tensors, data)
 
-    def _carry(self, lot: Lot, receivers: Receivers, transport: Transport) -> Bucket:
-        """Bring one bucket to its receivers. Collective."""
-        mine = [spec for spec in lot.specs if self._world.rank in receivers(spec.name)]
-        starts, nbytes = starts_of(mine)
-        data = torch.empty(nbytes, dtype=torch.uint8, device=transport.device) if mine else None
-        outs = {} if data is None else {spec.name: view_of(data, spec, starts[spec.name]) for spec in mine}
-        with torch.no_grad():
-            for step in lot.steps:
-                transport.carry(step, outs)
-        return Bucket(tuple((spec, starts.get(spec.name)) for spec in lot.specs), data)
+    def _courses(
+        self, boxes: Boxes, specs: Sequence[TensorSpec], receivers: Receivers, bucket: int, key: Hashable
+    ) -> Iterator[Course]:
+        """What this rank does, lot by lot: as it was worked out for a key, of which the last few are kept."""
+        if key is not None and key in self._kept:
+            yield from self._kept[key]
+            return
+        made: list[Course] = []
+        for lot in lots(specs, boxes, self._world.holders, receivers, self._world.size, bucket):
+            course = course_of(lot, self._world)
+            made.append(course)
+            yield course
+        if key is not None:
+            while len(self._kept) >= _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = tuple(made)
 
     def receivers(self, boxes: Boxes, to: To) -> Receivers:
         """Ranks that get a tensor, by its name."""
@@ -145,4 +159,4 @@ class Sender:
 def in_shape(whole: torch.Tensor, box: Box) -> torch.Tensor:
     """What a box picks of its chunk's memory, in the box's shape; no copy."""
     view = whole[box.held]
-    return (view.t() if box.transposed else view).reshape(box.shape)
+    return (view.t() if box.transposed else view).view(box.shape)

@@ -7,6 +7,7 @@ GPU and the host, and are views into buffers that come and go.
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from bisect import bisect_right
 from collections import Counter
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 #: Values by parameter name, for a model of one chunk, or one such mapping a chunk.
 Values = Mapping[str, torch.Tensor] | Sequence[Mapping[str, torch.Tensor]]
+
+#: A factor by PEFT's name in a module, behind whose `lora_A` stands how the adapter is called.
+_PEFT = re.compile(r"(.+)\.lora_([AB])\.[^.]+\.weight")
 
 #: What parameters and buffers are of, and how safetensors names it.
 DTYPES = {TORCH_DTYPES[name]: name for name in ("BF16", "F16", "F32", "F64", "I64", "I32", "BOOL")}
@@ -125,20 +129,36 @@ class Views:
 
     def __getitem__(self, shard: Shard) -> torch.Tensor:
         """A shard in its `sizes`, stacked ones included."""
-        owner = self._owner(shard)
-        return _view(owner.dequantize() if _is_quantised(owner) else owner, shard)
+        return _view(self.plain(shard), shard)
+
+    def plain(self, shard: Shard) -> torch.Tensor:
+        """The parameter that a shard lies in, as plain values: the memory itself, unless it has them as codes."""
+        owner = self.owner(shard)
+        return owner.dequantize() if is_quantised(owner) else owner
 
     def memory(self, shard: Shard) -> torch.Tensor:
         """The same, to write into; UnsupportedError where values are computed from what is stored."""
-        owner = self._owner(shard)
-        if _is_quantised(owner):
+        owner = self.owner(shard)
+        if is_quantised(owner):
             raise UnsupportedError(
                 f"`{shard.name}` is an FP8 parameter: its values cannot be written in place",
                 hint="load before the parameters are made FP8, or through Megatron Core",
             )
         return _view(owner, shard)
 
-    def _owner(self, shard: Shard) -> torch.Tensor:
+    def owner(self, shard: Shard) -> torch.Tensor:
+        """The parameter that a shard lies in, or what stands for it; UsageError where it has no memory."""
+        found = self._found(shard)
+        if is_quantised(found):  # its memory is that of its codes
+            return found
+        if found.device.type == "meta" or found.untyped_storage().nbytes() == 0:
+            raise UsageError(
+                f"`{shard.name}` has no memory: the model is offloaded",
+                hint="load it first, or give `values`, copies of its parameters by name",
+            )
+        return found
+
+    def _found(self, shard: Shard) -> torch.Tensor:
         live = self._named[shard.chunk][shard.name].detach()
         if self._values is None:
             return live
@@ -151,17 +171,12 @@ class Views:
         return given.detach()
 
 
-def _is_quantised(owner: torch.Tensor) -> bool:
+def is_quantised(owner: torch.Tensor) -> bool:
     """Whether a parameter is one of Transformer Engine's FP8 tensors: codes and scales."""
     return hasattr(owner, "_quantizer") or type(owner).__name__.startswith("Float8")
 
 
 def _view(owner: torch.Tensor, shard: Shard) -> torch.Tensor:
-    if owner.device.type == "meta" or owner.untyped_storage().nbytes() == 0:
-        raise UsageError(
-            f"`{shard.name}` has no memory: the model is offloaded",
-            hint="load it first, or give `values`, copies of its parameters by name",
-        )
     own = shard.sizes[shard.stacked :]
     return owner.as_strided(own, shard.strides, owner.storage_offset() + shard.first).view(shard.sizes)
 
@@ -201,12 +216,13 @@ def _shards(chunk: nn.Module, number: int, named: Mapping[str, torch.Tensor]) ->
 
 
 class _Places:
-    """Finds the parameter that a tensor lies in, by its address."""
+    """Finds the parameter that a tensor lies in: by itself, or by its address, which FP8 parameters have none of."""
 
     def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+        self._known = {id(tensor): (name, tensor) for name, tensor in named.items()}
         spans = []
         for name, tensor in named.items():
-            if tensor.numel():
+            if tensor.numel() and not is_quantised(tensor):
                 spans.append((tensor.data_ptr(), tensor.numel() * tensor.element_size(), name, tensor))
         spans.sort(key=lambda span: span[0])
         self._spans, self._starts = spans, [span[0] for span in spans]
@@ -216,6 +232,8 @@ class _Places:
 
         UnsupportedError for a tensor that lies in none: it was computed, and nothing that it says reaches the model.
         """
+        if id(tensor) in self._known:
+            return *self._known[id(tensor)], 0
         at = bisect_right(self._starts, tensor.data_ptr()) - 1
         if at < 0 or tensor.data_ptr() >= self._starts[at] + self._spans[at][1]:
             raise UnsupportedError(f"`{key}` is no part of a parameter: the model computes it for its checkpoints")
@@ -248,6 +266,12 @@ def _leaves(value: object, places: _Places) -> Iterator[_Leaf]:
             yield from _leaves(inner, places)
 
 
+def _peft_key(key: str) -> str:
+    """The key of a factor that PEFT put on a linear, as Megatron-Bridge has it: they mean the same."""
+    found = _PEFT.fullmatch(key)
+    return key if found is None else f"{found[1]}.adapter.linear_{'in' if found[2] == 'A' else 'out'}.weight"
+
+
 def _shard(leaf: _Leaf, places: _Places, number: int) -> Shard:
     from mbx.models.megatron.core.sharding import is_main_replica
 
@@ -258,7 +282,7 @@ def _shard(leaf: _Leaf, places: _Places, number: int) -> Shard:
     if data.dtype not in DTYPES:
         raise UnsupportedError(f"`{name}` is of {data.dtype}, which no checkpoint of weights holds")
     return Shard(
-        value.key.replace(".base_layer.", "."),
+        _peft_key(value.key.replace(".base_layer.", ".")),
         DTYPES[owner.dtype],
         tuple(value.global_shape),
         tuple(value.global_offset),

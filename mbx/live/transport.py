@@ -1,110 +1,86 @@
-"""One step of an export on the wire: pieces are packed, sent in few calls, and put where they belong."""
+"""A lot of an export on the wire: whole tensors land where they stay, pieces of others are packed and put together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from converters.engine.boxes import Box
-from converters.errors import UsageError
 from converters.torch_casts import TORCH_DTYPES
-from mbx.live.routing import ALL, Piece, Step, extent, is_even, places
-
-#: The live memory of a box, in the box's shape.
-ViewOf = Callable[[Box], torch.Tensor]
+from mbx.live.course import Course, Gather, Leg, Parcel
+from mbx.live.moves import make
+from mbx.live.routing import TensorSpec
+from mbx.live.shards import Views
 
 
 class Transport:
-    """Carries steps between the ranks of the default process group; `device` is where its buffers lie."""
+    """Carries lots between the ranks of the default process group; `device` is where its buffers lie."""
 
-    def __init__(self, rank: int, world: int, device: torch.device, view_of: ViewOf) -> None:
-        self.rank, self.world, self.device, self.view_of = rank, world, device, view_of
-        self.in_place = torch.distributed.get_backend() != "gloo"
+    def __init__(self, rank: int, device: torch.device, views: Views) -> None:
+        self.rank, self.device, self.views = rank, device, views
+        self.in_place = device.type != "cpu"
 
-    def carry(self, step: Step, outs: Mapping[str, torch.Tensor]) -> None:
-        """Bring the pieces of a step into `outs`, whole tensors by name: empty on ranks that get none. Collective."""
-        for piece in step.pieces:
-            if self.rank in piece.holders and piece.box.tensor in outs:
-                assign(part_of(outs[piece.box.tensor][piece.box.index], piece), self._values(piece), piece.box.shift)
-        shared = {sender: pieces for (sender, receiver), pieces in step.regions.items() if receiver == ALL}
-        if shared:
-            self._to_all([shared.get(rank, []) for rank in range(self.world)], outs)
-        if len(shared) < len(step.regions):
-            self._to_some(step, outs)
+    def carry(self, course: Course) -> torch.Tensor | None:
+        """Bring a lot to its receivers; this rank's buffer of it, None where it receives nothing. Collective."""
+        data = self._buffer(course.nbytes) if course.nbytes else None
+        if data is not None:
+            make(course.fills, self.views, data)
+            if course.gather is not None:
+                self._gather(course.gather, data)
+        arriving = [] if data is None else [(peer, data[first : first + size]) for peer, first, size in course.landing]
+        if course.sent or arriving:
+            self._swap(self._packed(course.sent), arriving)
+        for leg in course.legs:
+            self._leg(leg, data)
+        return data
 
-    def _to_all(self, regions: Sequence[Sequence[Piece]], outs: Mapping[str, torch.Tensor]) -> None:
-        """Every rank gets what each rank has to give."""
-        sizes = [extent(pieces) for pieces in regions]
-        largest, even = max(sizes), is_even(sizes)
-        starts = [largest * rank if even else sum(sizes[:rank]) for rank in range(self.world)]
-        wire = self._buffer(largest * self.world if even else sum(sizes))
-        mine = wire[starts[self.rank] : starts[self.rank] + (largest if even else sizes[self.rank])]
-        self._pack(regions[self.rank], mine)
-        if even:
-            torch.distributed.all_gather_into_tensor(wire, mine if self.in_place else mine.clone())
-        else:
-            for sender, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-                if size:
-                    torch.distributed.broadcast(wire[start : start + size], src=sender)
-        for sender, pieces in enumerate(regions):
-            if sender != self.rank:
-                self._unpack(pieces, wire[starts[sender] :], outs)
+    def _leg(self, leg: Leg, data: torch.Tensor | None) -> None:
+        """Bring the pieces of a step. Collective."""
+        if leg.gather is not None:
+            wire = self._buffer(leg.nbytes)
+            make(leg.pack, self.views, wire)
+            self._gather(leg.gather, wire)
+            if data is not None:
+                make(leg.unpack, None, data, wire)
+        if leg.sent or leg.received:
+            arriving = [(parcel.peer, self._buffer(parcel.nbytes)) for parcel in leg.received]
+            self._swap(self._packed(leg.sent), arriving)
+            for parcel, (_, wire) in zip(leg.received, arriving, strict=True):
+                assert data is not None
+                make(parcel.moves, None, data, wire)
 
-    def _to_some(self, step: Step, outs: Mapping[str, torch.Tensor]) -> None:
-        """Ranks get what they asked for, from one another."""
-        calls, arriving, kept = [], [], []
-        for (sender, receiver), pieces in step.regions.items():
-            if receiver == ALL or self.rank not in (sender, receiver):
-                continue
-            wire = self._buffer(extent(pieces))
-            if sender == self.rank:
-                self._pack(pieces, wire)
-                calls.append(torch.distributed.P2POp(torch.distributed.isend, wire, receiver))
-                kept.append(wire)
-            else:
-                calls.append(torch.distributed.P2POp(torch.distributed.irecv, wire, sender))
-                arriving.append((pieces, wire))
-        for work in torch.distributed.batch_isend_irecv(calls) if calls else ():
+    def _gather(self, gather: Gather, buffer: torch.Tensor) -> None:
+        """Every rank gets what each has in its region."""
+        if gather.even:
+            (first, size), (start, _) = gather.regions[self.rank], gather.regions[0]
+            mine = buffer[first : first + size]
+            whole = buffer[start : start + size * len(gather.regions)]
+            torch.distributed.all_gather_into_tensor(whole, mine if self.in_place else mine.clone())
+            return
+        for sender, (first, size) in enumerate(gather.regions):
+            if size:
+                torch.distributed.broadcast(buffer[first : first + size], src=sender)
+
+    def _packed(self, parcels: Sequence[Parcel]) -> list[tuple[int, torch.Tensor]]:
+        """What goes to each peer."""
+        out = []
+        for parcel in parcels:
+            wire = self._buffer(parcel.nbytes)
+            make(parcel.moves, self.views, wire)
+            out.append((parcel.peer, wire))
+        return out
+
+    def _swap(self, going: Sequence[tuple[int, torch.Tensor]], coming: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Ranks get what one another has for them alone."""
+        calls = [torch.distributed.P2POp(torch.distributed.isend, wire, peer) for peer, wire in going]
+        calls += [torch.distributed.P2POp(torch.distributed.irecv, wire, peer) for peer, wire in coming]
+        for work in torch.distributed.batch_isend_irecv(calls):
             work.wait()
-        for pieces, wire in arriving:
-            self._unpack(pieces, wire, outs)
 
     def _buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
-    def _values(self, piece: Piece) -> torch.Tensor:
-        return part_of(self.view_of(piece.box), piece)
 
-    def _pack(self, pieces: Sequence[Piece], wire: torch.Tensor) -> None:
-        for piece, at in places(pieces):
-            assign(_on_wire(wire, at, piece), self._values(piece), piece.box.shift)
-
-    def _unpack(self, pieces: Sequence[Piece], wire: torch.Tensor, outs: Mapping[str, torch.Tensor]) -> None:
-        for piece, at in places(pieces):
-            if piece.box.tensor in outs and self.rank not in piece.holders:
-                part_of(outs[piece.box.tensor][piece.box.index], piece).copy_(_on_wire(wire, at, piece))
-
-
-def part_of(box: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """What a piece takes of its box."""
-    return box if piece.part is None else box[piece.part]
-
-
-def assign(target: torch.Tensor, values: torch.Tensor, shift: int = 0) -> None:
-    """Write values into memory of another dtype, shifted in fp32 and rounded once.
-
-    UsageError where fp16 has no room for one.
-    """
-    target.copy_(values.float() + shift if shift else values)
-    if target.dtype == torch.float16 and values.dtype != torch.float16 and not torch.isfinite(target).all():
-        lost = int((torch.isinf(target) & torch.isfinite(values).to(target.device)).sum())
-        if lost:
-            raise UsageError(
-                f"{lost} value(s) are beyond fp16's range, 65504, and would be infinite",
-                hint="‹dtype› bf16 keeps the range, ‹dtype› fp32 every value",
-            )
-
-
-def _on_wire(wire: torch.Tensor, at: int, piece: Piece) -> torch.Tensor:
-    return wire[at : at + piece.nbytes].view(TORCH_DTYPES[piece.dtype]).view(piece.shape)
+def view_of(data: torch.Tensor, spec: TensorSpec, at: int) -> torch.Tensor:
+    """The tensor that begins at a byte of a buffer, uint8."""
+    return data[at : at + spec.nbytes].view(TORCH_DTYPES[spec.dtype]).view(spec.shape)

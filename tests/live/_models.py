@@ -9,6 +9,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from torch import nn
 
 from converters.mcore.layout import Layout
+from converters.rows.expr import Value
 from mbx.formats.hf import read_config
 from mbx.formats.registry import open_megatron
 from mbx.models.device import Spread
@@ -17,13 +18,14 @@ from mbx.models.megatron.weights import sharded_weights
 from mbx.tables import table_for
 
 
-def build(folder: Path, spread: Spread, **changes: int | None) -> list[nn.Module]:
+def build(folder: Path, spread: Spread, **changes: Value) -> list[nn.Module]:
     """This rank's chunks, with random weights; `changes` are fields of Megatron Core's config."""
     config = read_config(folder)
     fields = {**table_for(config).config.to_mcore(config), **changes}
     padded = Layout(tp=spread.tp, vocab_divisor=1).padded_vocab(int(str(fields["model.vocab_size"])))
     stages = range(spread.vpp) if spread.vpp > 1 else (None,)
-    return [build_model(fields, spread, padded_vocab_size=padded, vp_stage=stage) for stage in stages]
+    te = spread.device == "cuda"
+    return [build_model(fields, spread, use_te=te, padded_vocab_size=padded, vp_stage=stage) for stage in stages]
 
 
 def fill(chunks: list[nn.Module], checkpoint: Path) -> None:
