@@ -19,6 +19,7 @@ from mbx.cli.options import Output, epilog
 from mbx.cli.output import out
 from mbx.cli.recipes import RecipeName, Words, named
 from mbx.cli.running import warn_of_unknown_core
+from mbx.cli.train_launch import Launch
 from mbx.extras import require
 from mbx.text import aligned, human_count
 
@@ -55,6 +56,7 @@ app = typer.Typer(
     epilog=epilog(
         "mbx train --recipe llama32_1b_lora model=./Llama-3.2-1B data=chat.jsonl",
         "torchrun --nproc-per-node 2 -m mbx train --recipe NAME parallel.tp=2",
+        "mbx train --recipe NAME --launch slurm --nodes 4 --gpus-per-node 8",
         "mbx train --recipe llama32_1b_lora model=DIR data=chat.jsonl --show-data",
         "mbx train --recipe llama32_1b_lora model=DIR data=chat.jsonl --resume",
         "mbx train export runs/llama32_1b_lora out-folder",
@@ -74,6 +76,9 @@ class Asked:
         str | None, typer.Option("--init-from", metavar="DIR", help="Take the first weights from here.")
     ] = None
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its folder, exactly.")] = False
+    anew: Annotated[
+        bool, typer.Option("--continue", help="Begin, or resume where this run has a checkpoint already.")
+    ] = False
     list: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False
     show: Annotated[bool, typer.Option("--show", help="Print the recipe with overrides applied.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan; train nothing.")] = (
@@ -92,17 +97,21 @@ def train(
     words: Words = None,
     *,
     asked: Asked,
+    launch: Launch,
     output: Output,
 ) -> None:
     """Train a model with Megatron Core, from a Hugging Face folder to one."""
     rank = int(os.environ.get("RANK", "0"))
     replace(output, quiet=output.quiet + (2 if rank else 0)).configure()  # rank 0 speaks for all
     output.hush()
+    launch.check()
     if command := ctx.invoked_subcommand:
         if idle := [field.name.replace("_", "-") for field in fields(asked) if getattr(asked, field.name)]:
             raise UsageError(f"`mbx train {command}` takes no ‹{idle[0]}›", hint="it reads a run's folder")
     elif asked.list:
         _list()
+    elif launch.launch:
+        _launch(asked, launch, words or [])
     else:
         _train(asked, words or [])
 
@@ -209,6 +218,14 @@ def _list() -> None:
     out.result({"recipes": [{"name": n, "description": d} for n, d in rows]}, lambda: aligned(rows))
 
 
+def _launch(asked: Asked, launch: Launch, words: list[str]) -> None:
+    from mbx.cli.train_launch import show_launch
+    from mbx.train.recipe.catalogue import load_recipe
+
+    name, overrides = named(asked.recipe, words)
+    show_launch(load_recipe(name, overrides), launch, ["--recipe", str(name), *overrides], asked.init_from)
+
+
 def _train(asked: Asked, words: list[str]) -> None:
     from mbx.train.recipe.catalogue import load_recipe
 
@@ -224,7 +241,10 @@ def _train(asked: Asked, words: list[str]) -> None:
 
     warn_of_unknown_core()
     recipe = fetched(recipe)
-    prepared = prepare(recipe, asked.init_from, asked.resume, dry=asked.dry_run or asked.show_data is not None)
+    if asked.resume and asked.anew:
+        raise UsageError("‹continue› resumes where there is a checkpoint, ‹resume› needs one: give one of them")
+    dry = asked.dry_run or asked.show_data is not None
+    prepared = prepare(recipe, asked.init_from, asked.resume, anew=asked.anew, dry=dry)
     if asked.show_data is not None:
         show_data(prepared, asked.show_data)
         return

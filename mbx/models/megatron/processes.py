@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from converters.errors import DeviceError, LayoutError, UsageError
 from mbx.models.device import ONE_PROCESS, Spread, world_of
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]  # torch does not declare it
 
 #: Seconds that processes wait for each other: one of them also runs the other side of a comparison.
 _PATIENCE_S = 7200.0
@@ -74,23 +77,45 @@ def process_group(
     if world_size > 1 and init_file is None and "MASTER_ADDR" not in os.environ:
         raise UsageError(f"{world_size} processes need an `init_file` to meet at, or torchrun; got neither")
 
-    alone = world_size == 1 and init_file is None
+    alone, limit = world_size == 1 and init_file is None, timedelta(seconds=timeout_s)
+    store: Store | None = None
+    if alone:
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    elif init_file is None:
+        store = _store_of_this_start(limit)
     torch.distributed.init_process_group(
         backend,
-        store=torch.distributed.HashStore() if alone else None,  # type: ignore[attr-defined]  # torch does not declare it
+        store=store,
         init_method=None if init_file is None else f"file://{init_file.resolve()}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=limit,
     )
     try:
-        parallel_state.initialize_model_parallel(**spread.sizes)
+        # the groups within the world have a limit of their own, half an hour unless it is said
+        parallel_state.initialize_model_parallel(**spread.sizes, distributed_timeout_minutes=timeout_s / 60)
         model_parallel_cuda_manual_seed(seed)
         yield
     finally:
         forget_tables()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+def _store_of_this_start(limit: timedelta) -> Store | None:
+    """Where processes meet that torchrun started again on one node; None where torch's own way will do.
+
+    Its agent keeps one store for all starts (PyTorch 2.4 to 2.13), in which addresses of processes that died are read.
+    Nodes count their starts apart, so there the agents are asked for a store a start (`mbx train --launch`).
+    """
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # torch does not declare it
+    from torch.distributed.rendezvous import rendezvous
+
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not again or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    store, _, _ = next(rendezvous("env://", timeout=limit))
+    return PrefixStore(f"start_{again}", store)
 
 
 def on_every_rank(value: _T) -> _T:

@@ -18,8 +18,6 @@ from mbx.train.recipe.world import check_world, smallest_world
 if TYPE_CHECKING:
     import torch
 
-_TIMEOUT_S = 1800.0
-
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -89,7 +87,7 @@ def session(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
             stack.enter_context(megatron_on_cpu())
             stack.enter_context(_cpu_tensors())
         backend = "nccl" if cuda else "gloo"
-        joined = partial(process_group, spread_of(recipe, ranks), backend=backend, timeout_s=_TIMEOUT_S)
+        joined = partial(process_group, spread_of(recipe, ranks), backend=backend, timeout_s=recipe.run.timeout_s)
         stack.enter_context(joined(rank=ranks.rank, world_size=ranks.world_size))
         seed_everything(recipe.train.seed)
         if recipe.train.deterministic:

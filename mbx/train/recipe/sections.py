@@ -221,7 +221,8 @@ class Run:
     `keep_best`: the checkpoint of the best validation loss stays as well. `export_every`: the checkpoint of every so
     many steps, and the last, is also written as a Hugging Face folder or a PEFT adapter, in `export/` of the run.
     `save_async`: a process beside the training writes them; the tracker moves when it is done. `profile`: so many
-    steps, behind the first five, are traced to `profile/` of the run.
+    steps, behind the first five, are traced to `profile/` of the run. `timeout_s`: how long a rank waits for another
+    before the run ends.
     """
 
     dir: str = "runs/{recipe}"
@@ -237,6 +238,7 @@ class Run:
     wandb: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "te", "local"] = "auto"
+    timeout_s: Size = 1800
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from converters.errors import UsageError, spelt
 from mbx.text import human_time
+from mbx.train.checkpoints.state import STATE
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 #: The folder of a run that has a trace of some of its steps.
 PROFILE = "profile"
+#: What a run leaves in its folder beside checkpoints.
+_BESIDE = (METRICS, PROFILE, "tensorboard")
 #: A first step that is worth a word.
 _SLOW_S = 5.0
 _BARS = "▁▂▃▄▅▆▇█"
@@ -193,6 +197,17 @@ def chart(losses: list[float], height: int = 6) -> str:
         filled = (min(len(_BARS), max(0, level - row * len(_BARS))) for level in levels)
         rows.append(label + "".join(_BARS[n - 1] if n else " " for n in filled).rstrip())
     return "\n".join(rows)
+
+
+def only_begun(run: Path) -> bool:
+    """Whether a run's folder holds nothing but what a start leaves that ended before its first checkpoint.
+
+    A checkpoint that was being written has no state of the loop yet.
+    """
+    return all(
+        entry.name in _BESIDE or (re.fullmatch(r"iter_\d{7}", entry.name) and not (entry / STATE).exists())
+        for entry in run.iterdir()
+    )
 
 
 def _tensorboard(folder: Path) -> _Writer:

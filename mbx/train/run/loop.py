@@ -39,6 +39,7 @@ from mbx.train.run.batches import Batches
 from mbx.train.run.graph import one_stream
 from mbx.train.run.keeping import Keeper
 from mbx.train.run.log import Log, Step
+from mbx.train.run.lost import lost_others, without_others
 from mbx.train.run.prepare import Prepared
 from mbx.train.run.profile import Profile
 from mbx.train.run.schedule import learning_rate
@@ -84,6 +85,10 @@ def train(
                 return trainer.run()
             except torch.cuda.OutOfMemoryError as error:
                 raise memory.explain(prepared, error) from error
+            except RuntimeError as error:
+                if lost_others(error):
+                    raise without_others(recipe, ranks, error) from error
+                raise
 
 
 class Trainer:

@@ -35,7 +35,7 @@ from mbx.train.model.sight import check_images, learns
 from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Lora, Recipe
 from mbx.train.run.dataset import Dataset, read_data, with_steps
-from mbx.train.run.log import check_writers
+from mbx.train.run.log import check_writers, only_begun
 
 #: Hints of the conversion, in a recipe's words.
 _KEYS = {
@@ -53,10 +53,13 @@ class Start:
     why: str
 
 
-def decide(recipe: Recipe, init_from: str | None, resume: bool) -> Start:
-    """Where this run starts, and why; UsageError or StorageError where that is not possible or not clear."""
+def decide(recipe: Recipe, init_from: str | None, resume: bool, anew: bool = False) -> Start:
+    """Where this run starts, and why; UsageError or StorageError where that is not possible or not clear.
+
+    `anew`: what a start left that ended before its first checkpoint is in nobody's way.
+    """
     run, found = recipe.run_dir, latest(recipe.run_dir)
-    used = run.is_dir() and any(run.iterdir())
+    used = run.is_dir() and any(run.iterdir()) and not (anew and only_begun(run))
     again = "it holds no checkpoint: remove it, or run.dir=NAME starts another"
     if not found and (lost := finished(run)):
         number = int(lost[-1].name.removeprefix("iter_"))
@@ -124,25 +127,30 @@ class Prepared:
         return self.data.evaluation
 
 
-def prepare(recipe: Recipe, init_from: str | None = None, resume: bool = False, *, dry: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe, init_from: str | None = None, resume: bool = False, *, anew: bool = False, dry: bool = False
+) -> Prepared:
     """Check a recipe against this machine, its model and its data; MbxError says what is wrong.
 
-    `dry`: nothing will be trained, so the processes, the GPU and the weights need not be there.
+    `anew`: begin, or resume where the same run has a checkpoint already. `dry`: nothing will be trained, so the
+    processes, the GPU and the weights need not be there.
     """
+    if anew and latest(recipe.run_dir):
+        init_from, resume = None, True
     try:
-        return _prepare(recipe, init_from, resume, dry)
+        return _prepare(recipe, init_from, resume, anew, dry)
     except MbxError as error:
         for option, key in _KEYS.items():
             error.hint = error.hint and error.hint.replace(option, key)
         raise
 
 
-def _prepare(recipe: Recipe, init_from: str | None, resume: bool, dry: bool) -> Prepared:
+def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dry: bool) -> Prepared:
     if recipe.data.path:
         recipe = replace(recipe, data=resolved(recipe.data))
     if init_from and recipe.lora.rank and is_adapter(init_from) and not resume:
         recipe, init_from = replace(recipe, lora=replace(recipe.lora, adapter=init_from)), None
-    start = decide(recipe, init_from, resume)
+    start = decide(recipe, init_from, resume, anew)
     # before the ranks: a size that does not divide the model is no matter of processes
     plan = blueprint(recipe)
     ranks = planned_ranks(recipe, dry=dry)
