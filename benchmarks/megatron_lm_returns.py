@@ -39,7 +39,6 @@ _EXPERTS = "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-typ
 FLAGS = {
     "llama": "--norm-epsilon 1e-5 --use-rope-scaling --rope-scaling-factor 8",
     "qwen2": "--norm-epsilon 1e-6",
-    "gpt2": "--norm-epsilon 1e-5",
     "qwen3_moe": f"--norm-epsilon 1e-6 --qk-layernorm {_EXPERTS}",
     "deepseek_v3": f"--norm-epsilon 1e-6 --qk-layernorm {_EXPERTS} --multi-latent-attention --q-lora-rank 24 "
     "--kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8 --rotary-scaling-factor 40 --mscale 1.0 "

@@ -154,8 +154,8 @@ RELEASE_0_16 = Release(
     checkpoint_version=3.0,
     content_metadata={"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     defaults={
-        # of MLATransformerConfig, where Megatron-LM has no arguments
-        **{"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0},
+        # of MLATransformerConfig, where Megatron-LM has no arguments, or leaves them None
+        **{"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0, "rope_type": "yarn"},
         **{"model.rotary_base": 10000, "model.rotary_percent": 1.0, "model.rope_scaling_factor": 8.0},
     },
     common_file="common.pt",
