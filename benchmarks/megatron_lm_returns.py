@@ -39,7 +39,6 @@ _EXPERTS = "--moe-token-dispatcher-type alltoall --moe-router-load-balancing-typ
 FLAGS = {
     "llama": "--norm-epsilon 1e-5 --use-rope-scaling --rope-scaling-factor 8",
     "qwen2": "--norm-epsilon 1e-6",
-    "gpt2": "--norm-epsilon 1e-5",
     "qwen3_moe": f"--norm-epsilon 1e-6 --qk-layernorm {_EXPERTS}",
     "deepseek_v3": f"--norm-epsilon 1e-6 --qk-layernorm {_EXPERTS} --multi-latent-attention --q-lora-rank 24 "
     "--kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 --v-head-dim 8 --rotary-scaling-factor 40 --mscale 1.0 "
@@ -94,6 +93,7 @@ def passes(case: Case, checkout: Path, extra: Sequence[str], port: int, folder: 
         run(plan_mcore_to_hf(theirs, back, Options(sync=False), hf_config=source))
         report = parity(source, theirs, hf_config=source)
     legs = {leg.name: leg.status for leg in report.legs}
+    faults = [line for leg in report.legs if leg.status == "failed" for line in leg.details]
     wanted, found = stored(source), stored(back)
     differ = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     record = {"part": "megatron_lm_returns", "megatron_lm": core_version(), "family": case.family}
@@ -103,7 +103,7 @@ def passes(case: Case, checkout: Path, extra: Sequence[str], port: int, folder: 
         "loss": float(_LOSS.findall(text)[-1]),
         "seconds": round(seconds, 1),
     }
-    return record | {"tensors": len(wanted), "differ": differ, "legs": legs}
+    return record | {"tensors": len(wanted), "differ": differ, "legs": legs, "faults": faults}
 
 
 def stored(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:

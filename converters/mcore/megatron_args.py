@@ -99,7 +99,9 @@ def config_of_args(args: Mapping[str, object]) -> dict[str, Value]:
         out["add_bias_linear"] = False
     heads = out.get("num_attention_heads")
     out["num_query_groups"] = _value(args.get("num_query_groups")) if args.get("group_query_attention") else heads
-    out |= {name: default for name, default in CURRENT.defaults.items() if name in wanted and name not in out}
+    out |= {name: default for name, default in CURRENT.defaults.items() if name in wanted and out.get(name) is None}
+    if args.get("multi_latent_attention"):
+        out.pop("kv_channels", None)  # filled in, and used by no part of latent attention
     gated, activation = next((found for arg, found in _ACTIVATIONS.items() if args.get(arg)), (False, "gelu"))
     out |= {"gated_linear_unit": gated, "activation_func": activation}
     if args.get("num_experts"):

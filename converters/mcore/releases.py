@@ -60,6 +60,9 @@ class Release:
     says that its attention and MLP layers can be Megatron Core's own. `model_class` is the kind that a transformer is
     built as where nobody asks for the other. `async_save` are the arguments that make `dist_checkpointing.save` write
     beside a run without further packages.
+
+    Memory: `wide_balance` says that an auxiliary loss holds sigmoid scores in fp32, `fla_convolution` that a gated
+    delta net's convolution is flash-linear-attention's, and not causal-conv1d's where that is installed.
     """
 
     version: str
@@ -85,6 +88,8 @@ class Release:
     hybrid_pattern: str
     hybrid_without_te: bool
     model_class: str
+    wide_balance: bool
+    fla_convolution: bool
     async_save: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -149,8 +154,8 @@ RELEASE_0_16 = Release(
     checkpoint_version=3.0,
     content_metadata={"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     defaults={
-        # of MLATransformerConfig, where Megatron-LM has no arguments
-        **{"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0},
+        # of MLATransformerConfig, where Megatron-LM has no arguments, or leaves them None
+        **{"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0, "rope_type": "yarn"},
         **{"model.rotary_base": 10000, "model.rotary_percent": 1.0, "model.rope_scaling_factor": 8.0},
     },
     common_file="common.pt",
@@ -160,6 +165,8 @@ RELEASE_0_16 = Release(
     hybrid_pattern="hybrid_override_pattern",
     hybrid_without_te=False,
     model_class="gpt",
+    wide_balance=False,
+    fla_convolution=False,
 )
 #: Hybrid models got heads, and with them the module another name; the keys of GPT models kept theirs. Heads are saved
 #: by their own rule alone. The argument of asynchronous saving is new.
@@ -169,6 +176,7 @@ RELEASE_0_17 = replace(
     plain_prediction_layer="mtp_model_layer",
     head_core_state=False,
     hybrid_pattern="hybrid_layer_pattern",
+    wide_balance=True,
     async_save={"async_strategy": "mcore"},
 )
 #: MambaModel became a thin subclass of HybridModel.
@@ -179,6 +187,7 @@ RELEASE_0_18 = replace(
     hybrid_stack=("megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec"),
     hybrid_spec="hybrid_stack_spec",
     hybrid_without_te=True,
+    fla_convolution=True,
 )
 #: The common state moved among the tensors. GPTModel warns that it is deprecated; Megatron-LM still trains it.
 RELEASE_0_19 = replace(RELEASE_0_18, version="0.19", common_file=None)

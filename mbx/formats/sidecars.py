@@ -114,7 +114,8 @@ def megatron_sidecars(
     common = {"args": Namespace(written), **CURRENT.common_state(iteration), **(optimizer or {})}
     texts: dict[str, bytes] = {}
     folder = f"iter_{iteration:07d}"
-    if format in ("torch_dist", "fsdp_dtensor"):
+    towers = plan.table is not None and bool(plan.table.flavour)  # the plain provider would build the text model alone
+    if format in ("torch_dist", "fsdp_dtensor") and not towers:
         dtype = Counter(draft.dtype for draft in plan.drafts).most_common(1)[0][0] if plan.drafts else ""
         run_config = run_config_of(config, layout, rows, dtype, tokenizer, format, classes)
         if run_config is not None and config.get("num_layers"):

@@ -66,3 +66,12 @@ def test_args_are_looked_at_too() -> None:
     for field, value in (("num_layers", 10**30), ("hidden_size", 32.5), ("vocab_size", True), ("window_size", ())):
         with pytest.raises(UsageError, match=f"args: `(model.)?{field}` is"):
             config_of_args({**plain, field: value})
+
+
+def test_what_megatron_lm_fills_in_or_leaves_to_its_config_says_no_other_model() -> None:
+    """Its `rope_type` is None unless asked for, the class then takes YaRN; a head's size is filled in for MLA too."""
+    latent = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 8, "vocab_size": 100, "kv_channels": 4}
+    config = config_of_args({**latent, "multi_latent_attention": True, "rope_type": None})
+    assert config["rope_type"] == "yarn" and config["beta_fast"] == 32.0 and "kv_channels" not in config
+    assert config_of_args({**latent, "multi_latent_attention": True, "rope_type": "rope"})["rope_type"] == "rope"
+    assert config_of_args(latent)["kv_channels"] == 4

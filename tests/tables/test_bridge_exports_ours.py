@@ -27,8 +27,9 @@ pytestmark = [
 #: Families that Bridge converts without code from the hub. Without a query rank (V2-Lite, Moonlight) Core 0.19 asks
 #: for a norm that no folder and no older checkpoint has, and Bridge does not export its own checkpoints either.
 CONVERTED = """llama llama2 llama_tied mistral qwen2 qwen3 qwen3_tied qwen3_moe olmoe minimax_m2 gpt_oss glm4_moe
-glm4_moe_air deepseek_v2 deepseek_v3 gemma gemma2 gemma3_text nemotron nemotron_h nemotron_nano_v2 nemotron_nano_v3
-nemotron_super qwen3_next qwen3_5_text qwen3_5_moe_text""".split()
+glm4_moe_air glm_4_7_flash deepseek_v2 deepseek_v3 hy3 bailing_moe_v2 exaone4_1_2b exaone_moe_alone gemma gemma2
+gemma3_text nemotron nemotron_h nemotron_nano_v2 nemotron_nano_v3 nemotron_super falcon_h1_0_5b qwen3_next qwen3_5_text
+qwen3_5_moe_text""".split()
 #: What Bridge exports of no checkpoint: a prediction layer's copies of the embedding and the head.
 COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 

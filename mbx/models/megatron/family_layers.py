@@ -144,14 +144,17 @@ def norm_over_heads(layer: ModuleSpec) -> None:
 class TwoBaseAttention(SelfAttention):  # type: ignore[misc]  # megatron is untyped
     """Self-attention whose windowed layers rotate by a base of their own, unscaled (Gemma 3: 10000 beside 1000000)."""
 
-    def __init__(self, config: TransformerConfig, *arguments: Any, rotary_base_local: float, **keywords: Any) -> None:
-        super().__init__(config, *arguments, **keywords)
+    def __init__(
+        self, config: TransformerConfig, *, layer_number: int, rotary_base_local: float, **keywords: Any
+    ) -> None:
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        if windowed and getattr(config, "yarn_rotary_scaling_factor", None):
+            # these layers are not scaled (OLMo 3), and YaRN's factor on the tables is taken from here, once or always
+            config = copy(config)
+            config.yarn_rotary_scaling_factor = 1.0
+        super().__init__(config, layer_number=layer_number, **keywords)
         self.window_rotary: RotaryEmbedding | None = None
-        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, self.layer_number):
-            if getattr(config, "yarn_rotary_scaling_factor", None):
-                # these layers are not scaled (OLMo 3), and YaRN's factor on the tables is taken from here
-                self.config = copy(config)
-                self.config.yarn_rotary_scaling_factor = 1.0
+        if windowed:
             self.window_rotary = RotaryEmbedding(
                 config.kv_channels,
                 rotary_percent=1.0,

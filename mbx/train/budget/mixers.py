@@ -6,6 +6,7 @@ their sources. Bytes a token of a micro-batch; b is bytes an element.
 
 from __future__ import annotations
 
+from mbx.installed import core_release
 from mbx.train.budget.load import Load
 from mbx.train.budget.shape import Layer
 
@@ -81,6 +82,8 @@ def _delta(load: Load, layer: Layer) -> float:
     norms = s.hidden * (b + load.seen("in_proj", normed=True))
     # behind the convolution's kernel nothing of its output but copies is kept
     rule = d.mixed * b * (1 if load.fuses_convolution else 2)
+    if core_release().fla_convolution:  # which reads its input where the product is, and so keeps all of that
+        rule += (d.value + 2 * d.heads) * b
     rule += 2 * d.key * b * (1 + repeated if repeated > 1 else 1) + 2 * 4 * d.key_heads
     rule += d.value * b + _DELTA_CHUNK * d.heads * b
     rule += d.heads * (b + 3 * 4)  # beta; alpha as softplus reads it, softplus, g summed up

@@ -6,6 +6,7 @@ Facts of Megatron Core 0.16.1: `transformer/mlp.py`, and of `transformer/moe/` t
 
 from __future__ import annotations
 
+from mbx.installed import core_release
 from mbx.train.budget.load import Load
 from mbx.train.budget.shape import Layer
 from mbx.train.model.config import gpu_config
@@ -86,5 +87,6 @@ def router(load: Load) -> float:
     if r.sigmoid and s.topk > 1:
         scores += probability * (s.topk + 1)
     if r.auxiliary:
-        scores += probability * (s.experts + 1) if r.sigmoid else 4 * s.experts
+        own = 4 if core_release().wide_balance else probability
+        scores += own * (s.experts + 1) if r.sigmoid else 4 * s.experts
     return scores + s.experts * (probability + 1) + s.topk * (probability + _INDEX)

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from converters.errors import DeviceError
 from converters.rows.expr import Value
 from mbx.extras import install_line
+from mbx.installed import core_release
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def _needed(config: Mapping[str, Value]) -> Iterator[Kernels]:
 
 def fuses_convolution() -> bool:
     """Whether gated delta nets have a kernel for their convolution and its SiLU; PyTorch keeps what lies between."""
-    return find_spec("causal_conv1d") is not None
+    return core_release().fla_convolution or find_spec("causal_conv1d") is not None
 
 
 def check_kernels(config: Mapping[str, Value]) -> None:
