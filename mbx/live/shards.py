@@ -107,7 +107,7 @@ class Model:
 
     def device(self) -> torch.device:
         """Where collectives move this rank's values."""
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+        if torch.distributed.is_initialized() and "nccl" in torch.distributed.get_backend():
             return torch.device("cuda", torch.cuda.current_device())
         return next((p.device for chunk in self.chunks() for p in chunk.parameters()), torch.device("cpu"))
 
