@@ -1,6 +1,6 @@
 """Processes that begin with the model libraries imported.
 
-A rank of a test's job needs torch, Megatron Core and Transformers, whose import takes seven seconds of a core: as long
+A rank of a test's job needs torch, Megatron Core and Transformers, whose import takes five seconds of a core: as long
 as most jobs. So a parent imports them once, and each rank is a fork of it. Neighbouring ranks come from two parents,
 which draw hash seeds of their own as processes of a real job do: ranks that walk a set in unequal orders are found.
 """
