@@ -86,7 +86,7 @@ train-matrix: $(READY)  ## `verify training` for every family that trains on a C
 layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and back, byte for byte
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tables/test_family_layouts.py
 
-measure: $(READY)  ## forward passes, on this CPU, of the families whose table changed since; 5 s each
+measure: $(READY)  ## forward passes, on this CPU, of the families whose table changed since; 5 to 25 s each
 	$(BIN)/python tests/gpu/run_forward.py --device cpu --jobs 1 --limit-s 3000 --stale --record --out build/measured
 
 docs: $(READY)  ## write again what is made: docs/models.md, the figures, docs/reference
