@@ -20,7 +20,13 @@ CORE_TESTS = tests/unit/test_releases.py tests/parity tests/train tests/adapters
 # Of these, a minute's worth for every run of CI.
 CORE_SMOKE = tests/unit/test_releases.py tests/parity/test_hybrid_oracle.py tests/train/test_two_releases.py
 
-.PHONY: site pictures notebooks attack codecs mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
+# Two workers, which take whole files in the order that tests/conftest.py gives.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# What CI checks beside the tests, the longest first.
+CHECKS = smoke-core types parity-ci site tables contract lint
+TOGETHER = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
+.PHONY: checks site pictures notebooks attack codecs mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -29,17 +35,20 @@ demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	$(BIN)/mbx verify parity $(MODEL) $(DEMO)/mcore --forward
 	@diff -r --exclude=mbx_manifest.json $(MODEL) $(DEMO)/hf && echo "$(DEMO)/hf equals $(MODEL), byte for byte"
 
-test: lint types contract tables site parity-ci smoke-core  ## everything CI runs
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow"
+test: checks  ## everything CI runs
+	$(PYTEST) -m "not gpu and not slow"
 
-test-all: lint types contract tables site parity-ci test-core  ## also the tests that take minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu"
+test-all: checks test-core  ## also the tests that take minutes
+	$(PYTEST) -m "not gpu"
+
+checks: $(READY)  ## what is checked beside the tests, two at a time; what each prints stays together
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 $(TOGETHER) $(CHECKS)
 
 test-core: $(OVERLAY)/.ready  ## the tests that touch Megatron Core, under another release (CORE=0.19.2)
 	MBX_OTHER_PYTHON=$(BIN)/python $(OVERLAY)/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(CORE_TESTS)
 
 smoke-core: $(OVERLAY)/.ready  ## a minute's worth of them
-	MBX_OTHER_PYTHON=$(BIN)/python $(OVERLAY)/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not slow" $(CORE_SMOKE)
+	MBX_OTHER_PYTHON=$(BIN)/python $(OVERLAY)/bin/python -m pytest -m "not gpu and not slow" $(CORE_SMOKE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -77,7 +86,7 @@ train-matrix: $(READY)  ## `verify training` for every family that trains on a C
 layouts: $(READY)  ## every family through TP 1, 2, 4 x PP 1, 2 x EP 1, 2 and back, byte for byte
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/tables/test_family_layouts.py
 
-measure: $(READY)  ## forward passes, on this CPU, of the families whose table changed since; 5 s each
+measure: $(READY)  ## forward passes, on this CPU, of the families whose table changed since; 5 to 25 s each
 	$(BIN)/python tests/gpu/run_forward.py --device cpu --jobs 1 --limit-s 3000 --stale --record --out build/measured
 
 docs: $(READY)  ## write again what is made: docs/models.md, the figures, docs/reference

@@ -1,10 +1,11 @@
 # mbx with everything that runs on a CPU: docker build -f docker/cpu.Dockerfile -t mbx .
 FROM python:3.12-slim AS build
 COPY . /source
-# PyTorch's own index has the builds without CUDA
+# PyTorch's own index has the builds without CUDA; it is asked alone, so that a build without it fails rather than grows
 RUN python -m venv /opt/mbx \
- && /opt/mbx/bin/pip install --no-cache-dir --constraint /source/constraints.txt \
-    --extra-index-url https://download.pytorch.org/whl/cpu "/source[all]"
+ && /opt/mbx/bin/pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu \
+    "$(grep '^torch==' /source/constraints.txt)" \
+ && /opt/mbx/bin/pip install --no-cache-dir --constraint /source/constraints.txt "/source[all]"
 
 FROM python:3.12-slim
 COPY --from=build /opt/mbx /opt/mbx

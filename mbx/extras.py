@@ -7,6 +7,8 @@ import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
+from shutil import which
 from urllib.parse import unquote, urlsplit
 
 from converters.errors import UsageError
@@ -44,16 +46,31 @@ def require(extra: str, job: str) -> None:
 
 
 def install_line(extra: str) -> str:
-    """The command that adds `extra` to this installation: from the folder it was installed from, if it was.
+    """The command that adds `extra` to this installation: for the Python that runs, from where it was installed from.
 
-    Without an NVIDIA driver on Linux it asks for PyTorch's CPU build: what PyPI has there brings CUDA, 5 GB.
+    Without an NVIDIA driver on Linux, torch comes first and from PyTorch's CPU index alone: what PyPI has there brings
+    CUDA, 5 GB, and pip takes it in silence where an index named beside PyPI is behind or does not answer.
     """
-    words = ["pip install"]
-    if extra in _COMPILED:
-        words.append("--no-build-isolation")
-    if extra in _WITH_TORCH and extra != "gpu" and sys.platform == "linux" and not _has_driver():
-        words.append(f"--extra-index-url {_CPU_TORCH}")
-    return " ".join([*words, f"{_source()}[{extra}]'"])
+    installer = _installer()
+    isolation = " --no-build-isolation" if extra in _COMPILED else ""
+    line = f"{installer}{isolation} {_source()}[{extra}]'"
+    brings_torch = extra in _WITH_TORCH and extra != "gpu" and find_spec("torch") is None
+    if not brings_torch or sys.platform != "linux" or _has_driver():
+        return line
+    if installer.startswith("uv "):
+        return f"{line} --torch-backend cpu"
+    return f"{installer} torch --index-url {_CPU_TORCH} && {line}"
+
+
+@cache
+def _installer() -> str:
+    """`pip install`, so said that the packages come to the Python that runs, and by uv where it alone is there."""
+    python = quote(sys.executable)
+    if find_spec("pip") is None and which("uv"):
+        return f"uv pip install --python {python}"
+    found = which("pip")
+    beside = found is not None and Path(found).parent == Path(sys.executable).parent
+    return "pip install" if beside else f"{python} -m pip install"
 
 
 def _has_driver() -> bool:

@@ -35,7 +35,8 @@ names, dtypes and layouts of its hub repository.
 - **forward**: largest difference of two fp32 logits between Transformers and Megatron Core, which loads the checkpoint
   itself at its default strictness, on the same device; at every position of the prompts, far positions included where
   rotary embeddings are scaled. The limit is {limit:g}, or what Transformers differs from itself by between CPU and GPU
-  where that is more. Each run has a negative control that must be seen: two rows of one fused weight exchanged.
+  where that is more. Each run has a negative control that must be seen: two rows of one fused weight exchanged. Models
+  that see are shown drawn pictures, through Transformers' tower on both sides.
 - {missing} stands for what was not measured, and is no pass.
 """
 

@@ -105,6 +105,8 @@ def _installer(words: list[str]) -> str | None:
         if found := re.fullmatch(rf"(?:{DISTRIBUTION}|\.|\./mbx)(?:\[([\w,-]+)\])?", word):
             unknown = set(filter(None, (found[1] or "").split(","))) - known.keys()
             return f"no extra {sorted(unknown)}" if unknown else None
+    if {"torch", "--index-url", "https://download.pytorch.org/whl/cpu"} <= set(words):
+        return None
     return None if {"-r", "venv", "mbx", "create"} & set(words) else "installs something else"
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from mbx.formats.registry import open_megatron as open_any
 from mbx.formats.summary import summarize as examine
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.run.reshard import plan_mcore_to_mcore
+from tests.parity._ranks import run_ranks
 
 HERE = Path(__file__).resolve().parent
 FSDP = Options(sync=False, format="fsdp_dtensor", layout=Layout(tp=2, ep=4))
@@ -33,17 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 def torchs_own(job: str, work: Path) -> None:
     """Run a job in two processes of torch."""
-    env = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(HERE / "_fsdp_worker.py"), job]
-    ranks = [
-        subprocess.Popen([*command, str(rank), "2", str(work)], env=env, stderr=subprocess.PIPE) for rank in (0, 1)
-    ]
-    try:
-        errors = [rank.communicate(timeout=120)[1].decode(errors="replace") for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-3000:] for error in errors)
+    run_ranks(str(HERE / "_fsdp_worker.py"), 2, job, work)
 
 
 def by_hand(folder: Path) -> Tensors:

@@ -25,6 +25,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 from _alone import run_alone  # noqa: E402
+from _seeing_family import WITH_TOWER  # noqa: E402
 from _verdict import judge  # noqa: E402
 
 MEASURED = ROOT / "mappings" / "measured.json"
@@ -97,12 +98,20 @@ def compact(found: dict[str, Any], device: str) -> dict[str, Any]:
 
 def stale(device: str) -> list[str]:
     """Families that were not measured on the device, or under another table than today's."""
-    from fixtures.make_tiny import NAMES
     from mbx.catalogue.models_page import is_stale, read_runs
     from mbx.tables import shipped
 
     kept = read_runs(MEASURED).get(device, {}).get("families", {})
-    return [name for name in NAMES if name not in kept or is_stale(kept[name], shipped(kept[name]["table"]))]
+    return [name for name in scripts() if name not in kept or is_stale(kept[name], shipped(kept[name]["table"]))]
+
+
+def scripts() -> dict[str, str]:
+    """Every family by name, and what measures it: those of text, and those with a tower."""
+    from fixtures.make_tiny import NAMES
+    from fixtures.wrapped import TOWERS, WRAPPED
+
+    seeing = [f"{kind}{WITH_TOWER}" for kind in (*WRAPPED, *TOWERS)]
+    return dict.fromkeys(NAMES, "_family.py") | dict.fromkeys(seeing, "_seeing_family.py")
 
 
 def say(text: str) -> None:
@@ -112,8 +121,6 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    from fixtures.make_tiny import NAMES
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="families; all without a name")
     parser.add_argument("--stale", action="store_true", help="of these, what today's tables were not measured with")
@@ -128,7 +135,8 @@ def main() -> int:
     if arguments.record_from:
         record(json.loads(arguments.record_from.read_text(encoding="utf-8")))
         return 0
-    names = arguments.names or list(NAMES)
+    script = scripts()
+    names = arguments.names or list(script)
     names = [name for name in names if name in stale(arguments.device)] if arguments.stale else names
     if not names:
         say("nothing to measure: no table has changed since")
@@ -146,7 +154,7 @@ def main() -> int:
     say("max|d| of the control; keys: objects not written/not asked/tensors not written/not asked")
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = {
-            name: pool.submit(run_alone, "_family.py", name, arguments.device, arguments.tiny, deadline)
+            name: pool.submit(run_alone, script[name], name, arguments.device, arguments.tiny, deadline)
             for name in names
         }
         for name, future in runs.items():

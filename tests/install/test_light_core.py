@@ -78,17 +78,50 @@ def test_doctor_ends_in_a_verdict_for_each_job(light: dict[str, str], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("system", "driver", "cpu_index"), [("linux", False, True), ("linux", True, False), ("darwin", False, False)]
+    ("system", "driver", "torch", "cpu_index"),
+    [
+        ("linux", False, False, True),
+        ("linux", True, False, False),
+        ("darwin", False, False, False),
+        ("linux", False, True, False),
+    ],
 )
 def test_the_cpu_index_is_named_where_it_is_wanted(
-    monkeypatch: pytest.MonkeyPatch, system: str, driver: bool, cpu_index: bool
+    monkeypatch: pytest.MonkeyPatch, system: str, driver: bool, torch: bool, cpu_index: bool
 ) -> None:
     monkeypatch.setattr(extras.sys, "platform", system)
     monkeypatch.setattr(extras, "_has_driver", lambda: driver)
     monkeypatch.setattr(extras, "_source", lambda: f"'{DISTRIBUTION}")
-    assert ("whl/cpu" in install_line("verify")) == cpu_index
+    monkeypatch.setattr(extras, "_installer", lambda: "pip install")
+    monkeypatch.setattr(extras, "find_spec", lambda name: torch or None)
+    verify = f"pip install '{DISTRIBUTION}[verify]'"
+    first = "pip install torch --index-url https://download.pytorch.org/whl/cpu && "
+    assert install_line("verify") == (first if cpu_index else "") + verify
     assert install_line("data") == f"pip install '{DISTRIBUTION}[data]'"
     assert "whl/cpu" not in install_line("gpu")
+    monkeypatch.setattr(extras, "_installer", lambda: "uv pip install --python p")
+    assert install_line("verify").endswith("[verify]' --torch-backend cpu") == cpu_index
+
+
+@pytest.mark.parametrize(
+    ("pip", "uv", "installer"),
+    [
+        ("beside", None, "pip install"),
+        ("elsewhere", None, "'{python}' -m pip install"),  # the pip of another environment
+        (None, None, "'{python}' -m pip install"),
+        (None, "there", "'{python}' -m pip install"),  # `python -m pip` works, as in what pipx makes
+        ("not importable", "there", "uv pip install --python '{python}'"),  # as in what uv makes
+    ],
+)
+def test_what_installs_is_of_the_python_that_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pip: str | None, uv: str | None, installer: str
+) -> None:
+    python = tmp_path / "an env" / "bin" / "python"
+    places = {"pip": python.with_name("pip") if pip == "beside" else pip and tmp_path / "bin" / "pip", "uv": uv}
+    monkeypatch.setattr(extras.sys, "executable", str(python))
+    monkeypatch.setattr(extras, "which", lambda name: places[name] and str(places[name]))
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if pip == "not importable" else object())
+    assert extras._installer.__wrapped__() == installer.format(python=python)
 
 
 def test_one_place_knows_the_name_and_every_extra_exists() -> None:

@@ -40,7 +40,7 @@ def test_an_image_is_made_as_its_file_says(file: Path) -> None:
     assert f"docker build -f docker/{file.name} " in text
     known = (ROOT / "pyproject.toml").read_text()
     assert all(re.search(rf"^{extra} = ", known, re.M) for extra in re.findall(r"/source\[(\w+)\]", text))
-    assert all((ROOT / name).exists() for name in re.findall(r"/source/(\S+)", text))
+    assert all((ROOT / name).exists() for name in re.findall(r"/source/([\w./-]+)", text))
     assert all(":" in base and not base.endswith(":latest") for base in re.findall(r"^FROM (\S+)", text, re.M))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
+
+from tests.forks import start
 
 HERE = Path(__file__).resolve().parent
 
@@ -13,19 +14,16 @@ HERE = Path(__file__).resolve().parent
 def run_ranks(worker: str, world: int, *arguments: object, timeout: float = 300) -> None:
     """Run `worker RANK WORLD ARGUMENT…` of this folder in `world` processes; AssertionError where one fails."""
     paths = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
-    env = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / worker), str(rank), str(world), *map(str, arguments)],
-            env=env,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [rank.communicate(timeout=timeout)[1].decode(errors="replace") for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-3000:] for error in errors)
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, str(rank)) for rank in range(world)]
+        ranks = [
+            start(rank, HERE / worker, rank, world, *arguments, log=log, PYTHONPATH=paths)
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            codes = [rank.wait(timeout) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        said = [log.read_text(encoding="utf-8", errors="replace")[-3000:] for log in logs]
+    assert codes == [0] * world, "\n".join(said)

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.forks import Fork, start
+
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
@@ -56,7 +58,7 @@ def start_world(
     *,
     own_group: bool = False,
     python: str = sys.executable,
-) -> list[subprocess.Popen[bytes]]:
+) -> list[Fork | subprocess.Popen[bytes]]:
     """Start `size` processes of `python` that run `jobs` one after the other; rank 0 writes their losses to `out`.
 
     `own_group`: each leads a process group, by which what it forked can be found.
@@ -64,22 +66,21 @@ def start_world(
     out.with_suffix(".jobs").write_text(json.dumps(jobs))
     for old in out.parent.glob(f"{out.stem}.port*"):  # of an earlier world
         old.unlink()
-    processes = []
-    for rank in range(size):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(size),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "ignore",
-        }
-        log = out.with_suffix(f".log{rank}").open("wb")
-        arguments = [python, __file__, str(out)]
-        processes.append(
-            subprocess.Popen(arguments, env=env, stdout=log, stderr=log, cwd=ROOT, start_new_session=own_group)
+    return [
+        start(
+            rank,
+            Path(__file__),
+            out,
+            log=out.with_suffix(f".log{rank}"),
+            own_group=own_group,
+            python=python,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            PYTHONPATH=str(ROOT),
         )
-    return processes
+        for rank in range(size)
+    ]
 
 
 def run_to_its_kill(job: dict[str, object], out: Path) -> None:

@@ -10,6 +10,7 @@ from _trainings import ROOT
 
 from converters.errors import UsageError
 from mbx.cli import main
+from mbx.formats import hub
 from mbx.train.budget.devices import DEVICES, GIB, Device, device_of
 from mbx.train.budget.fit import MARGIN, fit, search, variants
 from mbx.train.budget.host import host_memory, page_cache, total
@@ -128,3 +129,21 @@ def test_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["budget", "qwen3_8b_lora", "--recipe", "llama3_8b_sft"]) == 2
     assert main(["budget", folder, "--method", "magic"]) == 2
     assert "known: dora, lora, pretrain, sft" in capsys.readouterr().err
+
+
+def test_a_hub_model_costs_its_side_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hub id in the recipe's place has the answer of its folder, and no weights are fetched for it."""
+    folder = ROOT / "fixtures" / "tiny" / "llama"
+    asked: list[tuple[str, bool]] = []
+
+    def resolve(source: str, *, weights: bool = True, **_: object) -> hub.LocalModel:
+        asked.append((source, weights))
+        return hub.LocalModel(folder, source, "0" * 40)
+
+    monkeypatch.setattr(hub, "resolve", resolve)
+    answers = []
+    for model in ("org/tiny@main", str(folder)):
+        assert main(["budget", model, "--method", "sft", "--device", "24 GB", "data.length=64", "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert asked[0] == ("org/tiny@main", False)
+    assert answers[0]["fits"] == "yes" and answers[0]["bytes"] == answers[1]["bytes"]

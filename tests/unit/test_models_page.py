@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from converters.errors import StorageError
-from fixtures.make_tiny import NAMES
 from mappings import table_names
 from mbx.catalogue.models_page import MEASURED, NOT_MEASURED, is_stale, page, rows
 from mbx.tables import shipped
+from tests.gpu.run_forward import scripts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
@@ -90,7 +90,7 @@ def test_broken_figures_are_an_error(tmp_path: Path) -> None:
 def test_a_table_does_not_change_without_its_figures() -> None:
     families = json.loads(MEASURED.read_text(encoding="utf-8"))["cpu"]["families"]
     stale = [name for name, found in families.items() if is_stale(found, shipped(found["table"]))]
-    assert [*stale, *(set(NAMES) - set(families))] == [], "run `make measure`, then `make docs`"
+    assert [*stale, *(set(scripts()) - set(families))] == [], "run `make measure`, then `make docs`"
 
 
 def test_figures_are_committed_for_the_cpu() -> None:
