@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from converters.errors import UnsupportedError, UsageError
+from converters.errors import UsageError
 from mbx.cli import completions
-from mbx.cli.data_view import SHOWN, data_document, data_lines, show_data
+from mbx.cli.data_view import SHOWN, data_lines, show_data
 from mbx.cli.groups import grouped
 from mbx.cli.options import Output, epilog
 from mbx.cli.output import out
 from mbx.cli.recipes import RecipeName, Words, named
 from mbx.cli.running import warn_of_unknown_core
 from mbx.cli.train_launch import Launch
+from mbx.cli.train_plan import show_plan
 from mbx.extras import require
-from mbx.text import aligned, human_count
+from mbx.text import aligned
 
 if TYPE_CHECKING:
     from mbx.train.recipe.sections import Recipe
-    from mbx.train.run.prepare import Prepared
 
 
 class _OwnWords(TyperGroup):
@@ -249,7 +249,7 @@ def _train(asked: Asked, words: list[str]) -> None:
         show_data(prepared, asked.show_data)
         return
     if asked.dry_run:
-        _show_plan(prepared)
+        show_plan(prepared)
         return
     for line in data_lines(prepared):
         out.message(line)
@@ -268,63 +268,3 @@ def fetched(recipe: Recipe) -> Recipe:
     from mbx.cli.source import fetch
 
     return replace(recipe, model=replace(recipe.model, path=str(fetch(recipe.model.path).path)))
-
-
-def _word_on_fp8(prepared: Prepared) -> list[str]:
-    """A warning where FP8 is estimated to cost time on this GPU."""
-    import torch
-
-    from mbx.train.budget.devices import seen_as
-    from mbx.train.budget.speed import fp8_does_not_pay
-
-    device = seen_as(torch.cuda.get_device_name(prepared.ranks.local_rank))
-    if device is None or prepared.recipe.fp8.recipe == "none":
-        return []
-    word = fp8_does_not_pay(prepared.recipe, prepared.plan, device, prepared.ranks.dp)
-    return [word] if word else []
-
-
-def _show_plan(prepared: Prepared) -> None:
-    from mbx.train.budget.predict import lines, predict, suggestions
-    from mbx.train.model.graphs import why_not
-
-    recipe, ranks, plan = prepared.recipe, prepared.ranks, prepared.plan
-    p, t = recipe.parallel, recipe.train
-    axes = ", ".join(f"{axis} {getattr(p, axis)}" for axis in ("tp", "pp", "vpp", "cp", "ep", "etp"))
-    said = [
-        prepared.start.why,
-        f"{t.steps} steps of {t.global_batch} x {recipe.data.length} tokens in {t.precision}"
-        + ("" if recipe.fp8.recipe == "none" else f", FP8 {recipe.fp8.recipe}"),
-        *data_lines(prepared),
-        f"{ranks.world_size} process(es) on {ranks.device}: {axes}, dp {ranks.dp}",
-    ]
-    ungraphed = why_not(recipe, plan.config, ranks)
-    if ranks.device == "cuda":
-        said.append(f"CUDA graph: {'on' if ungraphed is None else f'off: {ungraphed}'}")
-        said += _word_on_fp8(prepared)
-    memory: dict[str, object]
-    looks = prepared.looks
-    if looks is not None:
-        said.append(f"images: a tower of {human_count(looks.parameters)} weights, {t.tower}, on the first stage")
-    try:
-        budget = predict(recipe, plan, ranks.dp, looks)
-    except UnsupportedError as error:
-        memory = {"memory_unknown": error.fact}
-        said.append(error.fact)
-    else:
-        c = budget.counts
-        memory = {
-            "parameters": c.base,
-            "adapters": c.adapters,
-            "trained_whole": c.whole,
-            "memory_bytes": dict(budget.parts),
-            "memory_total_bytes": budget.total,
-            "tower_parameters": 0 if looks is None else looks.parameters,
-        }
-        adapters = f", {human_count(c.adapters)} of adapters" if c.adapters else ""
-        adapters += f", {human_count(c.whole)} of the weights trained whole" if c.whole else ""
-        said.append(f"{human_count(c.base)} weights a rank{adapters}")
-        said += lines(budget, suggestions(recipe, plan, ranks.dp, looks))
-    place = {"start": prepared.start.why, "world_size": ranks.world_size, "dp": ranks.dp, "device": ranks.device}
-    place["cuda_graph"] = ungraphed is None
-    out.result({**place, "data": data_document(prepared), **memory, "recipe": recipe.to_dict()}, lambda: said)

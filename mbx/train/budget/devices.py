@@ -6,6 +6,7 @@ not seen, 2 % less than what the card is sold with.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from converters.errors import UsageError
 from mbx.text import near_miss, parse_size
 from mbx.train.budget.predict import GIB
+from mbx.train.recipe.sections import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +80,14 @@ def seen_as(name: str) -> Device | None:
     plain = re.sub(r"[\s-]+", "", name.lower())
     known = {re.sub(r"-\d\d$", "", one).replace("-", ""): one for one in DEVICES} | _OTHER_NAMES
     return next((DEVICES[one] for word, one in known.items() if word in plain), None)
+
+
+def peak_tflops(recipe: Recipe) -> float:
+    """Peak TFLOP/s of this process's GPU at the recipe's precision; infinite, for an MFU of 0, if it is not known."""
+    import torch
+
+    if not torch.cuda.is_available() or recipe.train.precision == "fp32":
+        return math.inf
+    device = seen_as(torch.cuda.get_device_name())
+    peak = device.tflops if device else math.inf
+    return peak * (2 if recipe.fp8.recipe != "none" else 1)

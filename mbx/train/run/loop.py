@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from converters.errors import DifferenceError
-from mbx.train.budget.devices import seen_as
+from mbx.train.budget.devices import peak_tflops
 from mbx.train.checkpoints.state import LoopState, read_state, same_processes
 from mbx.train.checkpoints.store import Store
 from mbx.train.data.evaluation import OnePass, one_pass
@@ -36,10 +36,10 @@ from mbx.train.model.warmup import warm_up
 from mbx.train.model.weights import load_weights
 from mbx.train.run import memory
 from mbx.train.run.batches import Batches
+from mbx.train.run.failing import explained
 from mbx.train.run.graph import one_stream
 from mbx.train.run.keeping import Keeper
 from mbx.train.run.log import Log, Step
-from mbx.train.run.lost import lost_others, without_others
 from mbx.train.run.prepare import Prepared
 from mbx.train.run.profile import Profile
 from mbx.train.run.schedule import learning_rate
@@ -83,12 +83,10 @@ def train(
                 trainer = Trainer(prepared, log, on_step)
                 stack.callback(trainer.close)
                 return trainer.run()
-            except torch.cuda.OutOfMemoryError as error:
-                raise memory.explain(prepared, error) from error
             except RuntimeError as error:
-                if lost_others(error):
-                    raise without_others(recipe, ranks, error) from error
-                raise
+                if (known := explained(prepared, error)) is None:
+                    raise
+                raise known from error
 
 
 class Trainer:
@@ -264,21 +262,13 @@ class Trainer:
         tokens = t.global_batch * self.recipe.data.length
         tflops = tokens * self.flops / took / self.ranks.world_size / 1e12
         peak = memory.peak_gib(self.ranks.device)
-        mfu = tflops / self._peak()
+        mfu = tflops / (peak_tflops(self.recipe) if self.ranks.device == "cuda" else math.inf)
         return Step(self.step, loss, lr, grad_norm, tokens, took, tokens / took, tflops, mfu, peak, beside)
 
     def _clear_gradients(self) -> None:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-
-    def _peak(self) -> float:
-        """Peak TFLOP/s of this GPU at the run's precision; infinite, for an MFU of 0, where it is not known."""
-        if self.ranks.device != "cuda" or self.recipe.train.precision == "fp32":
-            return math.inf
-        device = seen_as(torch.cuda.get_device_name())
-        peak = device.tflops if device else math.inf
-        return peak * (2 if self.recipe.fp8.recipe != "none" else 1)
 
     def _evaluate(self) -> float:
         """The validation loss: the mean over every token of one pass."""
