@@ -52,7 +52,15 @@ def workers(agent: int) -> list[int]:
 
 
 def disturb(folder: Path, process: subprocess.Popen[bytes], signals: list[int], seed: int) -> None:
-    """Send each of `signals` to a rank at some step; the run's end is awaited."""
+    """Send each of `signals` to a rank at some step; the run's end is awaited, and brought about where it hangs."""
+    try:
+        _disturb(folder, process, signals, seed)
+    finally:
+        process.terminate()  # torchrun ends its ranks
+        process.wait(timeout=60)
+
+
+def _disturb(folder: Path, process: subprocess.Popen[bytes], signals: list[int], seed: int) -> None:
     stream, until = random.Random(seed), time.monotonic() + 100 + 60 * len(signals)
     for number in signals:
         seen = len(records(folder))
