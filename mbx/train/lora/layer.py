@@ -155,7 +155,7 @@ class LoraLinear(Adapter):
         """
         weight = self.weight
         a, b = self._a(self.lora_a).float(), joined_factors(self.factors(), self.layout).float()
-        square = weight.float().square().sum(1)
+        square: torch.Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # no fp32 copy
         cross, gram = weight.float() @ a.t(), a @ a.t()
         if self.row_parallel and self.tp > 1:
             for part in (square, cross, gram):
