@@ -79,6 +79,10 @@ class Asked:
     anew: Annotated[
         bool, typer.Option("--continue", help="Begin, or resume where this run has a checkpoint already.")
     ] = False
+    hooks: Annotated[
+        Path | None,
+        typer.Option("--hooks", metavar="FILE", help="Python functions of your own: loss, each step, each save."),
+    ] = None
     list: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False
     show: Annotated[bool, typer.Option("--show", help="Print the recipe with overrides applied.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan; train nothing.")] = (
@@ -223,7 +227,9 @@ def _launch(asked: Asked, launch: Launch, words: list[str]) -> None:
     from mbx.train.recipe.catalogue import load_recipe
 
     name, overrides = named(asked.recipe, words)
-    show_launch(load_recipe(name, overrides), launch, ["--recipe", str(name), *overrides], asked.init_from)
+    show_launch(
+        load_recipe(name, overrides), launch, ["--recipe", str(name), *overrides], asked.init_from, asked.hooks
+    )
 
 
 def _train(asked: Asked, words: list[str]) -> None:
@@ -236,6 +242,7 @@ def _train(asked: Asked, words: list[str]) -> None:
         out.result(recipe.to_dict(), lambda: dump_toml(recipe.to_dict()).splitlines())
         return
     require("train", "`mbx train`")
+    from mbx.train.run.hooks import NO_HOOKS, load_hooks
     from mbx.train.run.loop import train
     from mbx.train.run.prepare import prepare
 
@@ -244,7 +251,8 @@ def _train(asked: Asked, words: list[str]) -> None:
     if asked.resume and asked.anew:
         raise UsageError("‹continue› resumes where there is a checkpoint, ‹resume› needs one: give one of them")
     dry = asked.dry_run or asked.show_data is not None
-    prepared = prepare(recipe, asked.init_from, asked.resume, anew=asked.anew, dry=dry)
+    hooks = load_hooks(asked.hooks) if asked.hooks else NO_HOOKS
+    prepared = prepare(recipe, asked.init_from, asked.resume, anew=asked.anew, hooks=hooks, dry=dry)
     if asked.show_data is not None:
         show_data(prepared, asked.show_data)
         return

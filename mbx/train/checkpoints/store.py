@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,10 +50,15 @@ _OURS = re.compile(rf"\.metadata(?:\.tmp)?|metadata\.json|common\.pt|__\d+_\d+\.
 
 
 class Store:
-    """Writes and reads the checkpoints of one run; all calls are collective."""
+    """Writes and reads the checkpoints of one run; all calls are collective.
 
-    def __init__(self, recipe: Recipe, plan: Blueprint, ranks: Ranks) -> None:
-        self.recipe, self.plan, self.ranks = recipe, plan, ranks
+    `on_save` is called on the main rank with each checkpoint that is whole.
+    """
+
+    def __init__(
+        self, recipe: Recipe, plan: Blueprint, ranks: Ranks, on_save: Callable[[Path], object] | None = None
+    ) -> None:
+        self.recipe, self.plan, self.ranks, self.on_save = recipe, plan, ranks, on_save
         self.root = recipe.run_dir
         self.whole = whole_layers(recipe.lora, plan)
         # read now: its file may be gone when the run ends
@@ -152,6 +157,8 @@ class Store:
         for old in self.root.glob("iter_*"):
             if old not in stays and _is_ours(old):  # beyond `keep`, or left unfinished by a run that was killed
                 shutil.rmtree(old)
+        if self.on_save is not None:
+            self.on_save(target)
 
     def _keep_towers(self, file: Path, base: str) -> None:
         """Write what lies beside the text model, as it is in the folder that the weights came from or, of a tower that

@@ -25,12 +25,17 @@ Batch = Mapping[str, "torch.Tensor | None"]
 
 
 def forward_step(
-    batches: Iterator[Batch], model: nn.Module, *, beside: Beside, seeing: Seeing | None = None
+    batches: Iterator[Batch],
+    model: nn.Module,
+    *,
+    beside: Beside,
+    seeing: Seeing | None = None,
+    learn: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, Callable[..., object]]:
     """One micro-batch: per-token losses [b, s], and how to reduce them.
 
     What Megatron Core computes `beside` them (prediction layers, balance losses) sees the same masks. `seeing` has the
-    tower for the images of a micro-batch.
+    tower for the images of a micro-batch. `learn` puts losses in the place of these.
     """
     batch = next(batches)
     arguments: dict[str, object] = {}
@@ -52,7 +57,9 @@ def forward_step(
         )
 
     def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        total = torch.sum(losses.view(-1).float() * mask.view(-1))
+        wide = losses.float().view(mask.shape)
+        wide = wide if learn is None else learn(wide, batch)
+        total = torch.sum(wide.view(-1) * mask.view(-1))
         tokens = mask.sum()
         return total, tokens.to(torch.int), {"loss": torch.stack((total.detach(), tokens))}
 

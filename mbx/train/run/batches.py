@@ -13,6 +13,7 @@ from mbx.train.data.rows import Rows, micro_batches
 from mbx.train.model.parallel import Ranks
 from mbx.train.recipe.sections import Recipe
 from mbx.train.run.graph import WARM_STEPS, Graph, Results
+from mbx.train.run.hooks import NO_HOOKS, Hooks, learned
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.beside import Beside
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 class Batches:
     """What turns rows into losses and gradients of a model's `chunks`; `beside` takes the losses that are not the
-    label's, `eyes` read images and `seeing` has the tower for them."""
+    label's, `eyes` read images and `seeing` has the tower for them; `hooks` say what is learned."""
 
     def __init__(
         self,
@@ -35,11 +36,13 @@ class Batches:
         graphed: bool = False,
         eyes: Eyes | None = None,
         seeing: Seeing | None = None,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         from mbx.models.megatron.core.training import get_forward_backward_func
 
         self.recipe, self.ranks, self.chunks, self.beside = recipe, ranks, chunks, beside
         self.eyes, self.seeing = eyes, seeing
+        self.learn = partial(learned, hooks) if hooks.token_losses else None
         self.forward_backward = get_forward_backward_func()
         one = partial(self._pass, count=1, forward_only=False)
         rounds = recipe.train.global_batch // (recipe.train.micro_batch * ranks.dp)
@@ -85,7 +88,12 @@ class Batches:
         if self.ranks.te and self.recipe.data.packs:
             length, micro = length * micro, 1  # packed rows travel between stages as one
         results: Results = self.forward_backward(
-            forward_step_func=partial(forward_step, beside=self.beside, seeing=self.seeing),
+            forward_step_func=partial(
+                forward_step,
+                beside=self.beside,
+                seeing=self.seeing,
+                learn=None if forward_only else self.learn,
+            ),
             data_iterator=batches,
             model=self.chunks,
             num_microbatches=count,

@@ -45,6 +45,7 @@ from mbx.train.run.profile import Profile
 from mbx.train.run.schedule import learning_rate
 from mbx.train.run.stepping import Stepper, finalize
 from mbx.train.run.stop import Stop
+from mbx.train.run.validation import validation_loss
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
@@ -158,7 +159,14 @@ class Trainer:
             if self.chunks[0].ddp_config.overlap_grad_reduce:
                 config.no_sync_func = waits if len(waits) > 1 else waits[0]
         self.batches = Batches(
-            self.recipe, self.ranks, self.chunks, self.beside, graphed=graphed, eyes=eyes, seeing=self.seeing
+            self.recipe,
+            self.ranks,
+            self.chunks,
+            self.beside,
+            graphed=graphed,
+            eyes=eyes,
+            seeing=self.seeing,
+            hooks=prepared.hooks,
         )
         self.mark_first = models.first_microbatch(*self.chunks)
         self.take_step = Stepper(self.optimizer)
@@ -168,7 +176,7 @@ class Trainer:
         self.train_rows, self.eval_rows = self._rows()
         if self.recipe.train.eval_every and self.eval_rows is None:
             self.log.message("there are no validation rows: train.eval_every evaluates nothing")
-        self.store = Store(self.recipe, self.plan, self.ranks)
+        self.store = Store(self.recipe, self.plan, self.ranks, prepared.hooks.on_save)
         self.step, self.saved, self.mean_loss = 0, -1, math.nan
         traced = self.recipe.run.profile if self.ranks.is_main else 0
         self.profile = Profile(traced, self.recipe.run_dir, log, cuda=self.ranks.device == "cuda")
@@ -217,10 +225,13 @@ class Trainer:
                 losses.append(figures.loss)
                 self.log.step(figures)
                 self.on_step(figures)
+                if self.ranks.is_main and self.prepared.hooks.on_step:
+                    self.prepared.hooks.on_step(figures)
                 self.profile.step(self.step)
                 self._check_loss(figures)
                 if t.eval_every and self.step % t.eval_every == 0 and self.eval_rows is not None:
-                    why = self.keeper.judge(self.step, self._evaluate(), self._save)
+                    found = validation_loss(self.recipe, self.ranks, self.chunks, self.batches, self.eval_rows)
+                    why = self.keeper.judge(self.step, found, self._save)
                     if why:
                         stopped = why
                         break
@@ -269,24 +280,6 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-
-    def _evaluate(self) -> float:
-        """The validation loss: the mean over every token of one pass."""
-        assert self.eval_rows is not None
-        t, p = self.recipe.train, self.recipe.parallel
-        size = self.eval_rows.batch(t.global_batch, t.micro_batch * self.ranks.dp * (p.pp if p.vpp > 1 else 1))
-        for chunk in self.chunks:
-            chunk.eval()
-        with torch.no_grad():
-            total = torch.stack(
-                [
-                    self.batches.run(self.eval_rows, n, size, forward_only=True)
-                    for n in range(-(-self.eval_rows.total // size))
-                ]
-            ).sum(0)
-        for chunk in self.chunks:
-            chunk.train()
-        return float(total[0] / total[1].clamp(min=1))
 
     def _check_loss(self, figures: Step) -> None:
         """Stop on a loss that is not finite, or that leaves the running mean behind."""

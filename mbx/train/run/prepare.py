@@ -35,6 +35,7 @@ from mbx.train.model.sight import check_images, learns
 from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Lora, Recipe
 from mbx.train.run.dataset import Dataset, read_data, with_steps
+from mbx.train.run.hooks import NO_HOOKS, Hooks
 from mbx.train.run.log import check_writers, only_begun
 
 #: Hints of the conversion, in a recipe's words.
@@ -109,6 +110,7 @@ class Prepared:
     ranks: Ranks
     plan: Blueprint
     data: Dataset
+    hooks: Hooks = NO_HOOKS
 
     @property
     def train_rows(self) -> Rows | None:
@@ -128,17 +130,26 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, init_from: str | None = None, resume: bool = False, *, anew: bool = False, dry: bool = False
+    recipe: Recipe,
+    init_from: str | None = None,
+    resume: bool = False,
+    *,
+    anew: bool = False,
+    hooks: Hooks = NO_HOOKS,
+    dry: bool = False,
 ) -> Prepared:
     """Check a recipe against this machine, its model and its data; MbxError says what is wrong.
 
-    `anew`: begin, or resume where the same run has a checkpoint already. `dry`: nothing will be trained, so the
-    processes, the GPU and the weights need not be there.
+    `anew`: begin, or resume where the same run has a checkpoint already. `hooks`: functions of the user's own; where
+    they say what is learned, passes are not recorded. `dry`: nothing will be trained, so the processes, the GPU and
+    the weights need not be there.
     """
     if anew and latest(recipe.run_dir):
         init_from, resume = None, True
+    if hooks.token_losses is not None:
+        recipe = replace(recipe, train=replace(recipe.train, cuda_graph="off"))
     try:
-        return _prepare(recipe, init_from, resume, anew, dry)
+        return replace(_prepare(recipe, init_from, resume, anew, dry), hooks=hooks)
     except MbxError as error:
         for option, key in _KEYS.items():
             error.hint = error.hint and error.hint.replace(option, key)
