@@ -19,6 +19,7 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.hub import resolve
 from mbx.formats.registry import open_checkpoint
 from mbx.live.adapters import AdapterLayout, Adapters, Merger
+from mbx.live.codes import Codec, Coding, coding_of
 from mbx.live.delta import Delta, Snapshot, changes
 from mbx.live.exchange import World, exchange, gather_objects
 from mbx.live.held import Held
@@ -42,6 +43,7 @@ class Live:
         self.sender = Sender(model, world)
         self._adapters: Adapters | None = None
         self._streams: dict[tuple[str, str | None, bool], Stream] = {}
+        self._codings: dict[tuple[str, str | None, str], Coding] = {}
         self.left_out = left_out(announced, self.stream(), heads=heads)
 
     # --- what it is ----------------------------------------------------------------------------------------------
@@ -52,6 +54,14 @@ class Live:
         if key not in self._streams:
             self._streams[key] = plan_stream(self.source, self.world.sources, experts, dtype, exact_norms)
         return self._streams[key]
+
+    def coding(self, codec: Codec, experts: Experts = "folder", dtype: str | None = None) -> Coding:
+        """An export in the parts of a codec, worked out once; see `coding_of` for what it refuses."""
+        key = (experts, dtype, codec)
+        if key not in self._codings:
+            streams = self.stream(experts, dtype), self.stream(experts, "model")
+            self._codings[key] = coding_of(codec, self.model, self.world, self.source, streams, self.left_out)
+        return self._codings[key]
 
     @property
     def has_adapters(self) -> bool:
@@ -67,9 +77,11 @@ class Live:
             return False
         return len(given) == len(known) and all(a is b for a, b in zip(given, known, strict=True))
 
-    def spec(self, *, experts: Experts = "folder", dtype: str | None = None) -> tuple[TensorSpec, ...]:
+    def spec(
+        self, *, experts: Experts = "folder", dtype: str | None = None, codec: Codec | None = None
+    ) -> tuple[TensorSpec, ...]:
         """Names, shapes, dtypes and groups of all tensors, in the order of `export`; nothing is sent or allocated."""
-        return self.stream(experts, dtype).specs
+        return self.stream(experts, dtype).specs if codec is None else self.coding(codec, experts, dtype).specs
 
     def local(self, *, experts: Experts = "folder", values: Values | None = None) -> Iterator[Held]:
         """What this rank holds, box by box: a tied head as often as it has names. Nothing is sent or copied."""
@@ -138,6 +150,7 @@ class Live:
         experts: Experts = "folder",
         dtype: str | None = None,
         *,
+        codec: Codec | None = None,
         values: Values | None = None,
         only: Only | None = None,
     ) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -146,8 +159,9 @@ class Live:
         Collective: all ranks iterate to the end. A tensor is a view of its bucket's memory, which it keeps alive; two
         names never share values. Beside the model there are at most two buckets and the largest tensor.
         `dtype` is that of the folder by default, "model" what the model holds, or one to cast floats to.
+        `codec` gives products as codes and scales under the folder's names, as `mbx convert mcore-to-hf --codec` does.
         """
-        for one in self.buckets(bucket, to, experts, dtype, values=values, only=only):
+        for one in self.buckets(bucket, to, experts, dtype, codec=codec, values=values, only=only):
             yield from one
 
     def buckets(
@@ -157,10 +171,13 @@ class Live:
         experts: Experts = "folder",
         dtype: str | None = None,
         *,
+        codec: Codec | None = None,
         values: Values | None = None,
         only: Only | None = None,
     ) -> Iterator[Bucket]:
         """`export`, a bucket of tensors at a time: one buffer to hand to another process."""
+        if codec is not None:
+            return self.coding(codec, experts, dtype).buckets(bucket, to, values, only, self.model.device())
         stream = self.stream(experts, dtype)
         receivers = self.sender.receivers(stream.boxes, to)
         key = (experts, dtype, to, bucket) if only is None else None

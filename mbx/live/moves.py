@@ -16,7 +16,7 @@ from converters.errors import UsageError
 from converters.tensors import DTYPE_BITS, Shape
 from converters.torch_casts import TORCH_DTYPES
 from mbx.live.routing import Piece, TensorSpec
-from mbx.live.shards import Shard, Views, is_quantised
+from mbx.live.shards import Shard, Views
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +186,7 @@ def make(moves: Sequence[Move], views: Views | None, buffer: torch.Tensor, wire:
             assert views is not None
             found, computed = owners.get(id(move.shard)), False
             if found is None:
-                raw = views.owner(move.shard)
-                computed = is_quantised(raw)
-                found = raw.dequantize() if computed else raw
+                found, computed = views.taken(move.shard)
                 if not computed:  # what is computed is of no use behind this copy, and takes memory
                     owners[id(move.shard)] = found
             owner = found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -17,7 +17,7 @@ from mbx.live.exchange import World
 from mbx.live.held import Held
 from mbx.live.moves import Typed
 from mbx.live.routing import TensorSpec, lots
-from mbx.live.shards import Model, Values
+from mbx.live.shards import Values, Views
 from mbx.live.transport import Transport, view_of
 
 #: Who receives: every rank, the first rank of each pipeline stage what its stage holds, or one rank.
@@ -53,10 +53,18 @@ class Bucket:
             yield spec.name, whole[first : first + prod(spec.shape)].view(spec.shape)
 
 
+class Holder(Protocol):
+    """What gives a rank's shards, and says where their copies go."""
+
+    def views(self, values: Values | None = None) -> Views: ...
+
+    def device(self) -> torch.device: ...
+
+
 class Sender:
     """Makes whole tensors of what the ranks of `world` hold of `model`, and sends them."""
 
-    def __init__(self, model: Model, world: World) -> None:
+    def __init__(self, model: Holder, world: World) -> None:
         self._model, self._world = model, world
         self._kept: dict[Hashable, tuple[Course, ...]] = {}
 

@@ -133,8 +133,13 @@ class Views:
 
     def plain(self, shard: Shard) -> torch.Tensor:
         """The parameter that a shard lies in, as plain values: the memory itself, unless it has them as codes."""
+        return self.taken(shard)[0]
+
+    def taken(self, shard: Shard) -> tuple[torch.Tensor, bool]:
+        """The same, and whether it was computed: then it is of no use behind the copy that it was taken for."""
         owner = self.owner(shard)
-        return owner.dequantize() if is_quantised(owner) else owner
+        computed = is_quantised(owner)
+        return (owner.dequantize() if computed else owner), computed
 
     def memory(self, shard: Shard) -> torch.Tensor:
         """The same, to write into; UnsupportedError where values are computed from what is stored."""

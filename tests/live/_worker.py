@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from _coded import CODED
 from _jobs import JOBS
 from _models import build, fill, read_folder, same_bytes
 
@@ -119,7 +120,7 @@ def main(rank: int, world: int, work: Path, cases: list[str]) -> None:
         sizes = {axis: int(size) for axis, size in (part.split("=") for part in axes.split(",") if part)}
         meeting = work / f"{case}.store"
         with megatron_on_cpu(), process_group(Spread(**sizes), rank=rank, world_size=world, init_file=meeting):
-            found = {**JOBS, "": exported}[job](family, Spread(**sizes, dtype="bf16"), work)
+            found = {**JOBS, **CODED, "": exported}[job](family, Spread(**sizes, dtype="bf16"), work)
             (work / f"{case}.{rank}.json").write_text(json.dumps(found))
             torch.distributed.barrier()
 

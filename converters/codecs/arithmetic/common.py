@@ -25,11 +25,15 @@ class Arithmetic(NamedTuple):
 #: Elements a codec works on at a time: 256 Ki are 1 MiB of fp32 scratch, which stays in a core's own cache, and which
 #: the allocator keeps. With 1 Mi it asks the kernel for fresh pages each time: FP8 took 4.6 ns an element, not 1.0.
 CHUNK_ELEMENTS = 1 << 18
+#: The same on a GPU, which kernels have to fill: 128 MiB of fp32 scratch.
+DEVICE_ELEMENTS = 1 << 25
 
 
-def row_chunks(num_rows: int, row_elements: int, alignment: int = 1) -> Iterator[slice]:
-    """Consecutive row ranges of about CHUNK_ELEMENTS elements, cut at multiples of `alignment`."""
-    step = max(1, CHUNK_ELEMENTS // max(1, row_elements * alignment)) * alignment
+def row_chunks(
+    num_rows: int, row_elements: int, alignment: int = 1, elements: int = CHUNK_ELEMENTS
+) -> Iterator[slice]:
+    """Consecutive row ranges of about so many elements, cut at multiples of `alignment`."""
+    step = max(1, elements // max(1, row_elements * alignment)) * alignment
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

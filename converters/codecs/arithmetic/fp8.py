@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from converters.codecs.arithmetic.common import (
     CHUNK_ELEMENTS,
+    DEVICE_ELEMENTS,
     Arithmetic,
     Parts,
     as_scales,
@@ -35,7 +36,7 @@ def decode_block(codec: Fp8Block, parts: Parts, dtype: torch.dtype | None) -> to
     weight = part(parts, "weight", FP8)
     scale = part(parts, "scale")
     codec.decoded_shape({"weight": tuple(weight.shape), "scale": tuple(scale.shape)})
-    out = torch.empty(weight.shape, dtype=dtype or torch.bfloat16)
+    out = torch.empty(weight.shape, dtype=dtype or torch.bfloat16, device=weight.device)
     grids = scale_to_fp32(scale).reshape(-1, *scale.shape[-2:])
     for w, s, o in zip(_matrices(weight), grids, _matrices(out), strict=True):
         for rows, cols in _tiles(w.shape[0], w.shape[1], codec.block):
@@ -59,11 +60,12 @@ def encode_block(
     """`Fp8Block.encode`."""
     scale_shape = codec.stored_shapes(tuple(tensor.shape))["scale"]
     check_given(scale, scale_shape)
-    weight = torch.empty(tensor.shape, dtype=FP8)
-    used = torch.empty(scale_shape, dtype=torch.float32) if scale is None else scale_to_fp32(scale)
+    weight = torch.empty(tensor.shape, dtype=FP8, device=tensor.device)
+    used = scale_to_fp32(scale) if scale is not None else weight.new_empty(scale_shape, dtype=torch.float32)
+    elements = CHUNK_ELEMENTS if tensor.device.type == "cpu" else DEVICE_ELEMENTS
     grids = used.reshape(-1, *scale_shape[-2:])
     for x, s, w in zip(_matrices(tensor), grids, _matrices(weight), strict=True):
-        for rows in row_chunks(x.shape[0], x.shape[1], codec.block[0]):
+        for rows in row_chunks(x.shape[0], x.shape[1], codec.block[0], elements):
             blocks = _blocks(x[rows].to(torch.float32), codec.block)
             amax = blocks.abs().amax(dim=(1, 3))
             require_finite(amax, codec.name)
@@ -73,7 +75,8 @@ def encode_block(
                 s[grid] = scale_to_fp32(as_scales(_scale_of(amax, codec.scale_rule), codec.scale_dtype))
             if scale is None and codec.scale_rule == "reciprocal":
                 # The stored scale is a rounded reciprocal of this factor; Transformers multiplies by the factor.
-                blocks *= _where_positive(FP8_MAX / amax, amax)[:, None, :, None]
+                # Not in place: of fp32 values these are views.
+                blocks = blocks * _where_positive(FP8_MAX / amax, amax)[:, None, :, None]
             else:
                 blocks = _divide(blocks, s[grid, None, :, None])
             blocks.clamp_(-FP8_MAX, FP8_MAX)  # PyTorch releases differ in whether the cast saturates
@@ -145,6 +148,8 @@ def _unblock(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _to_fp32(codes: torch.Tensor) -> torch.Tensor:
     """E4M3 as fp32 through a table: torch's own cast is scalar on a CPU, 2.7 ns an element against 0.5."""
+    if codes.device.type != "cpu":
+        return codes.to(torch.float32)
     table = torch.arange(256, dtype=torch.uint8).view(FP8).to(torch.float32)
     index = codes.contiguous().view(torch.uint8).flatten().to(torch.int32)
     return table.index_select(0, index).view(codes.shape)
@@ -152,7 +157,8 @@ def _to_fp32(codes: torch.Tensor) -> torch.Tensor:
 
 def _scale_of(amax: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
     """fp32 scale of a block by its largest magnitude; 1 where that is zero or too small for a scale to exist."""
-    scale = amax / FP8_MAX if rule == "amax" else 1.0 / (FP8_MAX / amax)
+    # By a tensor, for a GPU multiplies by the reciprocal of a number, which rounds otherwise.
+    scale = amax / torch.full_like(amax, FP8_MAX) if rule == "amax" else 1.0 / (FP8_MAX / amax)
     if rule == "ue8m0":
         # frexp, not log2: exact at powers of two. Transformers stops at the least normal fp32, 2**-126.
         mantissa, exponent = torch.frexp(scale)

@@ -1,0 +1,96 @@
+"""Exports in the parts of a codec, in two gloo processes and in one: what `mbx convert mcore-to-hf --codec` writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from _models import read_folder
+
+from fixtures.families import FAMILIES, Family
+from fixtures.make_tiny import make
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from tests.parity._ranks import run_ranks
+
+WORKER = Path(__file__).with_name("_worker.py")
+Ranks = list[dict[str, object]]
+#: By the ranks that it is cut over, projections of queries come in whole blocks of 128, of keys and values in halves.
+WIDE = Family(
+    FAMILIES["llama"].reference,
+    {
+        **FAMILIES["llama"].sizes,
+        "head_dim": 64,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+    },
+)
+#: Each with the tensors that travel as codes, and those that are encoded behind the gather.
+CASES = {
+    "fresh@llama:tp=2": (0, 28),
+    "fresh@llama:pp=2": (28, 0),
+    "fresh@wide:tp=2": (10, 4),
+    "fresh@qwen3_moe:ep=2": (112, 0),
+    "fresh@qwen3_moe:tp=2": (96, 16),
+    "same@deepseek_v3_fp8:tp=2": (114, 22),
+    "same@deepseek_v3_fp8:ep=2": (136, 0),
+}
+
+
+def split(case: str) -> tuple[str, str]:
+    job, _, family = case.partition(":")[0].partition("@")
+    return family, {"fresh": "fp8_block", "same": "same"}[job]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    work = tmp_path_factory.mktemp("codes")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(FAMILIES, "wide", WIDE)
+        for family, codec in dict.fromkeys(map(split, CASES)):
+            make(family, work / family)
+            run(plan_hf_to_mcore(work / family, work / f"{family}.mcore", Options(sync=False)))
+            options = Options(sync=False, codec=codec)
+            run(plan_mcore_to_hf(work / f"{family}.mcore", work / f"{family}.{codec}", options))
+    yield work
+
+
+@pytest.fixture(scope="module")
+def two(work: Path) -> Callable[[str], Ranks]:
+    run_ranks(str(WORKER), 2, work, *CASES)
+    return lambda case: [json.loads((work / f"{case}.{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_stream_is_the_converted_folder(two: Callable[[str], Ranks], work: Path, case: str) -> None:
+    """Bit for bit, codes and scales, whoever receives them; the codes side by side with their scales."""
+    family, codec = split(case)
+    folder = read_folder(work / f"{family}.{codec}")
+    dtypes = {torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.bfloat16: "BF16"}
+    wanted = {name: [dtypes[tensor.dtype], list(tensor.shape)] for name, tensor in folder.items()}
+    for rank in two(case):
+        names = [name for name, _, _ in rank["spec"]]  # type: ignore[attr-defined]
+        assert {name: what for name, *what in rank["spec"]} == wanted  # type: ignore[attr-defined]
+        assert rank["names"] == [names] * 5 and rank["odd"] == [] and rank["kept"] is True
+        scales = [at for at, name in enumerate(names) if name.endswith("_scale_inv")]
+        assert len(scales) == rank["early"] + rank["late"] > 0  # type: ignore[operator]
+        assert all(names[at] == f"{names[at - 1]}_scale_inv" for at in scales)
+        assert all(rank["groups"][at] == rank["groups"][at - 1] is not None for at in scales)  # type: ignore[index]
+        assert rank["codes_alone"] == [name for name in names if name.endswith("_proj.weight")]
+        assert (rank["early"], rank["late"]) == CASES[case]
+    first, second = (rank["received"] for rank in two(case))
+    assert first[0] == second[0] == first[1] == second[4] == len(folder)  # type: ignore[index]
+    assert first[2] + second[2] == len(folder) and [first[3], second[3]] == [0, len(folder)]  # type: ignore[index]
+
+
+def test_codes_travel_in_place_of_values(two: Callable[[str], Ranks]) -> None:
+    """Fewer bytes where blocks are whole (embeddings, head, keys and values are not), as many as before where not."""
+    for rank in two("fresh@wide:tp=2"):
+        assert rank["coded_bytes"] < 0.65 * rank["plain_bytes"]  # type: ignore[operator]
+    for rank in two("fresh@llama:tp=2"):
+        assert rank["coded_bytes"] >= 0.99 * rank["plain_bytes"]  # type: ignore[operator]
