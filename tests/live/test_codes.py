@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _folders import stacked_fp8
 from _models import read_folder
 
 from fixtures.families import FAMILIES, Family
@@ -39,6 +40,7 @@ CASES = {
     "fresh@qwen3_moe:tp=2": (96, 16),
     "same@deepseek_v3_fp8:tp=2": (114, 22),
     "same@deepseek_v3_fp8:ep=2": (136, 0),
+    "same@stacked:ep=2": (8, 0),
 }
 
 
@@ -53,7 +55,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(FAMILIES, "wide", WIDE)
         for family, codec in dict.fromkeys(map(split, CASES)):
-            make(family, work / family)
+            stacked_fp8(work / family) if family == "stacked" else make(family, work / family)
             run(plan_hf_to_mcore(work / family, work / f"{family}.mcore", Options(sync=False)))
             options = Options(sync=False, codec=codec)
             run(plan_mcore_to_hf(work / f"{family}.mcore", work / f"{family}.{codec}", options))

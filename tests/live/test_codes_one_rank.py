@@ -9,11 +9,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from _folders import rewritten, stacked_fp8
 from _models import build, read_folder, same_bytes
-from safetensors.torch import save_file
 from torch import nn
 
-from converters.errors import StorageError, UnsupportedError, UsageError
+from converters.codecs import Fp8Block
+from converters.errors import CoverageError, StorageError, UnsupportedError, UsageError
 from fixtures.make_tiny import make
 from mbx.formats.hf import read_config
 from mbx.live import Live, attach, sending
@@ -44,15 +45,6 @@ def converted(folder: Path, into: Path, codec: str, **options: object) -> dict[s
     run(plan_hf_to_mcore(folder, into / "mcore", Options(sync=False, **options)))  # type: ignore[arg-type]
     run(plan_mcore_to_hf(into / "mcore", into / "hf", Options(sync=False, codec=codec)))
     return read_folder(into / "hf")
-
-
-def rewritten(folder: Path, into: Path, tensors: dict[str, torch.Tensor]) -> Path:
-    """A folder with other tensors."""
-    shutil.copytree(folder, into)
-    for path in into.glob("*.safetensors*"):
-        path.unlink()
-    save_file(tensors, into / "model.safetensors")
-    return into
 
 
 def test_blocks_that_changed_get_scales_of_their_own(tmp_path: Path) -> None:
@@ -104,6 +96,23 @@ def test_experts_of_a_stack_are_products_one_by_one(tmp_path: Path) -> None:
     given = dict(live.export(codec="fp8_block", experts="each"))
     assert given.keys() == each.keys() and all(same_bytes(given[name], each[name]) for name in each)
     del chunks
+
+
+def test_stacks_in_codes_have_no_experts_of_their_own(tmp_path: Path) -> None:
+    chunks, live = loaded(stacked_fp8(tmp_path / "stack"))
+    folder, given = read_folder(tmp_path / "stack"), dict(live.export(codec="same"))
+    assert given.keys() == folder.keys() and all(same_bytes(given[name], folder[name]) for name in folder)
+    with pytest.raises(CoverageError, match="is no tensor of this stream; the codes stand for"):
+        live.spec(codec="same", experts="each")
+    del chunks
+
+
+def test_values_that_are_encoded_are_not_written() -> None:
+    """fp32 values by reciprocal scales, whose blocks are views of what is given."""
+    values = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+    before = values.clone()
+    Fp8Block(scale_rule="reciprocal").encode(values)
+    assert torch.equal(values, before)
 
 
 def test_what_was_worked_out_is_kept_by_codec(tiny: Path) -> None:
