@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
 from fixtures.wrapped import make_wrapped
 from mbx.run.job import Options, plan_hf_to_mcore, run
@@ -58,20 +59,35 @@ def test_nothing_of_a_model_with_towers_is_lost(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_towers_come_from_the_checkpoint(tmp_path: Path, name: str) -> None:
-    """Bridge is shown a folder whose values are others than the checkpoint's: what it exports are the latter."""
+    """Bridge is shown a folder whose values are others than the checkpoint's: what it exports are the latter.
+
+    The checkpoint is cut for four ranks, which the run_config says, and one rank reads it.
+    """
     source = make_wrapped(name, tmp_path / "hf")
     other = Path(shutil.copytree(source, tmp_path / "other"))
     # A power of two: exact in every dtype, but for norms that are stored less one.
     wanted = {n: tensor if "norm" in n else tensor * 2 for n, tensor in weights(source).items()}
     save_file(wanted, other / "model.safetensors", {"format": "pt"})
-    found = exported(other, source, tmp_path)
+    found = exported(other, source, tmp_path, Layout(tp=2, pp=2))
     assert wanted.keys() == found.keys()
     assert [n for n in found if not torch.equal(found[n], wanted[n])] == []
 
 
-def exported(source: Path, shown: Path, within: Path) -> dict[str, torch.Tensor]:
-    """What Bridge makes of the checkpoint of `source`, with the folder `shown` for its config."""
-    run(plan_hf_to_mcore(source, within / "mcore", Options(sync=False)))
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_prediction_layers_beside_towers_are_not_lost(tmp_path: Path, name: str) -> None:
+    """Transformers' class, which makes the folder, has none: the text model's are added."""
+    source, text = make_wrapped(name, tmp_path / "hf"), make(f"{name}_text", tmp_path / "text")
+    heads = {n: tensor for n, tensor in weights(text).items() if n.startswith("mtp.")}
+    assert heads
+    save_file(weights(source) | heads, source / "model.safetensors", {"format": "pt"})
+    wanted, found = weights(source), exported(source, source, tmp_path)
+    assert wanted.keys() == found.keys()
+    assert [n for n in found if not torch.equal(found[n], wanted[n])] == []
+
+
+def exported(source: Path, shown: Path, within: Path, layout: Layout | None = None) -> dict[str, torch.Tensor]:
+    """What Bridge makes of the checkpoint of `source` under `layout`, with the folder `shown` for its config."""
+    run(plan_hf_to_mcore(source, within / "mcore", Options(sync=False, layout=layout or Layout())))
     command = [*shlex.split(os.environ["MBX_BRIDGE"]), str(shown), str(within / "mcore"), str(within / "out")]
     subprocess.run(command, check=True, timeout=1000)
     return weights(within / "out")
