@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from converters.errors import UsageError
 from converters.mcore.bridge_families import DEFAULT, Family, families_of, family_named, spec_for
 from converters.mcore.bridge_providers import SINCE_0_4, respelt, settled
+from converters.mcore.bridge_towers import towers_of
 from converters.mcore.field_equality import is_idle, listed
 from converters.mcore.layout import Layout
 from converters.mcore.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS, TRAINING, is_plain, sizes_of_both
@@ -113,18 +114,23 @@ def run_config_of(
     tokenizer: str | None,
     format: str = "torch_dist",
     architectures: tuple[str, ...] = (),
+    whole: Mapping[str, Value] | None = None,
 ) -> dict[str, object] | None:
     """A run_config that Megatron-Bridge's loader reads, None for a kind of model that none of its providers builds.
 
     `rows` are the stored embedding's, `dtype` the weights' storage dtype; `tokenizer` is a hub name or a folder.
-    `architectures` are the model's Hugging Face classes. Law: `config_of_run_config` of it agrees in every field.
+    `architectures` are the model's Hugging Face classes; `whole` is its config.json where its towers are stored too.
+    Law: `config_of_run_config` of it agrees in every field.
     """
-    family = family_named(architectures)
-    if family is None and not is_plain_gpt(config):
+    towers = None if whole is None else towers_of(architectures, whole)
+    family = family_named(architectures) if whole is None else towers and towers.family
+    if family is None and (whole is not None or not is_plain_gpt(config)):
         return None
     if config.get("activation_func") not in _ACTIVATIONS or dtype not in _DTYPES:
         return None
     model = _model_node(config, layout, rows, dtype, family or DEFAULT)
+    if towers is not None and whole is not None:
+        model |= towers.fields(whole)
     checkpoint = {"_target_": _CHECKPOINT, "ckpt_format": format, "fully_parallel_save": True}
     checkpoint |= {"save_optim": False, "save_rng": False}
     out: dict[str, object] = {"_target_": _CONTAINER, "checkpoint": checkpoint, "model": model}

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 from converters.rows.expr import Value
 
-_MODELS = "megatron.bridge.models."
-_GPT = f"{_MODELS}gpt_provider.GPTModelProvider"
-_LATENT = f"{_MODELS}mla_provider.MLAModelProvider"
+MODELS = "megatron.bridge.models."
+_GPT = f"{MODELS}gpt_provider.GPTModelProvider"
+_LATENT = f"{MODELS}mla_provider.MLAModelProvider"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class LayerSpec:
         return {"_target_": self.target, "_call_": False}
 
 
-_PLAIN = LayerSpec(f"{_MODELS}gpt_provider.default_layer_spec")
+_PLAIN = LayerSpec(f"{MODELS}gpt_provider.default_layer_spec")
 _BLOCK = LayerSpec(
     "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec", {"use_transformer_engine": True}
 )
@@ -129,14 +129,14 @@ FAMILIES = (
     Family(
         "OlmoeForCausalLM",
         _GPT,
-        LayerSpec(f"{_MODELS}olmoe.olmoe_provider.olmoe_layer_spec"),
+        LayerSpec(f"{MODELS}olmoe.olmoe_provider.olmoe_layer_spec"),
         older=("OlMoEModel",),
         implied=_WIDE_NORMS,
     ),
     Family(
         "MiniMaxM2ForCausalLM",
         _GPT,
-        LayerSpec(f"{_MODELS}minimax_m2.minimax_m2_provider.minimax_m2_layer_spec"),
+        LayerSpec(f"{MODELS}minimax_m2.minimax_m2_provider.minimax_m2_layer_spec"),
         implied=_WIDE_NORMS,
     ),
     Family(
@@ -167,40 +167,40 @@ FAMILIES = (
     ),
     Family(
         "GemmaForCausalLM",
-        f"{_MODELS}gemma.gemma_provider.GemmaModelProvider",
+        f"{MODELS}gemma.gemma_provider.GemmaModelProvider",
         _PLAIN,
         ("GemmaModel", "CodeGemma"),
         implied=_SCALED,
     ),
     Family(
         "Gemma2ForCausalLM",
-        f"{_MODELS}gemma.gemma2_provider.Gemma2ModelProvider",
-        LayerSpec(f"{_MODELS}gemma.gemma2_provider.gemma2_layer_spec"),
+        f"{MODELS}gemma.gemma2_provider.Gemma2ModelProvider",
+        LayerSpec(f"{MODELS}gemma.gemma2_provider.gemma2_layer_spec"),
         older=("Gemma2Model",),
         implied=_SANDWICH,
     ),
     Family(
         "Gemma3ForCausalLM",
-        f"{_MODELS}gemma.gemma3_provider.Gemma3ModelProvider",
-        LayerSpec(f"{_MODELS}gemma.gemma3_provider.gemma3_layer_spec"),
+        f"{MODELS}gemma.gemma3_provider.Gemma3ModelProvider",
+        LayerSpec(f"{MODELS}gemma.gemma3_provider.gemma3_layer_spec"),
         older=("Gemma3Model",),
         implied=_SANDWICH,
     ),
     Family(
         "MistralForCausalLM",
-        f"{_MODELS}mistral.mistral_provider.MistralModelProvider",
+        f"{MODELS}mistral.mistral_provider.MistralModelProvider",
         _PLAIN,
         ("MistralSmall3Model",),
     ),
     Family(
         "DeciLMForCausalLM",
-        f"{_MODELS}llama_nemotron.llama_nemotron_provider.LlamaNemotronHeterogeneousProvider",
+        f"{MODELS}llama_nemotron.llama_nemotron_provider.LlamaNemotronHeterogeneousProvider",
         older=("Llama31NemotronUltra", "Llama33NemotronSuper"),
     ),
-    Family("SarvamMoEForCausalLM", f"{_MODELS}sarvam.sarvam_provider.SarvamMoEModelProvider"),
+    Family("SarvamMoEForCausalLM", f"{MODELS}sarvam.sarvam_provider.SarvamMoEModelProvider"),
     Family(
         "NemotronHForCausalLM",
-        f"{_MODELS}mamba.mamba_provider.MambaModelProvider",
+        f"{MODELS}mamba.mamba_provider.MambaModelProvider",
         older=(
             *("HybridModelProvider", "NemotronHModel", "Nemotron3NanoProvider", "NemotronNanoModelProvider"),
             *("NemotronNano9Bv2Provider", "NemotronNano12Bv2Provider"),
@@ -208,7 +208,7 @@ FAMILIES = (
     ),
     Family(
         "FalconH1ForCausalLM",
-        f"{_MODELS}falcon_h1.falconh1_provider.FalconH1ModelProvider",
+        f"{MODELS}falcon_h1.falconh1_provider.FalconH1ModelProvider",
         implied={"model.mcore_model": "hybrid"},
         own=_FALCON_H1,
     ),
@@ -216,7 +216,7 @@ FAMILIES = (
     Family(
         "Exaone4ForCausalLM",
         _GPT,
-        LayerSpec(f"{_MODELS}exaone.exaone4.exaone4_provider.exaone4_layer_spec"),
+        LayerSpec(f"{MODELS}exaone.exaone4.exaone4_provider.exaone4_layer_spec"),
         implied={"model.post_layernorms_only": True},
     ),
     Family(

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converters.errors import UnsupportedError
-from converters.mcore.bridge_families import DEFAULT, families_of, family_named, shown
+from converters.mcore.bridge_families import families_of, shown
+from converters.mcore.bridge_towers import families_written
 from converters.mcore.statement import architectures_of
 
 Sidecar = Mapping[str, object]
@@ -34,7 +35,7 @@ def named_by(args: Sidecar | None, run_config: Sidecar | None) -> Named | None:
         return Named(stated, "the checkpoint's args", certain=True) if stated else None
     families = families_of(model)
     if stated:
-        if not (family_named(stated) or DEFAULT).may_be(model):
+        if not any(family.may_be(model) for family in families_written(stated)):
             raise UnsupportedError(
                 f"run_config.yaml is of {shown(model)}; the checkpoint is said to be {', '.join(stated)}",
                 hint=NAME_A_FOLDER,

@@ -12,7 +12,8 @@ from pathlib import Path
 from converters.engine.plan import Plan
 from converters.errors import StorageError
 from converters.mcore.bridge_config import run_config_of
-from converters.mcore.keys import EMBEDDING, bare, parse_key
+from converters.mcore.flavours import USUAL
+from converters.mcore.keys import EMBEDDING, bare, inner_prefix, parse_key
 from converters.mcore.local import Spec
 from converters.mcore.megatron_args import args_of, layout_args
 from converters.mcore.releases import CURRENT
@@ -94,12 +95,14 @@ def megatron_sidecars(
     spec: Spec = "transformer_engine",
     tokenizer: str | None = None,
     optimizer: Mapping[str, object] | None = None,
+    whole: Mapping[str, Value] | None = None,
 ) -> Sidecars:
     """Sidecars of the checkpoint that `plan` makes.
 
     `origin` are the args of the checkpoint it came from, `tokenizer` a hub name or a folder; `optimizer` is the part
-    of the common state that belongs to an optimizer whose state goes along. What Megatron-Bridge
-    reads goes beside torch_dist and fsdp_dtensor weights only, the formats it takes.
+    of the common state that belongs to an optimizer whose state goes along, `whole` the model's config.json, by which
+    Megatron-Bridge builds towers. What it reads goes beside torch_dist and fsdp_dtensor weights only, the formats it
+    takes.
     """
     rows = next((d.shape[0] for d in plan.drafts if bare(d.name) == EMBEDDING), None)
     config, layout = _with_heads(plan), plan.layout
@@ -114,10 +117,12 @@ def megatron_sidecars(
     common = {"args": Namespace(written), **CURRENT.common_state(iteration), **(optimizer or {})}
     texts: dict[str, bytes] = {}
     folder = f"iter_{iteration:07d}"
-    towers = plan.table is not None and bool(plan.table.flavour)  # the plain provider would build the text model alone
-    if format in ("torch_dist", "fsdp_dtensor") and not towers:
+    towers = any(inner_prefix(draft.name) for draft in plan.drafts)
+    seen = plan.table is not None and plan.table.flavour == USUAL and whole is not None
+    # Of towers in another tool's arrangement its providers know nothing, and that of the text model alone no key.
+    if format in ("torch_dist", "fsdp_dtensor") and (seen or not towers):
         dtype = Counter(draft.dtype for draft in plan.drafts).most_common(1)[0][0] if plan.drafts else ""
-        run_config = run_config_of(config, layout, rows, dtype, tokenizer, format, classes)
+        run_config = run_config_of(config, layout, rows, dtype, tokenizer, format, classes, whole if towers else None)
         if run_config is not None and config.get("num_layers"):
             texts[f"{folder}/run_config.yaml"] = dump_yaml(run_config)
             texts[f"{folder}/train_state.pt"] = texts["latest_train_state.pt"] = train_state_archive(iteration)

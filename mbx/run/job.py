@@ -167,7 +167,9 @@ def import_job(
     formed = in_form(plan, options.model_class, core_release().model_class, options.format)
     tokenizer = origin.get("repo_id") or str(source.resolve())
     has_tokenizer = any(map(hf.is_tokenizer_file, folder.side_files))
-    sidecars = megatron_sidecars(formed, options.format, 0, tokenizer=tokenizer if has_tokenizer else None)
+    sidecars = megatron_sidecars(
+        formed, options.format, 0, tokenizer=tokenizer if has_tokenizer else None, whole=config
+    )
     if formed is not plan:
         plan, sidecars = formed, form_said(sidecars, formed)
     placed = format_named(options.format, "mcore").place(Order(plan, sidecars))

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from converters.mcore.layout import Layout
 from fixtures.make_tiny import make
+from fixtures.wrapped import make_wrapped
 from mbx.run.job import Options, plan_hf_to_mcore, run
 
 pytestmark = [
@@ -30,6 +33,8 @@ CONVERTED = """llama llama2 llama_tied mistral qwen2 qwen3 qwen3_tied qwen3_moe 
 glm4_moe_air glm_4_7_flash deepseek_v2 deepseek_v3 hy3 bailing_moe_v2 exaone4_1_2b exaone_moe_alone gemma gemma2
 gemma3_text nemotron nemotron_h nemotron_nano_v2 nemotron_nano_v3 nemotron_super falcon_h1_0_5b qwen3_next qwen3_5_text
 qwen3_5_moe_text""".split()
+#: Those of its models with towers whose folders Transformers' classes make.
+TOWERS = "gemma3 ministral3 qwen2_5_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe glm4v_moe".split()
 #: What Bridge exports of no checkpoint: a prediction layer's copies of the embedding and the head.
 COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 
@@ -37,14 +42,55 @@ COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
 @pytest.mark.parametrize("name", CONVERTED)
 def test_nothing_is_lost(tmp_path: Path, name: str) -> None:
     source = make(name, tmp_path / "hf")
-    run(plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False)))
-    command = [*shlex.split(os.environ["MBX_BRIDGE"]), str(source), str(tmp_path / "mcore"), str(tmp_path / "out")]
-    subprocess.run(command, check=True, timeout=1000)
-    wanted, found = weights(source), weights(tmp_path / "out")
+    wanted, found = weights(source), exported(source, source, tmp_path)
     assert all(n.startswith("model.layers.") and n.endswith(COPIES) for n in wanted.keys() - found.keys())
     assert not found.keys() - wanted.keys()
     # Bridge holds everything in bf16, whatever the folder has (MiniMax-M2's routers are fp32 there).
     assert [n for n in found if not torch.equal(found[n].bfloat16(), wanted[n].bfloat16())] == []
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_nothing_of_a_model_with_towers_is_lost(tmp_path: Path, name: str) -> None:
+    source = make_wrapped(name, tmp_path / "hf")
+    wanted, found = weights(source), exported(source, source, tmp_path)
+    assert wanted.keys() == found.keys()
+    assert [n for n in found if not torch.equal(found[n], wanted[n])] == []
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_come_from_the_checkpoint(tmp_path: Path, name: str) -> None:
+    """Bridge is shown a folder whose values are others than the checkpoint's: what it exports are the latter.
+
+    The checkpoint is cut for four ranks, which the run_config says, and one rank reads it.
+    """
+    source = make_wrapped(name, tmp_path / "hf")
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    # A power of two: exact in every dtype, but for norms that are stored less one.
+    wanted = {n: tensor if "norm" in n else tensor * 2 for n, tensor in weights(source).items()}
+    save_file(wanted, other / "model.safetensors", {"format": "pt"})
+    found = exported(other, source, tmp_path, Layout(tp=2, pp=2))
+    assert wanted.keys() == found.keys()
+    assert [n for n in found if not torch.equal(found[n], wanted[n])] == []
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_prediction_layers_beside_towers_are_not_lost(tmp_path: Path, name: str) -> None:
+    """Transformers' class, which makes the folder, has none: the text model's are added."""
+    source, text = make_wrapped(name, tmp_path / "hf"), make(f"{name}_text", tmp_path / "text")
+    heads = {n: tensor for n, tensor in weights(text).items() if n.startswith("mtp.")}
+    assert heads
+    save_file(weights(source) | heads, source / "model.safetensors", {"format": "pt"})
+    wanted, found = weights(source), exported(source, source, tmp_path)
+    assert wanted.keys() == found.keys()
+    assert [n for n in found if not torch.equal(found[n], wanted[n])] == []
+
+
+def exported(source: Path, shown: Path, within: Path, layout: Layout | None = None) -> dict[str, torch.Tensor]:
+    """What Bridge makes of the checkpoint of `source` under `layout`, with the folder `shown` for its config."""
+    run(plan_hf_to_mcore(source, within / "mcore", Options(sync=False, layout=layout or Layout())))
+    command = [*shlex.split(os.environ["MBX_BRIDGE"]), str(shown), str(within / "mcore"), str(within / "out")]
+    subprocess.run(command, check=True, timeout=1000)
+    return weights(within / "out")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

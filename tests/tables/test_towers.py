@@ -48,16 +48,6 @@ def same_files(source: Path, back: Path) -> bool:
     return whole and filecmp.cmpfiles(source, back, names, shallow=False)[1:] == ([], [])
 
 
-@pytest.mark.parametrize("kind", ["mistral3", "internvl", "gemma3"])
-def test_no_provider_of_a_text_model_is_named_beside_towers(
-    checkpoint: Callable[[str], Path], tmp_path: Path, kind: str
-) -> None:
-    """Megatron-Bridge would build the text model alone, and look for its keys."""
-    run(plan_hf_to_mcore(checkpoint(kind), tmp_path / "mcore", PLAIN))
-    assert list((tmp_path / "mcore").rglob("*.distcp"))
-    assert list((tmp_path / "mcore").rglob("run_config.yaml")) == []
-
-
 @pytest.mark.parametrize("kind", [*WRAPPED, *TOWERS])
 def test_a_round_trip_is_byte_identical_in_every_flavour(
     checkpoint: Callable[[str], Path], tmp_path: Path, kind: str
