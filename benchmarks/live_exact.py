@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.live_session import Session, build, config_of, core
 from converters.torch_casts import TORCH_DTYPES
@@ -22,7 +21,7 @@ from mbx.run.job import Options, plan_hf_to_mcore, run
 def exact(s: Session, name: str) -> None:
     """Streams of a model that Megatron Core itself filled, under TP 2 and EP 2, against its checkpoint's folder."""
     from mbx.live import attach
-    from tests.live._models import fill, read_folder, same_bytes
+    from tests.live._models import differing, fill, parameters, read_folder, same_bytes, scramble
 
     folder, checkpoint = s.work / f"{name}.hf", s.work / f"{name}.mcore"
     if s.main:
@@ -71,7 +70,7 @@ def load(s: Session) -> None:
     from mbx.train.model.blueprint import blueprint
     from mbx.train.model.weights import load_weights
     from mbx.train.recipe.parse import parse_recipe
-    from tests.live._models import fill
+    from tests.live._models import differing, fill, parameters, scramble
 
     config, folder, checkpoint = s.folder("qwen3"), s.work / "8b.hf", s.work / "8b.mcore"
     with s.laid_out(s.spread(tp=2)) as spread:
@@ -134,24 +133,3 @@ def write_random(folder: Path, config: dict[str, Any], reference: str, device: s
             drawn += 1
         tensors[name] = drawn.to(TORCH_DTYPES[dtype]).cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def parameters(chunks: list[nn.Module]) -> dict[str, torch.Tensor]:
-    """Copies of all parameters."""
-    return {f"{n}.{k}": p.detach().clone() for n, chunk in enumerate(chunks) for k, p in chunk.named_parameters()}
-
-
-def differing(before: dict[str, torch.Tensor], chunks: list[nn.Module]) -> list[str]:
-    """Parameters of which a bit is not as it was."""
-    from tests.live._models import same_bytes
-
-    now = {f"{n}.{k}": p.detach() for n, chunk in enumerate(chunks) for k, p in chunk.named_parameters()}
-    return [name for name, value in before.items() if not same_bytes(value, now[name])]
-
-
-def scramble(chunks: list[nn.Module]) -> None:
-    """Other values in every parameter."""
-    with torch.no_grad():
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.uniform_(-3, 3)

@@ -76,7 +76,7 @@ class Asked:
         str | None, typer.Option("--init-from", metavar="DIR", help="Take the first weights from here.")
     ] = None
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in its folder, exactly.")] = False
-    anew: Annotated[
+    continue_: Annotated[
         bool, typer.Option("--continue", help="Begin, or resume where this run has a checkpoint already.")
     ] = False
     hooks: Annotated[
@@ -110,7 +110,8 @@ def train(
     output.hush()
     launch.check()
     if command := ctx.invoked_subcommand:
-        if idle := [field.name.replace("_", "-") for field in fields(asked) if getattr(asked, field.name)]:
+        idle = [field.name.rstrip("_").replace("_", "-") for field in fields(asked) if getattr(asked, field.name)]
+        if idle := [*idle, *(["launch"] if launch.launch else [])]:
             raise UsageError(f"`mbx train {command}` takes no ‹{idle[0]}›", hint="it reads a run's folder")
     elif asked.list:
         _list()
@@ -248,11 +249,11 @@ def _train(asked: Asked, words: list[str]) -> None:
 
     warn_of_unknown_core()
     recipe = fetched(recipe)
-    if asked.resume and asked.anew:
+    if asked.resume and asked.continue_:
         raise UsageError("‹continue› resumes where there is a checkpoint, ‹resume› needs one: give one of them")
     dry = asked.dry_run or asked.show_data is not None
     hooks = load_hooks(asked.hooks) if asked.hooks else NO_HOOKS
-    prepared = prepare(recipe, asked.init_from, asked.resume, anew=asked.anew, hooks=hooks, dry=dry)
+    prepared = prepare(recipe, asked.init_from, asked.resume, anew=asked.continue_, hooks=hooks, dry=dry)
     if asked.show_data is not None:
         show_data(prepared, asked.show_data)
         return

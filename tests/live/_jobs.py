@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from _copier import Part, copy, sent
-from _models import build, fill, read_folder, same_bytes
+from _models import build, differing, fill, parameters, read_folder, same_bytes, scramble
 from torch import nn
 
 from converters.errors import MbxError
@@ -22,24 +22,6 @@ from mbx.models.megatron.processes import process_group
 
 Found = dict[str, object]
 BUCKET = 4096
-
-
-def parameters(chunks: list[nn.Module]) -> dict[str, torch.Tensor]:
-    return {
-        f"{n}.{name}": p.detach().clone() for n, chunk in enumerate(chunks) for name, p in chunk.named_parameters()
-    }
-
-
-def differing(before: dict[str, torch.Tensor], chunks: list[nn.Module]) -> list[str]:
-    now = parameters(chunks)
-    return [name for name, value in before.items() if not same_bytes(value, now[name])]
-
-
-def scramble(chunks: list[nn.Module]) -> None:
-    with torch.no_grad():
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.uniform_(-3, 3)
 
 
 def weights_in(family: str, spread: Spread, work: Path) -> Found:

@@ -49,4 +49,32 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-__all__ = ["build", "fill", "parallel_state", "read_folder", "same_bytes"]
+def parameters(chunks: list[nn.Module]) -> dict[str, torch.Tensor]:
+    """Copies of all parameters."""
+    return {f"{n}.{k}": p.detach().clone() for n, chunk in enumerate(chunks) for k, p in chunk.named_parameters()}
+
+
+def differing(before: dict[str, torch.Tensor], chunks: list[nn.Module]) -> list[str]:
+    """Parameters of which a bit is not as it was."""
+    now = {f"{n}.{k}": p.detach() for n, chunk in enumerate(chunks) for k, p in chunk.named_parameters()}
+    return [name for name, value in before.items() if not same_bytes(value, now[name])]
+
+
+def scramble(chunks: list[nn.Module]) -> None:
+    """Other values in every parameter."""
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.uniform_(-3, 3)
+
+
+__all__ = [
+    "build",
+    "differing",
+    "fill",
+    "parallel_state",
+    "parameters",
+    "read_folder",
+    "same_bytes",
+    "scramble",
+]

@@ -11,6 +11,8 @@ import pytest
 from _trainings import raw, run_here
 
 from converters.errors import UsageError
+from mbx.train.checkpoints import store
+from mbx.train.checkpoints.best import Best, write_best
 from mbx.train.checkpoints.state import STATE
 from mbx.train.recipe.catalogue import load_recipe
 from mbx.train.recipe.launch import Machines, machines_for, slurm_script, torchrun_line
@@ -62,6 +64,7 @@ def test_the_slurm_script_is_a_shells_and_starts_the_same_line() -> None:
 def test_machines_are_as_few_as_the_axes_take() -> None:
     recipe = load_recipe("qwen3_8b_lora", ["parallel.tp=2", "parallel.pp=4"])
     assert machines_for(recipe, 2, None, 0) == Machines(2, 4, 0)
+    assert machines_for(load_recipe("qwen3_8b_lora", ["parallel.tp=2"]), 2, None, 0) == Machines(2, 2, 0)
     with pytest.raises(UsageError, match="does not divide"):
         machines_for(recipe, 1, 6, 0)
     with pytest.raises(UsageError, match="would cross nodes"):
@@ -81,6 +84,7 @@ def test_what_a_start_left_before_its_first_checkpoint_is_in_nobodys_way(tmp_pat
     unfinished = run / "iter_0000002"
     unfinished.mkdir(parents=True)
     (run / METRICS).write_text(json.dumps({"kind": "step", "step": 1}) + "\n")
+    write_best(run, Best(1, 2.0))  # an evaluation ahead of the first checkpoint
     recipe = parse_recipe(raw(run))
     with pytest.raises(UsageError, match="not empty"):
         prepare(recipe)
@@ -92,3 +96,20 @@ def test_what_a_start_left_before_its_first_checkpoint_is_in_nobodys_way(tmp_pat
     (unfinished / STATE).write_text("{}")  # a whole one, whose tracker is gone
     with pytest.raises(UsageError, match="not empty"):
         prepare(recipe, anew=True)
+
+
+def test_a_run_that_ends_within_its_first_checkpoint_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it were killed while the disk is waited for: nothing says that what lies there is whole."""
+    recipe = raw(tmp_path / "run", train={"steps": 2})
+
+    def killed(_: Path) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(store, "_sync", killed)
+        run_here(recipe)
+    assert list((tmp_path / "run").glob("iter_*"))
+    assert prepare(parse_recipe(recipe), anew=True).start.how == "init"
+    assert len(run_here(recipe, anew=True)) == 2

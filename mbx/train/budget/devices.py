@@ -86,7 +86,7 @@ def peak_tflops(recipe: Recipe) -> float:
     """Peak TFLOP/s of this process's GPU at the recipe's precision; infinite, for an MFU of 0, if it is not known."""
     import torch
 
-    if not torch.cuda.is_available() or recipe.train.precision == "fp32":
+    if recipe.train.precision == "fp32":
         return math.inf
     device = seen_as(torch.cuda.get_device_name())
     peak = device.tflops if device else math.inf

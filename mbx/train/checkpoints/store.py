@@ -130,7 +130,6 @@ class Store:
         """Complete a written checkpoint and point the tracker at it; the main rank's work."""
         if not self.ranks.is_main:
             return
-        (target / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         (target / RECIPE).write_text(json.dumps(self.recipe.to_dict(), indent=1), encoding="utf-8")
         if self.plan.hf is not None:
             (target / "hf").mkdir()
@@ -143,8 +142,12 @@ class Store:
                 layout = hf.record_layout(hf.open_hf(self.plan.hf))
                 (target / "hf" / hf.LAYOUT).write_text(layout, encoding="utf-8")
                 self._keep_towers(target / "hf" / hf.KEPT, state.base)
-        for path in [*target.rglob("*"), target]:
+        for path in target.rglob("*"):
             _sync(path)
+        # behind all of it: a checkpoint that has a state is whole, whether the tracker names it yet or not
+        (target / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        _sync(target / STATE)
+        _sync(target)
         tracker = self.root / torch_dist.TRACKER
         draft = writable(self.root, f"{tracker.stem}.tmp")
         draft.write_text(str(state.step), encoding="utf-8")

@@ -162,8 +162,8 @@ def _gradient(factor: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
     """The gradient `left @ right` of a factor.
 
     Where Megatron Core holds the sum over a step's micro-batches, the product is added to it as it is computed, in its
-    precision, and what is returned is read by nobody: a gradient less to write, read and round, 4 % of the kernels'
-    number under adapters of an 8B model.
+    precision, and what is returned is read by nobody: a gradient less to write, read and round, which were 396 of the
+    3,778 kernels of a step of an 8B model's adapters.
     """
     held = getattr(factor, "main_grad", None)
     if not isinstance(held, torch.Tensor) or not factor.is_leaf:

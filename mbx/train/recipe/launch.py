@@ -26,11 +26,11 @@ class Machines:
 
 
 def machines_for(recipe: Recipe, nodes: int, gpus: int | None, restarts: int) -> Machines:
-    """`nodes` of `gpus` each, by default as few as the recipe's axes take; UsageError where they do not divide."""
-    least = smallest_world(recipe)
-    gpus = gpus or -(-least // nodes)
-    check_world(recipe, nodes * gpus)
+    """`nodes` of `gpus` each, by default as few as the recipe's axes take with tensor parallelism inside a node;
+    UsageError where they do not divide."""
     tp = recipe.parallel.tp
+    gpus = gpus or tp * -(-smallest_world(recipe) // (nodes * tp))
+    check_world(recipe, nodes * gpus)
     if gpus % tp:
         raise UsageError(
             f"tensor parallelism of {tp} would cross nodes of {gpus} GPU(s), at the speed of their network",

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from converters.errors import UsageError, spelt
+from mbx.formats.torch_dist import TRACKER
 from mbx.text import human_time
+from mbx.train.checkpoints.best import BEST
 from mbx.train.checkpoints.state import STATE
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 #: The folder of a run that has a trace of some of its steps.
 PROFILE = "profile"
-#: What a run leaves in its folder beside checkpoints.
-_BESIDE = (METRICS, PROFILE, "tensorboard")
+#: What a run leaves in its folder beside checkpoints, drafts included.
+_BESIDE = (METRICS, PROFILE, "tensorboard", "report.html", BEST, f"{BEST}.tmp", f"{Path(TRACKER).stem}.tmp")
 #: A first step that is worth a word.
 _SLOW_S = 5.0
 _BARS = "▁▂▃▄▅▆▇█"
