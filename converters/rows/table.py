@@ -21,9 +21,8 @@ class RowSpec:
     `shift` is added to values on the way to Megatron Core. `dtype` is what Megatron Core stores whatever
     the source has; `keep_dtype` exempts the row from a requested cast. `same_as` names the Hugging Face
     tensor this one repeats; `drop` marks a tensor Transformers recomputes. `state` marks a module of Megatron Core's
-    own that has an `_extra_state` where its name does not say so, or names another of the layer, which has one and
-    whose weight is kept under this row's name. `last` are sizes of the last dimensions of Hugging Face tensors, which
-    tell spellings under one name apart.
+    own that has an `_extra_state` where its name does not say so. `last` are sizes of the last dimensions of Hugging
+    Face tensors, which tell spellings under one name apart.
     """
 
     param: str
@@ -37,7 +36,7 @@ class RowSpec:
     optional: bool = False
     same_as: str | None = None
     drop: bool = False
-    state: bool | str = False
+    state: bool = False
     last: Mapping[str, str | int] = field(default_factory=dict)
 
     @property
