@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from converters.mcore.bridge_families import DEFAULT, MODELS, Family, LayerSpec, family_named
+from converters.mcore.bridge_families import DEFAULT, MODELS, Family, LayerSpec, families_of, family_named
+from converters.rows.config_spelling import GENERIC_KEYS
 from converters.rows.expr import Value
 
 Json = Mapping[str, Value]
@@ -35,6 +36,15 @@ class Held:
         found = _at(whole, self.at) if self.at else whole
         return {"_target_": self.target, **(found if isinstance(found, Mapping) else {})}
 
+    def said(self, node: Json) -> dict[str, Value]:
+        """What config.json has of a node, by path; of keys that every config of Transformers has, none."""
+        if self.keys:
+            return {path: node[name] for name, path in self.keys.items() if node.get(name) is not None}
+        start = f"{self.at}." if self.at else ""
+        kept = {"model_type", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
+        left_out = (GENERIC_KEYS - kept) | {"_target_", "dtype"}
+        return {start + name: value for name, value in node.items() if name not in left_out and value is not None}
+
 
 @dataclass(frozen=True, slots=True)
 class Towers:
@@ -42,7 +52,8 @@ class Towers:
 
     `held` are its fields that hold an object, `keys` those that are a plain value of config.json (a field → the path
     of a key; one that config.json leaves out is the provider's default), `constants` those that are the same for all.
-    `text` is the type of its text model, where another model of the same Hugging Face class has no provider.
+    `text` is the type of its text model, where another model of the same Hugging Face class has no provider; `turns`
+    is what a config.json says, beside their sections, of positions with three axes.
     """
 
     family: Family
@@ -50,11 +61,34 @@ class Towers:
     keys: Mapping[str, str] = field(default_factory=dict)
     constants: Mapping[str, Value] = field(default_factory=dict)
     text: str = ""
+    turns: Mapping[str, Value] = field(default_factory=dict)
 
     def fields(self, whole: Json) -> dict[str, Value]:
         """What the `model` node says of all that stands beside the text model, and of the text model for its sake."""
         held: dict[str, Value] = {name: held.node(whole) for name, held in self.held.items()}
         return {**held, **_taken(whole, self.keys), **self.constants}
+
+    def whole(self, model: Mapping[str, object], text: Json) -> dict[str, Value]:
+        """config.json of the model that a `model` node builds; `text` is what it says of the text model.
+
+        Law: `fields` of it are those of the node.
+        """
+        around = {key: value for key, value in text.items() if key in _OF_BOTH or key.startswith("vision_config")}
+        inner = {key: value for key, value in text.items() if key not in around}
+        if (sections := inner.pop("mrope_section", None)) is not None:
+            scaling = inner.get("rope_scaling")
+            rule = scaling if isinstance(scaling, Mapping) else {"rope_type": "default"}
+            inner["rope_scaling"] = {**rule, "mrope_section": sections, **self.turns}
+        if self.text:
+            inner["model_type"] = self.text
+        out: dict[str, Value] = {}
+        for name, held in self.held.items():
+            if isinstance(node := model.get(name), Mapping):
+                _put_all(out, held.said(node))
+        stated = {path: value for name, path in self.keys.items() if (value := model.get(name)) is not None}
+        _put_all(out, stated)  # type: ignore[arg-type]
+        _put_all(out, {f"text_config.{key}": value for key, value in inner.items()} | around)
+        return out
 
     def builds(self, whole: Json) -> bool:
         """Whether it is the family of a model by its config.json."""
@@ -66,6 +100,19 @@ def _at(whole: Json, path: str) -> Value:
     for key in path.split("."):
         found = found.get(key) if isinstance(found, Mapping) else None
     return found
+
+
+def _put_all(out: dict[str, Value], values: Mapping[str, Value]) -> None:
+    """Put values into nested objects by their paths; an object joins the one that is there."""
+    for path, value in values.items():
+        *parents, key = path.split(".")
+        at = out
+        for parent in parents:
+            inner = at.setdefault(parent, {})
+            assert isinstance(inner, dict)
+            at = inner
+        old = at.get(key)
+        at[key] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
 
 
 def _taken(whole: Json, keys: Mapping[str, str]) -> dict[str, Value]:
@@ -80,6 +127,8 @@ def _family(architecture: str, provider: str, text: str, **changes: object) -> F
     return replace(alone, **changed)  # type: ignore[arg-type]
 
 
+#: What a config.json says of the whole model.
+_OF_BOTH = frozenset({"architectures", "model_type", "tie_word_embeddings"})
 _CONFIG = "transformers.models.{0}.configuration_{0}.{1}Config"
 _ENDS = {f"{name}_token_id": f"text_config.{name}_token_id" for name in ("bos", "eos")}
 _QWEN_TOKENS = {
@@ -88,10 +137,10 @@ _QWEN_TOKENS = {
 }
 
 
-def _turned(family: Family, held: Mapping[str, Held], keys: Mapping[str, str]) -> Towers:
+def _turned(family: Family, held: Mapping[str, Held], keys: Mapping[str, str], **turns: Value) -> Towers:
     """A family whose positions have three axes; the sections of these are a field that only such a model has."""
     constants: Mapping[str, Value] = {"position_embedding_type": "mrope"}
-    return Towers(replace(family, own=(*family.own, "mrope_section")), held, keys, constants)
+    return Towers(replace(family, own=(*family.own, "mrope_section")), held, keys, constants, turns=turns)
 
 
 def _configs(kind: str, classes: str, *, text: bool = False) -> dict[str, Held]:
@@ -120,6 +169,7 @@ TOWERS = (
         ),
         _configs("qwen3_vl", "Qwen3VL", text=True),
         _QWEN_TOKENS,
+        mrope_interleaved=True,
     ),
     _turned(
         _family(
@@ -129,6 +179,7 @@ TOWERS = (
         ),
         _configs("qwen3_vl_moe", "Qwen3VLMoe", text=True),
         {**_QWEN_TOKENS, "head_dim": "text_config.head_dim"},
+        mrope_interleaved=True,
     ),
     _turned(
         _family(
@@ -138,6 +189,7 @@ TOWERS = (
         ),
         _configs("qwen3_5", "Qwen3_5"),
         _QWEN_TOKENS,
+        mrope_interleaved=True,
     ),
     _turned(
         _family(
@@ -148,6 +200,7 @@ TOWERS = (
         ),
         _configs("qwen3_5_moe", "Qwen3_5Moe"),
         _QWEN_TOKENS,
+        mrope_interleaved=True,
     ),
     _turned(
         _family(
@@ -205,6 +258,17 @@ TOWERS = (
 def towers_of(architectures: tuple[str, ...], whole: Json) -> Towers | None:
     """The family of a model with towers by its Hugging Face classes and its config.json; None where there is none."""
     return next((one for one in TOWERS if one.family.architecture in architectures and one.builds(whole)), None)
+
+
+def towers_in(model: Mapping[str, object]) -> Towers | None:
+    """The family that the provider of a `model` node builds towers of; None where it builds none."""
+    return next((one for one in TOWERS if one.family.may_be(model) and one.family.fits(model)), None)
+
+
+def families_of_any(model: Mapping[str, object]) -> tuple[Family, ...]:
+    """The families that a `model` node can be of, with towers or without."""
+    towers = towers_in(model)
+    return families_of(model) or (() if towers is None else (towers.family,))
 
 
 def families_written(architectures: tuple[str, ...]) -> tuple[Family, ...]:

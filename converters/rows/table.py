@@ -120,7 +120,8 @@ class Table:
     text model, whose own types are `text_types`, and `kept` the prefixes of modules that may be held as they are; each
     of `flavours` takes some of both. Dims of a tower are `part_dims`, over the fields of its part.
     As long as no `flavour` is chosen the table is of the text model alone, and tensors that begin as one of `beside`
-    travel beside the Megatron Core ones as they are.
+    travel beside the Megatron Core ones as they are. A table without `flavours` has one where a tool stores its rows
+    otherwise.
     """
 
     name: str
@@ -156,13 +157,13 @@ class Table:
     @property
     def prefix(self) -> str:
         """What stands before the text model's Megatron Core names."""
-        return self.arrangement(self.flavour).prefix if self.flavour else ""
+        return self.arrangement(self.flavour).prefix if self.flavour and self.flavours else ""
 
     def arrangement(self, flavour: str) -> Arrangement:
         """Where `flavour` puts the towers; UsageError where the table has none of that name."""
         chosen = self.flavours.get(flavour) or self.flavours.get(_RELEASES_OF.get(flavour, flavour))
         if chosen is None:
-            known = ", ".join(self.flavours) or "none"
+            known = ", ".join(self.flavours) or "bridge"
             raise UsageError(f"the table `{self.name}` has no flavour `{flavour}`", hint=f"its flavours: {known}")
         return chosen
 
