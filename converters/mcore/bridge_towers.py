@@ -8,115 +8,11 @@ run_config.yaml files that it writes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from converters.mcore.bridge_families import DEFAULT, MODELS, Family, LayerSpec, families_of, family_named
-from converters.rows.config_spelling import GENERIC_KEYS
+from converters.mcore.tower_fields import Held, Json, Towers
 from converters.rows.expr import Value
-
-Json = Mapping[str, Value]
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A field of a provider that holds an object of the class `target`.
-
-    The object has all keys of config.json below `at`, or of the whole where that is empty; where `keys` are named,
-    those alone: a field of its own → the path of a key.
-    """
-
-    target: str
-    at: str = ""
-    keys: Mapping[str, str] = field(default_factory=dict)
-
-    def node(self, whole: Json) -> dict[str, Value]:
-        """The object as a node of run_config.yaml."""
-        if self.keys:
-            return {"_target_": self.target, **_taken(whole, self.keys)}
-        found = _at(whole, self.at) if self.at else whole
-        return {"_target_": self.target, **(found if isinstance(found, Mapping) else {})}
-
-    def said(self, node: Json) -> dict[str, Value]:
-        """What config.json has of a node, by path; of keys that every config of Transformers has, none."""
-        if self.keys:
-            return {path: node[name] for name, path in self.keys.items() if node.get(name) is not None}
-        start = f"{self.at}." if self.at else ""
-        kept = {"model_type", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
-        left_out = (GENERIC_KEYS - kept) | {"_target_", "dtype"}
-        return {start + name: value for name, value in node.items() if name not in left_out and value is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class Towers:
-    """A family whose provider builds a model with its towers.
-
-    `held` are its fields that hold an object, `keys` those that are a plain value of config.json (a field → the path
-    of a key; one that config.json leaves out is the provider's default), `constants` those that are the same for all.
-    `text` is the type of its text model, where another model of the same Hugging Face class has no provider; `turns`
-    is what a config.json says, beside their sections, of positions with three axes.
-    """
-
-    family: Family
-    held: Mapping[str, Held]
-    keys: Mapping[str, str] = field(default_factory=dict)
-    constants: Mapping[str, Value] = field(default_factory=dict)
-    text: str = ""
-    turns: Mapping[str, Value] = field(default_factory=dict)
-
-    def fields(self, whole: Json) -> dict[str, Value]:
-        """What the `model` node says of all that stands beside the text model, and of the text model for its sake."""
-        held: dict[str, Value] = {name: held.node(whole) for name, held in self.held.items()}
-        return {**held, **_taken(whole, self.keys), **self.constants}
-
-    def whole(self, model: Mapping[str, object], text: Json) -> dict[str, Value]:
-        """config.json of the model that a `model` node builds; `text` is what it says of the text model.
-
-        Law: `fields` of it are those of the node.
-        """
-        around = {key: value for key, value in text.items() if key in _OF_BOTH or key.startswith("vision_config")}
-        inner = {key: value for key, value in text.items() if key not in around}
-        if (sections := inner.pop("mrope_section", None)) is not None:
-            scaling = inner.get("rope_scaling")
-            rule = scaling if isinstance(scaling, Mapping) else {"rope_type": "default"}
-            inner["rope_scaling"] = {**rule, "mrope_section": sections, **self.turns}
-        if self.text:
-            inner["model_type"] = self.text
-        out: dict[str, Value] = {}
-        for name, held in self.held.items():
-            if isinstance(node := model.get(name), Mapping):
-                _put_all(out, held.said(node))
-        stated = {path: value for name, path in self.keys.items() if (value := model.get(name)) is not None}
-        _put_all(out, stated)  # type: ignore[arg-type]
-        _put_all(out, {f"text_config.{key}": value for key, value in inner.items()} | around)
-        return out
-
-    def builds(self, whole: Json) -> bool:
-        """Whether it is the family of a model by its config.json."""
-        return not self.text or _at(whole, "text_config.model_type") == self.text
-
-
-def _at(whole: Json, path: str) -> Value:
-    found: Value = whole
-    for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
-
-
-def _put_all(out: dict[str, Value], values: Mapping[str, Value]) -> None:
-    """Put values into nested objects by their paths; an object joins the one that is there."""
-    for path, value in values.items():
-        *parents, key = path.split(".")
-        at = out
-        for parent in parents:
-            inner = at.setdefault(parent, {})
-            assert isinstance(inner, dict)
-            at = inner
-        old = at.get(key)
-        at[key] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-
-
-def _taken(whole: Json, keys: Mapping[str, str]) -> dict[str, Value]:
-    return {name: found for name, path in keys.items() if (found := _at(whole, path)) is not None}
 
 
 def _family(architecture: str, provider: str, text: str, **changes: object) -> Family:
@@ -127,8 +23,6 @@ def _family(architecture: str, provider: str, text: str, **changes: object) -> F
     return replace(alone, **changed)  # type: ignore[arg-type]
 
 
-#: What a config.json says of the whole model.
-_OF_BOTH = frozenset({"architectures", "model_type", "tie_word_embeddings"})
 _CONFIG = "transformers.models.{0}.configuration_{0}.{1}Config"
 _ENDS = {f"{name}_token_id": f"text_config.{name}_token_id" for name in ("bos", "eos")}
 _QWEN_TOKENS = {
@@ -137,10 +31,30 @@ _QWEN_TOKENS = {
 }
 
 
-def _turned(family: Family, held: Mapping[str, Held], keys: Mapping[str, str], **turns: Value) -> Towers:
+def _turned(
+    family: Family, held: Mapping[str, Held], keys: Mapping[str, str], within: str = "", **turns: Value
+) -> Towers:
     """A family whose positions have three axes; the sections of these are a field that only such a model has."""
     constants: Mapping[str, Value] = {"position_embedding_type": "mrope"}
-    return Towers(replace(family, own=(*family.own, "mrope_section")), held, keys, constants, turns=turns)
+    own = replace(family, own=(*family.own, "mrope_section"))
+    return Towers(own, held, keys, constants, turns=turns, within=within)
+
+
+def _hearing(kind: str, classes: str, provider: str, text: str, keys: Mapping[str, str], **turns: Value) -> Towers:
+    """A family that sees and hears: all of it in one config within the whole's, beside what speaks."""
+    within = "thinker_config"
+    held = {within: Held(_CONFIG.format(kind, f"{classes}Thinker"), within)}
+    family = _family(f"{classes}ForConditionalGeneration", f"qwen_omni.{provider}", text)
+    tokens = {name: f"{within}.{key}" for name, key in {**_HEARING, **keys}.items()}
+    return _turned(family, held, tokens, f"{within}.", **turns)
+
+
+#: Keys that both Omni models have under the provider's own names.
+_HEARING = {
+    name: name
+    for name in """audio_start_token_id audio_end_token_id vision_start_token_id vision_end_token_id
+    position_id_per_seconds seconds_per_chunk""".split()
+}
 
 
 def _configs(kind: str, classes: str, *, text: bool = False) -> dict[str, Held]:
@@ -218,6 +132,24 @@ TOWERS = (
                 for end in ("start", "end")
             },
         },
+    ),
+    _hearing(
+        "qwen2_5_omni",
+        "Qwen2_5Omni",
+        "qwen25_omni_provider.Qwen25OmniModelProvider",
+        "Qwen2ForCausalLM",
+        {f"{kind}_token_id": f"{kind}_token_index" for kind in ("image", "video", "audio")},
+    ),
+    _hearing(
+        "qwen3_omni_moe",
+        "Qwen3OmniMoe",
+        "qwen3_omni_provider.Qwen3OmniModelProvider",
+        "Qwen3MoeForCausalLM",
+        {
+            **{f"{kind}_token_id": f"{kind}_token_id" for kind in ("image", "video", "audio")},
+            **{name: f"vision_config.{name}" for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")},
+        },
+        mrope_interleaved=True,
     ),
     Towers(
         _family(

@@ -47,6 +47,8 @@ _NOT_THE_FOLDER = {
     # The class of Transformers has no prediction layers, whatever its config counts, and its folders none.
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), {"mtp_num_layers"}),
     "qwen2_5_vl": {"mrope_section", "share_embeddings_and_output_weights"},  # tied by the text's config
+    "qwen2_5_omni": {"thinker_config.text_config.sliding_window"},  # null where no layer has it
+    "qwen3_omni_moe": {"attention_dropout"},
     # Transformers rounds the range where the folder does not say otherwise.
     "ministral3": {"yarn_correction_range_round_to_int"},
 }
