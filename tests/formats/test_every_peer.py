@@ -76,8 +76,8 @@ def says_all(mcore: Path) -> bool:
     return model["position_embedding_type"] != "yarn" or "yarn_rotary_scaling_factor" in model
 
 
-#: Of what Transformers reads, what no Megatron sidecar says: token ids that no tokenizer names, how a scan is cut
-#: (which changes no value), Llama 3's old length, for which Megatron Core has a constant, and Gemma 3's marks.
+#: Of what Transformers reads, what is not taken from a sidecar: token ids that no tokenizer names, marks of an image
+#: among them; how a scan is cut, which changes no value; and Llama 3's old length, a constant in Megatron Core.
 UNSAID = {
     *("pad_token_id", "text_config.pad_token_id", "boi_token_index", "eoi_token_index"),
     "num_experts",  # Transformers' own default beside `n_routed_experts`

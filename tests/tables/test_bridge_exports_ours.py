@@ -2,7 +2,8 @@
 
 Set MBX_BRIDGE to a command that runs `AutoBridge.from_hf_pretrained(HF).export_ckpt(CKPT, OUT)` of the release to be
 asked, as `$MBX_BRIDGE HF CKPT OUT`, with `trust_remote_code=True` where the environment says TRUST_REMOTE_CODE=1. It
-needs Python 3.12 and several gigabytes, so CI does not have it.
+needs Python 3.12 and several gigabytes, so CI does not have it. `--junitxml FILE` keeps what was compared, of which
+`benchmarks/bridge_figures.py` makes the table in docs/formats.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,9 +34,9 @@ pytestmark = [
 #: Families that Bridge converts without code from the hub. Without a query rank (V2-Lite, Moonlight) Core 0.19 asks
 #: for a norm that no folder and no older checkpoint has, and Bridge does not export its own checkpoints either.
 CONVERTED = """llama llama2 llama_tied mistral qwen2 qwen3 qwen3_tied qwen3_moe olmoe minimax_m2 gpt_oss glm4_moe
-glm4_moe_air glm_4_7_flash glm_5 glm_5_2 deepseek_v2 deepseek_v3 hy3 bailing_moe_v2 exaone4_1_2b exaone_moe_alone gemma gemma2
-gemma3_text nemotron nemotron_h nemotron_nano_v2 nemotron_nano_v3 nemotron_super falcon_h1_0_5b qwen3_next qwen3_5_text
-qwen3_5_moe_text""".split()
+glm4_moe_air glm_4_7_flash glm_5 glm_5_2 deepseek_v2 deepseek_v3 hy3 bailing_moe_v2 exaone4_1_2b exaone_moe_alone
+gemma gemma2 gemma3_text nemotron nemotron_h nemotron_nano_v2 nemotron_nano_v3 nemotron_super falcon_h1_0_5b qwen3_next
+qwen3_5_text qwen3_5_moe_text""".split()
 #: Families whose folders come with code: a class for their config is all that Bridge takes of it, and one that holds
 #: what the file says stands in for it.
 WITH_CODE = "mimo llama_nemotron kimi_k2 sarvam_moe".split()
@@ -52,6 +54,13 @@ qwen3_omni_moe""".split()
 SPEAKS = ("talker.", "token2wav.", "code2wav.")
 #: What Bridge exports of no checkpoint: a prediction layer's copies of the embedding and the head.
 COPIES = (".embed_tokens.weight", ".shared_head.head.weight")
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property: Callable[[str, object], None], tmp_path: Path) -> Iterator[None]:
+    """Keep how many tensors were exported."""
+    yield
+    record_property("tensors", len(weights(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("name", CONVERTED)
