@@ -94,6 +94,7 @@ docs: $(READY)  ## write again what is made: docs/models.md, the figures, docs/r
 	$(BIN)/python -m benchmarks.figures docs/performance.md docs/training-figures.md
 	$(BIN)/python -m benchmarks.parity_figures docs/parity.md
 	$(BIN)/python -m benchmarks.layout_figures docs/training-figures.md
+	$(BIN)/python -m benchmarks.bridge_figures docs/formats.md
 	$(BIN)/python -m pages.commands docs/reference/commands.md
 	$(BIN)/python -m pages.recipe_keys docs/reference/recipe-keys.md
 	$(BIN)/python -m pages.python_names docs/reference/python.md

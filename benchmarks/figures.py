@@ -23,6 +23,8 @@ from benchmarks.recipe_runs import with_layers
 from benchmarks.speed_figures import speed
 
 MEASURED = Path(__file__).resolve().parents[1] / "fixtures" / "measured"
+#: Of runs that do not say another.
+MEASURED_CORE = "0.16.1"
 Row = dict[str, Any]
 _BLOCK = re.compile(
     r"(?P<begin><!-- begin: (?P<name>budget|recipes|replayed|megatron_lm) [^\n]*-->)\n.*?"
@@ -163,13 +165,14 @@ def training(rows: list[Row]) -> list[str]:
 
 
 def recipe_runs() -> list[Row]:
-    """Runs of recipes of every kind: recipe, overrides, GPUs, measured peak, layers where a model was cut, and kernels
-    of other packages that were installed."""
+    """Runs of recipes of every kind: recipe, overrides, GPUs, measured peak, layers where a model was cut, kernels of
+    other packages that were installed, and the release of Megatron Core where it was another."""
     return [json.loads(line) for line in (MEASURED / "recipes.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def predicted_gib(run: Row) -> float:
-    """What today's budget says of one of `recipe_runs`."""
+    """What today's budget says of one of `recipe_runs`, whichever Megatron Core is installed here."""
+    from mbx import installed
     from mbx.train.budget.predict import GIB, predict
     from mbx.train.model import kernels
     from mbx.train.model.blueprint import blueprint
@@ -179,7 +182,8 @@ def predicted_gib(run: Row) -> float:
     recipe = load_recipe(str(run["recipe"]), ["train.eval_every=0", "optim.warmup_steps=0", *run["overrides"]])
     if "layers" in run:
         recipe = with_layers(recipe, run["layers"])
-    with patch.object(kernels, "find_spec", lambda name: name in run.get("kernels", ()) or None):
+    there = patch.object(kernels, "find_spec", lambda name: name in run.get("kernels", ()) or None)
+    with there, patch.object(installed, "core_version", lambda: run.get("megatron_core", MEASURED_CORE)):
         return predict(recipe, blueprint(recipe), check_world(recipe, int(run["gpus"]))).total / GIB
 
 

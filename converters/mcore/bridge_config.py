@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from converters.errors import UsageError
-from converters.mcore.bridge_families import DEFAULT, Family, families_of, family_named, spec_for
+from converters.mcore.bridge_families import DEFAULT, Family, family_named, spec_for
 from converters.mcore.bridge_providers import SINCE_0_4, respelt, settled
-from converters.mcore.bridge_towers import towers_of
+from converters.mcore.bridge_towers import families_of_any, towers_of
 from converters.mcore.field_equality import is_idle, listed
 from converters.mcore.layout import Layout
 from converters.mcore.megatron_args import FIELDS_OF_BOTH, MODEL_ARGUMENTS, TRAINING, is_plain, sizes_of_both
@@ -39,6 +39,8 @@ _PARTS: tuple[tuple[str, Value, str], ...] = (
     ("experimental_attention_variant", "dsa", "dsa_"),
     *(("multi_latent_attention", None, "rotary_scaling_factor"), ("multi_latent_attention", None, "rope_type")),
 )
+#: What is said of YaRN alone.
+_OF_YARN = ("beta_fast", "beta_slow", "original_max_position_embeddings")
 _DIVISOR = "make_vocab_size_divisible_by"
 _CHECKPOINT = "megatron.bridge.training.config.CheckpointConfig"
 _TOKENIZER = "megatron.bridge.training.tokenizers.config.TokenizerConfig"
@@ -58,9 +60,12 @@ def config_of_run_config(run_config: Mapping[str, object]) -> dict[str, Value]:
     for part, kind, start in _PARTS:
         if not out.get(part) or kind not in (None, out[part]):
             out = {field: value for field, value in out.items() if not field.startswith(start)}
+    if out.get("rope_type") == "yarn" and out.get("rotary_scaling_factor") == 1:
+        # The class's own default, where a folder has no scaling; by factor 1 nothing is scaled.
+        out = {**{field: value for field, value in out.items() if field not in _OF_YARN}, "rope_type": "rope"}
     if not model.get("is_hybrid_model"):
         out = {field: value for field, value in out.items() if not field.startswith("mamba_")}
-    own = {field for family in families_of(model) for field in family.own}
+    own = {field for family in families_of_any(model) for field in family.own}
     out |= {field: _stated(model, field) for field in sorted(own) if field in model}
     if isinstance(node := model.get("activation_func"), Mapping):
         target = str(node.get("_target_"))

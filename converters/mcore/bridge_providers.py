@@ -36,6 +36,8 @@ def settled(model: Node, config: Fields) -> Fields:
         sections = model.get("mrope_section")
         if isinstance(sections, list) and sections not in _MROPE_SECTIONS:
             out["mrope_section"] = sections
+        else:
+            out.pop("mrope_section", None)
     provider = str(model.get("_target_")).rpartition(".")[2]
     for part, (settle, _) in _PROVIDERS.items():
         if part in provider:

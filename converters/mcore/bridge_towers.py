@@ -8,68 +8,11 @@ run_config.yaml files that it writes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from converters.mcore.bridge_families import DEFAULT, MODELS, Family, LayerSpec, family_named
+from converters.mcore.bridge_families import DEFAULT, MODELS, Family, LayerSpec, families_of, family_named
+from converters.mcore.tower_fields import Held, Json, Towers
 from converters.rows.expr import Value
-
-Json = Mapping[str, Value]
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A field of a provider that holds an object of the class `target`.
-
-    The object has all keys of config.json below `at`, or of the whole where that is empty; where `keys` are named,
-    those alone: a field of its own → the path of a key.
-    """
-
-    target: str
-    at: str = ""
-    keys: Mapping[str, str] = field(default_factory=dict)
-
-    def node(self, whole: Json) -> dict[str, Value]:
-        """The object as a node of run_config.yaml."""
-        if self.keys:
-            return {"_target_": self.target, **_taken(whole, self.keys)}
-        found = _at(whole, self.at) if self.at else whole
-        return {"_target_": self.target, **(found if isinstance(found, Mapping) else {})}
-
-
-@dataclass(frozen=True, slots=True)
-class Towers:
-    """A family whose provider builds a model with its towers.
-
-    `held` are its fields that hold an object, `keys` those that are a plain value of config.json (a field → the path
-    of a key; one that config.json leaves out is the provider's default), `constants` those that are the same for all.
-    `text` is the type of its text model, where another model of the same Hugging Face class has no provider.
-    """
-
-    family: Family
-    held: Mapping[str, Held]
-    keys: Mapping[str, str] = field(default_factory=dict)
-    constants: Mapping[str, Value] = field(default_factory=dict)
-    text: str = ""
-
-    def fields(self, whole: Json) -> dict[str, Value]:
-        """What the `model` node says of all that stands beside the text model, and of the text model for its sake."""
-        held: dict[str, Value] = {name: held.node(whole) for name, held in self.held.items()}
-        return {**held, **_taken(whole, self.keys), **self.constants}
-
-    def builds(self, whole: Json) -> bool:
-        """Whether it is the family of a model by its config.json."""
-        return not self.text or _at(whole, "text_config.model_type") == self.text
-
-
-def _at(whole: Json, path: str) -> Value:
-    found: Value = whole
-    for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
-
-
-def _taken(whole: Json, keys: Mapping[str, str]) -> dict[str, Value]:
-    return {name: found for name, path in keys.items() if (found := _at(whole, path)) is not None}
 
 
 def _family(architecture: str, provider: str, text: str, **changes: object) -> Family:
@@ -88,10 +31,30 @@ _QWEN_TOKENS = {
 }
 
 
-def _turned(family: Family, held: Mapping[str, Held], keys: Mapping[str, str]) -> Towers:
+def _turned(
+    family: Family, held: Mapping[str, Held], keys: Mapping[str, str], within: str = "", **turns: Value
+) -> Towers:
     """A family whose positions have three axes; the sections of these are a field that only such a model has."""
     constants: Mapping[str, Value] = {"position_embedding_type": "mrope"}
-    return Towers(replace(family, own=(*family.own, "mrope_section")), held, keys, constants)
+    own = replace(family, own=(*family.own, "mrope_section"))
+    return Towers(own, held, keys, constants, turns=turns, within=within)
+
+
+def _hearing(kind: str, classes: str, provider: str, text: str, keys: Mapping[str, str], **turns: Value) -> Towers:
+    """A family that sees and hears: all of it in one config within the whole's, beside what speaks."""
+    within = "thinker_config"
+    held = {within: Held(_CONFIG.format(kind, f"{classes}Thinker"), within)}
+    family = _family(f"{classes}ForConditionalGeneration", f"qwen_omni.{provider}", text)
+    tokens = {name: f"{within}.{key}" for name, key in {**_HEARING, **keys}.items()}
+    return _turned(family, held, tokens, f"{within}.", **turns)
+
+
+#: Keys that both Omni models have under the provider's own names.
+_HEARING = {
+    name: name
+    for name in """audio_start_token_id audio_end_token_id vision_start_token_id vision_end_token_id
+    position_id_per_seconds seconds_per_chunk""".split()
+}
 
 
 def _configs(kind: str, classes: str, *, text: bool = False) -> dict[str, Held]:
@@ -120,6 +83,7 @@ TOWERS = (
         ),
         _configs("qwen3_vl", "Qwen3VL", text=True),
         _QWEN_TOKENS,
+        mrope_interleaved=True,
     ),
     _turned(
         _family(
@@ -129,6 +93,7 @@ TOWERS = (
         ),
         _configs("qwen3_vl_moe", "Qwen3VLMoe", text=True),
         {**_QWEN_TOKENS, "head_dim": "text_config.head_dim"},
+        mrope_interleaved=True,
     ),
     _turned(
         _family(
@@ -138,6 +103,7 @@ TOWERS = (
         ),
         _configs("qwen3_5", "Qwen3_5"),
         _QWEN_TOKENS,
+        mrope_interleaved=True,
     ),
     _turned(
         _family(
@@ -148,6 +114,7 @@ TOWERS = (
         ),
         _configs("qwen3_5_moe", "Qwen3_5Moe"),
         _QWEN_TOKENS,
+        mrope_interleaved=True,
     ),
     _turned(
         _family(
@@ -165,6 +132,24 @@ TOWERS = (
                 for end in ("start", "end")
             },
         },
+    ),
+    _hearing(
+        "qwen2_5_omni",
+        "Qwen2_5Omni",
+        "qwen25_omni_provider.Qwen25OmniModelProvider",
+        "Qwen2ForCausalLM",
+        {f"{kind}_token_id": f"{kind}_token_index" for kind in ("image", "video", "audio")},
+    ),
+    _hearing(
+        "qwen3_omni_moe",
+        "Qwen3OmniMoe",
+        "qwen3_omni_provider.Qwen3OmniModelProvider",
+        "Qwen3MoeForCausalLM",
+        {
+            **{f"{kind}_token_id": f"{kind}_token_id" for kind in ("image", "video", "audio")},
+            **{name: f"vision_config.{name}" for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")},
+        },
+        mrope_interleaved=True,
     ),
     Towers(
         _family(
@@ -205,6 +190,17 @@ TOWERS = (
 def towers_of(architectures: tuple[str, ...], whole: Json) -> Towers | None:
     """The family of a model with towers by its Hugging Face classes and its config.json; None where there is none."""
     return next((one for one in TOWERS if one.family.architecture in architectures and one.builds(whole)), None)
+
+
+def towers_in(model: Mapping[str, object]) -> Towers | None:
+    """The family that the provider of a `model` node builds towers of; None where it builds none."""
+    return next((one for one in TOWERS if one.family.may_be(model) and one.family.fits(model)), None)
+
+
+def families_of_any(model: Mapping[str, object]) -> tuple[Family, ...]:
+    """The families that a `model` node can be of, with towers or without."""
+    towers = towers_in(model)
+    return families_of(model) or (() if towers is None else (towers.family,))
 
 
 def families_written(architectures: tuple[str, ...]) -> tuple[Family, ...]:

@@ -97,10 +97,14 @@ _ALIASES = {
 def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[str, str]:
     """Each key → its name in Transformer Engine's spelling, whichever layer spec wrote it.
 
-    Norms of their own become the fused names where Transformer Engine fuses them. Law: applied to its own
-    values it changes nothing.
+    Norms of their own become the fused names where Transformer Engine fuses them, and fused ones their own where it
+    does not. Law: applied to its own values it changes nothing.
     """
     present = set(keys)
+    apart = [
+        norm for norm in release.fused_norms if norm.apart_beside and any(norm.apart_beside in key for key in present)
+    ]
+    fused_norms = [norm for norm in release.fused_norms if norm not in apart]
     out = {}
     for key in keys:
         prefix = _layer_prefix(key)
@@ -111,7 +115,10 @@ def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[s
                 out[key] = prefix + usual + name[len(own) :]
         if not prefix:
             continue
-        for norm in release.fused_norms:
+        for norm in apart:
+            if name.startswith(norm.fused):
+                out[key] = prefix + norm.own + name[len(norm.fused) :]
+        for norm in fused_norms:
             if name.startswith(norm.own) and prefix + norm.witness in present:
                 out[key] = prefix + norm.fused + name[len(norm.own) :]
                 break

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from converters.errors import UnsupportedError
-from converters.mcore.bridge_families import families_of, shown
-from converters.mcore.bridge_towers import families_written
+from converters.mcore.bridge_families import shown
+from converters.mcore.bridge_towers import families_of_any, families_written
 from converters.mcore.statement import architectures_of
 
 Sidecar = Mapping[str, object]
@@ -33,7 +33,7 @@ def named_by(args: Sidecar | None, run_config: Sidecar | None) -> Named | None:
     stated = architectures_of(args or {}) or architectures_of(run_config or {})
     if not isinstance(model, Mapping) or "_target_" not in model:
         return Named(stated, "the checkpoint's args", certain=True) if stated else None
-    families = families_of(model)
+    families = families_of_any(model)
     if stated:
         if not any(family.may_be(model) for family in families_written(stated)):
             raise UnsupportedError(

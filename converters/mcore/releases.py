@@ -17,12 +17,14 @@ from converters.rows.expr import Value
 class FusedNorm:
     """A norm that Transformer Engine fuses into the `linear` behind it, within a layer.
 
-    `own` begins its names as a module of its own; `atom` is the first part of a linear that is stored in parts.
+    `own` begins its names as a module of its own; `atom` is the first part of a linear that is stored in parts. In a
+    model with modules called `apart_beside` it stays one of its own, whatever its layer has.
     """
 
     own: str
     linear: str
     atom: str = ""
+    apart_beside: str = ""
 
     @property
     def fused(self) -> str:
@@ -113,6 +115,9 @@ class Release:
         return "gpt"
 
 
+#: The module of sparse attention, which reads what a latent attention's norm makes, as its projections do.
+_INDEXER = ".core_attention.indexer."
+
 RELEASE_0_16 = Release(
     version="0.16",
     # A hybrid model of 0.16 has no prediction heads: its name is the one of the releases that have.
@@ -124,8 +129,8 @@ RELEASE_0_16 = Release(
         FusedNorm("input_layernorm.", "self_attention.in_proj"),
         FusedNorm("input_layernorm.", "self_attention.in_proj", ".query"),
         FusedNorm("pre_mlp_layernorm.", "mlp.linear_fc1"),
-        FusedNorm("self_attention.q_layernorm.", "self_attention.linear_q_up_proj"),
-        FusedNorm("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj"),
+        FusedNorm("self_attention.q_layernorm.", "self_attention.linear_q_up_proj", apart_beside=_INDEXER),
+        FusedNorm("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj", apart_beside=_INDEXER),
         FusedNorm("norm.", "mixer.in_proj", ".z"),
         FusedNorm("norm.", "mixer.in_proj"),
     ),

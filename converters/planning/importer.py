@@ -165,10 +165,7 @@ class _Importer:
             spec = joined.row.spec
             shared = spec.op == "col"
             home = (place.index, place.stack, table.family)
-            self.objects += extra_states_of(key, *home, shared=shared, own=spec.state is True)
-            if isinstance(spec.state, str):
-                beside = f"{key.removesuffix(spec.param)}{spec.state}.weight"
-                self.objects += extra_states_of(beside, *home, own=True)
+            self.objects += extra_states_of(key, *home, shared=shared, own=spec.state)
 
     def drafts(self, ranks: RankMap) -> tuple[Draft, ...]:
         for key, target in self.targets.items():

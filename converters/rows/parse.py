@@ -26,7 +26,7 @@ _TOP_KEYS = frozenset(
     rows""".split()
 )
 _ROW_KEYS = frozenset("transpose hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
-_FLAGS = ("transpose", "keep_dtype", "optional")
+_FLAGS = ("transpose", "keep_dtype", "optional", "state")
 _SITE_KEYS = frozenset("hf mcore first n rows optional part".split())
 _TEXT_KEYS = frozenset("table names rows".split())
 _FLAVOUR_KEYS = frozenset("text kept sites".split())
@@ -260,7 +260,7 @@ class _Parser:
             optional=flags["optional"] or "drop" in spec,
             same_as=str(spec["same_as"]) if "same_as" in spec else None,
             drop="drop" in spec,
-            state=said if isinstance(said := spec.get("state", False), str) else self.flag(where, "state", said),
+            state=flags["state"],
             last=self.numbers(f"{where}.last", spec.get("last", {})),
         )
 

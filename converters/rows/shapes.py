@@ -36,8 +36,12 @@ EXPECTED: Mapping[str, tuple[str | None, ...]] = {
     "self_attention.linear_kv_down_proj.weight": ("kv_lora_rank + qk_pos_emb_head_dim", "hidden_size"),
     "self_attention.linear_kv_up_proj.weight": ("num_attention_heads * (qk_head_dim + v_head_dim)", "kv_lora_rank"),
     "self_attention.linear_kv_up_proj.layer_norm_weight": ("kv_lora_rank",),
-    "self_attention.q_layernorm.weight": ("kv_channels * (num_attention_heads if qk_layernorm_over_heads else 1)",),
+    "self_attention.q_layernorm.weight": (
+        "q_lora_rank if multi_latent_attention else "
+        "kv_channels * (num_attention_heads if qk_layernorm_over_heads else 1)",
+    ),
     "self_attention.k_layernorm.weight": ("kv_channels * (num_query_groups if qk_layernorm_over_heads else 1)",),
+    "self_attention.kv_layernorm.weight": ("kv_lora_rank",),
     "input_layernorm.weight": _HIDDEN,
     "pre_mlp_layernorm.weight": _HIDDEN,
     "mlp.linear_fc1.layer_norm_weight": _HIDDEN,
@@ -56,6 +60,7 @@ _DEFAULTS: Mapping[str, None | bool] = {
     "moe_latent_size": None,
     "kv_channels": None,
     "v_head_dim": None,
+    "q_lora_rank": None,
     "qk_layernorm_over_heads": False,
 }
 
@@ -76,8 +81,8 @@ def _size(expression: str | None, env: Env) -> int | None:
     if expression is None or any(name not in env for name in names(expression)):
         return None
     # Latent attention has a size of its own for the values of a head, other attention one for all of a head.
-    other_kind = "kv_channels" if env["multi_latent_attention"] else "v_head_dim"
-    optional = {"gated_linear_unit", "multi_latent_attention", "moe_latent_size", other_kind}
+    other_kind = {"kv_channels"} if env["multi_latent_attention"] else {"v_head_dim", "q_lora_rank"}
+    optional = {"gated_linear_unit", "multi_latent_attention", "moe_latent_size", *other_kind}
     if any(env[name] is None for name in names(expression) - optional):
         return None
     size = evaluate(expression, env)

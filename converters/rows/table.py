@@ -21,9 +21,8 @@ class RowSpec:
     `shift` is added to values on the way to Megatron Core. `dtype` is what Megatron Core stores whatever
     the source has; `keep_dtype` exempts the row from a requested cast. `same_as` names the Hugging Face
     tensor this one repeats; `drop` marks a tensor Transformers recomputes. `state` marks a module of Megatron Core's
-    own that has an `_extra_state` where its name does not say so, or names another of the layer, which has one and
-    whose weight is kept under this row's name. `last` are sizes of the last dimensions of Hugging Face tensors, which
-    tell spellings under one name apart.
+    own that has an `_extra_state` where its name does not say so. `last` are sizes of the last dimensions of Hugging
+    Face tensors, which tell spellings under one name apart.
     """
 
     param: str
@@ -37,7 +36,7 @@ class RowSpec:
     optional: bool = False
     same_as: str | None = None
     drop: bool = False
-    state: bool | str = False
+    state: bool = False
     last: Mapping[str, str | int] = field(default_factory=dict)
 
     @property
@@ -121,7 +120,8 @@ class Table:
     text model, whose own types are `text_types`, and `kept` the prefixes of modules that may be held as they are; each
     of `flavours` takes some of both. Dims of a tower are `part_dims`, over the fields of its part.
     As long as no `flavour` is chosen the table is of the text model alone, and tensors that begin as one of `beside`
-    travel beside the Megatron Core ones as they are.
+    travel beside the Megatron Core ones as they are. A table without `flavours` has one where a tool stores its rows
+    otherwise.
     """
 
     name: str
@@ -157,13 +157,13 @@ class Table:
     @property
     def prefix(self) -> str:
         """What stands before the text model's Megatron Core names."""
-        return self.arrangement(self.flavour).prefix if self.flavour else ""
+        return self.arrangement(self.flavour).prefix if self.flavour and self.flavours else ""
 
     def arrangement(self, flavour: str) -> Arrangement:
         """Where `flavour` puts the towers; UsageError where the table has none of that name."""
         chosen = self.flavours.get(flavour) or self.flavours.get(_RELEASES_OF.get(flavour, flavour))
         if chosen is None:
-            known = ", ".join(self.flavours) or "none"
+            known = ", ".join(self.flavours) or "bridge"
             raise UsageError(f"the table `{self.name}` has no flavour `{flavour}`", hint=f"its flavours: {known}")
         return chosen
 

@@ -43,7 +43,7 @@ Flavour = Annotated[
     typer.Option(
         "--flavour",
         metavar="<Flavour>",
-        help="bridge, mcore-bridge, …: whose keys towers get; text: none.",
+        help="bridge, mcore-bridge, …: whose names and order; text: no towers.",
         autocompletion=completions.flavours,
     ),
 ]

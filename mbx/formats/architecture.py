@@ -89,10 +89,18 @@ def architecture_of(opened: Checkpoint, mapping: str | None = None, reference: P
     fit = fitting(held, opened, mapping)
     tokenizer = tokenizer_beside(opened)
     files = {} if tokenizer is None else tokenizer_files(tokenizer)
-    config = fit.config if tokenizer is None else {**token_ids(tokenizer), **fit.config}
+    config = fit.config if tokenizer is None else _with_ids(fit.config, token_ids(tokenizer))
     there = "there is no tokenizer to copy" if tokenizer is None else f"the tokenizer is that of `{tokenizer}`"
     note = f"config.json was made from {origin} with the table `{fit.table.name}`; {there}"
     return Architecture(config, fit.table, None, (note, *corrected, *fit.notes), files)
+
+
+def _with_ids(config: Mapping[str, Value], ids: Mapping[str, Value]) -> dict[str, Value]:
+    """A config with what a tokenizer says of special tokens, of the text model too where that has one of its own."""
+    out = {**ids, **config}
+    if isinstance(inner := out.get("text_config"), Mapping):
+        out["text_config"] = {**ids, **inner}
+    return out
 
 
 def _by_config(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from converters.errors import CoverageError, LayoutError, MbxError, UnsupportedError, UsageError
 from converters.mcore.bridge_families import family_named
+from converters.mcore.bridge_towers import towers_in
 from converters.mcore.field_equality import alike, is_idle
 from converters.mcore.flavours import flavoured
 from converters.mcore.keys import inner_prefix
@@ -161,6 +162,8 @@ def _fit(table: Table, known: Mapping[str, Value], opened: Checkpoint, named: Na
     config["model_type"] = table.model_types[0]
     if table.architectures:
         config["architectures"] = [table.architectures[0]]
+    if table.flavours and (model := _provider_of(opened)) is not None and (towers := towers_in(model)) is not None:
+        config = towers.whole(model, config)
     back = table.config.to_mcore(config)
     if wrong := unequal_fields(back, known):
         key = wrong[0]
@@ -171,9 +174,16 @@ def _fit(table: Table, known: Mapping[str, Value], opened: Checkpoint, named: Na
             raise UsageError(f"`{key}` is {value!r}, of which the table `{table.name}` knows nothing")
     if named is None or not named.certain:
         _check_silence(table, back, known)
+    _check_sections(back)
     table = flavoured(table, opened.tensors)
     plan_export(table, back, opened.tensors)
     return Fit(table, config)
+
+
+def _provider_of(opened: Checkpoint) -> Mapping[str, object] | None:
+    """The `model` node of run_config.yaml."""
+    model = (opened.run_config or {}).get("model")
+    return model if isinstance(model, Mapping) else None
 
 
 def _all_experts(known: Mapping[str, Value]) -> bool:
@@ -192,6 +202,22 @@ def _check_silence(table: Table, back: Mapping[str, Value], known: Mapping[str, 
         same = key == "model.latent_layernorm_epsilon" and value == back.get("layernorm_epsilon")
         if key not in known and key not in TRAINING and not is_idle(key, value) and not same:
             raise UsageError(f"the table `{table.name}` says `{key}` = {value!r}, and the checkpoint nothing of it")
+
+
+def _check_sections(fields: Mapping[str, Value]) -> None:
+    """UsageError where the class's own sections stand for those of positions in an image, and the head is another's.
+
+    Megatron-Bridge writes them for every Qwen2.5-VL and GLM-4.5V, whatever the folder says.
+    """
+    sections, width = fields.get("mrope_section"), fields.get("kv_channels")
+    share = fields.get("model.rotary_percent", 1.0)
+    if not isinstance(sections, list) or not isinstance(width, int) or not isinstance(share, int | float):
+        return
+    turned, pairs = sum(part for part in sections if isinstance(part, int)), int(width * share) // 2
+    if turned != pairs:
+        raise UsageError(
+            f"`mrope_section` is not said; the class's {sections} are {turned} pairs, a head turns {pairs}"
+        )
 
 
 def unequal_fields(left: Mapping[str, Value], right: Mapping[str, Value]) -> list[str]:

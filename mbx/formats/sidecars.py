@@ -18,6 +18,7 @@ from converters.mcore.local import Spec
 from converters.mcore.megatron_args import args_of, layout_args
 from converters.mcore.releases import CURRENT
 from converters.rows.expr import Value
+from converters.rows.table import Table
 from mbx.torchfile.archive import file_reader, load_archive, read_object
 from mbx.torchfile.archive_layout import lay_out
 from mbx.torchfile.dcp import StoredObject
@@ -86,6 +87,22 @@ class Sidecars:
         return f"iter_{self.iteration:07d}"
 
 
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is known of the model beside a plan: the table, in the flavour that is written, and its config.json."""
+
+    table: Table | None = None
+    config: Mapping[str, Value] | None = None
+
+    def is_bridges(self, *, towers: bool) -> bool:
+        """Whether Megatron-Bridge has its parameters so; with `towers` by a config.json, of which it builds them."""
+        flavour = "" if self.table is None else self.table.flavour
+        return flavour == USUAL and self.config is not None if towers else flavour in ("", USUAL)
+
+
+NO_MODEL = Model()
+
+
 def megatron_sidecars(
     plan: Plan,
     format: str,
@@ -95,18 +112,17 @@ def megatron_sidecars(
     spec: Spec = "transformer_engine",
     tokenizer: str | None = None,
     optimizer: Mapping[str, object] | None = None,
-    whole: Mapping[str, Value] | None = None,
+    model: Model = NO_MODEL,
 ) -> Sidecars:
-    """Sidecars of the checkpoint that `plan` makes.
+    """Sidecars of the checkpoint that `plan` makes of `model`.
 
     `origin` are the args of the checkpoint it came from, `tokenizer` a hub name or a folder; `optimizer` is the part
-    of the common state that belongs to an optimizer whose state goes along, `whole` the model's config.json, by which
-    Megatron-Bridge builds towers. What it reads goes beside torch_dist and fsdp_dtensor weights only, the formats it
-    takes.
+    of the common state that belongs to an optimizer whose state goes along. What Megatron-Bridge reads goes beside
+    torch_dist and fsdp_dtensor weights only, the formats it takes.
     """
     rows = next((d.shape[0] for d in plan.drafts if bare(d.name) == EMBEDDING), None)
     config, layout = _with_heads(plan), plan.layout
-    classes = () if plan.table is None else plan.table.architectures
+    classes = () if model.table is None else model.table.architectures
     known = {} if origin is None else {key: value for key, value in origin.items() if is_plain(value)}
     written: dict[str, object] = {**known, **layout_args(layout), "padded_vocab_size": _stated_rows(rows, format)}
     if origin is None:
@@ -118,11 +134,11 @@ def megatron_sidecars(
     texts: dict[str, bytes] = {}
     folder = f"iter_{iteration:07d}"
     towers = any(inner_prefix(draft.name) for draft in plan.drafts)
-    seen = plan.table is not None and plan.table.flavour == USUAL and whole is not None
-    # Of towers in another tool's arrangement its providers know nothing, and that of the text model alone no key.
-    if format in ("torch_dist", "fsdp_dtensor") and (seen or not towers):
+    # Of another tool's arrangement its providers know nothing, and that of a text model alone no key beside towers.
+    if format in ("torch_dist", "fsdp_dtensor") and model.is_bridges(towers=towers):
         dtype = Counter(draft.dtype for draft in plan.drafts).most_common(1)[0][0] if plan.drafts else ""
-        run_config = run_config_of(config, layout, rows, dtype, tokenizer, format, classes, whole if towers else None)
+        whole = model.config if towers else None
+        run_config = run_config_of(config, layout, rows, dtype, tokenizer, format, classes, whole)
         if run_config is not None and config.get("num_layers"):
             texts[f"{folder}/run_config.yaml"] = dump_yaml(run_config)
             texts[f"{folder}/train_state.pt"] = texts["latest_train_state.pt"] = train_state_archive(iteration)
@@ -130,11 +146,12 @@ def megatron_sidecars(
 
 
 def _with_heads(plan: Plan) -> Mapping[str, Value]:
-    """The config with the prediction layers that the checkpoint holds, where config.json leaves them out."""
+    """The config with the prediction layers that the checkpoint holds, whether or not config.json has as many."""
     heads = {key.layer for key in map(parse_key, (draft.name for draft in plan.drafts)) if key.site == "mtp"}
-    if not heads or plan.config.get("mtp_num_layers", 0) is not None:
+    stated = plan.config.get("mtp_num_layers", 0)
+    if bool(heads) == bool(stated) or stated == 0:
         return plan.config
-    return {**plan.config, "mtp_num_layers": len(heads)}
+    return {**plan.config, "mtp_num_layers": len(heads) or None}
 
 
 def _stated_rows(rows: int | None, format: str) -> int | None:

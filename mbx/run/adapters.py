@@ -24,7 +24,7 @@ from mbx.formats.peft import CONFIG, WEIGHTS
 from mbx.formats.placement import Order
 from mbx.formats.registry import format_named, sniff
 from mbx.formats.safetensors import build_header
-from mbx.formats.sidecars import Sidecars, dump_yaml, megatron_sidecars
+from mbx.formats.sidecars import Model, Sidecars, dump_yaml, megatron_sidecars
 from mbx.run.adapter_vocabulary import WholeLayer, described_whole, stored_tower, stored_whole, with_whole
 from mbx.run.commit import check_target
 from mbx.run.job import Job, Options
@@ -152,7 +152,7 @@ def _without_vocab(config: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _sidecars(plan: Plan, base: Base, node: Mapping[str, object] | None) -> Sidecars:
-    made = megatron_sidecars(plan, "torch_dist", 0)
+    made = megatron_sidecars(plan, "torch_dist", 0, model=Model(plan.table))
     size = plan.config.get(_VOCAB)
     rows = plan.layout.padded_vocab(size) if isinstance(size, int) else None
     texts = dict(made.texts)

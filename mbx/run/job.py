@@ -25,7 +25,7 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.placement import Order, Placement
 from mbx.formats.registry import format_named, open_hf, open_model
 from mbx.formats.shards import settle_index
-from mbx.formats.sidecars import Sidecars, megatron_sidecars
+from mbx.formats.sidecars import Model, Sidecars, megatron_sidecars
 from mbx.installed import core_release
 from mbx.run.commit import check_target
 from mbx.run.config_file import put_config
@@ -168,7 +168,7 @@ def import_job(
     tokenizer = origin.get("repo_id") or str(source.resolve())
     has_tokenizer = any(map(hf.is_tokenizer_file, folder.side_files))
     sidecars = megatron_sidecars(
-        formed, options.format, 0, tokenizer=tokenizer if has_tokenizer else None, whole=config
+        formed, options.format, 0, tokenizer=tokenizer if has_tokenizer else None, model=Model(table, config)
     )
     if formed is not plan:
         plan, sidecars = formed, form_said(sidecars, formed)

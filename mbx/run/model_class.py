@@ -38,6 +38,9 @@ def in_form(plan: Plan, asked: str | None, default: str, format: str) -> Plan:
 
 
 def form_said(sidecars: Sidecars, plan: Plan) -> Sidecars:
-    """`sidecars` of a plan that `in_form` changed, whose args say the other class."""
+    """`sidecars` of a plan that `in_form` changed, whose args say the other class.
+
+    Megatron-Bridge's go: its providers of these families build the GPTModel.
+    """
     args = {**sidecars.args, **hybrid_args(plan.config)}
-    return replace(sidecars, args=args, common={**sidecars.common, "args": Namespace(args)})
+    return replace(sidecars, args=args, common={**sidecars.common, "args": Namespace(args)}, texts={})

@@ -16,14 +16,14 @@ from converters.mcore.torch_dist import stacks_layers
 from converters.planning.reshard import plan_reshard
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
-from mbx.formats.architecture import known_config
+from mbx.formats.architecture import known_config, stated
 from mbx.formats.beside import with_config
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.hf import TEMPLATES
 from mbx.formats.optimizer_state import carried_common, carried_states
 from mbx.formats.placement import Order
 from mbx.formats.registry import format_named, open_model
-from mbx.formats.sidecars import megatron_sidecars
+from mbx.formats.sidecars import Model, megatron_sidecars
 from mbx.run.commit import check_target
 from mbx.run.job import Job, Options
 from mbx.run.model_class import form_said, in_form
@@ -71,6 +71,7 @@ def plan_mcore_to_mcore(
         notes=(*notes, *_notes(opened, config, rows, states)),
     )
     formed = in_form(plan, options.model_class, opened.model_class or "gpt", options.format)
+    model = stated(opened, options.mapping)
     sidecars = megatron_sidecars(
         formed,
         options.format,
@@ -79,6 +80,7 @@ def plan_mcore_to_mcore(
         spec=spec,
         tokenizer=_tokenizer(opened),
         optimizer=carried_common(opened) if with_optimizer else None,
+        model=Model(model.table, model.config),
     )
     if formed is not plan:
         plan, sidecars = formed, form_said(sidecars, formed)

@@ -275,3 +275,17 @@ def test_separate_norms_become_fused_where_transformer_engine_fuses_them() -> No
         "decoder.layers.0.pre_mlp_layernorm.weight": "decoder.layers.0.mlp.linear_fc1.layer_norm_weight",
         "decoder.layers.1.mlp.linear_fc1.layer_norm_weight": "decoder.layers.1.pre_mlp_layernorm.weight",
     }
+
+
+def test_norms_of_sparse_attention_stay_apart() -> None:
+    """Megatron Core fuses no norm of latent attention into a projection where an indexer reads what it makes too.
+
+    A layer without an indexer, which takes the choice of one before, has the same module.
+    """
+    own, fused = (f"decoder.layers.1.self_attention.{name}" for name in ("kv_layernorm.weight", "linear_kv_up_proj."))
+    latent = [own, f"{fused}weight"]
+    assert canonical_names(latent)[own] == f"{fused}layer_norm_weight"
+    sparse = [*latent, "decoder.layers.0.self_attention.core_attention.indexer.linear_wk.weight"]
+    assert canonical_names(sparse)[own] == own
+    once = [f"{fused}layer_norm_weight" if name == own else name for name in sparse]  # as mbx wrote them before
+    assert canonical_names(once)[once[0]] == own

@@ -1,7 +1,8 @@
 """Checkpoints that Megatron-Bridge 0.6.2 and mcore-bridge 1.6.5 wrote with Megatron Core 0.19.2, of the same folders.
 
 Each archive of `fixtures/peer_0_6` holds `bridge_0_6_NAME/{hf,mcore}`, and `mcore_bridge_NAME/mcore` where that tool
-converts the family too. Both directions agree with them bit for bit, names and states included.
+converts the family too. That all come back and are written again stands in `test_every_peer.py`; here is what tells
+them apart, and what must not pass.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.errors import MbxError, StorageError, UnsupportedError
-from converters.mcore.flavours import DELTA_NET_BY_HEAD, flavoured
-from converters.mcore.megatron_args import TRAINING
+from converters.errors import MbxError, StorageError, UnsupportedError, UsageError
+from converters.mcore.flavours import MCORE_BRIDGE, flavoured
+from converters.mcore.layout import Layout
 from converters.planning.exporter import plan_export
 from converters.rows.table import Table
 from mbx.formats.architecture import architecture_of
@@ -27,17 +28,15 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.registry import open_megatron
 from mbx.formats.summary import summarize
 from mbx.formats.views import hf_view
+from mbx.proof.integrity import check
 from mbx.proof.parity import parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.reshard import plan_mcore_to_mcore
 from mbx.tables import table_for
-from mbx.torchfile.dcp import read_dcp
 
 ARCHIVES = Path(__file__).resolve().parents[2] / "fixtures" / "peer_0_6"
-FAMILIES = ("gemma2", "gpt_oss", "minimax_m2", "nemotron_h", "glm_moe_dsa", "falcon_h1")
 OF_BOTH = ("gpt_oss", "minimax_m2", "nemotron_h")
 PLAIN = Options(sync=False)
-#: What Megatron-Bridge's YaRN of factor 1, which is none, says on top.
-IDLE_YARN = {"rope_type", "beta_fast", "beta_slow", "original_max_position_embeddings"}
 
 
 @pytest.fixture(scope="module")
@@ -62,34 +61,6 @@ def unequal(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor],
         same = torch.equal(a.float(), b.float()) if not bits else a.dtype == b.dtype and torch.equal(a, b)
         odd += [] if same else [name]
     return odd
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_bridges_checkpoint_needs_no_config(made: Path, tmp_path: Path, name: str) -> None:
-    """Its run_config.yaml gives the class and every field, and its tokenizer folder the tokenizer and token ids."""
-    source = made / f"bridge_0_6_{name}"
-    run(plan_mcore_to_hf(source / "mcore", tmp_path / "hf", PLAIN))
-    # a router's bias is stored in fp32, and nothing says what the folder had
-    assert unequal(weights(source / "hf"), weights(tmp_path / "hf"), bits=name in ("gemma2", "gpt_oss")) == []
-    theirs, ours = (
-        json.loads((folder / "config.json").read_text("utf-8")) for folder in (source / "hf", tmp_path / "hf")
-    )
-    assert theirs["architectures"] == ours["architectures"] and theirs["model_type"] == ours["model_type"]
-    table = table_for(theirs)
-    wanted, got = table.config.to_mcore(theirs), table.config.to_mcore(ours)
-    odd = {key for key in wanted.keys() | got.keys() if wanted.get(key) != got.get(key)} - TRAINING
-    odd -= IDLE_YARN if name == "glm_moe_dsa" else set()
-    assert odd <= {"window_attn_skip_freq", "moe_router_num_groups", "moe_router_group_topk"}, "or in other words"
-    for key in ("bos_token_id", "eos_token_id"):
-        assert ours.get(key) == theirs.get(key)
-    assert (tmp_path / "hf/tokenizer.json").read_bytes() == (source / "hf/tokenizer.json").read_bytes()
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_parity_holds_in_every_leg(made: Path, name: str) -> None:
-    folder = made / f"bridge_0_6_{name}"
-    report = parity(folder / "hf", folder / "mcore")
-    assert [(leg.name, leg.status, leg.details) for leg in report.legs if leg.status != "passed"] == []
 
 
 @pytest.mark.parametrize(
@@ -119,28 +90,30 @@ def test_a_provider_of_another_family_is_refused(made: Path, tmp_path: Path) -> 
         plan_mcore_to_hf(edited, tmp_path / "hf", PLAIN)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_an_import_has_bridges_keys_states_and_bits(made: Path, tmp_path: Path, name: str) -> None:
-    folder = made / f"bridge_0_6_{name}"
-    run(plan_hf_to_mcore(folder / "hf", tmp_path / "mcore", PLAIN))
-    ours, theirs = open_megatron(tmp_path / "mcore"), open_megatron(folder / "mcore")
-    assert {n: (t.dtype, t.shape) for n, t in ours.tensors.items()} == {
-        n: (t.dtype, t.shape) for n, t in theirs.tensors.items()
-    }
-    assert all((ours.read(key) == theirs.read(key)).all() for key in theirs.tensors)
-    states = [{o for o in read_dcp(side.home).objects if "_extra_state" in o} for side in (ours, theirs)]
-    assert states[0] == states[1]
+@pytest.mark.parametrize("name", OF_BOTH)
+def test_its_writer_is_told(made: Path, name: str) -> None:
+    found = summarize(made / f"mcore_bridge_{name}" / "mcore", made / f"bridge_0_6_{name}" / "hf")
+    assert (found.writer, found.fault) == ("mcore-bridge", None) and found.table == name
 
 
 @pytest.mark.parametrize("name", OF_BOTH)
-def test_mcore_bridges_checkpoint_is_proved_with_a_config(made: Path, tmp_path: Path, name: str) -> None:
-    hf, mcore = made / f"bridge_0_6_{name}" / "hf", made / f"mcore_bridge_{name}" / "mcore"
-    run(plan_mcore_to_hf(mcore, tmp_path / "hf", PLAIN, hf_config=hf))
-    assert unequal(weights(hf), weights(tmp_path / "hf")) == []
-    report = parity(hf, mcore, hf_config=hf)
-    assert [(leg.name, leg.status, leg.details) for leg in report.legs if leg.status != "passed"] == []
-    found = summarize(mcore, hf)
-    assert (found.writer, found.fault) == ("mcore-bridge", None) and found.table == name
+def test_bridge_is_not_told_to_read_what_is_arranged_otherwise(made: Path, tmp_path: Path, name: str) -> None:
+    """Nor after a change of layout; and what mbx wrote so is whole, and the same model."""
+    folder = made / f"bridge_0_6_{name}" / "hf"
+    written = tmp_path / "mcore"
+    run(plan_hf_to_mcore(folder, written, Options(sync=False, flavour="mcore-bridge")))
+    assert list(written.rglob("run_config.yaml")) == [] and check(written).passed
+    run(plan_mcore_to_hf(written, tmp_path / "hf", PLAIN))
+    assert unequal(weights(folder), weights(tmp_path / "hf")) == []
+    assert parity(folder, written).passed
+    assert parity(made / f"mcore_bridge_{name}" / "mcore", written, hf_config=folder).passed
+    run(plan_mcore_to_mcore(written, tmp_path / "tp2", Options(sync=False, layout=Layout(tp=2))))
+    assert parity(folder, tmp_path / "tp2").passed
+
+
+def test_no_model_is_written_for_a_tool_that_builds_none(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no flavour `mcore-bridge`"):
+        plan_hf_to_mcore(made / "bridge_0_6_gemma2/hf", tmp_path / "m", Options(sync=False, flavour="mcore-bridge"))
 
 
 @pytest.mark.parametrize("name", OF_BOTH)
@@ -212,7 +185,7 @@ def test_both_arrangements_of_a_gated_delta_net_are_the_same_folder(
 def test_the_whole_projection_alone_tells_the_flavour(delta_nets: tuple[Checkpoint, Checkpoint]) -> None:
     """Key, shape and dtype of `linear_qkv` and `out_norm` are the same, rows and values are not."""
     bridge, other = delta_nets
-    assert not DELTA_NET_BY_HEAD.shows_in(bridge.tensors) and DELTA_NET_BY_HEAD.shows_in(other.tensors)
+    assert not MCORE_BRIDGE.shows_in(bridge.tensors) and MCORE_BRIDGE.shows_in(other.tensors)
     same = [name for name in bridge.tensors if name.endswith((".linear_qkv.weight", ".out_norm.weight"))]
     assert same and all(bridge.tensors[n].shape == other.tensors[n].shape for n in same)
     assert all((bridge.read(name) != other.read(name)).any() for name in same)
@@ -238,37 +211,6 @@ def of_tool(made: Path, name: str, flavour: str) -> tuple[Path, Path]:
     """The folder of `name`, and what the tool of `flavour` made of it."""
     folder = made / f"bridge_0_6_{name}"
     return folder / "hf", (folder if flavour == "bridge" else made / f"mcore_bridge_{name}") / "mcore"
-
-
-@pytest.mark.parametrize(("name", "flavour"), TOWERS)
-def test_a_vision_language_model_comes_back_whole(made: Path, tmp_path: Path, name: str, flavour: str) -> None:
-    hf, mcore = of_tool(made, name, flavour)
-    job = plan_mcore_to_hf(mcore, tmp_path / "hf", PLAIN, hf_config=hf)
-    assert f"flavour: arranged as {flavour} does" in job.plan.notes
-    run(job)
-    assert unequal(weights(hf), weights(tmp_path / "hf")) == []
-
-
-@pytest.mark.parametrize(("name", "flavour"), TOWERS)
-def test_a_vision_language_model_is_written_as_each_tool_writes_it(
-    made: Path, tmp_path: Path, name: str, flavour: str
-) -> None:
-    hf, mcore = of_tool(made, name, flavour)
-    run(plan_hf_to_mcore(hf, tmp_path / "mcore", Options(sync=False, flavour=flavour)))
-    ours, theirs = open_megatron(tmp_path / "mcore"), open_megatron(mcore)
-    assert {n: (t.dtype, t.shape) for n, t in ours.tensors.items()} == {
-        n: (t.dtype, t.shape) for n, t in theirs.tensors.items()
-    }
-    assert all((ours.read(key) == theirs.read(key)).all() for key in theirs.tensors)
-    states = [{o for o in read_dcp(side.home).objects if "_extra_state" in o} for side in (ours, theirs)]
-    assert states[0] == states[1]
-
-
-@pytest.mark.parametrize(("name", "flavour"), TOWERS)
-def test_parity_of_a_vision_language_model_holds_in_every_leg(made: Path, name: str, flavour: str) -> None:
-    hf, mcore = of_tool(made, name, flavour)
-    report = parity(hf, mcore, hf_config=None if flavour == "bridge" else hf)
-    assert [(leg.name, leg.status, leg.details) for leg in report.legs if leg.status != "passed"] == []
 
 
 @pytest.mark.parametrize("name", sorted({name for name, flavour in TOWERS if flavour != "bridge"}))

@@ -20,7 +20,9 @@ from converters.errors import UnsupportedError
 from converters.mcore.bridge_config import config_of_run_config
 from converters.mcore.bridge_towers import TOWERS, towers_of
 from converters.mcore.field_equality import alike, is_idle
+from converters.mcore.layout import Layout
 from converters.mcore.megatron_args import TRAINING
+from fixtures.make_tiny import make
 from fixtures.wrapped import make_wrapped
 from mbx.formats.architecture import architecture_of
 from mbx.formats.registry import open_megatron
@@ -45,6 +47,8 @@ _NOT_THE_FOLDER = {
     # The class of Transformers has no prediction layers, whatever its config counts, and its folders none.
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), {"mtp_num_layers"}),
     "qwen2_5_vl": {"mrope_section", "share_embeddings_and_output_weights"},  # tied by the text's config
+    "qwen2_5_omni": {"thinker_config.text_config.sliding_window"},  # null where no layer has it
+    "qwen3_omni_moe": {"attention_dropout"},
     # Transformers rounds the range where the folder does not say otherwise.
     "ministral3": {"yarn_correction_range_round_to_int"},
 }
@@ -140,6 +144,18 @@ def test_no_provider_is_named_that_would_not_find_the_keys(tmp_path: Path, kind:
     for made in ("mcore", "again"):
         assert list((tmp_path / made).rglob("*.distcp"))
         assert list((tmp_path / made).rglob("run_config.yaml")) == []
+
+
+@pytest.mark.parametrize("kind", [*BRIDGE, "gemma2", "qwen3_next", "minimax_m2", "nemotron_h", "falcon_h1_0_5b"])
+def test_after_a_change_of_layout_bridge_is_told_the_same(tmp_path: Path, kind: str) -> None:
+    """As if the folder had been written under that layout at once; with towers and without."""
+    source = make_wrapped(kind, tmp_path / "hf") if kind in BRIDGE else make(kind, tmp_path / "hf")
+    two = replace(PLAIN, layout=Layout(tp=2))
+    run(plan_hf_to_mcore(source, tmp_path / "one", PLAIN))
+    run(plan_hf_to_mcore(source, tmp_path / "two", two))
+    run(plan_mcore_to_mcore(tmp_path / "one", tmp_path / "changed", two))
+    said = [open_megatron(tmp_path / name).run_config for name in ("one", "two", "changed")]
+    assert said[1] == said[2] and said[0] != said[1] and said[1] is not None
 
 
 def test_the_text_model_alone_gets_no_provider_of_towers(tmp_path: Path) -> None:

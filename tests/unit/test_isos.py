@@ -129,6 +129,15 @@ def test_layers_with_an_indexer_have_one_period() -> None:
         )
 
 
+def test_a_mixer_is_as_wide_as_its_heads() -> None:
+    """Without the width Transformers takes `mamba_expand` times the hidden size, and refuses another one."""
+    said: dict[str, Value] = {"mamba_n_heads": 8, "mamba_d_head": 16}
+    assert FIELDS["ssm_width"].to_mcore(said) == FIELDS["ssm_width"].to_mcore({**said, "mamba_d_ssm": 128}) == {}
+    assert FIELDS["ssm_width"].to_hf({"mamba_num_heads": 8, "mamba_head_dim": 16}) == {"mamba_d_ssm": 128}
+    with pytest.raises(UsageError, match="mamba_d_ssm is 64"):
+        FIELDS["ssm_width"].to_mcore({**said, "mamba_d_ssm": 64})
+
+
 @pytest.mark.parametrize(
     ("said", "windowed", "unrotated"),
     [

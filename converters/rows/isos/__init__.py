@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from converters.rows.isos import experts, layers, rope
-from converters.rows.isos.base import FieldsIso, ValueIso, layers_of, positive
+from converters.rows.isos.base import FieldsIso, ValueIso, layers_of, plain, positive
 from converters.rows.isos.experts import inexpressible_groups
 from converters.rows.isos.rope import LLAMA3_FIXED, inexpressible_rope
 
@@ -26,6 +26,7 @@ FIELDS: dict[str, FieldsIso] = {
         ("rope_type", *(field for field, _ in rope.MLA_YARN.values())), rope.mla_rope_to_mcore, rope.mla_rope_to_hf
     ),
     "full_layers": FieldsIso((), layers.full_layers_to_mcore, layers.full_layers_to_hf),
+    "ssm_width": FieldsIso((), layers.ssm_width_to_mcore, layers.ssm_width_to_hf),
     "indexed_layers": FieldsIso(
         ("dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"),
         layers.indexed_layers_to_mcore,
@@ -85,7 +86,7 @@ VALUE: dict[str, ValueIso] = {
     "not": ValueIso(lambda v, _: not v, lambda v, _: not v),
     "rsqrt": ValueIso(
         lambda v, _: 1.0 / math.sqrt(positive(v, "scale")),
-        lambda v, _: round(1.0 / positive(v, "softmax_scale") ** 2, 6),
+        lambda v, _: plain(round(1.0 / positive(v, "softmax_scale") ** 2, 6)),
     ),
     "zero_is_none": ValueIso(lambda v, _: v or None, lambda v, _: v or 0),
 }

@@ -36,6 +36,11 @@ def number(value: Value, what: str) -> float:
     return value
 
 
+def plain(value: float) -> int | float:
+    """A number as a config.json has it: without a fraction an int, for which Transformers' classes ask."""
+    return int(value) if value == int(value) else value
+
+
 def positive(value: Value, what: str) -> float:
     """`value` as a finite number above 0; UsageError otherwise."""
     if (found := number(value, what)) <= 0:

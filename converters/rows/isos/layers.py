@@ -92,6 +92,22 @@ def full_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
     return {"sliding_window": None, "layer_types": [_FULL] * layers_of(mcore, "num_layers")}
 
 
+def ssm_width_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """A mixer is as wide as its heads together, if a width is said at all."""
+    heads, each, said = (hf.get(f"mamba_{key}") for key in ("n_heads", "d_head", "d_ssm"))
+    wide = None if heads is None or each is None else whole(heads, "mamba_n_heads") * whole(each, "mamba_d_head")
+    if None not in (said, wide) and said != wide:
+        raise UsageError(f"config: mamba_d_ssm is {said!r}, and {heads!r} heads of {each!r} are {wide!r}")
+    return {}
+
+
+def ssm_width_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    heads, each = mcore.get("mamba_num_heads"), mcore.get("mamba_head_dim")
+    if heads is None or each is None:
+        return {}
+    return {"mamba_d_ssm": whole(heads, "mamba_num_heads") * whole(each, "mamba_head_dim")}
+
+
 def no_rope_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """`no_rope_layers` (1 = rotated) ↔ mcore's flag per layer, 1 = not rotated; without it every fourth is not.
 
