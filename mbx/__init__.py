@@ -31,8 +31,9 @@ if TYPE_CHECKING:
         UsageError,
     )
     from converters.mcore.layout import Layout
+    from converters.pruning.choosing import Pruning
     from converters.rows.coverage import Waivers
-    from mbx.api import convert, diff, inspect, integrity, merge, open, plan, reshard, verify
+    from mbx.api import convert, diff, inspect, integrity, merge, open, plan, prune, reshard, verify
     from mbx.formats.checkpoint import Checkpoint
     from mbx.formats.placement import Order, Placement
     from mbx.formats.registry import Format, register
@@ -46,8 +47,9 @@ _HOMES = {
         *("UnsupportedError", "UsageError"),
     ),
     "converters.mcore.layout": ("Layout",),
+    "converters.pruning.choosing": ("Pruning",),
     "converters.rows.coverage": ("Waivers",),
-    "mbx.api": ("convert", "diff", "inspect", "integrity", "merge", "open", "plan", "reshard", "verify"),
+    "mbx.api": ("convert", "diff", "inspect", "integrity", "merge", "open", "plan", "prune", "reshard", "verify"),
     "mbx.formats.checkpoint": ("Checkpoint",),
     "mbx.formats.placement": ("Order", "Placement"),
     "mbx.formats.registry": ("Format", "register"),
@@ -70,6 +72,7 @@ __all__ = [
     "Options",
     "Order",
     "Placement",
+    "Pruning",
     "Spec",
     "StorageError",
     "TableError",
@@ -84,6 +87,7 @@ __all__ = [
     "merge",
     "open",
     "plan",
+    "prune",
     "register",
     "reshard",
     "verify",
