@@ -31,9 +31,9 @@ if TYPE_CHECKING:
         UsageError,
     )
     from converters.mcore.layout import Layout
-    from converters.pruning.choosing import Pruning
+    from converters.pruning.choosing import Importance, Pruning
     from converters.rows.coverage import Waivers
-    from mbx.api import convert, diff, inspect, integrity, merge, open, plan, prune, reshard, verify
+    from mbx.api import convert, diff, importance, inspect, integrity, merge, open, plan, prune, reshard, verify
     from mbx.formats.checkpoint import Checkpoint
     from mbx.formats.placement import Order, Placement
     from mbx.formats.registry import Format, register
@@ -47,9 +47,21 @@ _HOMES = {
         *("UnsupportedError", "UsageError"),
     ),
     "converters.mcore.layout": ("Layout",),
-    "converters.pruning.choosing": ("Pruning",),
+    "converters.pruning.choosing": ("Importance", "Pruning"),
     "converters.rows.coverage": ("Waivers",),
-    "mbx.api": ("convert", "diff", "inspect", "integrity", "merge", "open", "plan", "prune", "reshard", "verify"),
+    "mbx.api": (
+        "convert",
+        "diff",
+        "importance",
+        "inspect",
+        "integrity",
+        "merge",
+        "open",
+        "plan",
+        "prune",
+        "reshard",
+        "verify",
+    ),
     "mbx.formats.checkpoint": ("Checkpoint",),
     "mbx.formats.placement": ("Order", "Placement"),
     "mbx.formats.registry": ("Format", "register"),
@@ -64,6 +76,7 @@ __all__ = [
     "CoverageError",
     "DeviceError",
     "Format",
+    "Importance",
     "Job",
     "Layout",
     "LayoutError",
@@ -82,6 +95,7 @@ __all__ = [
     "__version__",
     "convert",
     "diff",
+    "importance",
     "inspect",
     "integrity",
     "merge",

@@ -16,7 +16,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from converters.errors import Cancelled, UsageError
-from converters.pruning.choosing import Pruning
+from converters.pruning.choosing import Importance, Pruning
 from mbx.formats.adapter_folder import open_base, stated_base
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.hub import resolve
@@ -171,6 +171,39 @@ def prune(
         hf_config=_config_folder(hf_config),
     )
     return job.run(_watched(progress, cancel))
+
+
+def importance(
+    source: Source,
+    data: str,
+    target: Source | None = None,
+    *,
+    samples: int = 64,
+    length: int = 512,
+    device: str = "cpu",
+    dtype: str = "float32",
+    mapping: str | None = None,
+    progress: Progress = _silent,
+    cancel: Event | None = None,
+) -> Importance:
+    """Measure how much each part of a Hugging Face model matters, on `samples` rows of `length` tokens of a data file.
+
+    `data` is whatever a recipe's `data.path` takes; `target` is the file to write, which `prune` takes as `by`. One
+    decoder layer is in memory at a time; `progress` is called with the layers that are done since the last call.
+    """
+    from mbx.train.importance import importance_of
+
+    return importance_of(
+        _folder(source),
+        data,
+        None if target is None else Path(target),
+        samples=samples,
+        length=length,
+        device=device,
+        dtype=dtype,
+        mapping=mapping,
+        progress=_watched(progress, cancel),
+    )
 
 
 def verify(
