@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mbx.cli.groups import grouped
 from mbx.cli.options import Dtype, Mapping, Output, epilog
 from mbx.cli.output import out
 
@@ -17,6 +18,7 @@ EPILOG = epilog(
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
+@grouped
 def importance(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder or hub model org/name.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="Documents, chats or completions, as for training.")],
@@ -28,13 +30,13 @@ def importance(
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where layers run: cpu or cuda.")] = "cpu",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What layers run in.")] = Dtype.fp32,
     mapping: Mapping = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document, errors included.")] = False,
+    *,
+    output: Output,
 ) -> None:
     """Measure how much each layer, head, channel and expert matters.
 
     By what flows through it, as Minitron does; one layer in memory at a time.
     """
-    output = Output(json=json)
     output.configure()
     output.hush()
     from mbx.cli.source import fetch

@@ -172,7 +172,8 @@ def _told(kept: Kept, fields: Mapping[str, Value]) -> list[str]:
     out = []
     if len(kept.layers) != fields["num_layers"]:
         out.append(f"layers {_ranges(kept.layers)} of {fields['num_layers']} stay, numbered anew")
-    return out + [f"‹{WIDTHS[width]}› {fields[width]} → {kept.size(width)}" for width in kept.widths]
+    widths = [f"‹{WIDTHS[width]}› {fields[width]} → {kept.size(width)}" for width in kept.widths]
+    return out + ([", ".join(widths)] if widths else [])
 
 
 def _ranges(layers: tuple[int, ...]) -> str:
