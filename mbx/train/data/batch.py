@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mbx.models.megatron.core.beside import Beside
     from mbx.train.data.pictures import Eyes
     from mbx.train.data.rows import Row
+    from mbx.train.distill.teaching import Teaching
     from mbx.train.model.sight import Seeing
 
 Batch = Mapping[str, "torch.Tensor | None"]
@@ -31,30 +32,23 @@ def forward_step(
     beside: Beside,
     seeing: Seeing | None = None,
     learn: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None,
+    teaching: Teaching | None = None,
 ) -> tuple[torch.Tensor, Callable[..., object]]:
     """One micro-batch: per-token losses [b, s], and how to reduce them.
 
     What Megatron Core computes `beside` them (prediction layers, balance losses) sees the same masks. `seeing` has the
-    tower for the images of a micro-batch. `learn` puts losses in the place of these.
+    tower for the images of a micro-batch, `teaching` a teacher that the losses are mixed with. `learn` puts losses in
+    the place of these.
     """
-    batch = next(batches)
-    arguments: dict[str, object] = {}
-    if batch["cu_seqlens"] is not None:
-        from mbx.models.megatron.core.groups import PackedSeqParams
-
-        ends, longest = batch["cu_seqlens"], batch["longest"]
-        assert longest is not None
-        arguments["packed_seq_params"] = PackedSeqParams(
-            "thd", ends, ends, max_seqlen_q=int(longest), max_seqlen_kv=int(longest)
-        )
+    batch, bare = next(batches), unwrap(model)
+    looking = nullcontext() if seeing is None else seeing.passing(bare, batch)
+    hearing = nullcontext() if teaching is None else teaching.passing(bare, batch)
+    with beside.passing(batch["padding"], batch["owner"]), looking, hearing:
+        output = model(**arguments_of(batch, bare, beside))
+    if teaching is not None:
+        output = teaching.handed_on(bare, output)
     mask = batch["mask"]
     assert mask is not None
-    arguments |= beside.masks(unwrap(model), mask, batch["padding"])
-    looking = nullcontext() if seeing is None else seeing.passing(unwrap(model), batch)
-    with beside.passing(batch["padding"], batch["owner"]), looking:
-        output = model(
-            batch["tokens"], batch["positions"], batch["attention_mask"], labels=batch["labels"], **arguments
-        )
 
     def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         wide = losses.float().view(mask.shape)
@@ -64,6 +58,28 @@ def forward_step(
         return total, tokens.to(torch.int), {"loss": torch.stack((total.detach(), tokens))}
 
     return output, reduce
+
+
+def arguments_of(batch: Batch, model: nn.Module, beside: Beside) -> dict[str, object]:
+    """What a bare `model` is called with on a micro-batch, whose masks are those that `beside` knows it to take."""
+    named = {
+        "input_ids": "tokens",
+        "position_ids": "positions",
+        "attention_mask": "attention_mask",
+        "labels": "labels",
+    }
+    arguments: dict[str, object] = {name: batch[key] for name, key in named.items()}
+    if (ends := batch["cu_seqlens"]) is not None:
+        from mbx.models.megatron.core.groups import PackedSeqParams
+
+        longest = batch["longest"]
+        assert longest is not None
+        arguments["packed_seq_params"] = PackedSeqParams(
+            "thd", ends, ends, max_seqlen_q=int(longest), max_seqlen_kv=int(longest)
+        )
+    mask = batch["mask"]
+    assert mask is not None
+    return arguments | beside.masks(model, mask, batch["padding"])
 
 
 def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, seeing: Seeing | None = None) -> Batch:
