@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,16 @@ import torch
 import torch.nn.functional as F
 from _trainings import QWEN3, ROOT, Raw, raw, run_here, run_world
 
+from converters.errors import LayoutError, StorageError, UnsupportedError, UsageError
+from mbx.train.budget.counts import count
+from mbx.train.budget.predict import predict
 from mbx.train.distill import loss
 from mbx.train.distill.loss import likeliest, total_loss
 from mbx.train.distill.terms import Columns, CrossEntropy, Likeliest, Whole
+from mbx.train.model.blueprint import blueprint
+from mbx.train.model.teacher import teacher_of
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.run.prepare import prepare
 
 LLAMA = ROOT / "fixtures" / "tiny" / "llama"
 TOKENS, VOCABULARY, WIDTH = 23, 50, 53
@@ -32,7 +40,7 @@ class One:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of student and teacher, labels, and a weight for each token, which go through five at a time."""
-    monkeypatch.setattr(loss, "CHUNK", 5 * WIDTH)
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 5 * WIDTH)
     g = torch.Generator().manual_seed(0)
     z, t = (3 * torch.randn(TOKENS, WIDTH, generator=g) for _ in range(2))
     return z, t, torch.randint(0, VOCABULARY, (TOKENS,), generator=g), torch.rand(TOKENS, generator=g)
@@ -126,6 +134,88 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> N
         for step in steps(tmp_path / name):
             assert abs(step["loss"]) < 1e-6 and abs(step["distill_kl"]) < 1e-6
             assert step["grad_norm"] < 1e-5  # of another teacher it is 1.5
+
+
+def test_a_checkpoint_teaches(tmp_path: Path) -> None:
+    """A run's own checkpoint as the start and as the teacher: they are one model."""
+    run = tmp_path / "run"
+    run_here(raw(run, train={"steps": 1}))
+    asked = taught(tmp_path / "again", distill={"teacher": str(run)}, optim={"lr": 0.0}, model={"vocab_divisor": 1})
+    run_here({**asked, "train": {**asked["train"], "steps": 1}}, init_from=str(run))
+    (step,) = steps(tmp_path / "again")
+    assert abs(step["distill_kl"]) < 1e-6 and step["loss"] > 1
+
+
+def edited(folder: Path, source: Path, **config: object) -> str:
+    """A copy of a checkpoint's folder with another config."""
+    shutil.copytree(source, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return str(folder)
+
+
+def other_tokens(folder: Path) -> str:
+    edited(folder, LLAMA)
+    path = folder / "tokenizer.json"
+    words = json.loads(path.read_text())
+    vocab = words["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(words))
+    return str(folder)
+
+
+def test_what_cannot_teach_is_refused(tmp_path: Path) -> None:
+    qwen2 = ROOT / "fixtures" / "tiny" / "qwen2"
+    mtp = {"model": {"config": {"mtp_num_layers": 1}}}
+    cases: list[tuple[dict[str, object], dict[str, dict[str, object]], type[Exception], str]] = [
+        ({"teacher": str(tmp_path / "no")}, {}, StorageError, "distill.teacher: .* is no folder"),
+        ({"teacher": edited(tmp_path / "more", LLAMA, vocab_size=252)}, {}, UsageError, "252 tokens, .* student 251"),
+        ({"teacher": other_tokens(tmp_path / "other")}, {}, UsageError, "tokenizer is another: 2 token.*'a' is"),
+        ({"top_k": 251}, {}, UsageError, "the vocabulary has 251 tokens"),
+        ({"teacher": str(qwen2)}, {"parallel": {"pp": 2}}, LayoutError, "distill.teacher: .*3"),
+        ({}, mtp, UnsupportedError, "prediction layers takes no teacher"),
+    ]
+    for distill, sections, kind, said in cases:
+        with pytest.raises(kind, match=said):
+            prepare(parse_recipe(taught(tmp_path / "run", distill=distill, **sections)), dry=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"temperature": 2.0}, "distill.teacher names none"),
+        ({"teacher": "x", "weight": 0.0}, "leaves nothing to learn"),
+    ],
+)
+def test_keys_that_a_run_would_not_read_are_refused(keys: dict[str, object], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse_recipe(raw(tmp_path, distill=keys))
+
+
+def test_another_teacher_is_another_run(tmp_path: Path) -> None:
+    run_here(taught(tmp_path / "run", distill={}, train={"steps": 1}, run={"save": True}))
+    other = taught(tmp_path / "run", distill={"teacher": str(QWEN3)}, train={"steps": 2}, run={"save": True})
+    with pytest.raises(UsageError, match=r"the recipe changed in distill\.teacher"):
+        prepare(parse_recipe(other), resume=True)
+
+
+def test_the_budget_knows_the_teacher(tmp_path: Path) -> None:
+    """Its weights, and its logits unless a few tokens are all that is heard; Megatron Core's copy in fp32 is gone."""
+    found = {}
+    for name, distill in (("alone", None), ("whole", {}), ("top", {"top_k": 8})):
+        asked = taught(tmp_path, distill=distill or {}, train={"precision": "bf16"}, model={"vocab_divisor": 1})
+        if distill is None:
+            del asked["distill"]
+        recipe = parse_recipe(asked)
+        found[name] = predict(recipe, blueprint(recipe), 1).parts
+    teacher = teacher_of(recipe)
+    assert teacher is not None
+    logits = 2 * 32 * 251 * 2
+    for name in ("whole", "top"):
+        assert found[name]["teacher"] == 2 * count(teacher.recipe, teacher.plan, 0).base
+        assert found[name]["logits"] == logits
+    assert found["whole"]["teacher's logits"] == logits and "teacher's logits" not in found["top"]
+    assert "teacher" not in found["alone"]
 
 
 #: name: sections, of which `parallel` is the layout that is compared with one process.

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mbx.train.distill.terms import Columns, Share, Term, Top, normalised, others
-
-#: Elements of a chunk, of which a few lie side by side in fp32 (64 MiB each).
-CHUNK = 1 << 24
+from mbx.train.model.teacher import LOSS_CHUNK
 
 
 def total_loss(
@@ -91,7 +89,7 @@ class _Sum(torch.autograd.Function):
 
 def _chunks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows, and what they hold in fp32: [n, width]."""
-    step = max(1, CHUNK // logits.shape[1])
+    step = max(1, LOSS_CHUNK // logits.shape[1])
     for first in range(0, len(logits), step):
         rows = slice(first, first + step)
         yield rows, logits[rows].float()

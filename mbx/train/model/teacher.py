@@ -17,6 +17,8 @@ from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Distill, Fp8, Lora, Recipe
 
 _MTP = "mtp_num_layers"
+#: Logits whose loss is computed at a time: a few copies of so many lie side by side in fp32, 64 MiB each.
+LOSS_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
