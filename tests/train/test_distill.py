@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from mbx.train.distill.terms import Columns, CrossEntropy, Likeliest, Whole
 from mbx.train.model.blueprint import blueprint
 from mbx.train.model.teacher import teacher_of
 from mbx.train.recipe.parse import parse_recipe
+from mbx.train.run.logits import prepared_for, write_logits
 from mbx.train.run.prepare import prepare
 
-LLAMA = ROOT / "fixtures" / "tiny" / "llama"
+LLAMA, MISTRAL = (ROOT / "fixtures" / "tiny" / name for name in ("llama", "mistral"))
+Records: TypeAlias = tuple[Path, dict[str, dict[str, list[dict[str, float]]]]]
 TOKENS, VOCABULARY, WIDTH = 23, 50, 53
 STEPS = 3
 
@@ -220,20 +223,20 @@ def test_the_budget_knows_the_teacher(tmp_path: Path) -> None:
 
 #: name: sections, of which `parallel` is the layout that is compared with one process.
 LAYOUTS: dict[str, dict[str, dict[str, object]]] = {
-    "tp": {"parallel": {"tp": 2}, "distill": {"teacher": str(ROOT / "fixtures" / "tiny" / "mistral")}},
+    "tp": {"parallel": {"tp": 2}, "distill": {"teacher": str(MISTRAL)}},
     "tp_top_lora": {
         "parallel": {"tp": 2},
         "distill": {"top_k": 7, "temperature": 2.0, "weight": 1.0},
         "lora": {"rank": 4},
     },
-    "pp": {"parallel": {"pp": 2}, "distill": {"teacher": str(ROOT / "fixtures" / "tiny" / "mistral")}},
+    "pp": {"parallel": {"pp": 2}, "distill": {"teacher": str(MISTRAL)}},
     "vpp_packed": {"parallel": {"pp": 2, "vpp": 2}, "distill": {"temperature": 2.0}, "data": {"kind": "chat"}},
 }
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Steps of each layout and of one process."""
+def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    """Where all lies, and the steps of each layout and of one process."""
     folder = tmp_path_factory.mktemp("taught")
     chats = folder / "chats.jsonl"
     said = [(f"{n}?", str(n) * (n + 1)) for n in range(9)]
@@ -248,15 +251,83 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, lis
         sections["train"] = {"eval_every": 2, "eval_steps": 1} if "data" not in sections else {}
         return taught(folder / where / name, **sections)  # type: ignore[arg-type]
 
-    run_world(2, [{"recipe": recipe(name, "two")} for name in LAYOUTS], folder / "losses.json")
+    jobs: list[dict[str, object]] = [{"recipe": recipe(name, "two")} for name in LAYOUTS]
+    for name, parallel in WRITERS.items():
+        jobs.append({"recipe": asked(folder / "none", chats, parallel=parallel), "logits": str(folder / name)})
+    from_disk = asked(folder / "pp_from_disk", chats, parallel={"pp": 2}, distill={"teacher": str(folder / "dp")})
+    run_world(2, [*jobs, {"recipe": from_disk}], folder / "losses.json")
     for name in LAYOUTS:
         run_here(recipe(name, "one"))
-    return {where: {name: steps(folder / where / name) for name in LAYOUTS} for where in ("one", "two")}
+    return folder, {where: {name: steps(folder / where / name) for name in LAYOUTS} for where in ("one", "two")}
+
+
+#: Layouts in which a teacher's words are written.
+WRITERS: dict[str, dict[str, object]] = {"tp": {"tp": 2}, "pp": {"pp": 2}, "dp": {}}
+
+
+def asked(run_dir: Path, chats: Path, **sections: dict[str, object]) -> Raw:
+    """Chats under Mistral's teaching, of which eight tokens and the rest are heard."""
+    distill = {"teacher": str(MISTRAL), "top_k": 8, "temperature": 2.0, "weight": 0.5, **sections.pop("distill", {})}
+    data: dict[str, object] = {"kind": "chat", "path": str(chats), "length": 64, **sections.pop("data", {})}
+    # two rows an epoch, so that the run goes through them three times
+    train: dict[str, object] = {"micro_batch": 1, "global_batch": 2}
+    return taught(run_dir, distill=distill, data=data, train=train, **sections)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_words_on_disk_are_those_of_a_live_teacher(tmp_path: Path, records: Records, name: str) -> None:
+    """Written by two ranks, heard by one: the losses of a run with the teacher beside it."""
+    folder, _ = records
+    chats = folder / "chats.jsonl"
+    live = run_here(asked(tmp_path / "live", chats))
+    read = run_here(asked(tmp_path / "read", chats, distill={"teacher": str(folder / name)}))
+    assert read == pytest.approx(live, rel=1e-5)
+    assert [step["loss"] for step in steps(folder / "pp_from_disk")] == pytest.approx(live, rel=1e-4)
+
+
+def test_one_process_writes_what_it_would_hear(tmp_path: Path, records: Records) -> None:
+    """To the bit, rows without an end included; and a command makes the folder."""
+    recipe = taught(tmp_path / "run", distill={"top_k": 5, "temperature": 2.0}, train={"steps": 2})
+    target = tmp_path / "words"
+    facts = write_logits(prepared_for(parse_recipe(recipe), target), target)
+    assert (facts.rows, facts.learned, facts.parts) == (16, 16 * 32, 1)
+    assert not (tmp_path / "words.partial").exists() and not (tmp_path / "words.run").exists()
+    heard = taught(tmp_path / "heard", distill={**recipe["distill"], "teacher": str(target)}, train={"steps": 2})
+    assert run_here(heard) == run_here(recipe)
+
+
+def test_words_that_answer_another_question_are_refused(tmp_path: Path, records: Records) -> None:
+    folder, _ = records
+    chats, words = folder / "chats.jsonl", str(folder / "dp")
+    other = tmp_path / "other.jsonl"
+    other.write_text(chats.read_text().replace("3", "4"))
+    cases = [
+        (
+            asked(tmp_path / "run", chats, distill={"teacher": words, "temperature": 1.0}),
+            "distill.temperature 2.0, not 1.0",
+        ),
+        (asked(tmp_path / "run", chats, distill={"teacher": words, "top_k": 4}), "distill.top_k 8, not 4"),
+        (asked(tmp_path / "run", other, distill={"teacher": words}), "nothing on row .*other data"),
+        (asked(tmp_path / "run", chats, distill={"teacher": words}, data={"length": 32}), "data.length 64, not 32"),
+        (
+            asked(tmp_path / "run", chats, distill={"teacher": words}, data={"pack": False}),
+            "nothing on row .*other data",
+        ),
+    ]
+    for recipe, said in cases:
+        with pytest.raises(UsageError, match=said):
+            prepare(parse_recipe(recipe), dry=True)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(words, damaged)
+    with (damaged / "00000.rest").open("r+b") as file:
+        file.truncate(4)
+    with pytest.raises(StorageError, match="part 0 do not fit"):
+        prepare(parse_recipe(asked(tmp_path / "run", chats, distill={"teacher": str(damaged)})), dry=True)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_agree(records: dict[str, dict[str, list[dict[str, float]]]], name: str) -> None:
-    one, two = records["one"][name], records["two"][name]
+def test_layouts_agree(records: Records, name: str) -> None:
+    one, two = (records[1][where][name] for where in ("one", "two"))
     assert len(one) == len(two) == STEPS
     for key in ("loss", "distill_kl", "grad_norm"):
         assert [step[key] for step in two] == pytest.approx([step[key] for step in one], rel=2e-4)

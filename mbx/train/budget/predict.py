@@ -102,8 +102,8 @@ def _stage(
     if teacher is not None:
         lasting |= teaching.lasting(load, teacher, stage, dp)
         found[TEACHER] = teaching.speaking(load, teacher, stage, dp)
-        if OUTPUT in found:
-            found[OUTPUT] = {**found[OUTPUT], **teaching.hearing(load)}
+    if recipe.distill.teacher and OUTPUT in found:
+        found[OUTPUT] = {**found[OUTPUT], **teaching.hearing(load, live=teacher is not None)}
     if looks is not None and learns:
         lasting["images"] = looks.working(recipe) * min(p.pp, t.global_batch // (t.micro_batch * dp))
     elif looks is not None:

@@ -25,14 +25,15 @@ def lasting(load: Load, teacher: Teacher, stage: int, dp: int) -> Mapping[str, i
     return {"teacher": weights, "teacher's states": round(states * chunks_in_flight(load, stage, dp)) if behind else 0}
 
 
-def hearing(load: Load) -> Mapping[str, int]:
-    """What the output layer's phase has beside the student's logits: the teacher's, and a few rows in fp32.
-
-    Where its likeliest tokens are all that is heard, its logits are gone by then.
-    """
+def hearing(load: Load, *, live: bool) -> Mapping[str, int]:
+    """What the output layer's phase has beside the student's logits: those of a teacher that is `live`, unless a few
+    tokens are all that is heard and its logits are gone by then, and rows in fp32."""
     columns = load.plan.padded_vocab // load.recipe.parallel.tp
-    chunk = _CHUNKS * 4 * min(load.tokens * columns, LOSS_CHUNK)
-    return {"teacher's logits": 0 if load.recipe.distill.top_k else load.tokens * columns * load.b, "fp32 rows": chunk}
+    whole = live and not load.recipe.distill.top_k
+    return {
+        "teacher's logits": load.tokens * columns * load.b if whole else 0,
+        "fp32 rows": _CHUNKS * 4 * min(load.tokens * columns, LOSS_CHUNK),
+    }
 
 
 def speaking(load: Load, teacher: Teacher, stage: int, dp: int) -> Mapping[str, int]:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mbx.train.model.sight import Seeing
 
 Batch = Mapping[str, "torch.Tensor | None"]
+#: In front of the names of what a teacher says of each token: [b, s, k], the rest [b, s].
+HEARD = "heard_"
+_HEARD = ("tokens", "logprobs", "rest")
 
 
 def forward_step(
@@ -86,7 +89,8 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, 
     """A micro-batch as tensors [b, s]; packed rows as one long row with `cu_seqlens`, or with a mask where the
     local attention has no such kernel. `padding` [b, s] is True on padding, `owner` [b, s] numbers the segments of
     packed rows; either is None where there is none. With `eyes`, `axes` [3, b, s] are positions where images have
-    them, and what a tower takes of the images is there under PIXELS and its own name where `seeing` has one.
+    them, and what a tower takes of the images is there under PIXELS and its own name where `seeing` has one. Rows that
+    say what a teacher thinks of them have that under HEARD.
 
     Copies to a GPU leave from pinned memory and are not waited for: a wait in front of each micro-batch drains the
     GPU's queue, which cost 5 % of a step in FP8 at the 1B shape. `longest` stays on the CPU for the same reason.
@@ -102,6 +106,9 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, 
         return move(torch.from_numpy(np.stack([getattr(row, name) for row in rows])))
 
     batch = {name: stack(name) for name in ("tokens", "labels", "mask", "positions")}
+    heard = [row.heard for row in rows if row.heard is not None]
+    if heard:
+        batch |= {HEARD + n: move(torch.from_numpy(np.stack([getattr(one, n) for one in heard]))) for n in _HEARD}
     extra: dict[str, torch.Tensor | None] = dict.fromkeys(("attention_mask", "cu_seqlens", "longest"))
     at = np.arange(len(rows[0].tokens))
     if any(row.filled is not None for row in rows):
@@ -117,7 +124,7 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, 
         if ranks.te:
             ends = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
             extra |= {"cu_seqlens": move(torch.from_numpy(ends)), "longest": torch.tensor(lengths.max())}
-            batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
+            batch = {name: tensor.view(1, -1, *tensor.shape[2:]) for name, tensor in batch.items()}
         else:
             owner, later = batch["owner"], torch.ones(len(at), len(at), dtype=torch.bool).triu(1)
             hidden = (owner[:, :, None] != owner[:, None, :]) | later.to(owner.device)

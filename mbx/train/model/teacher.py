@@ -17,6 +17,8 @@ from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Distill, Fp8, Lora, Recipe
 
 _MTP = "mtp_num_layers"
+#: What makes a folder one of a teacher's likeliest tokens (`mbx.train.distill.stored`).
+LOGITS = "mbx_logits.json"
 #: Logits whose loss is computed at a time: a few copies of so many lie side by side in fp32, 64 MiB each.
 LOSS_CHUNK = 1 << 24
 
@@ -31,9 +33,12 @@ class Teacher:
 
 
 def teacher_of(recipe: Recipe) -> Teacher | None:
-    """The teacher that a recipe names; None without. StorageError or UsageError for what is none, and what
-    `blueprint` says where the student's layout or rows do not fit it."""
-    if not recipe.distill.teacher:
+    """The teacher that computes beside a recipe's student; None without, and where its words lie on disk.
+
+    StorageError or UsageError for what is none, and what `blueprint` says where the student's layout or rows do not
+    fit it.
+    """
+    if not recipe.distill.teacher or logits_of(recipe) is not None:
         return None
     source = Path(recipe.distill.teacher)
     with of_teacher():
@@ -42,7 +47,7 @@ def teacher_of(recipe: Recipe) -> Teacher | None:
         if is_adapter(source):
             raise UsageError(
                 f"`{source}` holds adapters, and no model",
-                hint="`mbx convert merge` makes a model that has them in it",
+                hint="`mbx convert merge` adds them to their base",
             )
         model = replace(recipe.model, path=str(_folder(source)), init="pretrained", mapping="", shape={}, config={})
         own = replace(
@@ -58,6 +63,12 @@ def teacher_of(recipe: Recipe) -> Teacher | None:
             raise UnsupportedError(f"another model would teach: {plan.table.unsupported}")
     # what prediction layers say of later tokens, no student hears
     return Teacher(own, replace(plan, config={**plan.config, _MTP: None}), source)
+
+
+def logits_of(recipe: Recipe) -> Path | None:
+    """The folder of a teacher's words that a recipe names, None where it names no such folder."""
+    folder = Path(recipe.distill.teacher)
+    return folder if recipe.distill.teacher and (folder / LOGITS).is_file() else None
 
 
 @contextmanager
@@ -81,13 +92,16 @@ def _folder(source: Path) -> Path:
     return found
 
 
+def check_student(plan: Blueprint) -> None:
+    """Refuse a model of which a teacher would reach a part alone."""
+    if plan.config.get(_MTP):
+        raise UnsupportedError("a student with prediction layers takes no teacher: these would learn the data alone")
+
+
 def check_teacher(recipe: Recipe, plan: Blueprint, teacher: Teacher, *, dry: bool = False) -> None:
     """Refuse a teacher that does not speak of the student's tokens, or whose weights are not whole; `dry`: they need
     not be there."""
-    if plan.config.get(_MTP):
-        raise UnsupportedError(
-            "a student with prediction layers takes no teacher: nothing would tell these what it says"
-        )
+    check_student(plan)
     with of_teacher():
         _check_vocabulary(plan, teacher.plan)
         if recipe.distill.top_k >= plan.vocab:

@@ -90,9 +90,11 @@ def _seeing(prepared: Prepared, networks: Sequence[nn.Module], resumed: LoopStat
 
 def taught(prepared: Prepared, chunks: Sequence[DistributedDataParallel], log: Log) -> Teaching | None:
     """What joins the chunks of a student with its teacher; None without one. Collective."""
-    if prepared.teacher is None:
+    if not prepared.recipe.distill.teacher:
         return None
-    teacher = LiveTeacher(prepared.teacher, prepared.ranks)
-    for line in teacher.said:
-        log.message(line)
+    teacher = None
+    if prepared.teacher is not None:
+        teacher = LiveTeacher(prepared.teacher, prepared.ranks)
+        for line in teacher.said:
+            log.message(line)
     return Teaching(prepared.recipe, prepared.plan, chunks, teacher)

@@ -180,6 +180,8 @@ class Trainer:
             train_rows, eval_rows = megatron_rows(
                 self.recipe.data, self.plan.vocab, t.steps * t.global_batch, rounds * t.eval_steps * t.global_batch
             )
+        if (logits := self.prepared.logits) is not None:
+            train_rows = logits.beside(train_rows)
         return train_rows, None if eval_rows is None else one_pass(eval_rows, t.eval_steps * t.global_batch)
 
     def run(self) -> Outcome:

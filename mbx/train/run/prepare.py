@@ -21,6 +21,7 @@ from mbx.train.checkpoints.state import (
 )
 from mbx.train.data.examples import resolved
 from mbx.train.data.rows import Rows
+from mbx.train.distill.stored import Logits
 from mbx.train.lora.attach import check_lora
 from mbx.train.lora.peft_folder import check_adapter, like_adapter, open_for
 from mbx.train.model.blueprint import Blueprint, blueprint
@@ -28,7 +29,7 @@ from mbx.train.model.fp8 import check_fp8
 from mbx.train.model.kernels import check_kernels, unpacked_layers
 from mbx.train.model.parallel import Ranks, planned_ranks
 from mbx.train.model.sight import check_images, learns
-from mbx.train.model.teacher import Teacher, check_teacher, of_teacher, teacher_of
+from mbx.train.model.teacher import Teacher, check_student, check_teacher, logits_of, of_teacher, teacher_of
 from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Lora, Recipe
 from mbx.train.run.dataset import Dataset, read_data, with_steps
@@ -41,6 +42,8 @@ _KEYS = {
     "‹mapping› FILE": "model.mapping=FILE",
     "with ‹allow-unused-key› NAME": "with model.allow_unused_key=NAME",
 }
+#: Rows that a teacher's words are looked up for ahead of a run, which takes a second.
+_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ class Prepared:
     plan: Blueprint
     data: Dataset
     teacher: Teacher | None = None
+    logits: Logits | None = None
     hooks: Hooks = NO_HOOKS
 
     @property
@@ -207,7 +211,23 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
     start, data = replace(start, why=start.why + why), read_data(recipe, plan) if why else data
     if resumed:
         check_same_rows(resumed, data.identity)
-    return Prepared(with_steps(recipe, data), start, ranks, plan, data, teacher)
+    recipe = with_steps(recipe, data)
+    logits = _logits(recipe, plan, data)
+    return Prepared(recipe, start, ranks, plan, data, teacher, logits)
+
+
+def _logits(recipe: Recipe, plan: Blueprint, data: Dataset) -> Logits | None:
+    """What a teacher said before, checked against the recipe; None without."""
+    if (folder := logits_of(recipe)) is None:
+        return None
+    check_student(plan)
+    logits = Logits(folder)
+    logits.check(recipe, plan)
+    if data.train is not None:  # other data is told before anything is built
+        rows, t = logits.beside(data.train), recipe.train
+        for number in range(min(t.steps * t.global_batch, _LOOKED_AT)):
+            rows.row(number)
+    return logits
 
 
 def _teacher(recipe: Recipe, plan: Blueprint, ranks: Ranks, dry: bool) -> Teacher | None:
