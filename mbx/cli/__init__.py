@@ -32,6 +32,7 @@ from mbx.cli import (
     report,
     reshard,
     train,
+    train_logits,
     train_matrix,
     verify,
     verify_training,
@@ -66,7 +67,8 @@ app = typer.Typer(
     ),
 )
 app.add_typer(reshard.app, name="convert")  # convert's own app, to which these modules added their commands
-assert reshard.app is adapter.app is merge.app is prune.app and train.app is train_matrix.app
+assert reshard.app is adapter.app is merge.app is prune.app
+assert train.app is train_logits.app is train_matrix.app
 app.add_typer(verify_training.app, name="verify")  # verify's own app, likewise
 assert verify_training.app is verify.app
 app.command("push", epilog=push.EPILOG)(push.push)
