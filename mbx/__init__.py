@@ -31,8 +31,9 @@ if TYPE_CHECKING:
         UsageError,
     )
     from converters.mcore.layout import Layout
+    from converters.pruning.choosing import Importance, Pruning
     from converters.rows.coverage import Waivers
-    from mbx.api import convert, diff, inspect, integrity, merge, open, plan, reshard, verify
+    from mbx.api import convert, diff, importance, inspect, integrity, merge, open, plan, prune, reshard, verify
     from mbx.formats.checkpoint import Checkpoint
     from mbx.formats.placement import Order, Placement
     from mbx.formats.registry import Format, register
@@ -46,8 +47,21 @@ _HOMES = {
         *("UnsupportedError", "UsageError"),
     ),
     "converters.mcore.layout": ("Layout",),
+    "converters.pruning.choosing": ("Importance", "Pruning"),
     "converters.rows.coverage": ("Waivers",),
-    "mbx.api": ("convert", "diff", "inspect", "integrity", "merge", "open", "plan", "reshard", "verify"),
+    "mbx.api": (
+        "convert",
+        "diff",
+        "importance",
+        "inspect",
+        "integrity",
+        "merge",
+        "open",
+        "plan",
+        "prune",
+        "reshard",
+        "verify",
+    ),
     "mbx.formats.checkpoint": ("Checkpoint",),
     "mbx.formats.placement": ("Order", "Placement"),
     "mbx.formats.registry": ("Format", "register"),
@@ -62,6 +76,7 @@ __all__ = [
     "CoverageError",
     "DeviceError",
     "Format",
+    "Importance",
     "Job",
     "Layout",
     "LayoutError",
@@ -70,6 +85,7 @@ __all__ = [
     "Options",
     "Order",
     "Placement",
+    "Pruning",
     "Spec",
     "StorageError",
     "TableError",
@@ -79,11 +95,13 @@ __all__ = [
     "__version__",
     "convert",
     "diff",
+    "importance",
     "inspect",
     "integrity",
     "merge",
     "open",
     "plan",
+    "prune",
     "register",
     "reshard",
     "verify",

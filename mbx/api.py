@@ -16,6 +16,7 @@ from threading import Event
 from typing import TYPE_CHECKING
 
 from converters.errors import Cancelled, UsageError
+from converters.pruning.choosing import Importance, Pruning
 from mbx.formats.adapter_folder import open_base, stated_base
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.hub import resolve
@@ -29,8 +30,10 @@ from mbx.proof.integrity import check as check_integrity
 from mbx.proof.parity import ParityReport, parity
 from mbx.run.adapters import plan_adapter_to_hf, plan_adapter_to_mcore
 from mbx.run.execution import Outcome
+from mbx.run.importance_file import read_importance
 from mbx.run.job import Job, Options, plan_hf_to_mcore, plan_mcore_to_hf
 from mbx.run.merge import plan_merge
+from mbx.run.prune import plan_prune
 from mbx.run.reshard import plan_mcore_to_mcore
 
 if TYPE_CHECKING:
@@ -138,6 +141,69 @@ def merge(
     """Write `base` with an adapter merged in fp32, rounded once; `to` is "hf" or "mcore", by default as the base."""
     job = plan_merge(_folder(base), Path(adapter), Path(target), options or Options(), to=to)
     return job.run(_watched(progress, cancel))
+
+
+def prune(
+    source: Source,
+    target: Source,
+    pruning: Pruning,
+    options: Options | None = None,
+    *,
+    by: Source | None = None,
+    to: str | None = None,
+    hf_config: Source | None = None,
+    progress: Progress = _silent,
+    cancel: Event | None = None,
+) -> Outcome:
+    """Write what `pruning` leaves of a model; what stays is taken over as it is.
+
+    `by` is a file of `mbx importance`, which tells the parts that stay where `pruning` says how many. `to` is "hf" or
+    "mcore", by default as the source. Raises UnsupportedError, before anything is written, for what a model of its
+    architecture cannot be without.
+    """
+    job = plan_prune(
+        _folder(source),
+        Path(target),
+        pruning,
+        options or Options(),
+        importance=None if by is None else read_importance(Path(by)),
+        to=to,
+        hf_config=_config_folder(hf_config),
+    )
+    return job.run(_watched(progress, cancel))
+
+
+def importance(
+    source: Source,
+    data: str,
+    target: Source | None = None,
+    *,
+    samples: int = 64,
+    length: int = 512,
+    device: str = "cpu",
+    dtype: str = "float32",
+    mapping: str | None = None,
+    progress: Progress = _silent,
+    cancel: Event | None = None,
+) -> Importance:
+    """Measure how much each part of a Hugging Face model matters, on `samples` rows of `length` tokens of a data file.
+
+    `data` is whatever a recipe's `data.path` takes; `target` is the file to write, which `prune` takes as `by`. One
+    decoder layer is in memory at a time; `progress` is called with the layers that are done since the last call.
+    """
+    from mbx.train.importance import importance_of
+
+    return importance_of(
+        _folder(source),
+        data,
+        None if target is None else Path(target),
+        samples=samples,
+        length=length,
+        device=device,
+        dtype=dtype,
+        mapping=mapping,
+        progress=_watched(progress, cancel),
+    )
 
 
 def verify(

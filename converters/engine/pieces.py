@@ -9,6 +9,7 @@ from functools import lru_cache
 from converters.codecs.encode import spans
 from converters.engine.plan import Entry, Plan, Unit
 from converters.engine.regions import Extent, Extents, Move, Region, TensorGrid, matrix
+from converters.engine.selected import CHOICE_SCRATCH
 from converters.errors import DeviceError
 from converters.tensors import DTYPE_BITS, StoredTensor
 
@@ -162,14 +163,18 @@ class _Cutter:
     def __init__(self, geometry: Geometry, cutting: Cutting, unit: Unit) -> None:
         self.geometry, self.cutting, self.unit = geometry, cutting, unit
         self.sources = {(m.source.tensor, m.source.index): m.source for m in unit.moves}
-        self.encoded = [geometry.plan.encoded[name] for name, _ in self.sources if name in geometry.plan.encoded]
+        plan = geometry.plan
+        self.picked = [plan.selected[name].entries[index] for name, index in self.sources if name in plan.selected]
+        #: Entries of stored tensors that are read: what is picked of others, or the sources themselves.
+        self.read = [(p.tensor, p.index) for p in self.picked] + [s for s in self.sources if s[0] not in plan.selected]
+        self.encoded = [plan.encoded[name] for name, _ in self.read if name in plan.encoded]
         self.reencoded = geometry.plan.reencoded
 
     def add_to(self, pieces: list[Piece]) -> None:
         unit = self.unit
         transposed = any(move.source.transposed or move.target.transposed for move in unit.moves)
         # A codec decodes an entry of a stack as one: asking for its rows one by one would do it again for each.
-        indexed = bool(self.encoded) and any(index for _, index in self.sources)
+        indexed = bool(self.encoded) and any(index for _, index in self.read)
         if transposed or indexed or self._is_fine():
             need = self._whole_bytes()
             if need <= self.cutting.whole_bytes:
@@ -217,6 +222,8 @@ class _Cutter:
             need += ENCODED_COPIES * gathered + DECODE_SCRATCH
         if self._is_cast(entry):
             need += _CAST_SCRATCH
+        if self.picked:
+            need += gathered + CHOICE_SCRATCH
         return need + self._update_bytes(entry, count, cols)
 
     def _update_bytes(self, entry: Entry, rows: int, cols: int) -> int:
@@ -242,7 +249,16 @@ class _Cutter:
                 need += ENCODED_COPIES * rows * cols * source + DECODE_SCRATCH
             made = max(made, need + self._update_bytes(entry, rows, cols))
         decoding = loaded + DECODE_SCRATCH if self.encoded else 0
-        return loaded + max(made, decoding)
+        return loaded + max(made, decoding, self._picking_bytes())
+
+    def _picking_bytes(self) -> int:
+        """Beside what is loaded: the rows of a choice, and a strip of its tensor, or all that a codec stores."""
+        need = 0
+        for picked in self.picked:
+            tensor = self.geometry.plan.sources[picked.tensor]
+            rows, cols = matrix(tensor.shape, len(picked.index))
+            need = max(need, rows * cols * _item(tensor) * (3 if self.encoded else 1) + CHOICE_SCRATCH)
+        return need
 
     def _is_fine(self) -> bool:
         """Whether reading run by run would mean many small reads."""

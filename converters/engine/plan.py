@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.codecs.decode import Encoded
 from converters.engine.regions import Move, Region
+from converters.engine.selected import Selected
 from converters.errors import CoverageError, UsageError
 from converters.mcore.keys import bare
 from converters.mcore.layout import Layout
@@ -87,7 +88,8 @@ class Plan:
     parts, `carried` those parts that travel beside the target, for an export that encodes again. `reencoded` are the
     target tensors that a codec stores in parts, which stand in `drafts` for them; `scales` the source's scales of
     these, and parts that no value changes, by the target's name and role, where they are at hand. `updates` are what
-    an adapter adds to an entry of a target tensor, by its name and index.
+    an adapter adds to an entry of a target tensor, by its name and index. `selected` are the sources that are a choice
+    of rows and columns of others, which stand among the sources too.
     `table` is None where no name changes.
     """
 
@@ -109,6 +111,7 @@ class Plan:
     reencoded: Mapping[str, Encoded] = field(default_factory=dict)
     scales: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     updates: Mapping[tuple[str, Shape], LowRank] = field(default_factory=dict)
+    selected: Mapping[str, Selected] = field(default_factory=dict)
 
     @classmethod
     def of_all(
@@ -129,7 +132,8 @@ class Plan:
     @property
     def stored_sources(self) -> Iterator[StoredTensor]:
         """Every tensor that a run reads, an encoded one by its parts."""
-        yield from (tensor for name, tensor in self.sources.items() if name not in self.encoded)
+        made = self.encoded.keys() | self.selected.keys()
+        yield from (tensor for name, tensor in self.sources.items() if name not in made)
         for whole in self.encoded.values():
             yield from whole.parts.values()
         for known in self.scales.values():

@@ -14,6 +14,7 @@ from converters.codecs.decode import Words, read_decoded
 from converters.engine.pieces import Geometry, moves_into
 from converters.engine.plan import Entry, Unit
 from converters.engine.regions import Move, Region, matrix
+from converters.engine.selected import read_picked
 from converters.engine.workers import Buffers, Matrix
 from converters.errors import StorageError
 from converters.protocols import Source
@@ -58,6 +59,9 @@ class Reader:
             decoded = self._decoded(region, row, len(out))
             out.view(decoded.dtype)[:] = decoded
             return
+        if region.tensor in self.plan.selected:
+            out[:] = self._chosen(region, row, len(out))
+            return
         item = DTYPE_BITS[self.plan.sources[region.tensor].dtype] // 8
         got = 0
         for extent, first, count in self.geometry.source_extents(region).overlap(row, len(out)):
@@ -77,6 +81,14 @@ class Reader:
         if region.fold > 1:
             decoded = decoded.reshape(len(decoded) * region.fold, -1)
         return decoded[skip : skip + rows]
+
+    def _chosen(self, region: Region, row: int, rows: int) -> Matrix:
+        """Rows `[row, row + rows)` of a tensor that is a choice of others."""
+        if region.fold > 1:
+            raise StorageError(f"`{region.tensor}` is a choice of columns, and is cut by columns too")
+        picked = self.plan.selected[region.tensor].entries[region.index]
+        at_once = bool(picked.index) and picked.tensor in self.plan.encoded
+        return read_picked(picked, self.plan.sources[picked.tensor], row, rows, self._read, at_once=at_once)
 
     def load(self, unit: Unit) -> dict[MatrixId, Words]:
         """Each source matrix of a unit, read once, as words of the element size, transposition undone."""

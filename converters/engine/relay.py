@@ -48,7 +48,7 @@ class Relay:
         found: list[tuple[int, Stretch]] = []
         pitch = cols * DTYPE_BITS[target.dtype] // 8
         for move in moves_into(unit, entry):
-            if move.source.tensor in plan.encoded:
+            if move.source.tensor in plan.encoded or move.source.tensor in plan.selected:
                 return None
             extents = geometry.source_extents(move.source)
             for first, at, count in move.runs().within(row, rows):

@@ -16,6 +16,7 @@ from converters.tensors import Shape
 _GATED = "(2 if gated_linear_unit else 1)"
 _HEADS = "num_attention_heads * (v_head_dim if multi_latent_attention else kv_channels)"
 _HIDDEN = ("hidden_size",)
+_DELTA_HEADS = "linear_num_value_heads"
 _QUERIES = "num_attention_heads * (qk_head_dim + qk_pos_emb_head_dim)"
 _WIDTH = "(moe_latent_size or hidden_size)"
 
@@ -25,10 +26,22 @@ EXPECTED: Mapping[str, tuple[str | None, ...]] = {
     "embedding.position_embeddings.weight": ("max_sequence_length", "hidden_size"),
     "output_layer.weight": (None, "hidden_size"),
     "decoder.final_layernorm.weight": _HIDDEN,
+    "decoder.final_layernorm.bias": _HIDDEN,
     "self_attention.linear_qkv.weight": (None, "hidden_size"),
+    "self_attention.linear_qkv.bias": (None,),
     "self_attention.linear_qkv.layer_norm_weight": _HIDDEN,
+    "self_attention.linear_qkv.layer_norm_bias": _HIDDEN,
     "self_attention.linear_proj.weight": ("hidden_size", _HEADS),
     "self_attention.linear_proj.bias": _HIDDEN,
+    "self_attention.linear_proj.post_layernorm.weight": _HIDDEN,
+    "self_attention.core_attention.softmax_offset": ("num_attention_heads",),
+    "self_attention.in_proj.weight": (None, "hidden_size"),
+    "self_attention.in_proj.layer_norm_weight": _HIDDEN,
+    "self_attention.out_proj.weight": ("hidden_size", f"{_DELTA_HEADS} * linear_value_head_dim"),
+    "self_attention.out_norm.weight": ("linear_value_head_dim",),
+    "self_attention.conv1d.weight": (None, "1", "linear_conv_kernel_dim"),
+    "self_attention.A_log": (_DELTA_HEADS,),
+    "self_attention.dt_bias": (_DELTA_HEADS,),
     "self_attention.linear_q_down_proj.weight": ("q_lora_rank", "hidden_size"),
     "self_attention.linear_q_proj.weight": (_QUERIES, "hidden_size"),
     "self_attention.linear_q_up_proj.weight": (_QUERIES, "q_lora_rank"),
@@ -45,13 +58,21 @@ EXPECTED: Mapping[str, tuple[str | None, ...]] = {
     "input_layernorm.weight": _HIDDEN,
     "pre_mlp_layernorm.weight": _HIDDEN,
     "mlp.linear_fc1.layer_norm_weight": _HIDDEN,
+    "mlp.linear_fc1.layer_norm_bias": _HIDDEN,
     "mlp.linear_fc1.weight": (f"ffn_hidden_size * {_GATED}", "hidden_size"),
+    "mlp.linear_fc1.bias": (f"ffn_hidden_size * {_GATED}",),
     "mlp.linear_fc2.weight": ("hidden_size", "ffn_hidden_size"),
+    "mlp.linear_fc2.bias": _HIDDEN,
+    "mlp.linear_fc2.post_layernorm.weight": _HIDDEN,
     "mlp.router.weight": ("num_moe_experts", "hidden_size"),
+    "mlp.router.bias": ("num_moe_experts",),
     "mlp.router.expert_bias": ("num_moe_experts",),
     "mlp.experts.linear_fc1.weight{E}": (f"moe_ffn_hidden_size * {_GATED}", _WIDTH),
+    "mlp.experts.linear_fc1.bias{E}": (f"moe_ffn_hidden_size * {_GATED}",),
     "mlp.experts.linear_fc2.weight{E}": (_WIDTH, "moe_ffn_hidden_size"),
+    "mlp.experts.linear_fc2.bias{E}": (_WIDTH,),
     "mlp.shared_experts.linear_fc1.weight": (f"moe_shared_expert_intermediate_size * {_GATED}", "hidden_size"),
+    "mlp.shared_experts.gate_weight": ("1", "hidden_size"),
     "mlp.shared_experts.linear_fc2.weight": ("hidden_size", "moe_shared_expert_intermediate_size"),
 }
 #: Fields that not every config sets, and what stands for them.

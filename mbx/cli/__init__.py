@@ -22,14 +22,17 @@ from mbx.cli import (
     budget,
     diff,
     doctor,
+    importance,
     inspect,
     merge,
     mlm_args,
     models,
+    prune,
     push,
     report,
     reshard,
     train,
+    train_logits,
     train_matrix,
     verify,
     verify_training,
@@ -42,7 +45,7 @@ BROKEN_PIPE = 141
 
 
 #: Commands in the order a user meets them.
-_ORDER = ["convert", "verify", "diff", "inspect", "models", "train", "budget", "report", "mlm-args", "doctor"]
+_ORDER = """convert verify diff inspect models importance train budget report mlm-args doctor""".split()
 
 
 class _Ordered(TyperGroup):
@@ -64,11 +67,13 @@ app = typer.Typer(
     ),
 )
 app.add_typer(reshard.app, name="convert")  # convert's own app, to which these modules added their commands
-assert reshard.app is adapter.app is merge.app and train.app is train_matrix.app
+assert reshard.app is adapter.app is merge.app is prune.app
+assert train.app is train_logits.app is train_matrix.app
 app.add_typer(verify_training.app, name="verify")  # verify's own app, likewise
 assert verify_training.app is verify.app
 app.command("push", epilog=push.EPILOG)(push.push)
 app.command("diff", epilog=diff.EPILOG)(diff.diff)
+app.command("importance", epilog=importance.EPILOG)(importance.importance)
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.add_typer(models.app, name="models")
 app.add_typer(train.app, name="train")

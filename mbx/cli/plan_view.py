@@ -127,7 +127,7 @@ def ledger_line(doc: Document) -> str:
 
 def _stored(plan: Plan) -> Iterator[StoredTensor]:
     """The source's tensors as they lie in its files: an encoded one by its parts."""
-    for name, tensor in plan.sources.items():
+    for name, tensor in ((n, t) for n, t in plan.sources.items() if n not in plan.selected):
         whole = plan.encoded.get(name)
         yield from (tensor,) if whole is None else whole.parts.values()
 

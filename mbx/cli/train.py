@@ -271,9 +271,17 @@ def _train(asked: Asked, words: list[str]) -> None:
 
 
 def fetched(recipe: Recipe) -> Recipe:
-    """The recipe with a hub model's id replaced by its folder in the cache."""
-    if not recipe.model.path or Path(recipe.model.path).is_dir():
-        return recipe
+    """The recipe with the ids of hub models, its own and a teacher's, replaced by their folders in the cache."""
+    return replace(
+        recipe,
+        model=replace(recipe.model, path=_local(recipe.model.path)),
+        distill=replace(recipe.distill, teacher=_local(recipe.distill.teacher)),
+    )
+
+
+def _local(path: str) -> str:
+    if not path or Path(path).is_dir():
+        return path
     from mbx.cli.source import fetch
 
-    return replace(recipe, model=replace(recipe.model, path=str(fetch(recipe.model.path).path)))
+    return str(fetch(path).path)

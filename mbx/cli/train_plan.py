@@ -10,6 +10,8 @@ from mbx.cli.output import out
 from mbx.text import human_count
 
 if TYPE_CHECKING:
+    from mbx.train.model.teacher import Teacher
+    from mbx.train.recipe.sections import Recipe
     from mbx.train.run.prepare import Prepared
 
 
@@ -36,6 +38,8 @@ def show_plan(prepared: Prepared) -> None:
     looks = prepared.looks
     if looks is not None:
         said.append(f"images: a tower of {human_count(looks.parameters)} weights, {t.tower}, on the first stage")
+    if prepared.teacher is not None:
+        said.append(f"teacher: {_word_on_teacher(prepared.teacher, recipe)}")
     try:
         budget = predict(recipe, plan, ranks.dp, looks)
     except UnsupportedError as error:
@@ -58,6 +62,15 @@ def show_plan(prepared: Prepared) -> None:
     place = {"start": prepared.start.why, "world_size": ranks.world_size, "dp": ranks.dp, "device": ranks.device}
     place["cuda_graph"] = ungraphed is None
     out.result({**place, "data": data_document(prepared), **memory, "recipe": recipe.to_dict()}, lambda: said)
+
+
+def _word_on_teacher(teacher: Teacher, recipe: Recipe) -> str:
+    """Who teaches, and what is learned of it."""
+    d = recipe.distill
+    heard = f"its {d.top_k} likeliest tokens and the rest as one" if d.top_k else "its whole distribution"
+    heard += f", at temperature {d.temperature:g}, weighs {d.weight:g}"
+    own = f", the data's own loss {1 - d.weight:g}" if d.weight < 1 else ""
+    return f"{teacher.source}, frozen, on these ranks; {heard}{own}"
 
 
 def _word_on_fp8(prepared: Prepared) -> list[str]:

@@ -176,11 +176,14 @@ def import_job(
     at = f"{sidecars.folder}/"
     sides = {f"{at}hf/{name}": folder.home / name for name in folder.side_files}
     sides |= {f"{at}tokenizer/{name}": folder.home / name for name in folder.side_files if hf.is_tokenizer_file(name)}
-    texts = {f"{at}hf/{hf.LAYOUT}": hf.record_layout(folder).encode(), **sidecars.texts}
+    texts = dict(sidecars.texts)
     texts |= {at + name: text for name, text in placed.texts.items()}
-    if (index := hf.bin_index(folder)) is not None:
+    beside = beside or {}
+    if hf.LAYOUT not in beside:
+        texts[f"{at}hf/{hf.LAYOUT}"] = hf.record_layout(folder).encode()
+    if hf.INDEX not in beside and (index := hf.bin_index(folder)) is not None:
         texts[f"{at}hf/{hf.INDEX}"] = index
-    for name, text in (beside or {}).items():
+    for name, text in beside.items():
         sides.pop(f"{at}hf/{name}", None)
         if text is not None:
             texts[f"{at}hf/{name}"] = text

@@ -102,6 +102,8 @@ def plan_digest(plan: Plan, targets: Mapping[str, StoredTensor]) -> str:
         add(name, whole.codec)
     for place, update in plan.updates.items():
         add(place, update.identity())
+    for name, choice in plan.selected.items():
+        add(name, choice.identity())
     return digest.hexdigest()
 
 

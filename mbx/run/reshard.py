@@ -61,7 +61,7 @@ def plan_mcore_to_mcore(
             f"this checkpoint holds more than a text model, which ‹format› torch_dist takes only, got {options.format}"
         )
     config, notes = known_config(opened, options.mapping)
-    layout, rows = _vocabulary(opened, config, options.layout, vocab_divisor)
+    layout, rows = vocabulary(opened, config, options.layout, vocab_divisor)
     plan = plan_reshard(
         {**opened.tensors, **states},
         config,
@@ -78,14 +78,14 @@ def plan_mcore_to_mcore(
         _iteration(opened),
         origin=opened.args,
         spec=spec,
-        tokenizer=_tokenizer(opened),
+        tokenizer=tokenizer_of(opened),
         optimizer=carried_common(opened) if with_optimizer else None,
         model=Model(model.table, model.config),
     )
     if formed is not plan:
         plan, sidecars = formed, form_said(sidecars, formed)
     placed = format_named(options.format, "mcore").place(Order(plan, sidecars))
-    sides = {f"{sidecars.folder}/{name}": path for name, path in _beside(opened.iteration).items()}
+    sides = {f"{sidecars.folder}/{name}": path for name, path in beside(opened.iteration).items()}
     if with_optimizer:  # what `mbx train ‹resume›` continues by
         sides |= {
             f"{sidecars.folder}/{name}": path
@@ -97,7 +97,7 @@ def plan_mcore_to_mcore(
     return Job(plan, source, target, opened.iteration, sides, texts, options, placed, {}, sidecars, waived)
 
 
-def _beside(iteration: Path) -> dict[str, Path]:
+def beside(iteration: Path) -> dict[str, Path]:
     """Files of the model and its tokenizer in an iteration, by name; links out of their folder are left out."""
     folders = [iteration / name for name in ("hf", "tokenizer") if (iteration / name).is_dir()]
     folders += [folder / TEMPLATES for folder in folders if (folder / TEMPLATES).is_dir()]
@@ -110,7 +110,7 @@ def _beside(iteration: Path) -> dict[str, Path]:
     }
 
 
-def _tokenizer(opened: Checkpoint) -> str | None:
+def tokenizer_of(opened: Checkpoint) -> str | None:
     """Where the source's run_config says the tokenizer came from."""
     node = (opened.run_config or {}).get("tokenizer")
     name = node.get("tokenizer_model") if isinstance(node, Mapping) else None
@@ -125,7 +125,7 @@ def _iteration(opened: Checkpoint) -> int:
     return number if isinstance(number, int) and not isinstance(number, bool) else 0
 
 
-def _vocabulary(
+def vocabulary(
     opened: Checkpoint, config: Mapping[str, Value], layout: Layout, divisor: int | None
 ) -> tuple[Layout, int | None]:
     """The layout with the divisor that holds, and the embedding's rows under it; None where there is no embedding.

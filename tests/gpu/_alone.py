@@ -6,6 +6,7 @@ The child is `python SCRIPT NAME DEVICE TINY RESULT` and leaves what it found as
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,12 @@ from typing import Any, TypeAlias
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
+# Before torch: cuBLAS reads the first when it starts, Transformer Engine the second at each call.
+os.environ |= {
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "HF_HUB_OFFLINE": "1",
+}
 
 from converters.errors import MbxError  # noqa: E402
 

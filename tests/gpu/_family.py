@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -16,13 +15,8 @@ from typing import TYPE_CHECKING
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
-# Before torch: cuBLAS reads the first when it starts, Transformer Engine the second at each call.
-os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
-os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 from _alone import Found, report  # noqa: E402
-from _hidden import hidden  # noqa: E402
 from _verdict import judge  # noqa: E402
 
 from converters.errors import MbxError  # noqa: E402
@@ -72,8 +66,8 @@ def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found)
     if config.get("model.mcore_model") == "hybrid" and device == "cuda":
         from _mamba_reference import stand_in
 
-        if stand_in():
-            found["notes"] = ["Kernels of mamba-ssm replaced by their recurrence in torch"]
+        stand_in()
+        found["notes"] = ["Kernels of mamba-ssm replaced by their recurrence in torch"]
     if config.get("experimental_attention_variant") == "gated_delta_net" and device == "cuda":
         config["deterministic_mode"] = True  # Megatron Core's own torch code; the kernels take no fp32
         # It takes its l2norm from fla when imported, and fla is hidden from Transformers later.
@@ -85,12 +79,14 @@ def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found)
 def checkpoint(name: str, tiny: Path | None, work: Path) -> Path:
     """The tiny checkpoint `name`, in the work folder."""
     from fixtures.make_tiny import make
+    from mbx.models.transformers.reference import without_kernels
 
     source = work / "hf"
     if tiny is not None and (tiny / name).is_dir():
         shutil.copytree(tiny / name, source)
     else:
-        make(name, source)
+        with without_kernels():  # a class that is imported with them keeps them
+            make(name, source)
     if settings := SETTINGS.get(name):
         _change_config(source, settings)
     return source
@@ -163,17 +159,16 @@ def forward(name: str, device: str, source: Path, work: Path, config: dict[str, 
 
 
 def _references(source: Path, read: Passes, device: str, found: Found) -> dict[str, torch.Tensor]:
-    """Transformers' fp32 logits on the CPU, and on the GPU where there is one; its torch code, not fla's kernels."""
+    """Transformers' fp32 logits on the CPU, and on the GPU where there is one; its torch code, no kernels."""
     from tests.oracles import compare_logits, load_transformers, transformers_passes
 
-    with hidden("fla"):
-        logits = {"cpu": transformers_passes(load_transformers(source), read.batches)}
-        if device == "cuda":
-            try:
-                logits["cuda"] = transformers_passes(load_transformers(source, device="cuda"), read.batches)
-                found["transformers_between_devices"] = _figures(compare_logits(logits["cpu"], logits["cuda"]))
-            except (RuntimeError, ValueError, ImportError, TypeError) as error:
-                found["transformers_on_cuda"] = f"{type(error).__name__}: {error}"[:300]
+    logits = {"cpu": transformers_passes(load_transformers(source), read.batches)}
+    if device == "cuda":
+        try:
+            logits["cuda"] = transformers_passes(load_transformers(source, device="cuda"), read.batches)
+            found["transformers_between_devices"] = _figures(compare_logits(logits["cpu"], logits["cuda"]))
+        except (RuntimeError, ValueError, ImportError, TypeError) as error:
+            found["transformers_on_cuda"] = f"{type(error).__name__}: {error}"[:300]
     return logits
 
 

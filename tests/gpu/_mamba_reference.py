@@ -1,12 +1,12 @@
-"""Mamba-2's convolution and scan in plain torch, for machines without the mamba-ssm and causal-conv1d kernels.
+"""Mamba-2's convolution and scan in plain torch, without the mamba-ssm and causal-conv1d kernels.
 
-The recurrence is the definition that those kernels compute in chunks (Dao and Gu, "Transformers are SSMs", 2024,
-section 6): h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t. Slow, and exact in fp32.
+Those take fp32 products in TF32. The recurrence is the definition that they compute in chunks (Dao and Gu,
+"Transformers are SSMs", 2024, section 6): h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t. Slow, and
+exact in fp32.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import types
 from typing import Any
@@ -75,10 +75,8 @@ def _training(self: Any, zxBCdt: torch.Tensor, packed_seq_params: object = None)
     return out
 
 
-def stand_in() -> bool:
-    """Let Megatron Core's MambaMixer run on this module where mamba-ssm is missing; whether that was needed."""
-    if importlib.util.find_spec("mamba_ssm") is not None:
-        return False
+def stand_in() -> None:
+    """Let Megatron Core's MambaMixer, which nothing has imported yet, run on this module."""
     names = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton")
     kernels = {
         "mamba_ssm.ops.triton.selective_state_update": ("selective_state_update",),
@@ -98,4 +96,3 @@ def stand_in() -> bool:
     mixer: Any = mamba_mixer
     mixer.HAVE_EINOPS = True  # only the paths replaced here use it
     mixer.MambaMixer._ssm_training = _training
-    return True

@@ -26,10 +26,12 @@ WITH_TOWER = "+tower"
 def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found) -> None:
     """Every leg as `mbx verify parity --forward` has it, and against a checkpoint with two rows exchanged."""
     from fixtures.wrapped import make_wrapped
+    from mbx.models.transformers.reference import without_kernels
     from mbx.run.job import Options, plan_hf_to_mcore, run
     from mbx.tables import shipped
 
-    source = make_wrapped(name.removesuffix(WITH_TOWER), work / "hf")
+    with without_kernels():  # a class that is imported with them keeps them
+        source = make_wrapped(name.removesuffix(WITH_TOWER), work / "hf")
     job = plan_hf_to_mcore(source, work / "mcore", Options(sync=False))
     table = job.plan.table
     found.update(table=table.name, sha256=shipped(table.name).digest)  # of the file, of which a plan may take a part

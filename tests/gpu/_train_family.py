@@ -6,6 +6,7 @@ A process of its own, started by `run_train_families.py` through `_alone.py`.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -32,7 +33,8 @@ def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found)
     if device == "cuda" and name.startswith("nemotron"):
         from _mamba_reference import stand_in
 
-        if stand_in():
+        if find_spec("mamba_ssm") is None:
+            stand_in()
             found["notes"] = ["Kernels of mamba-ssm replaced by their recurrence in torch"]
             prepare_module.check_kernels = lambda config: None  # type: ignore[attr-defined]
     raw: dict[str, object] = {

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,9 @@ def measure(name: str, device: str, work: Path) -> dict[str, Any]:
     import peft
     import torch
     import transformers
-    from _hidden import hidden
     from _peft_made import adapt
 
+    from mbx.models.transformers.reference import without_kernels
     from mbx.train.checkpoints.export import export_run
     from mbx.train.run import prepare as prepare_module
     from mbx.train.run.loop import train
@@ -110,13 +111,14 @@ def measure(name: str, device: str, work: Path) -> dict[str, Any]:
     if name.startswith("nemotron"):
         from _mamba_reference import stand_in
 
-        if stand_in():
+        if find_spec("mamba_ssm") is None:
+            stand_in()
             found["notes"] = "kernels of mamba-ssm replaced by their recurrence in torch"
             prepare_module.check_kernels = lambda config: None  # type: ignore[attr-defined]
     delta = name.startswith(("qwen3_5", "qwen3_next"))
     if delta and device == "cuda":  # it takes its l2norm from fla when imported
         importlib.import_module("megatron.core.ssm.gated_delta_net")
-    with hidden("fla"):
+    with without_kernels():
         made = adapt(name, work, dtype=torch.float32, **FAMILIES[name])
     ids = torch.randint(0, 251, (2, 48), generator=torch.Generator().manual_seed(1))
     config = {"mtp_num_layers": None} if delta else {}

@@ -145,10 +145,13 @@ def stall_writers() -> None:
 
 
 def main(out: Path) -> None:
-    """One process of a world. A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, verify?}`.
+    """One process of a world.
+
+    A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, verify?, logits?}`.
 
     `verify`: the recipe's training is compared rather than run; its result is the legs. `stall_from`: the writers of
-    asynchronous checkpoints hang from this step on.
+    asynchronous checkpoints hang from this step on. `logits`: the folder to which the recipe's teacher is written
+    rather than learned from; its result is the rows and the learned tokens.
     """
     import torch
 
@@ -175,6 +178,13 @@ def main(out: Path) -> None:
 
             report = verify_training(parse_recipe(job["recipe"]))
             results.append([] if report is None else [[leg.name, leg.status, *leg.details] for leg in report.legs])
+            del store
+            continue
+        if target := job.get("logits"):
+            from mbx.train.run.logits import prepared_for, write_logits
+
+            facts = write_logits(prepared_for(parse_recipe(job["recipe"]), Path(target)), Path(target))
+            results.append([facts.rows, facts.learned])
             del store
             continue
         prepared = prepare(parse_recipe(job["recipe"]), resume=job.get("resume", False))

@@ -108,8 +108,11 @@ class MegatronModel:
         source = FileSource(self.root)
         weights = self.weights(source)
         frequencies = transformers_frequencies(self.reference) if self.reference and self.lent else None
+        config = dict(self.config)
+        if config.get("experimental_attention_variant") == "gated_delta_net" and spread.dtype == "fp32":
+            config["deterministic_mode"] = True  # Megatron Core's torch code: the kernels' products are in TF32
         found = trace_megatron(
-            self.config, weights, batches, vocab=vocab, spread=spread, frequencies=frequencies, seen=seen
+            config, weights, batches, vocab=vocab, spread=spread, frequencies=frequencies, seen=seen
         )
         return Trace(found.hidden, found.head, source.close)
 

@@ -157,11 +157,16 @@ def _import_transformer_engine() -> None:
 def _no_tf32() -> Iterator[None]:
     """Real fp32 products. Transformer Engine asks cuBLAS for TF32 by itself; only the driver's override stops it.
 
-    The override is read when cuBLAS starts, so it holds for the rest of the process and is not taken back.
+    The override is read when cuBLAS starts, so it holds for the rest of the process and is not taken back; nor is
+    Triton's, under which Mamba-2's kernels are compiled, nor what Megatron Core's deterministic mode wants to be set.
     """
     import torch
 
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    os.environ |= {
+        "NVIDIA_TF32_OVERRIDE": "0",
+        "TRITON_F32_DEFAULT": "ieee",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    }
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False

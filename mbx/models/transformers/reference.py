@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -17,6 +18,8 @@ from mbx.models.transformers.equivalents import twin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_KERNELS = ("fla", "causal_conv1d", "mamba_ssm")
 
 
 def transformers_config(hf_dir: Path, *, whole: bool = False) -> PreTrainedConfig:
@@ -69,15 +72,36 @@ def uneven_blocks(quantization: Mapping[str, Value], tensors: Mapping[str, Store
 
 
 @contextlib.contextmanager
-def silent_transformers() -> Iterator[None]:
-    """No progress bars, and no list of tensors that a class leaves unread: the cover leg accounts for those."""
+def without_kernels() -> Iterator[None]:
+    """Hide the packages whose kernels Transformers takes for gated delta nets and Mamba-2.
+
+    It takes them when it imports a model's module, whatever device the model then runs on. They compute on GPUs alone,
+    and there with fp32 products in TF32; its own torch code does without either.
+    """
+    found = {package: sys.modules[package] for package in _KERNELS if package in sys.modules}
+    sys.modules.update(dict.fromkeys(_KERNELS))  # type: ignore[arg-type]  # None reads as "not installed"
+    try:
+        yield
+    finally:
+        for package in _KERNELS:
+            sys.modules.pop(package, None)
+        sys.modules.update(found)
+
+
+@contextlib.contextmanager
+def silent_transformers(*, kernels: bool = False) -> Iterator[None]:
+    """No progress bars, and no list of tensors that a class leaves unread: the cover leg accounts for those.
+
+    Classes that are imported meanwhile compute in Transformers' own torch code, unless `kernels` are asked for.
+    """
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with contextlib.nullcontext() if kernels else without_kernels():
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

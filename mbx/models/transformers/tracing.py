@@ -17,6 +17,7 @@ from mbx.models.prompts import Batch, tokens_of
 from mbx.models.trace import EMBEDDING, FINAL, Recorder, Trace, layer_name
 from mbx.models.transformers.pictures import arguments, name_picture, seen
 from mbx.models.transformers.reading import AS_IT_IS, FolderReading
+from mbx.models.transformers.reference import silent_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def trace_transformers(
         around.register_forward_pre_hook(lambda module, arguments, named: given.append(named), with_kwargs=True),
     ]
     takes = inspect.signature(type(frame).forward).parameters
-    with torch.no_grad():
+    with torch.no_grad(), silent_transformers():
         for batch in batches:
             if batch.pictures is not None:
                 name_picture(frame, int(torch.searchsorted(tokens, batch.pictures.token)))

@@ -17,6 +17,9 @@ from mbx.train.budget.shape import Layer
 from mbx.train.model.config import gpu_config
 from mbx.train.model.trained_whole import whole_layers
 
+#: The phase in which the output layer's gradient is computed.
+OUTPUT = "the output layer"
+
 
 def kept(load: Load, layer: Layer) -> int:
     """What one layer keeps for its backward pass."""
@@ -99,7 +102,7 @@ def phases(load: Load, stage: int, dp: int) -> dict[str, Mapping[str, int]]:
     mine = layers_of(s, p.pp, stage)
     ahead = s.ahead if last else ()
     one = part * len(mine) if full else sum(kept(load, layer) for layer in mine)
-    stored = round(one * _chunks_in_flight(load, stage, dp))
+    stored = round(one * chunks_in_flight(load, stage, dp))
     further = sum(kept(load, layer) + 5 * part for layer in ahead)  # two norms, their joined outputs, the last norm
     handed = 2 * part if p.pp > 1 else 0
     gathered = whole if load.cut > 1 else 0
@@ -109,7 +112,7 @@ def phases(load: Load, stage: int, dp: int) -> dict[str, Mapping[str, int]]:
         adapter = pairs_of_output(load.recipe, load.plan, s, load.known)
         between = load.tokens * adapter.ranks * b if adapter else 0
         head = whole + (load.plan.padded_vocab // p.tp * s.hidden * b if head_trained else 0)
-        found["the output layer"] = {
+        found[OUTPUT] = {
             "activations": stored + further + part * (2 if head_trained or adapter else 1) + between,
             "logits": logits(load) * (1 + len(ahead)),
             "output layer": head,
@@ -133,7 +136,7 @@ def in_flight(load: Load, stage: int, dp: int) -> int:
     mine = layers_of(load.shape, p.pp, stage)
     part = load.tokens * load.shape.hidden * load.b // load.cut
     one = part * len(mine) if full else sum(kept(load, layer) for layer in mine)
-    return round(one * max(0.0, _chunks_in_flight(load, stage, dp) - 1))
+    return round(one * max(0.0, chunks_in_flight(load, stage, dp) - 1))
 
 
 def _last(mine: Sequence[Layer], full: bool) -> Sequence[Layer]:
@@ -148,10 +151,11 @@ def logits(load: Load) -> int:
     (megatron/core/tensor_parallel/cross_entropy.py).
     """
     fused = {**gpu_config(load.plan.config), **load.plan.config}["cross_entropy_loss_fusion"]
+    fused = fused or load.recipe.distill.teacher  # whose loss takes the place of either
     return load.tokens * load.plan.padded_vocab // load.recipe.parallel.tp * (load.b if fused else load.b + 4)
 
 
-def _chunks_in_flight(load: Load, stage: int, dp: int) -> float:
+def chunks_in_flight(load: Load, stage: int, dp: int) -> float:
     """Micro-batches that a stage keeps at once, in whole stages: 1F1B, interleaved where it holds several chunks."""
     p, t = load.recipe.parallel, load.recipe.train
     micro_batches = t.global_batch // (t.micro_batch * dp)

@@ -28,7 +28,7 @@ def host_memory(recipe: Recipe, budget: Budget) -> dict[str, int]:
 def page_cache(recipe: Recipe, budget: Budget) -> int:
     """Bytes of weights that pass through the page cache as a run starts; the kernel gives them back when asked."""
     pretrained = recipe.model.path and recipe.model.init == "pretrained"
-    return budget.counts.base * BYTES[recipe.train.precision] if pretrained else 0
+    return (budget.counts.base * BYTES[recipe.train.precision] if pretrained else 0) + budget.parts.get("teacher", 0)
 
 
 def total(parts: Mapping[str, int]) -> int:

@@ -12,15 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from converters.errors import UnsupportedError
-from mbx.train.budget.activations import in_flight, phases
+from mbx.train.budget import teaching
+from mbx.train.budget.activations import OUTPUT, in_flight, phases
 from mbx.train.budget.adapters import chosen
 from mbx.train.budget.counts import Counts, count
 from mbx.train.budget.images import Looks
 from mbx.train.budget.load import BYTES, Load
 from mbx.train.budget.shape import shape_of
+from mbx.train.budget.teaching import TEACHER
 from mbx.train.model.adapted import Linear
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.fp8 import holds_casts
+from mbx.train.model.teacher import Teacher, teacher_of
 from mbx.train.recipe.sections import Recipe
 
 GIB = 1 << 30
@@ -52,8 +55,8 @@ class Budget:
 
     @property
     def direction(self) -> str:
-        """Of which pass the phase is: a frozen tower has no backward pass."""
-        return "forward" if self.phase == TOWER else "backward"
+        """Of which pass the phase is: a frozen tower has no backward pass, and a teacher neither."""
+        return "forward" if self.phase in (TOWER, TEACHER) else "backward"
 
 
 def predict(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = None) -> Budget:
@@ -63,13 +66,19 @@ def predict(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = None
 
 def stages(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = None) -> list[Budget]:
     """The budget of a rank of every pipeline stage."""
-    known = chosen(recipe, plan)
+    known, teacher = chosen(recipe, plan), teacher_of(recipe)
     every = range(recipe.parallel.pp)
-    return [_stage(recipe, plan, dp, stage, known, looks if stage == 0 else None) for stage in every]
+    return [_stage(recipe, plan, dp, stage, known, teacher, looks if stage == 0 else None) for stage in every]
 
 
 def _stage(
-    recipe: Recipe, plan: Blueprint, dp: int, stage: int, known: Mapping[str, Linear], looks: Looks | None
+    recipe: Recipe,
+    plan: Blueprint,
+    dp: int,
+    stage: int,
+    known: Mapping[str, Linear],
+    teacher: Teacher | None,
+    looks: Looks | None,
 ) -> Budget:
     c, p, t = count(recipe, plan, stage, known), recipe.parallel, recipe.train
     trained = c.adapters + c.whole if recipe.lora.rank else c.base
@@ -90,6 +99,11 @@ def _stage(
         "tower": 0 if looks is None else looks.weights(recipe),
     }
     found = phases(load, stage, dp)
+    if teacher is not None:
+        lasting |= teaching.lasting(load, teacher, stage, dp)
+        found[TEACHER] = teaching.speaking(load, teacher, stage, dp)
+    if recipe.distill.teacher and OUTPUT in found:
+        found[OUTPUT] = {**found[OUTPUT], **teaching.hearing(load, live=teacher is not None)}
     if looks is not None and learns:
         lasting["images"] = looks.working(recipe) * min(p.pp, t.global_batch // (t.micro_batch * dp))
     elif looks is not None:
@@ -121,6 +135,7 @@ def suggestions(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = 
         ("train", "micro_batch", t.micro_batch // 2, t.micro_batch > 1),
         ("lora", "rank", 16, not recipe.lora.rank),
         ("fp8", "recipe", "none", recipe.fp8.recipe != "none"),
+        ("distill", "top_k", 64, bool(recipe.distill.teacher) and not recipe.distill.top_k),
         ("parallel", "tp", 2 * p.tp, isinstance(groups, int) and groups % (2 * p.tp) == 0),
     ]
     found = []

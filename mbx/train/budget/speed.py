@@ -19,6 +19,7 @@ from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.build import flops_per_token
 from mbx.train.model.graphs import why_not
 from mbx.train.model.parallel import Ranks
+from mbx.train.model.teacher import teacher_of
 from mbx.train.recipe.sections import Recipe
 
 #: Share of peak that products reach, events of a layer's micro-batch.
@@ -34,6 +35,18 @@ _COLLECTIVES = 16
 def tokens_per_s(recipe: Recipe, plan: Blueprint, device: Device, dp: int) -> float:
     """Tokens a second of the whole run, estimated."""
     p, t = recipe.parallel, recipe.train
+    replayed = why_not(recipe, plan.config, Ranks(0, dp * p.tp * p.pp * p.cp, 0, dp, "cuda", te=True)) is None
+    took = _micro_batch(recipe, plan, device, replayed)
+    if (teacher := teacher_of(recipe)) is not None:  # a third of training is the forward pass
+        took += _micro_batch(teacher.recipe, teacher.plan, device, replayed) / 3
+    rounds = t.global_batch // (t.micro_batch * dp)
+    bubble = (rounds + (p.pp - 1) / p.vpp) / rounds
+    return t.global_batch * recipe.data.length / (took * rounds * bubble)
+
+
+def _micro_batch(recipe: Recipe, plan: Blueprint, device: Device, replayed: bool) -> float:
+    """Seconds that a rank takes for a micro-batch."""
+    p, t = recipe.parallel, recipe.train
     shape, frozen = shape_of(plan.config), recipe.lora.rank > 0
     layers = len(shape.layers) / p.pp
     tokens = t.micro_batch * recipe.data.length / p.cp
@@ -43,15 +56,12 @@ def tokens_per_s(recipe: Recipe, plan: Blueprint, device: Device, dp: int) -> fl
     peak, events = device.tflops * 1e12, layers * _EVENTS * (1.33 if t.recompute == "full" else 1.0)
     if recipe.fp8.recipe != "none":
         peak, events = peak * _FP8_SPEED, events * _FP8_EVENTS
-    replayed = why_not(recipe, plan.config, Ranks(0, dp * p.tp * p.pp * p.cp, 0, dp, "cuda", te=True)) is None
     took = max(flops / (peak * _SHARE), events * _LAUNCH_S[replayed])
     if p.tp > 1:
         count = layers * _COLLECTIVES
         moved = tokens * shape.hidden * 2 * (p.tp - 1) / p.tp
         took += count * (_WAIT_S[replayed] + moved / (device.link * 1e9))
-    rounds = t.global_batch // (t.micro_batch * dp)
-    bubble = (rounds + (p.pp - 1) / p.vpp) / rounds
-    return t.global_batch * recipe.data.length / (took * rounds * bubble)
+    return took
 
 
 def fp8_does_not_pay(recipe: Recipe, plan: Blueprint, device: Device, dp: int) -> str | None:

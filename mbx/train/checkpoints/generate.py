@@ -94,7 +94,7 @@ def _load(source: Source) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = read_tokenizer(source.tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        with silent_transformers():
+        with silent_transformers(kernels=device == "cuda"):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source.model, local_files_only=True, trust_remote_code=False, dtype="auto", **decoding(source.model)
             )

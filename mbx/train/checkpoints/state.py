@@ -16,7 +16,7 @@ RECIPE = "recipe.json"
 #: Recipe keys, or whole sections, that must not change under resume: with them, step N would not be the step N of
 #: the run, or its optimizer state would not be the checkpoint's.
 _FIXED = (
-    *("data", "lora", "model.path", "model.shape", "optim.optimizer", "run.save_optimizer"),
+    *("data", "lora", "distill", "model.path", "model.shape", "optim.optimizer", "run.save_optimizer"),
     *("train.tower", "train.global_batch", "train.seed", "train.per_token_loss", "train.precision"),
 )
 #: Among them, those that may: rows are compared by content, and validation rows train nothing.

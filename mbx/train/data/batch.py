@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from mbx.models.megatron.core.beside import Beside
     from mbx.train.data.pictures import Eyes
     from mbx.train.data.rows import Row
+    from mbx.train.distill.teaching import Teaching
     from mbx.train.model.sight import Seeing
 
 Batch = Mapping[str, "torch.Tensor | None"]
+#: In front of the names of what a teacher says of each token: [b, s, k], the rest [b, s].
+HEARD = "heard_"
+_HEARD = ("tokens", "logprobs", "rest")
 
 
 def forward_step(
@@ -31,30 +35,23 @@ def forward_step(
     beside: Beside,
     seeing: Seeing | None = None,
     learn: Callable[[torch.Tensor, Batch], torch.Tensor] | None = None,
+    teaching: Teaching | None = None,
 ) -> tuple[torch.Tensor, Callable[..., object]]:
     """One micro-batch: per-token losses [b, s], and how to reduce them.
 
     What Megatron Core computes `beside` them (prediction layers, balance losses) sees the same masks. `seeing` has the
-    tower for the images of a micro-batch. `learn` puts losses in the place of these.
+    tower for the images of a micro-batch, `teaching` a teacher that the losses are mixed with. `learn` puts losses in
+    the place of these.
     """
-    batch = next(batches)
-    arguments: dict[str, object] = {}
-    if batch["cu_seqlens"] is not None:
-        from mbx.models.megatron.core.groups import PackedSeqParams
-
-        ends, longest = batch["cu_seqlens"], batch["longest"]
-        assert longest is not None
-        arguments["packed_seq_params"] = PackedSeqParams(
-            "thd", ends, ends, max_seqlen_q=int(longest), max_seqlen_kv=int(longest)
-        )
+    batch, bare = next(batches), unwrap(model)
+    looking = nullcontext() if seeing is None else seeing.passing(bare, batch)
+    hearing = nullcontext() if teaching is None else teaching.passing(bare, batch)
+    with beside.passing(batch["padding"], batch["owner"]), looking, hearing:
+        output = model(**arguments_of(batch, bare, beside))
+    if teaching is not None:
+        output = teaching.handed_on(bare, output)
     mask = batch["mask"]
     assert mask is not None
-    arguments |= beside.masks(unwrap(model), mask, batch["padding"])
-    looking = nullcontext() if seeing is None else seeing.passing(unwrap(model), batch)
-    with beside.passing(batch["padding"], batch["owner"]), looking:
-        output = model(
-            batch["tokens"], batch["positions"], batch["attention_mask"], labels=batch["labels"], **arguments
-        )
 
     def reduce(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         wide = losses.float().view(mask.shape)
@@ -66,11 +63,34 @@ def forward_step(
     return output, reduce
 
 
+def arguments_of(batch: Batch, model: nn.Module, beside: Beside) -> dict[str, object]:
+    """What a bare `model` is called with on a micro-batch, whose masks are those that `beside` knows it to take."""
+    named = {
+        "input_ids": "tokens",
+        "position_ids": "positions",
+        "attention_mask": "attention_mask",
+        "labels": "labels",
+    }
+    arguments: dict[str, object] = {name: batch[key] for name, key in named.items()}
+    if (ends := batch["cu_seqlens"]) is not None:
+        from mbx.models.megatron.core.groups import PackedSeqParams
+
+        longest = batch["longest"]
+        assert longest is not None
+        arguments["packed_seq_params"] = PackedSeqParams(
+            "thd", ends, ends, max_seqlen_q=int(longest), max_seqlen_kv=int(longest)
+        )
+    mask = batch["mask"]
+    assert mask is not None
+    return arguments | beside.masks(model, mask, batch["padding"])
+
+
 def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, seeing: Seeing | None = None) -> Batch:
     """A micro-batch as tensors [b, s]; packed rows as one long row with `cu_seqlens`, or with a mask where the
     local attention has no such kernel. `padding` [b, s] is True on padding, `owner` [b, s] numbers the segments of
     packed rows; either is None where there is none. With `eyes`, `axes` [3, b, s] are positions where images have
-    them, and what a tower takes of the images is there under PIXELS and its own name where `seeing` has one.
+    them, and what a tower takes of the images is there under PIXELS and its own name where `seeing` has one. Rows that
+    say what a teacher thinks of them have that under HEARD.
 
     Copies to a GPU leave from pinned memory and are not waited for: a wait in front of each micro-batch drains the
     GPU's queue, which cost 5 % of a step in FP8 at the 1B shape. `longest` stays on the CPU for the same reason.
@@ -86,6 +106,9 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, 
         return move(torch.from_numpy(np.stack([getattr(row, name) for row in rows])))
 
     batch = {name: stack(name) for name in ("tokens", "labels", "mask", "positions")}
+    heard = [row.heard for row in rows if row.heard is not None]
+    if heard:
+        batch |= {HEARD + n: move(torch.from_numpy(np.stack([getattr(one, n) for one in heard]))) for n in _HEARD}
     extra: dict[str, torch.Tensor | None] = dict.fromkeys(("attention_mask", "cu_seqlens", "longest"))
     at = np.arange(len(rows[0].tokens))
     if any(row.filled is not None for row in rows):
@@ -101,7 +124,7 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, 
         if ranks.te:
             ends = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
             extra |= {"cu_seqlens": move(torch.from_numpy(ends)), "longest": torch.tensor(lengths.max())}
-            batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
+            batch = {name: tensor.view(1, -1, *tensor.shape[2:]) for name, tensor in batch.items()}
         else:
             owner, later = batch["owner"], torch.ones(len(at), len(at), dtype=torch.bool).triu(1)
             hidden = (owner[:, :, None] != owner[:, None, :]) | later.to(owner.device)

@@ -55,11 +55,11 @@ class Corpus(ExampleSequence):
 
     def __init__(self, folder: Path, facts: Facts, digest: str, names: Sequence[str]) -> None:
         self.folder, self.facts, self.digest, self._names = folder, facts, digest, names
-        self._tokens: npt.NDArray[np.uint32] = _mapped(folder / "tokens", np.uint32)
-        self.ends: npt.NDArray[np.int64] = _mapped(folder / "ends", np.int64)
-        self._sights: npt.NDArray[np.int64] = _mapped(folder / "sights", np.int64).reshape(-1, 2)
-        self._axes: npt.NDArray[np.int32] = _mapped(folder / "axes", np.int32)
-        self._lines: npt.NDArray[np.uint8] = _mapped(folder / "pictures", np.uint8)
+        self._tokens: npt.NDArray[np.uint32] = mapped(folder / "tokens", np.uint32)
+        self.ends: npt.NDArray[np.int64] = mapped(folder / "ends", np.int64)
+        self._sights: npt.NDArray[np.int64] = mapped(folder / "sights", np.int64).reshape(-1, 2)
+        self._axes: npt.NDArray[np.int32] = mapped(folder / "axes", np.int32)
+        self._lines: npt.NDArray[np.uint8] = mapped(folder / "pictures", np.uint8)
 
     def __len__(self) -> int:
         return self.facts.examples
@@ -208,6 +208,6 @@ def _pictures(lines: bytes) -> tuple[Picture, ...]:
     return tuple(Picture(*json.loads(line)) for line in lines.splitlines())
 
 
-def _mapped(path: Path, kind: type[np.generic]) -> npt.NDArray:  # type: ignore[type-arg]
+def mapped(path: Path, kind: type[np.generic]) -> npt.NDArray:  # type: ignore[type-arg]
     """A file's array, not read into memory; an empty file cannot be mapped."""
     return np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind)

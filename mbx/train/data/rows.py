@@ -26,13 +26,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """What a teacher says of a row's tokens: its k likeliest `tokens` and their `logprobs`, both [length, k], and the
+    logarithm of what all others have together, `rest` [length]."""
+
+    tokens: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    rest: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of a micro-batch; all arrays are [length].
 
     `mask`: 1 where the label counts. `lengths`: tokens of each packed segment, padding included as the last one;
     empty where the row is one sequence. `filled`: tokens before the padding, None where there is none. `pictures`:
     the images of each example, in order; `axes` [3, length]: positions by time, height and width, None where none has
-    others than `positions`.
+    others than `positions`. `heard`: a teacher's words, where they lie on disk.
     """
 
     tokens: Tokens
@@ -43,6 +53,7 @@ class Row:
     filled: int | None = None
     pictures: tuple[tuple[Picture, ...], ...] = ()
     axes: Tokens | None = None
+    heard: Heard | None = None
 
 
 class Rows(Protocol):

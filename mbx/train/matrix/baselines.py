@@ -47,7 +47,7 @@ def _model(prepared: Prepared, adapted: bool) -> Any:
     recipe, folder = prepared.recipe, prepared.plan.hf
     assert folder is not None
     torch.manual_seed(recipe.train.seed)
-    with silent_transformers():
+    with silent_transformers(kernels=torch.cuda.is_available()):
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             local_files_only=True,

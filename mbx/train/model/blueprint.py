@@ -127,6 +127,11 @@ def load_tokenizer(plan: Blueprint) -> PreTrainedTokenizerBase:
         raise UsageError("this kind of data needs a tokenizer", hint="model=DIR names a folder that has one")
     from mbx.models.tokenizer import read_tokenizer
 
-    if not any((plan.hf / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not has_tokenizer(plan.hf):
         raise UsageError(f"`{plan.hf}` has no tokenizer", hint="copy tokenizer.json and tokenizer_config.json there")
     return read_tokenizer(plan.hf)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a Hugging Face folder has a tokenizer."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))

@@ -33,6 +33,7 @@ def why_not(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> str | 
         "experts wait for their tokens' counts": config.get("num_moe_experts")
         and not joins_experts(recipe, config, ranks),
         "prediction layers": config.get("mtp_num_layers"),
+        "a teacher's pass lies inside": recipe.distill.teacher,
         "dropout draws anew each time": dropout,
         "recomputation puts random streams back": t.recompute != "none",
         "the loss scale of fp16 changes": t.precision == "fp16",

@@ -29,7 +29,7 @@ from mbx.train.proof.passes import EXPORTS, Pass, off, step
 from mbx.train.proof.records import Record, first_records, records, windows
 from mbx.train.proof.reference import reference, seeded_adapter
 from mbx.train.proof.seen import carried, inputs_of, looking
-from mbx.train.recipe.sections import Recipe
+from mbx.train.recipe.sections import Distill, Recipe
 from mbx.train.run.prepare import Prepared, prepare
 
 #: Kinds of data whose first records can be looked at again.
@@ -115,6 +115,7 @@ def _settled(recipe: Recipe, work: Path, lines: Sequence[str]) -> Recipe:
         ),
         parallel=replace(recipe.parallel, distributed_optimizer=False),
         lora=replace(recipe.lora, dropout=0.0),
+        distill=Distill(),
         fp8=replace(recipe.fp8, recipe="none"),
     )
 

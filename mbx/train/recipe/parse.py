@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from converters.errors import UsageError
 from converters.rows.expr import Value
-from mbx.train.recipe.sections import Range, Recipe, places_of
+from mbx.train.recipe.sections import Distill, Range, Recipe, places_of
 
 SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Recipe).items() if kind is not str}
 #: Up to three shares of Megatron-LM's `--split`, the first above 0.
@@ -254,6 +255,16 @@ def _check(recipe: Recipe) -> None:
             lora.rank and recipe.model.config.get("moe_router_bias_update_rate"),
             "model.config.moe_router_bias_update_rate moves the router's expert bias, which adapters leave alone",
             "an adapter's folder has no place for it; lora.rank=0 trains and saves it with every weight",
+        ),
+        (
+            recipe.distill != replace(Distill(), teacher=recipe.distill.teacher) and not recipe.distill.teacher,
+            "keys of `distill` are set, and distill.teacher names none",
+            "distill.teacher=DIR",
+        ),
+        (
+            recipe.distill.teacher and not recipe.distill.weight,
+            "distill.weight 0 leaves nothing to learn from the teacher",
+            "distill.weight=0.5",
         ),
         (not recipe.run.dir, "`run.dir` is empty", "run.dir=runs/NAME"),
         (

@@ -206,6 +206,21 @@ class Lora:
 
 
 @dataclass(frozen=True, slots=True)
+class Distill:
+    """A frozen teacher, of whose distribution over the next token a student learns the KL divergence.
+
+    `teacher`: a Hugging Face folder or a Megatron Core checkpoint, which computes beside the student. `weight`: the
+    divergence's share of the loss; the data's own has the rest. `temperature`: logits of both are divided by it, and
+    the divergence counts its square. `top_k`: the teacher's so many likeliest tokens, and all others as one; 0 all.
+    """
+
+    teacher: str = ""
+    weight: Share = 0.5
+    temperature: Annotated[float, Range(0.01, 100.0)] = 1.0
+    top_k: Number = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Fp8:
     """Transformer Engine's FP8: `none`, `delayed`, `tensorwise` (current scaling), `blockwise`, `mxfp8`."""
 
@@ -253,6 +268,7 @@ class Recipe:
     optim: Optim = Optim()
     parallel: Parallel = Parallel()
     lora: Lora = Lora()
+    distill: Distill = Distill()
     fp8: Fp8 = Fp8()
     run: Run = Run()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from mbx.models.megatron.core.beside import Beside
     from mbx.models.megatron.core.training import DistributedDataParallel
     from mbx.train.data.pictures import Eyes
+    from mbx.train.distill.teaching import Teaching
     from mbx.train.model.sight import Seeing
 
 
 class Batches:
     """What turns rows into losses and gradients of a model's `chunks`; `beside` takes the losses that are not the
-    label's, `eyes` read images and `seeing` has the tower for them; `hooks` say what is learned."""
+    label's, `eyes` read images and `seeing` has the tower for them, `teaching` a teacher; `hooks` say what is learned.
+    """
 
     def __init__(
         self,
@@ -36,12 +39,13 @@ class Batches:
         graphed: bool = False,
         eyes: Eyes | None = None,
         seeing: Seeing | None = None,
+        teaching: Teaching | None = None,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
         from mbx.models.megatron.core.training import get_forward_backward_func
 
         self.recipe, self.ranks, self.chunks, self.beside = recipe, ranks, chunks, beside
-        self.eyes, self.seeing = eyes, seeing
+        self.eyes, self.seeing, self.teaching = eyes, seeing, teaching
         self.learn = partial(learned, hooks) if hooks.token_losses else None
         self.forward_backward = get_forward_backward_func()
         one = partial(self._pass, count=1, forward_only=False)
@@ -84,23 +88,27 @@ class Batches:
 
     def _pass(self, batches: list[Iterator[Batch]], *, count: int, forward_only: bool) -> Results:
         """What `count` micro-batches say of their losses; gradients are in the chunks' buffers."""
+        teaching = None if forward_only else self.teaching  # validation is the data's own loss
         length, micro = self.recipe.data.length, self.recipe.train.micro_batch
         if self.ranks.te and self.recipe.data.packs:
             length, micro = length * micro, 1  # packed rows travel between stages as one
-        results: Results = self.forward_backward(
-            forward_step_func=partial(
-                forward_step,
-                beside=self.beside,
-                seeing=self.seeing,
-                learn=None if forward_only else self.learn,
-            ),
-            data_iterator=batches,
-            model=self.chunks,
-            num_microbatches=count,
-            seq_length=length,
-            micro_batch_size=micro,
-            forward_only=forward_only,
+        step = partial(
+            forward_step,
+            beside=self.beside,
+            seeing=self.seeing,
+            learn=None if forward_only else self.learn,
+            teaching=teaching,
         )
+        with nullcontext() if teaching is None else teaching.speaking():
+            results: Results = self.forward_backward(
+                forward_step_func=step,
+                data_iterator=batches,
+                model=self.chunks,
+                num_microbatches=count,
+                seq_length=length,
+                micro_batch_size=micro,
+                forward_only=forward_only,
+            )
         return results
 
     def _batches(self, rows: Rows, step: int, size: int) -> Iterator[Batch]:

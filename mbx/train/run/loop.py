@@ -19,23 +19,17 @@ import torch
 
 from converters.errors import DifferenceError
 from mbx.train.budget.devices import peak_tflops
-from mbx.train.checkpoints.state import LoopState, read_state, same_processes
+from mbx.train.checkpoints.state import LoopState, same_processes
 from mbx.train.checkpoints.store import Store
 from mbx.train.data.evaluation import OnePass, one_pass
 from mbx.train.data.rows import Rows, megatron_rows
-from mbx.train.lora.attach import attach, base_of
-from mbx.train.lora.peft_folder import by_weight, load_peft, open_for
-from mbx.train.lora.whole import load_whole
 from mbx.train.model import build as models
 from mbx.train.model.graphs import why_not
 from mbx.train.model.kernels import compiling
 from mbx.train.model.parallel import on_any_rank, session
-from mbx.train.model.sight import Seeing
-from mbx.train.model.trained_whole import whole_layers
-from mbx.train.model.warmup import warm_up
-from mbx.train.model.weights import load_weights
 from mbx.train.run import memory
 from mbx.train.run.batches import Batches
+from mbx.train.run.begin import begin, taught
 from mbx.train.run.failing import explained
 from mbx.train.run.graph import one_stream
 from mbx.train.run.keeping import Keeper
@@ -103,54 +97,23 @@ class Trainer:
         on_step: Callable[[Step], None] = lambda _: None,
         on_gradients: Callable[[Sequence[DistributedDataParallel]], None] = lambda _: None,
     ) -> None:
-        from mbx.models.megatron.core.beside import Beside
         from mbx.models.megatron.core.config import get_model_config
 
         self.prepared, self.recipe, self.ranks, self.plan = prepared, prepared.recipe, prepared.ranks, prepared.plan
         self.log, self.on_step, self.on_gradients = log, on_step, on_gradients
         log.message(prepared.start.why)
-        how = prepared.start.how
 
-        source = prepared.start.path
-        resumed = read_state(source) if source and how == "resume" else None
-        # absolute: an adapter run reads its base there again, from wherever it is resumed or merged
-        self.base = resumed.base if resumed else str(source.absolute() if source else "")
-
-        # 1. the model's chunks, with this rank's weights read straight from their storage
-        warm_up(self.recipe, self.plan, self.ranks)
-        networks = models.build(self.recipe, self.plan, self.ranks)
-        self.beside = Beside()
-        for bare in map(models.unwrap, networks):
-            self.beside.watch(bare)
-            if source and how == "init":
-                log.message(load_weights(bare, self.plan, source))
-            if self.recipe.lora.rank:
-                given = str(source) if resumed else self.recipe.lora.adapter
-                adapter = open_for(self.plan, Path(given)) if given and self.plan.table else None
-                attach(
-                    bare, self.recipe.lora, self.plan, self.recipe.train.seed, by_weight(adapter) if adapter else None
-                )
-                if resumed:  # the frozen base is in no checkpoint of an adapter run
-                    log.message(load_weights(bare, self.plan, base_of(self.base)))
-                elif adapter:
-                    load_peft(bare, adapter)
-                    load_whole(bare, self.plan, adapter, whole_layers(self.recipe.lora, self.plan))
-            models.settle_frozen(self.recipe, bare, self.ranks)
-
-        eyes = prepared.data.eyes
-        self.seeing: Seeing | None = None
-        if eyes is not None:
-            self.seeing = Seeing(eyes.sight, self.recipe, self.plan, self.ranks.device, self.base)
-            if (begun := self.recipe.lora.adapter) and not resumed:
-                self.seeing.begin(open_for(self.plan, Path(begun)))
-            self.seeing.join(models.unwrap(networks[0]))
+        # 1. the model's chunks, with this rank's weights
+        begun = begin(prepared, log)
+        self.beside, self.seeing, self.base = begun.beside, begun.seeing, begun.base
 
         # 2. gradients, optimizer, schedules
         graphed = why_not(self.recipe, self.plan.config, self.ranks) is None
         self.chunks: list[DistributedDataParallel] = [
             models.wrap(self.recipe, network, self.ranks, bucketed=number == 0, at_once=graphed)
-            for number, network in enumerate(networks)
+            for number, network in enumerate(begun.networks)
         ]
+        self.teaching = taught(prepared, self.chunks, log)
         self.optimizer: MegatronOptimizer = models.optimizer(self.recipe, self.chunks, self.ranks)
         waits = [chunk.no_sync for chunk in self.chunks]
         for config in map(get_model_config, self.chunks):
@@ -164,8 +127,9 @@ class Trainer:
             self.chunks,
             self.beside,
             graphed=graphed,
-            eyes=eyes,
+            eyes=prepared.data.eyes,
             seeing=self.seeing,
+            teaching=self.teaching,
             hooks=prepared.hooks,
         )
         self.mark_first = models.first_microbatch(*self.chunks)
@@ -180,7 +144,9 @@ class Trainer:
         self.step, self.saved, self.mean_loss = 0, -1, math.nan
         traced = self.recipe.run.profile if self.ranks.is_main else 0
         self.profile = Profile(traced, self.recipe.run_dir, log, cuda=self.ranks.device == "cuda")
+        resumed = begun.resumed
         self.keeper = Keeper(self.recipe, self.ranks, self.store, log, resumed.step if resumed else None)
+        source = prepared.start.path
         if source and resumed:
             same = same_processes(self.recipe, source, self.ranks.world_size)
             self.store.load(source, self.chunks, self.optimizer, same=same)
@@ -192,6 +158,11 @@ class Trainer:
         self.flops = models.flops_per_token(
             self.plan.config, self.recipe.data.length, self.plan.padded_vocab, self.recipe.lora.rank > 0
         )
+        if (teacher := prepared.teacher) is not None:  # a third of training is the forward pass
+            its = models.flops_per_token(
+                teacher.plan.config, self.recipe.data.length, teacher.plan.padded_vocab, False
+            )
+            self.flops += its / 3
 
     def close(self) -> None:
         """Let go of what would outlive the run: recorded passes, and what modules keep of the last one."""
@@ -209,6 +180,8 @@ class Trainer:
             train_rows, eval_rows = megatron_rows(
                 self.recipe.data, self.plan.vocab, t.steps * t.global_batch, rounds * t.eval_steps * t.global_batch
             )
+        if (logits := self.prepared.logits) is not None:
+            train_rows = logits.beside(train_rows)
         return train_rows, None if eval_rows is None else one_pass(eval_rows, t.eval_steps * t.global_batch)
 
     def run(self) -> Outcome:
@@ -266,6 +239,7 @@ class Trainer:
         if not updated and math.isfinite(loss):  # fp16: the scaler met an infinity, lowered its scale and skipped
             self.log.message(f"step {self.step + 1}: skipped, gradients overflowed fp16")
         beside = self.beside.read(t.global_batch // (t.micro_batch * self.ranks.dp))
+        beside |= self.teaching.read() if self.teaching else {}
         if self.ranks.device == "cuda":
             torch.cuda.synchronize()
         took = time.perf_counter() - began

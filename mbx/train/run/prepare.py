@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from converters.errors import DeviceError, MbxError, StorageError, UnsupportedError, UsageError
-from converters.rows.expr import Value
-from mbx.extras import install_line
 from mbx.formats import hf
 from mbx.formats.adapter_folder import is_adapter
 from mbx.formats.torch_dist import TRACKER
@@ -24,18 +21,20 @@ from mbx.train.checkpoints.state import (
 )
 from mbx.train.data.examples import resolved
 from mbx.train.data.rows import Rows
+from mbx.train.distill.stored import Logits
 from mbx.train.lora.attach import check_lora
 from mbx.train.lora.peft_folder import check_adapter, like_adapter, open_for
 from mbx.train.model.blueprint import Blueprint, blueprint
-from mbx.train.model.config import sequence_parallel
 from mbx.train.model.fp8 import check_fp8
 from mbx.train.model.kernels import check_kernels, unpacked_layers
 from mbx.train.model.parallel import Ranks, planned_ranks
 from mbx.train.model.sight import check_images, learns
+from mbx.train.model.teacher import Teacher, check_student, check_teacher, logits_of, of_teacher, teacher_of
 from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Lora, Recipe
 from mbx.train.run.dataset import Dataset, read_data, with_steps
 from mbx.train.run.hooks import NO_HOOKS, Hooks
+from mbx.train.run.layers import check_axes, check_local
 from mbx.train.run.log import check_writers, only_begun
 
 #: Hints of the conversion, in a recipe's words.
@@ -43,6 +42,8 @@ _KEYS = {
     "‹mapping› FILE": "model.mapping=FILE",
     "with ‹allow-unused-key› NAME": "with model.allow_unused_key=NAME",
 }
+#: Rows that a teacher's words are looked up for ahead of a run, which takes a second.
+_LOOKED_AT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ class Prepared:
     ranks: Ranks
     plan: Blueprint
     data: Dataset
+    teacher: Teacher | None = None
+    logits: Logits | None = None
     hooks: Hooks = NO_HOOKS
 
     @property
@@ -180,11 +183,12 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
         )
     check_fp8(recipe, ranks)
     check_writers(recipe)
-    _check_axes(recipe, plan, ranks, dry)
+    check_axes(recipe, plan, ranks, dry)
     if not ranks.te and not dry:
-        _check_local(plan.config, adapters=recipe.lora.rank > 0, tp=recipe.parallel.tp)
+        check_local(plan.config, adapters=recipe.lora.rank > 0, tp=recipe.parallel.tp)
     if not dry:
         check_kernels(plan.config)
+    teacher = _teacher(recipe, plan, ranks, dry)
     if plan.config.get("gradient_accumulation_fusion") and not find_spec("fused_weight_gradient_mlp_cuda"):
         raise DeviceError(
             "gradient_accumulation_fusion=true needs Apex, which is not installed",
@@ -207,7 +211,40 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
     start, data = replace(start, why=start.why + why), read_data(recipe, plan) if why else data
     if resumed:
         check_same_rows(resumed, data.identity)
-    return Prepared(with_steps(recipe, data), start, ranks, plan, data)
+    recipe = with_steps(recipe, data)
+    logits = _logits(recipe, plan, data)
+    return Prepared(recipe, start, ranks, plan, data, teacher, logits)
+
+
+def _logits(recipe: Recipe, plan: Blueprint, data: Dataset) -> Logits | None:
+    """What a teacher said before, checked against the recipe; None without."""
+    if (folder := logits_of(recipe)) is None:
+        return None
+    check_student(plan)
+    logits = Logits(folder)
+    logits.check(recipe, plan)
+    if data.train is not None:  # other data is told before anything is built
+        rows, t = logits.beside(data.train), recipe.train
+        for number in range(min(t.steps * t.global_batch, _LOOKED_AT)):
+            rows.row(number)
+    return logits
+
+
+def _teacher(recipe: Recipe, plan: Blueprint, ranks: Ranks, dry: bool) -> Teacher | None:
+    """The teacher, checked as the student is; None without one."""
+    teacher = teacher_of(recipe)
+    if teacher is None:
+        return None
+    with of_teacher():
+        if recipe.data.packs and (layers := unpacked_layers(teacher.plan.config, te=ranks.te)):
+            raise UsageError(f"{layers} keep no packed examples apart", hint="data.pack=false")
+        check_axes(teacher.recipe, teacher.plan, ranks, dry)
+        if not dry:
+            check_kernels(teacher.plan.config)
+            if not ranks.te:
+                check_local(teacher.plan.config, adapters=True, tp=recipe.parallel.tp)
+    check_teacher(recipe, plan, teacher, dry=dry)
+    return teacher
 
 
 def _with_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, data: Dataset) -> tuple[Recipe, str]:
@@ -219,6 +256,8 @@ def _with_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, data: Dataset) -
                 hint="train.tower=frozen, without lora.tower_targets",
             )
         return recipe, ""
+    if recipe.distill.teacher:
+        raise UnsupportedError("a teacher reads text alone, and rows show images", hint="leave out distill.teacher")
     check_images(recipe, plan, ranks, data.eyes.sight)
     recipe = replace(recipe, train=replace(recipe.train, cuda_graph="off"))  # a graph replays images of one size
     if learns(recipe):  # which a micro-batch without images would not reach
@@ -251,47 +290,3 @@ def continued(lora: Lora, before: Lora) -> Lora:
         rank_pattern=lora.rank_pattern or before.rank_pattern,
         alpha_pattern=lora.alpha_pattern or before.alpha_pattern,
     )
-
-
-def _check_axes(recipe: Recipe, plan: Blueprint, ranks: Ranks, dry: bool) -> None:
-    """Refuse axes that these rows, this device or this model have no kernels for."""
-    if recipe.parallel.cp > 1 and recipe.data.packs:
-        raise UsageError("packed rows cannot be cut by context parallelism", hint="data.pack=false or parallel.cp=1")
-    if recipe.parallel.cp > 1 and plan.config.get("experimental_attention_variant") == "gated_delta_net":
-        raise UnsupportedError("gated delta nets are not cut by context parallelism", hint="parallel.cp=1")
-    again = recipe.parallel.pp > 1 and recipe.train.recompute != "none"
-    if plan.config.get("llama_4_scaling_beta") and recipe.data.packs and again:
-        raise UnsupportedError(
-            "queries are scaled by position: a stage that recomputes packed rows would take another micro-batch's",
-            hint="data.pack=false, train.recompute=none or parallel.pp=1",
-        )
-    if recipe.parallel.cp > 1 and not ranks.te:
-        raise DeviceError(
-            f"parallel.cp={recipe.parallel.cp} needs the attention of Transformer Engine, on a GPU",
-            hint="parallel.cp=1",
-        )
-    shared = recipe.parallel.sequence_parallel if dry else sequence_parallel(recipe, ranks)
-    if plan.config.get("num_moe_experts") and recipe.parallel.tp > 1 and not shared:
-        raise DeviceError(
-            f"parallel.tp={recipe.parallel.tp}: Megatron Core trains experts under tensor parallelism with sequence "
-            "parallelism only",
-            hint="parallel.sequence_parallel=true, on a CPU with PyTorch 2.8 or newer",
-        )
-
-
-def _check_local(config: Mapping[str, Value], *, adapters: bool, tp: int) -> None:
-    """Refuse models that Megatron Core's own layers do not train."""
-    # Their MLP adds a bias in place to a view, which autograd forbids where the view has a gradient to give.
-    biased_experts = config.get("num_moe_experts") and config.get("add_bias_linear", True) and not adapters
-    kinds = {
-        "hybrid (Mamba) models": config.get("model.mcore_model") == "hybrid",
-        f"{config.get('experimental_attention_variant')} layers": config.get("experimental_attention_variant"),
-        "all weights of experts that have biases": biased_experts,
-        # each rank would keep its own heads' share of what the rotated part of the keys, which all share, is told
-        "latent attention under tensor parallelism": config.get("multi_latent_attention") and tp > 1,
-    }
-    if found := next((kind for kind, there in kinds.items() if there), None):
-        raise UnsupportedError(
-            f"Megatron Core trains {found} with Transformer Engine only",
-            hint=f"on a GPU: {install_line('gpu')}",
-        )

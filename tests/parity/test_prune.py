@@ -1,0 +1,267 @@
+"""A pruned model computes what the unpruned one does with the rest masked, in both libraries."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from _masks import drawn_importance, logits, mask, whole
+
+import mbx
+from converters.errors import CoverageError, StorageError, UnsupportedError, UsageError
+from converters.pruning.choosing import Importance, Pruning, choose
+from converters.pruning.kept import Kept
+from fixtures.make_tiny import make
+from fixtures.wrapped import TOWERS, WRAPPED, make_wrapped
+from mbx.formats.hf import MANIFEST
+from mbx.run.importance_file import importance_text, read_importance
+from mbx.run.job import Options, plan_hf_to_mcore
+from mbx.run.prune import plan_prune
+from mbx.tables import table_for
+
+LLAMA = Path(__file__).resolve().parents[2] / "fixtures" / "tiny" / "llama"
+TOLERANCE = 1e-4
+EACH = {
+    "layers": Pruning(layers=(0, 3)),
+    "keep_layers": Pruning(keep_layers=2),
+    "hidden": Pruning(hidden=24),
+    "heads": Pruning(heads=4),
+    "groups": Pruning(heads=4, kv_heads=2),
+    "heads_and_groups": Pruning(heads=2, kv_heads=2),
+    "ffn": Pruning(ffn=50),
+    "expert_ffn": Pruning(expert_ffn=8),
+    "experts": Pruning(experts=5),
+}
+ALL = {
+    "llama": Pruning(keep_layers=3, hidden=24, heads=4, ffn=50),
+    "qwen3_moe": Pruning(layers=(1, 2), hidden=24, heads=2, kv_heads=2, experts=5, expert_ffn=8),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Llama and Qwen3-MoE, tied and untied, as folders."""
+    return {"llama": LLAMA, "qwen3_moe": make("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe"))}
+
+
+def kept_of(source: Path, pruning: Pruning, importance: Importance) -> Kept:
+    """What stays, chosen by the functions that the conversion uses; their own oracle is `test_choosing`."""
+    config = json.loads((source / "config.json").read_bytes())
+    return choose(pruning, importance, table_for(config, None).config.to_mcore(config))
+
+
+def cases() -> list[tuple[str, str]]:
+    odd = {"llama": ("expert_ffn", "experts"), "qwen3_moe": ("ffn",)}
+    return [(model, each) for model in odd for each in (*EACH, "all") if each not in odd[model]]
+
+
+@pytest.mark.parametrize(("model", "each"), cases())
+def test_logits_are_those_of_masking(sources: dict[str, Path], tmp_path: Path, model: str, each: str) -> None:
+    pruning = ALL[model] if each == "all" else EACH[each]
+    source = whole(sources[model])
+    importance = drawn_importance(source)
+    kept = kept_of(sources[model], pruning, importance)
+    plan_prune(sources[model], tmp_path / "pruned", pruning, Options(sync=False), importance=importance).run()
+    unmasked, pruned = logits(source), whole(tmp_path / "pruned")
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in source.parameters())
+    assert (logits(pruned) - logits(mask(source, kept))).abs().max() <= TOLERANCE
+    assert (logits(pruned) - unmasked).abs().max() > 100 * TOLERANCE  # masking other parts would show
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_both_libraries_run_what_is_left(sources: dict[str, Path], tmp_path: Path, model: str) -> None:
+    importance, options = drawn_importance(whole(sources[model])), Options(sync=False)
+    plan_prune(sources[model], tmp_path / "hf", ALL[model], options, importance=importance).run()
+    plan_prune(sources[model], tmp_path / "mcore", ALL[model], options, importance=importance, to="mcore").run()
+    report = mbx.verify(tmp_path / "hf", tmp_path / "mcore", forward=True)
+    assert report.proved, report
+
+
+@pytest.mark.parametrize("model", ALL)
+def test_every_way_gives_the_same_model(sources: dict[str, Path], tmp_path: Path, model: str) -> None:
+    """From either kind to either, cut for any layout: one set of tensors and one config.json."""
+    importance = drawn_importance(whole(sources[model]))
+    cut = Options(sync=False, layout=mbx.Layout(tp=2))
+    plan_hf_to_mcore(sources[model], tmp_path / "source", cut).run()
+    ways = {"hf": sources[model], "mcore": tmp_path / "source"}
+    made = {}
+    for own, source in ways.items():
+        for to in ways:
+            made[own, to] = tmp_path / f"{own}-{to}"
+            options = cut if to == "mcore" else Options(sync=False)
+            plan_prune(source, made[own, to], ALL[model], options, importance=importance, to=to).run()
+    first = mbx.open(made["hf", "hf"])
+    for folder in made.values():
+        opened = mbx.open(folder)
+        view = opened.as_hf()
+        assert set(view.names()) == set(first.names())
+        assert all((view.read(name) == first.read(name)).all() for name in first.names())
+        config = (opened.hf or folder) / "config.json"
+        assert json.loads(config.read_bytes()) == first.config
+    mbx.convert(made["mcore", "mcore"], tmp_path / "back")
+    again = {p.name for p in (tmp_path / "back").iterdir()}
+    assert again == {p.name for p in made["hf", "hf"].iterdir()}
+    weights = made["hf", "hf"] / "model.safetensors"
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == weights.read_bytes()
+
+
+def test_little_memory_changes_nothing(sources: dict[str, Path], tmp_path: Path) -> None:
+    importance = drawn_importance(whole(sources["llama"]))
+    for name, options in {"much": Options(), "little": Options(max_memory=24 << 20, workers=1)}.items():
+        plan_prune(LLAMA, tmp_path / name, ALL["llama"], replace(options, sync=False), importance=importance).run()
+    files = [p.name for p in (tmp_path / "much").iterdir() if p.name != MANIFEST]
+    assert all((tmp_path / "much" / n).read_bytes() == (tmp_path / "little" / n).read_bytes() for n in files)
+    assert not mbx.integrity(tmp_path / "much").changes
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3_fp8", "gpt_oss_mxfp4"])
+def test_quantised_sources_are_pruned_as_what_they_stand_for(tmp_path: Path, name: str) -> None:
+    """The same as of their values written plainly, rows, columns and entries of stacks chosen alike."""
+    source = make(name, tmp_path / "source")
+    config = json.loads((source / "config.json").read_bytes())
+    fields = table_for(config, None).config.to_mcore(config)
+    pruning = Pruning(drop_mtp=True, hidden=fields["hidden_size"] // 2, expert_ffn=fields["moe_ffn_hidden_size"] // 2)
+    importance = _any_importance(fields)
+    plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False)).run()
+    mbx.convert(tmp_path / "mcore", tmp_path / "plain")
+    for origin in ("source", "plain"):
+        plan_prune(
+            tmp_path / origin, tmp_path / f"{origin}.pruned", pruning, Options(sync=False), importance=importance
+        ).run()
+    left, right = mbx.open(tmp_path / "source.pruned"), mbx.open(tmp_path / "plain.pruned")
+    assert set(left.names()) == set(right.names())
+    assert "quantization_config" not in left.config
+    assert all((left.read(n) == right.read(n)).all() for n in left.names())
+
+
+def _any_importance(fields: dict[str, object]) -> Importance:
+    draw = np.random.default_rng(1).random
+    layers, experts = range(fields["num_layers"]), range(fields["num_moe_experts"])
+    width = fields["moe_ffn_hidden_size"]
+    return Importance(
+        None,
+        {
+            "hidden_size": {(None, None): draw(fields["hidden_size"])},
+            "moe_ffn_hidden_size": {(layer, expert): draw(width) for layer in layers for expert in experts},
+        },
+    )
+
+
+CONFIGS = {
+    "gemma3_text": (0, 2, 5),
+    "olmo3": (0, 1, 3),
+    "smollm3": (0, 2, 3),
+    "glm4_moe": (1, 2),
+    "deepseek_v3": (0, 3),
+    "qwen3_next": (2, 3),
+    "nemotron_h": (0, 2, 3),
+    "llama_nemotron": (0, 2),
+    "llama4_maverick": (1, 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_keep_their_kind(tmp_path: Path, name: str) -> None:
+    """Windows, rotary or none, dense or experts, linear or full attention, prediction layers: by Transformers' config,
+    and by the tensors that each layer has."""
+    source = make(name, tmp_path / "source")
+    before = json.loads((source / "config.json").read_bytes())
+    layers = tuple(layer for layer in CONFIGS[name] if layer < before["num_hidden_layers"])
+    assert len(layers) < before["num_hidden_layers"]
+    plan_prune(source, tmp_path / "pruned", Pruning(layers=layers), Options(sync=False)).run()
+    plan_hf_to_mcore(tmp_path / "pruned", tmp_path / "mcore", Options(sync=False))  # every tensor and key has its row
+    opened = mbx.open(tmp_path / "pruned")
+    kinds = [_params(source, layer) for layer in layers]
+    assert [_params(tmp_path / "pruned", layer) for layer in range(len(layers))] == kinds
+    if before["model_type"] in transformers.CONFIG_MAPPING:
+        theirs = [transformers.AutoConfig.from_pretrained(folder) for folder in (source, tmp_path / "pruned")]
+        assert theirs[1].num_hidden_layers == len(layers) == opened.config["num_hidden_layers"]
+        for key in ("layer_types", "no_rope_layers", "mlp_layer_types"):
+            if (listed := getattr(theirs[0], key, None)) is not None:
+                assert getattr(theirs[1], key) == [listed[layer] for layer in layers]
+
+
+def _params(folder: Path, layer: int) -> set[str]:
+    names = mbx.open(folder).names()
+    start = next(n.partition("layers.")[0] for n in names if "layers." in n and not n.startswith("mtp"))
+    prefix = f"{start}layers.{layer}."
+    return {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
+
+
+@pytest.mark.parametrize(
+    ("name", "pruning", "error", "named"),
+    [
+        ("gemma2", Pruning(hidden=16), UnsupportedError, "scales its embeddings"),
+        ("pythia", Pruning(ffn=16), UnsupportedError, "linear_qkv"),
+        ("gpt2", Pruning(heads=2), UnsupportedError, "head_dim"),
+        ("nemotron_h", Pruning(hidden=16), UnsupportedError, "final_norm"),
+        ("glm4_moe", Pruning(experts=4), UnsupportedError, "prediction layer"),
+        ("glm_5_2", Pruning(layers=(0, 1)), UnsupportedError, "tokens that one before chose"),
+        ("mixtral", Pruning(ffn=16), UsageError, "by the same key"),
+        ("deepseek_v3", Pruning(experts=6), UsageError, "no multiple of the 4 groups"),
+        ("qwen3_moe", Pruning(experts=1), UsageError, "a token is sent to"),
+        ("llama", Pruning(hidden=20), UsageError, "Transformers loads no llama"),
+        ("qwen3_5_text", Pruning(layers=(0, 1)), UnsupportedError, "layer_types"),
+        ("qwen3_vl", Pruning(layers=(0, 1)), UnsupportedError, "more than a text model"),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_by_name(
+    tmp_path: Path, name: str, pruning: Pruning, error: type[Exception], named: str
+) -> None:
+    source = (make_wrapped if name in WRAPPED | TOWERS else make)(name, tmp_path / "source")
+    config = json.loads((source / "config.json").read_bytes())
+    fields = table_for(config, None).config.to_mcore(config)
+    layers = fields.get("num_layers") or 1
+    widths = {
+        width: {(layer, None): np.ones(fields[width]) for layer in range(layers)}
+        for width in pruning.sizes
+        if width != "hidden_size" and fields.get(width)
+    } | {"hidden_size": {(None, None): np.ones(fields["hidden_size"])}}
+    with pytest.raises(error, match=named):
+        plan_prune(source, tmp_path / "pruned", pruning, Options(), importance=Importance(None, widths))
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_tensors_that_no_row_knows_are_not_lost(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = make("llama", tmp_path / "source")
+    save_file({**load_file(source / "model.safetensors"), "model.odd": torch.zeros(1)}, source / "model.safetensors")
+    with pytest.raises(CoverageError, match="model.odd"):
+        plan_prune(source, tmp_path / "pruned", Pruning(layers=(0,)), Options())
+
+
+def test_the_file_of_importance_says_what_was_written(tmp_path: Path, sources: dict[str, Path]) -> None:
+    importance = drawn_importance(whole(sources["qwen3_moe"]))
+    path = tmp_path / "importance.json"
+    path.write_bytes(importance_text(importance, {"tokens": 1}))
+    again = read_importance(path)
+    assert again.layers is not None and importance.layers is not None
+    assert again.layers == pytest.approx(importance.layers, rel=1e-5)
+    assert again.widths.keys() == importance.widths.keys()
+    for width, scores in importance.widths.items():
+        assert again.widths[width].keys() == scores.keys()
+        assert all(again.widths[width][spot] == pytest.approx(own, rel=1e-5) for spot, own in scores.items())
+    for text in ('{"layers": [1, null]}', '{"ffn": {"x": [1]}}', '{"tokens": 3}', "[]"):
+        path.write_text(text)
+        with pytest.raises(StorageError):
+            read_importance(path)
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path, sources: dict[str, Path]) -> None:
+    importance = drawn_importance(whole(sources["qwen3_moe"]))
+    with pytest.raises(UsageError, match="needs the importance"):
+        plan_prune(LLAMA, tmp_path / "pruned", Pruning(ffn=4), Options(), importance=importance)
+    with pytest.raises(UsageError, match="2 layers of|parts of|layers; the model"):
+        plan_prune(
+            LLAMA,
+            tmp_path / "pruned",
+            Pruning(keep_layers=1),
+            Options(),
+            importance=replace(importance, layers=importance.layers[:2]),
+        )
