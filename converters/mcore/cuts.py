@@ -22,7 +22,7 @@ _COLUMN = frozenset(
 _ROW = frozenset("linear_proj linear_fc2 out_proj".split())
 _WHOLE = frozenset(
     """router linear_q_down_proj linear_kv_down_proj fc1_latent_proj fc2_latent_proj position_embeddings
-    shared_experts tokentype_embeddings""".split()
+    shared_experts tokentype_embeddings linear_wq_b linear_wk linear_weights_proj""".split()
 )
 #: Bare parameters of a module, without `.weight`.
 _BARE: dict[str, int | None] = {"softmax_offset": 0, "A_log": 0, "dt_bias": 0, "D": 0, "gate_weight": None}

@@ -28,7 +28,7 @@ REFERENCES = """
 Llama-3.2-1B Llama-3.1-8B Qwen2.5-0.5B Qwen3-8B Mistral-7B-v0.3 Nemotron-4-Minitron-8B-Base gemma-2b gemma-2-2b
 gemma-3-1b-pt glm-4-9b-chat-hf GLM-4-9B-0414 Phi-3-mini-4k-instruct OLMo-2-1124-7B granite-3.1-2b-base SmolLM3-3B
 Seed-OSS-36B-Base MiMo-7B-Base Mixtral-8x7B-v0.1 Qwen1.5-MoE-A2.7B Qwen3-30B-A3B OLMoE-1B-7B-0924 DeepSeek-V2-Lite
-DeepSeek-V3 GLM-4.5-Air MiniMax-M2 Qwen3-Next-80B-A3B-Instruct Nemotron-H-8B-Base-8K
+DeepSeek-V3 DeepSeek-V3.2 GLM-5 GLM-4.5-Air MiniMax-M2 Qwen3-Next-80B-A3B-Instruct Nemotron-H-8B-Base-8K
 """.split()
 
 
