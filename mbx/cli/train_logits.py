@@ -24,7 +24,7 @@ __all__ = ["app", "logits"]
 @app.command(
     "logits",
     epilog=epilog(
-        "mbx train logits --recipe NAME distill.teacher=DIR distill.top_k=64 --out words",
+        "mbx train logits --recipe NAME distill.top_k=64 --teacher DIR --out words",
         "torchrun --nproc-per-node 8 -m mbx train logits NAME --out words",
     ),
 )
