@@ -83,10 +83,14 @@ def plan_prune(
 def _check(options: Options, own: str, to: str) -> None:
     if to not in KINDS:
         raise UsageError(f"‹to› {to!r} is not known", hint=f"choices: {', '.join(KINDS)}")
-    if to == "hf" and options.layout != Layout():
+    if to == "hf" and (options.layout != Layout() or options.format != Options().format or options.model_class):
         raise UsageError(
-            "a Hugging Face folder has no parallel layout: ‹tp›, ‹pp› and the like belong to ‹to› mcore",
-            hint="add ‹to› mcore, or leave the layout out",
+            "a Hugging Face folder has no parallel layout: ‹tp›, ‹pp›, ‹format› and the like belong to ‹to› mcore",
+            hint="add ‹to› mcore, or leave them out",
+        )
+    if options.codec != PLAIN:
+        raise UsageError(
+            "a pruning writes plain weights", hint="quantise it on its way out of Megatron, once it is trained"
         )
     if options.dtype is not None and own == to:
         raise UsageError("‹dtype› belongs to a change of kind: a pruned tensor keeps its own")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from _masks import drawn_importance, logits, mask, whole
+from safetensors.torch import load_file, save_file
 
 import mbx
 from converters.errors import CoverageError, StorageError, UnsupportedError, UsageError
@@ -228,12 +229,49 @@ def test_what_cannot_be_pruned_is_refused_by_name(
 
 
 def test_tensors_that_no_row_knows_are_not_lost(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     source = make("llama", tmp_path / "source")
     save_file({**load_file(source / "model.safetensors"), "model.odd": torch.zeros(1)}, source / "model.safetensors")
     with pytest.raises(CoverageError, match="model.odd"):
         plan_prune(source, tmp_path / "pruned", Pruning(layers=(0,)), Options())
+
+
+def test_tied_heads_pickled_weights_and_several_files(tmp_path: Path) -> None:
+    """A head that is stored and tied is pruned as the embedding is, or found to be another."""
+    source = make("llama_tied", tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    pruning = Pruning(layers=(0, 1), hidden=16)
+    importance = Importance(None, {"hidden_size": {(None, None): np.random.default_rng(0).random(32)}})
+    small = Options(sync=False, max_shard_bytes=20_000)
+    plan_prune(source, tmp_path / "hf", pruning, small, importance=importance).run()
+    plan_prune(source, tmp_path / "mcore", pruning, small, importance=importance, to="mcore").run()
+    assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) == 3
+    assert "lm_head.weight" in mbx.open(tmp_path / "hf").names()
+    assert mbx.verify(tmp_path / "hf", tmp_path / "mcore").proved
+    mbx.convert(tmp_path / "mcore", tmp_path / "back")
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "back" / index).read_bytes() == (tmp_path / "hf" / index).read_bytes()
+    weights["lm_head.weight"][0, 0] += 1
+    torch.save(weights, source / "pytorch_model.bin")
+    with pytest.raises(CoverageError, match="should repeat"):
+        plan_prune(source, tmp_path / "untied", pruning, small, importance=importance, to="mcore").run()
+
+
+@pytest.mark.parametrize(
+    ("options", "to"),
+    [
+        (Options(layout=mbx.Layout(tp=2)), "hf"),
+        (Options(format="torch"), "hf"),
+        (Options(codec="fp8_block"), "hf"),
+        (Options(dtype="fp32"), "hf"),
+        (Options(), "onnx"),
+    ],
+)
+def test_options_of_another_target_are_refused(tmp_path: Path, options: Options, to: str) -> None:
+    with pytest.raises(UsageError):
+        plan_prune(LLAMA, tmp_path / "pruned", Pruning(layers=(0,)), options, to=to)
 
 
 def test_the_file_of_importance_says_what_was_written(tmp_path: Path, sources: dict[str, Path]) -> None:
