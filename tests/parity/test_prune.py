@@ -14,7 +14,7 @@ from _masks import drawn_importance, fields_of, logits, mask, silence, whole
 from safetensors.torch import load_file, save_file
 
 import mbx
-from converters.errors import CoverageError, StorageError, UnsupportedError, UsageError
+from converters.errors import Cancelled, CoverageError, StorageError, UnsupportedError, UsageError
 from converters.pruning.choosing import Importance, Pruning, choose
 from converters.pruning.kept import WIDTHS, Kept
 from fixtures.make_tiny import make
@@ -147,6 +147,30 @@ def test_little_memory_changes_nothing(sources: dict[str, Path], tmp_path: Path)
     files = [p.name for p in (tmp_path / "much").iterdir() if p.name != MANIFEST]
     assert all((tmp_path / "much" / n).read_bytes() == (tmp_path / "little" / n).read_bytes() for n in files)
     assert not mbx.integrity(tmp_path / "much").changes
+
+
+def test_an_interrupted_pruning_goes_on(tmp_path: Path) -> None:
+    importance = drawn_importance(fields_of(LLAMA))
+    options = Options(sync=False, workers=1)
+    plan_prune(LLAMA, tmp_path / "whole", ALL["llama"], options, importance=importance).run()
+    written = 0
+
+    def stop(nbytes: int) -> None:
+        nonlocal written
+        if (written := written + nbytes) > 50_000:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        plan_prune(LLAMA, tmp_path / "halves", ALL["llama"], options, importance=importance).run(stop)
+    assert not (tmp_path / "halves").exists()
+    other = drawn_importance(fields_of(LLAMA), seed=1)
+    again = replace(options, resume=True)
+    with pytest.raises(StorageError):
+        plan_prune(LLAMA, tmp_path / "halves", ALL["llama"], again, importance=other).run()
+    done = plan_prune(LLAMA, tmp_path / "halves", ALL["llama"], again, importance=importance).run()
+    assert done.bytes_resumed > 0
+    weights = "model.safetensors"
+    assert (tmp_path / "halves" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3_fp8", "gpt_oss_mxfp4"])
@@ -294,7 +318,14 @@ def test_the_file_of_importance_says_what_was_written(tmp_path: Path, sources: d
     for width, scores in importance.widths.items():
         assert again.widths[width].keys() == scores.keys()
         assert all(again.widths[width][spot] == pytest.approx(own, rel=1e-5) for spot, own in scores.items())
-    for text in ('{"layers": [1, null]}', '{"ffn": {"x": [1]}}', '{"tokens": 3}', "[]"):
+    for text in (
+        '{"layers": [1, null]}',
+        '{"ffn": {"9999999": [1]}}',
+        '{"ffn": {"1": {"1": {"1": [1]}}}}',
+        '{"ffn": {"x": [1]}}',
+        '{"tokens": 3}',
+        "[]",
+    ):
         path.write_text(text)
         with pytest.raises(StorageError):
             read_importance(path)
@@ -307,3 +338,12 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path, sources: dict[str, P
             plan_prune(LLAMA, tmp_path / "pruned", pruning, Options(), importance=other)
     with pytest.raises(UsageError, match="needs the importance"):
         plan_prune(LLAMA, tmp_path / "pruned", Pruning(ffn=4), Options(), importance=Importance())
+
+
+def test_layers_are_named_by_ranges() -> None:
+    from mbx.cli.prune import Sizes
+
+    assert Sizes(layers="0-2, 5,7-8").pruning() == Pruning(layers=(0, 1, 2, 5, 7, 8))
+    for text in ("", "a", "1-", "-3", "0-1000000", ",".join(["0-99999"] * 9), "1,,2"):
+        with pytest.raises(UsageError, match="ranges"):
+            Sizes(layers=text).pruning()
