@@ -14,24 +14,22 @@ from dataclasses import dataclass, replace
 
 from converters.errors import TableError
 from converters.rows.config_map import parse_config
+from converters.rows.inheritance import shipped_text, whole
 from converters.rows.ops import OPS
 from converters.rows.table import Arrangement, RowSpec, Site, Table
 from converters.toml import tomllib
-from mappings import table_names, table_text
 
 GAMMA = {"zero": 0, "one": 1}
 FAMILIES = ("gpt", "hybrid")
 _TOP_KEYS = frozenset(
-    """model_types architectures mcore notes unsupported experts gamma config text towers kept flavours dims sites when
-    rows""".split()
+    """model_types architectures mcore notes unsupported extends experts gamma config text towers kept flavours dims
+    sites when rows""".split()
 )
 _ROW_KEYS = frozenset("transpose hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
 _FLAGS = ("transpose", "keep_dtype", "optional")
 _SITE_KEYS = frozenset("hf mcore first n rows optional part".split())
 _TEXT_KEYS = frozenset("table names rows".split())
 _FLAVOUR_KEYS = frozenset("text kept sites".split())
-#: Sections that say what stands beside a text model.
-_OF_TOWERS = ("config", "kept", "flavours", "dims", "sites", "when", "rows")
 #: What stands before the text model's names in most tools' checkpoints.
 _PREFIX = "language_model."
 
@@ -45,7 +43,8 @@ def parse_table(name: str, text: str) -> Table:
     parser = _Parser(name)
     parser.keys("the table", raw, _TOP_KEYS)
     if "towers" in raw:
-        raw = parser.with_towers(raw)
+        parser.keys("towers", parser.mapping("towers", raw["towers"]), frozenset(("table",)))
+    raw = whole(name, raw)
     gamma = parser.strings("gamma", raw.get("gamma", {}))
     for side, convention in gamma.items():
         if side not in ("hf", "mcore") or convention not in GAMMA:
@@ -152,7 +151,7 @@ class _Parser:
         """The table of a model with towers: `own` has their rows, `[text]` names the table of its text model."""
         said = self.mapping("text", raw["text"])
         self.keys("text", said, _TEXT_KEYS)
-        text = parse_table(*self.shipped("text", said.get("table")))
+        text = parse_table(*shipped_text(self.table, "text", said.get("table")))
         blocks = {**text.blocks}
         for block, rows in self.mapping("text.rows", said.get("rows", {})).items():
             place = f"text.rows.{block}"
@@ -181,20 +180,6 @@ class _Parser:
             part_dims=own.dims,
             flavours={name: self.flavour(name, spec, own, kept) for name, spec in flavours.items()},
         )
-
-    def shipped(self, place: str, name: object) -> tuple[str, str]:
-        """Name and text of a shipped table that this one refers to."""
-        if not isinstance(name, str) or name not in table_names() or name == self.table:
-            raise TableError(f"{self.table}: [{place}]: there is no table `{name}`")
-        return name, table_text(name)
-
-    def with_towers(self, raw: Mapping[str, object]) -> dict[str, object]:
-        """`raw` with all that the table named by `[towers]` says of its towers, where it says nothing else itself."""
-        said = self.mapping("towers", raw["towers"])
-        self.keys("towers", said, frozenset(("table",)))
-        other = tomllib.loads(self.shipped("towers", said.get("table"))[1])
-        taken = {key: other[key] for key in _OF_TOWERS if key in other}
-        return {key: value for key, value in _over(raw, taken).items() if key != "towers"}
 
     def flavour(self, name: str, value: object, own: Table, kept: Collection[str]) -> Arrangement:
         """Where one tool puts the towers."""
@@ -263,15 +248,3 @@ class _Parser:
             state=said if isinstance(said := spec.get("state", False), str) else self.flag(where, "state", said),
             last=self.numbers(f"{where}.last", spec.get("last", {})),
         )
-
-
-def _over(own: Mapping[str, object], other: Mapping[str, object]) -> dict[str, object]:
-    """`own` with the entries of `other` that it lacks, tables within tables too; lists are put together."""
-    out = {**other, **own}
-    for key in own.keys() & other.keys():
-        mine, theirs = own[key], other[key]
-        if isinstance(mine, dict) and isinstance(theirs, dict) and not OPS.keys() & mine.keys() | {"hf"} & mine.keys():
-            out[key] = _over(mine, theirs)
-        elif isinstance(mine, list) and isinstance(theirs, list):
-            out[key] = [*theirs, *mine]
-    return out
