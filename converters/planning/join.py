@@ -136,7 +136,7 @@ class Joiner:
             return () if columns is None else (rows // fold, *columns)
 
         packed = form.mcore_pack()
-        index, stack = ((row.expert,), (self.experts,)) if row.spec.stacked and row.expert is not None else ((), ())
+        index, stack = self._before(row)
         hf = tuple(
             Place(
                 name,
@@ -170,14 +170,20 @@ class Joiner:
                 raise _unexpected(row, tensor, place.rows)
         return joined
 
+    def _before(self, row: Row) -> tuple[Shape, Shape]:
+        """Which entry of a row's Hugging Face tensors it is, in which leading dimensions."""
+        if row.spec.stacked and row.expert is not None:
+            return (row.expert,), (self.experts,)
+        return ((0,), (1,)) if row.spec.unsqueeze else ((), ())
+
     def _logical(self, row: Row, tensor: StoredTensor) -> Shape:
         """Rows and columns of one entry."""
-        shape = tensor.shape
-        if row.spec.stacked:
-            if not shape or shape[0] != self.experts:
+        shape, (_, stack) = tensor.shape, self._before(row)
+        if stack:
+            if shape[:1] != stack:
+                what = ", one entry an expert" if row.spec.stacked else ""
                 raise CoverageError(
-                    f"`{tensor.name}` has shape {list(shape)}; its first dimension should be {self.experts}, "
-                    "one entry an expert"
+                    f"`{tensor.name}` has shape {list(shape)}; its first dimension should be {stack[0]}{what}"
                 )
             shape = shape[1:]
         if row.spec.transpose:

@@ -25,8 +25,8 @@ _TOP_KEYS = frozenset(
     """model_types architectures mcore notes unsupported extends experts gamma config text towers kept flavours dims
     sites when rows""".split()
 )
-_ROW_KEYS = frozenset("transpose hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
-_FLAGS = ("transpose", "keep_dtype", "optional")
+_ROW_KEYS = frozenset("transpose unsqueeze hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
+_FLAGS = ("transpose", "unsqueeze", "keep_dtype", "optional")
 _SITE_KEYS = frozenset("hf mcore first n rows optional part".split())
 _TEXT_KEYS = frozenset("table names rows".split())
 _FLAVOUR_KEYS = frozenset("text kept sites".split())
@@ -238,6 +238,7 @@ class _Parser:
             op=op,
             hf=names,
             transpose=flags["transpose"],
+            unsqueeze=flags["unsqueeze"],
             shift=GAMMA[mcore_gamma] - GAMMA[hf_gamma] if op == "norm" else 0,
             dtype="F32" if dtype else None,
             keep_dtype=flags["keep_dtype"],

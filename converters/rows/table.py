@@ -18,18 +18,19 @@ from converters.rows.expr import Env, Value, evaluate, evaluate_int
 class RowSpec:
     """One row as the table writes it; names are relative to the site and may hold `{L}`, `{I}`, `{E}`.
 
-    `shift` is added to values on the way to Megatron Core. `dtype` is what Megatron Core stores whatever
-    the source has; `keep_dtype` exempts the row from a requested cast. `same_as` names the Hugging Face
-    tensor this one repeats; `drop` marks a tensor Transformers recomputes. `state` marks a module of Megatron Core's
-    own that has an `_extra_state` where its name does not say so, or names another of the layer, which has one and
-    whose weight is kept under this row's name. `last` are sizes of the last dimensions of Hugging Face tensors, which
-    tell spellings under one name apart.
+    `shift` is added to values on the way to Megatron Core. `dtype` is what Megatron Core stores whatever the source
+    has; `keep_dtype` exempts the row from a requested cast. `same_as` names the Hugging Face tensor this one repeats;
+    `drop` marks one that Megatron Core has no place for. `state` marks a module of Megatron Core's own that has an
+    `_extra_state` where its name does not say so, or another of the layer, which has one and whose weight is kept
+    under this row's name. `unsqueeze` marks a Hugging Face tensor with a first dimension of 1 before the parameter's
+    own. `last` are sizes of last dimensions of Hugging Face tensors, which tell spellings under one name apart.
     """
 
     param: str
     op: str
     hf: tuple[str, ...]
     transpose: bool = False
+    unsqueeze: bool = False
     shift: int = 0
     dtype: str | None = None
     keep_dtype: bool = False
@@ -50,9 +51,9 @@ class RowSpec:
 class Site:
     """A place where blocks of rows repeat: `n` times, or once for each entry of a list, from layer `first` on.
 
-    An `optional` one exists where the checkpoint holds any tensor below its prefix, and then whole. One that is `kept`
-    is a module that Megatron holds as Hugging Face's own: every tensor below one prefix is the same below the other.
-    A native one belongs to the `part` whose config fields begin so.
+    An `optional` one exists where the checkpoint holds any tensor below its prefix, and then whole. A `kept` one is a
+    module that Megatron holds as it is: each tensor below one prefix is the same below the other. A native one belongs
+    to the `part` whose config fields begin so.
     """
 
     name: str
@@ -296,8 +297,7 @@ class _Place:
         mcore = self.site.mcore
         numbered = "{I}" in mcore or "{L}" in mcore or "{L}" in self.site.hf
         index, layer = (self.number, self.layer) if numbered else (None, None)
-        part = self.site.part
-        count = self.count if part and numbered else None
+        part, count = self.site.part, self.count if self.site.part and numbered else None
         if "{E}" not in spec.param and not any("{E}" in name for name in spec.hf):
             yield Row(spec, mcore, index, layer, None, names, same_as, count=count, part=part)
             return

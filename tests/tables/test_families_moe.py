@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -139,8 +140,6 @@ def test_megatron_core_names_are_the_pinned_ones(checkpoint: Callable[..., Path]
 def test_config_survives_the_cycle_and_megatron_core_knows_every_field(
     checkpoint: Callable[..., Path], name: str, layout: str
 ) -> None:
-    import json
-
     config = json.loads((checkpoint(name, layout) / "config.json").read_text(encoding="utf-8"))
     table = table_for(config)
     fields = table.config.to_mcore(config)
@@ -198,8 +197,6 @@ def test_logits_are_those_of_transformers(
 def test_sparse_attention_is_latent_attention_up_to_as_many_tokens_as_it_chooses(
     checkpoint: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
-    import json
-
     source = checkpoint(name)
     assert logits_differ(source, tmp_path / "all", WITHOUT_INDEXER) <= FORWARD_TOLERANCE
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -240,6 +237,7 @@ W1_W3 = (
         ("dots1", "v4", EXPERTS),
         ("hy3", "v5", SHARED),
         ("exaone_moe_alone", "v4", SHARED),
+        ("ernie4_5_moe", "v4", EXPERTS),
         ("llama4_scout_unscaled", "v4", ("glu_fused", "glu_zip")),
     ],
 )
@@ -264,6 +262,7 @@ def test_a_wrong_row_passes_every_check_but_the_forward_one(
         ("glm4_moe", {"model.rotary_percent": 1.0}),
         ("hy3", {"moe_router_topk_scaling_factor": 1.0}),
         ("exaone_moe_alone", {"no_rope_freq": None}),
+        ("ernie4_5_moe", {"model.biased_softmax_router": False}),
         ("llama4_scout_unscaled", {"qk_l2_norm": False}),
         ("llama4_scout_unscaled", {"no_rope_freq": None}),
         ("llama4_scout_unscaled", {"moe_apply_probs_on_input": False}),
@@ -291,6 +290,8 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("glm4_moe", "norm_topk_prob", False),
         ("glm_4_7_flash", "mlp_layer_types", ["dense", "dense", "sparse", "sparse"]),
         ("hy3", "route_norm", False),
+        ("ernie4_5_moe", "moe_gate", "top2_fused"),
+        ("ernie4_5_moe", "moe_layer_interval", 0),
         ("exaone_moe", "is_moe_layer", [False, True, False, True]),
         ("glm_5_2", "indexer_types", ["full", "shared", "full", "full"]),
         ("glm_5", "indexer_rope_interleave", False),

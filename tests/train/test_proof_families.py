@@ -37,7 +37,16 @@ WITHOUT_PEFT = ("llama_nemotron", "sarvam_moe", "bailing_moe_v2", "deepseek")
 TARGETS: dict[str, list[str]] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "exaone4_32b"), ["linear_qkv", "linear_fc1"]),
     **dict.fromkeys(
-        ("glm4_moe", "glm4_moe_air", "dots1", "hy3", "exaone_moe_alone", "llama4_scout", "llama4_maverick"),
+        (
+            "glm4_moe",
+            "glm4_moe_air",
+            "dots1",
+            "hy3",
+            "exaone_moe_alone",
+            "ernie4_5_moe",
+            "llama4_scout",
+            "llama4_maverick",
+        ),
         ["linear_qkv", "linear_proj"],
     ),
     **dict.fromkeys(

@@ -18,6 +18,7 @@ __all__ = ["FIELDS", "LLAMA3_FIXED", "VALUE", "FieldsIso", "ValueIso", "inexpres
 FIELDS: dict[str, FieldsIso] = {
     "moe_layers": FieldsIso(("moe_layer_freq",), experts.moe_layers_to_mcore, experts.moe_layers_to_hf),
     "moe_step": FieldsIso(("moe_layer_freq",), experts.moe_step_to_mcore, experts.moe_step_to_hf),
+    "moe_range": FieldsIso(("moe_layer_freq",), experts.moe_range_to_mcore, experts.moe_range_to_hf),
     "mlp_layers": FieldsIso(("moe_layer_freq",), experts.mlp_layers_to_mcore, experts.mlp_layers_to_hf),
     "greedy_groups": FieldsIso(
         ("moe_router_num_groups", "moe_router_group_topk"), experts.greedy_groups_to_mcore, experts.greedy_groups_to_hf

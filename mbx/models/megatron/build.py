@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Arguments of ours behind the same prefix: the model class, and what families add to a GPT model.
 _LAYERS = """parallel_residual one_layernorm post_layernorms post_layernorms_only
 qk_layernorm_over_heads""".split()
-_FAMILY = (*_LAYERS, "rotary_base_local", "scale_embeddings")
+_FAMILY = (*_LAYERS, "rotary_base_local", "scale_embeddings", "biased_softmax_router")
 # What the installed Megatron Core has no module for: tensors of it are left in the checkpoint.
 _ABSENT = ("mtp_num_layers", "mtp_hybrid_override_pattern", "mtp_block_layers")
 #: What tables call the pattern of a hybrid model's layers.

@@ -15,6 +15,7 @@ from torch import nn
 from converters.errors import UnsupportedError, UsageError
 from mbx.models.megatron.config import MODEL_PREFIX, FlatConfig
 from mbx.models.megatron.core.layers import DotProductAttention
+from mbx.models.megatron.routers import score_by_softmax
 
 
 def add_family_hooks(model: nn.Module, config: FlatConfig) -> None:
@@ -27,6 +28,8 @@ def add_family_hooks(model: nn.Module, config: FlatConfig) -> None:
         _scale_embedding(model, cast("int", config["hidden_size"]) ** 0.5, rounded=True)
     if (factor := _number(config, "embedding_multiplier")) is not None:
         _scale_embedding(model, factor, rounded=False)
+    if config.get(MODEL_PREFIX + "biased_softmax_router"):
+        score_by_softmax(decoder.layers)
     if (factor := _number(config, "residual_multiplier")) is not None:
         for layer in decoder.layers:
             for branch in (layer.self_attention, layer.mlp):
