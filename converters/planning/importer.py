@@ -43,7 +43,7 @@ def plan_import(
     sources, encoded = decoded_view(stored, quantization_of(hf_config))
     config = table.config.to_mcore(hf_config, allow_unused=allow_unused_keys)
     joiner = Joiner.at(table, config)
-    check_layout(layout, config, {part: fields for part, (fields, _) in joiner.parts.items()})
+    check_layout(layout, config, {part: joiner.parts[part][0] for part in table.parts()})
     rows = list(table.expand(joiner.env, sources))
     beside = tuple(n for n in sources if n.startswith(table.beside) and n not in encoded and not waivers.unused_by(n))
     own = sources.keys() - beside

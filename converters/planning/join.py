@@ -92,7 +92,8 @@ def without_scales(name: str, dtype: str) -> CoverageError:
 class Joiner:
     """Joins the rows of a table at one config; `stacked` says that decoder layers lie in one tensor each.
 
-    `parts` are the fields and dims of each part of the model that has its own; `env` and `dims` are the text's.
+    `parts` are the fields and dims of each part of the model and each kind of layer that has its own; `env` and `dims`
+    are the text's.
     """
 
     table: Table
@@ -109,12 +110,21 @@ class Joiner:
         env = environment(config)
         counts = table.num_layers(env), table.num_experts(env)
         fields = {part: part_of(env, part) for part in table.parts()}
+        parts: dict[str, tuple[Env, Dims]]
         parts = {part: (own, table.dims_at(own, of_part=True)) for part, own in fields.items()}
+        for name, kind in table.kinds.items():
+            seen = kind.over(env)
+            parts[name] = seen, table.dims_at(seen)
         return cls(table, env, table.dims_at(env), *counts, stacks_layers(table.family, config), parts)
 
     def fields_of(self, row: Row) -> Env:
-        """The config fields of the part that a row belongs to; none of a kept module's."""
-        return {} if row.kept else self.parts[row.part][0] if row.part else self.env
+        """The config fields of the part or the kind of layer that a row belongs to; none of a kept module's."""
+        return {} if row.kept else self.at_row(row)[0]
+
+    def at_row(self, row: Row) -> tuple[Env, Dims]:
+        """The fields and dims that a row sees."""
+        own = row.part or row.kind
+        return self.parts[own] if own else (self.env, self.dims)
 
     def homes(self, row: Row, held: Collection[str] | None = None) -> tuple[Home, ...]:
         """Megatron Core keys of a row: stacked or a layer each, whichever all stand in `held`, else as is usual."""
@@ -129,7 +139,7 @@ class Joiner:
 
         `keys` are its Megatron Core ones, by default those that are usual.
         """
-        form = row_form(row, self.parts[row.part][1] if row.part else self.dims, rows)
+        form = row_form(row, self.at_row(row)[1], rows)
         fold = 2 if form.columns else 1
 
         def shaped(rows: int) -> Shape:

@@ -109,12 +109,15 @@ def _take_local(out: dict[str, Value], nested: Mapping[str, Value]) -> None:
     if not isinstance(local, Mapping):
         return
     _put(out, "rope_local_base_freq", local.get("rope_theta"))
+    _put(out, "partial_rotary_factor_local", local.get("partial_rotary_factor"))
     if more := sorted(
-        set(local) - {"rope_theta"} - {key for key, value in local.items() if value in (None, "default")}
+        set(local)
+        - {"rope_theta", "partial_rotary_factor"}
+        - {key for key, value in local.items() if value in (None, "default")}
     ):
         raise UsageError(
             f"config.json: `rope_parameters.sliding_attention.{more[0]}` has no Megatron Core counterpart: windowed "
-            "layers may have a base of their own and no more"
+            "layers may have a base and a share of their own, and no more"
         )
 
 

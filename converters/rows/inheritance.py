@@ -59,11 +59,10 @@ def _extended(own: Raw, base: Raw) -> dict[str, object]:
 
 
 def _unsaid(config: Raw, own: Raw) -> dict[str, object]:
-    """`config` without fields that `own` sets by another part of it, and without required keys that `own` reads."""
+    """`config` without fields that `own` sets by another part of it, and without its word on keys that `own` reads."""
     fields = {*_rows(own), *_part(own, "fixed"), *(field for group in _part(own, "via") for field in _fields(group))}
     read = {str(spec.get("hf") if isinstance(spec, Mapping) else spec) for spec in _rows(own).values()}
-    for keys in _part(own, "via").values():
-        read |= {keys} if isinstance(keys, str) else set(map(str, keys)) if isinstance(keys, list) else set()
+    read = read.union(*map(_keys, _part(own, "via").values()))
     kept: dict[str, object] = {
         field: spec for field, spec in config.items() if field in _PARTS or field not in fields or field in own
     }
@@ -73,7 +72,7 @@ def _unsaid(config: Raw, own: Raw) -> dict[str, object]:
     kept["via"] = {
         group: keys
         for group, keys in _part(config, "via").items()
-        if group in _part(own, "via") or fields.isdisjoint(_fields(group))
+        if group in _part(own, "via") or (fields.isdisjoint(_fields(group)) and read.isdisjoint(_keys(keys)))
     }
     kept["require"] = {key: value for key, value in _part(config, "require").items() if key not in read}
     return kept
@@ -86,6 +85,11 @@ def _rows(config: Raw) -> dict[str, object]:
 def _part(config: Raw, name: str) -> Raw:
     part = config.get(name)
     return part if isinstance(part, Mapping) else {}
+
+
+def _keys(group: object) -> set[str]:
+    """Hugging Face keys of a group."""
+    return {group} if isinstance(group, str) else set(map(str, group)) if isinstance(group, list) else set()
 
 
 def _fields(group: str) -> tuple[str, ...]:

@@ -16,14 +16,14 @@ from converters.errors import TableError
 from converters.rows.config_map import parse_config
 from converters.rows.inheritance import shipped_text, whole
 from converters.rows.ops import OPS
-from converters.rows.table import Arrangement, RowSpec, Site, Table
+from converters.rows.table import Arrangement, Kind, RowSpec, Site, Table
 from converters.toml import tomllib
 
 GAMMA = {"zero": 0, "one": 1}
 FAMILIES = ("gpt", "hybrid")
 _TOP_KEYS = frozenset(
     """model_types architectures mcore notes unsupported extends experts gamma config text towers kept flavours dims
-    sites when rows""".split()
+    kinds sites when rows""".split()
 )
 _ROW_KEYS = frozenset("transpose unsqueeze hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
 _FLAGS = ("transpose", "unsqueeze", "keep_dtype", "optional")
@@ -78,6 +78,7 @@ def parse_table(name: str, text: str) -> Table:
         experts=raw.get("experts", 0),
         config=parse_config(name, raw.get("config", {})),
         dims=parser.numbers("dims", raw.get("dims", {})),
+        kinds={kind: parser.kind(kind, said) for kind, said in parser.mapping("kinds", raw.get("kinds", {})).items()},
         sites=sites,
         when=when,
         blocks=blocks,
@@ -132,6 +133,14 @@ class _Parser:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise TableError(f"{self.table}: `{place}` must be a list of strings, got {value!r}")
         return tuple(value)
+
+    def kind(self, name: str, value: object) -> Kind:
+        """Layers that have fields of their own."""
+        place = f"kinds.{name}"
+        said = self.mapping(place, value)
+        if not isinstance(when := said.get("when"), str):
+            raise TableError(f"{self.table}: [{place}]: `when` must say at which layers")
+        return Kind(when, self.numbers(place, {field: of for field, of in said.items() if field != "when"}))
 
     def site(self, name: str, value: object, blocks: Collection[str]) -> Site:
         place = f"sites.{name}"

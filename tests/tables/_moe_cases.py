@@ -41,6 +41,7 @@ ON_A_CPU = (
     "olmoe",
     "minimax_m2",
     "ernie4_5_moe",
+    "mimo_v2_flash",
 )
 ELSEWHERE = (
     *("glm_5", "glm_5_2", "deepseek_v32"),
@@ -95,7 +96,7 @@ FORWARD = [
         for name in """qwen3_moe qwen3_moe_dense_layer qwen3_moe_all_softmax gpt_oss mixtral
         mixtral_window qwen2_moe qwen2_moe_dense_layer deepseek_v2 deepseek_v3
         kimi_k2_by_class moonlight glm4_moe glm_4_7_flash glm_4_7_flash_whole_queries
-        dots1 hy3 exaone_moe_alone ernie4_5_moe llama4_scout_unscaled llama4_maverick""".split()
+        dots1 hy3 exaone_moe_alone ernie4_5_moe mimo_v2_flash llama4_scout_unscaled llama4_maverick""".split()
     ),
     *((name, "v5") for name in "qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()),
 ]
@@ -148,6 +149,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
     "ernie4_5_moe": ("ernie4_5_moe",),
+    "mimo_v2_flash": ("mimo_v2_flash",),
     "sarvam_moe": ("sarvam_moe",),
     "deepseek": ("deepseek",),
     "bailing_moe_v2": ("bailing_moe_v2",),
@@ -163,6 +165,7 @@ TABLES: dict[str, tuple[str, ...]] = {
 _V5_NAMES = {
     "hy_v3": {"router.gate.": "gate.", "expert_bias": "e_score_correction_bias", "shared_mlp.": "shared_experts."},
     "exaone_moe": {"mlp.e_score_": "mlp.gate.e_score_"},
+    "mimo_v2_flash": {"self_attn.attention_sink_bias": "self_attn.sinks"},
     "ernie4_5_moe": {"mlp.moe_statics.": "mlp.gate.moe_statics."},
 }
 

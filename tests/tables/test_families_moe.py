@@ -49,7 +49,8 @@ from _scaffold import (  # noqa: E402
 from converters.codecs.decode import decoded_view  # noqa: E402
 from converters.errors import CoverageError, MbxError  # noqa: E402
 from converters.mcore.bridge_families import family_named  # noqa: E402
-from converters.planning.exporter import plan_export  # noqa: E402
+from converters.mcore.flavours import flavoured  # noqa: E402
+from converters.planning.exporter import HfTensor, Origin, plan_export  # noqa: E402
 from converters.rows.expr import Value  # noqa: E402
 from fixtures.index import Header, load_index  # noqa: E402
 from mappings import table_text  # noqa: E402
@@ -158,6 +159,17 @@ def test_a_cast_spares_state_space_parameters_and_the_router_bias() -> None:
             assert dtype == expected, key
 
 
+def test_a_checkpoint_that_is_all_fp32_exports_its_sinks_so() -> None:
+    config, headers = headers_of("mimo_v2_flash")
+    plan = plan_headers(table_for(config), (config, headers))
+    recorded = {name: HfTensor(*header) for name, header in headers.items()}
+    for wide in ("softmax_offset", ""):  # the sinks alone, as mcore-bridge keeps them, or every tensor
+        held = stored({d.name: ("F32" if wide in d.name else d.dtype, d.shape) for d in plan.drafts})
+        back = plan_export(flavoured(plan.table, held), plan.config, held, Origin(recorded))
+        dtypes = {draft.dtype for draft in back.drafts if draft.name.endswith("attention_sink_bias")}
+        assert dtypes == {"BF16" if wide else "F32"}
+
+
 def test_a_prediction_head_of_its_own_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -263,6 +275,9 @@ def test_a_wrong_row_passes_every_check_but_the_forward_one(
         ("hy3", {"moe_router_topk_scaling_factor": 1.0}),
         ("exaone_moe_alone", {"no_rope_freq": None}),
         ("ernie4_5_moe", {"model.biased_softmax_router": False}),
+        ("mimo_v2_flash", {"attention_value_scale": None}),
+        ("mimo_v2_flash", {"model.rotary_percent_local": 1.0}),
+        ("mimo_v2_flash", {"model.rotary_base_local": 5000000.0}),
         ("llama4_scout_unscaled", {"qk_l2_norm": False}),
         ("llama4_scout_unscaled", {"no_rope_freq": None}),
         ("llama4_scout_unscaled", {"moe_apply_probs_on_input": False}),
@@ -290,6 +305,9 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("glm4_moe", "norm_topk_prob", False),
         ("glm_4_7_flash", "mlp_layer_types", ["dense", "dense", "sparse", "sparse"]),
         ("hy3", "route_norm", False),
+        ("mimo_v2_flash", "swa_v_head_dim", 16),
+        ("mimo_v2_flash", "hybrid_layer_pattern", [0, 1, 1, 1]),
+        ("mimo_v2_flash", "add_swa_attention_sink_bias", False),
         ("ernie4_5_moe", "moe_gate", "top2_fused"),
         ("ernie4_5_moe", "moe_layer_interval", 0),
         ("exaone_moe", "is_moe_layer", [False, True, False, True]),

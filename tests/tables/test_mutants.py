@@ -33,7 +33,7 @@ RUN = (
     *("deepseek_v3", "glm4_moe", "gpt_oss", "llama4_maverick", "sarvam_moe", "dots1", "ernie4_5", "glm_4_7_flash"),
     *("starcoder2", "gemma2", "granite", "ministral3", "minimax_m2", "olmo2", "olmo3", "olmoe", "exaone4_1_2b"),
     *("internlm3", "hy3", "exaone_moe", "gpt2", "pythia", "command_r7b", "bailing_moe_v2", "deepseek"),
-    "ernie4_5_moe",
+    *("ernie4_5_moe", "mimo_v2_flash"),
 )
 #: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
 ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")

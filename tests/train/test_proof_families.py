@@ -44,6 +44,7 @@ TARGETS: dict[str, list[str]] = {
             "hy3",
             "exaone_moe_alone",
             "ernie4_5_moe",
+            "mimo_v2_flash",
             "llama4_scout",
             "llama4_maverick",
         ),

@@ -48,6 +48,9 @@ FIELDS: dict[str, FieldsIso] = {
         ("model.rotary_base", "model.rotary_percent"), rope.neox_rope_to_mcore, rope.neox_rope_to_hf
     ),
     "window": FieldsIso(("window_size",), layers.window_to_mcore, layers.window_to_hf),
+    "mimo_layers": FieldsIso(
+        ("window_size", "window_attn_skip_freq"), layers.mimo_layers_to_mcore, layers.mimo_layers_to_hf
+    ),
     "unrotated_full_layers": FieldsIso(
         ("window_size", "window_attn_skip_freq", "no_rope_freq"),
         layers.unrotated_full_layers_to_mcore,

@@ -110,17 +110,19 @@ def first_dense_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
 def mlp_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
     """`mlp_layer_types`, or as many dense layers first as `first_k_dense_replace` says (1 where it is absent).
 
-    K-EXAONE says the same by `is_moe_layer` and `first_last_k_dense_replace`; all that is said must agree.
+    K-EXAONE says the same by `is_moe_layer` and `first_last_k_dense_replace`, MiMo-V2-Flash by a list of
+    `moe_layer_freq`; all that is said must agree.
     """
-    kinds, listed = hf.get("mlp_layer_types"), hf.get("is_moe_layer")
+    kinds = hf.get("mlp_layer_types")
     if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) - {"dense", "sparse"}):
         raise UsageError(f"config: mlp_layer_types is {kinds!r}; layers are dense or sparse")
     said: dict[str, Value] = {}
     for key in ("first_k_dense_replace", "first_last_k_dense_replace"):
         if (dense := hf.get(key)) is not None:
             said[key] = first_dense_to_mcore(dense, hf)
-    if isinstance(listed, list):
-        said["is_moe_layer"] = [int(bool(flag)) for flag in listed]
+    for key in ("is_moe_layer", "moe_layer_freq"):
+        if isinstance(listed := hf.get(key), list):
+            said[key] = [int(bool(flag)) for flag in listed]
     if isinstance(kinds, list):
         said["mlp_layer_types"] = [int(kind == "sparse") for kind in kinds]
     flags = next(iter(said.values()), None) or first_dense_to_mcore(1, hf)

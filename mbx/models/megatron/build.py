@@ -13,8 +13,10 @@ from mbx.models.device import ONE_PROCESS, Spread
 from mbx.models.megatron.config import (
     MODEL_PREFIX,
     OWN_FIELDS,
+    WINDOWED_FIELDS,
     FlatConfig,
     mcore_version,
+    number,
     refuse_unknown,
     transformer_config,
 )
@@ -23,11 +25,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mbx.models.megatron.core.config import TransformerConfig
+    from mbx.models.megatron.layer_kinds import Kinds
 
 # Arguments of ours behind the same prefix: the model class, and what families add to a GPT model.
 _LAYERS = """parallel_residual one_layernorm post_layernorms post_layernorms_only
 qk_layernorm_over_heads""".split()
-_FAMILY = (*_LAYERS, "rotary_base_local", "scale_embeddings", "biased_softmax_router")
+_FAMILY = (*_LAYERS, "rotary_base_local", "rotary_percent_local", "scale_embeddings", "biased_softmax_router")
 # What the installed Megatron Core has no module for: tensors of it are left in the checkpoint.
 _ABSENT = ("mtp_num_layers", "mtp_hybrid_override_pattern", "mtp_block_layers")
 #: What tables call the pattern of a hybrid model's layers.
@@ -110,12 +113,9 @@ def _gpt_parts(
     from mbx.models.megatron.core.layers import GPTModel
     from mbx.models.megatron.specs import FamilyParts, gpt_block_spec, mtp_block_spec
 
-    base = config.get(MODEL_PREFIX + "rotary_base_local")
-    if base is not None and (isinstance(base, bool) or not isinstance(base, int | float)):
-        raise UsageError(f"model.rotary_base_local must be a number, got {base!r}")
     parts = FamilyParts(
         **{name: bool(config.get(MODEL_PREFIX + name)) for name in _LAYERS},
-        rotary_base_local=base,
+        kinds=_kinds(config),
         softcapped=bool(config.get("attn_logit_softcapping")),
     )
     block = gpt_block_spec(built, use_te=use_te, parts=parts, vp_stage=vp_stage)
@@ -124,6 +124,26 @@ def _gpt_parts(
         "mtp_block_spec": mtp_block_spec(built, block, use_te=use_te, vp_stage=vp_stage),
         "vp_stage": vp_stage,
     }
+
+
+def _kinds(config: FlatConfig) -> Kinds | None:
+    """What sets windowed layers apart, None where nothing does."""
+    from mbx.models.megatron.layer_kinds import Kinds
+
+    base, share, scale = (
+        number(config, name)
+        for name in ("model.rotary_base_local", "model.rotary_percent_local", "attention_value_scale")
+    )
+    width = None if config.get("multi_latent_attention") else number(config, "v_head_dim")
+    fields = {name: config.get(f"windowed_{name}") for name in WINDOWED_FIELDS}
+    kinds = Kinds(
+        base,
+        1.0 if share is None else share,
+        {name: value for name, value in fields.items() if value is not None},
+        None if width is None else int(width),
+        scale,
+    )
+    return None if kinds == Kinds() else kinds
 
 
 def _hybrid_parts(
