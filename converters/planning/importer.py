@@ -20,6 +20,7 @@ from converters.rows.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, 
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_groups, inexpressible_rope
 from converters.rows.ops import Form
+from converters.rows.row import NO_STATE
 from converters.rows.shapes import check_shape
 from converters.rows.table import Row, Table
 from converters.tensors import StoredTensor
@@ -48,7 +49,8 @@ def plan_import(
     beside = tuple(n for n in sources if n.startswith(table.beside) and n not in encoded and not waivers.unused_by(n))
     own = sources.keys() - beside
     missing, unused = settle(table.name, "source", own, (name for row in rows for name in row.hf), waivers)
-    reject_twice(table.name, "Hugging Face", [(_claim(row, name), row.mcore) for row in rows for name in row.hf])
+    claims = [(_claim(row, name), row.mcore) for row in rows for name in dict.fromkeys(row.hf)]
+    reject_twice(table.name, "Hugging Face", claims)
     planner = _Importer(joiner, sources, layout, dtype, frozenset(missing))
     for row in rows:
         planner.add(row)
@@ -165,8 +167,9 @@ class _Importer:
             spec = joined.row.spec
             shared = spec.op == "col"
             home = (place.index, place.stack, table.family)
-            self.objects += extra_states_of(key, *home, shared=shared, own=spec.state is True)
-            if isinstance(spec.state, str):
+            if spec.state != NO_STATE:
+                self.objects += extra_states_of(key, *home, shared=shared, own=spec.state is True)
+            if isinstance(spec.state, str) and spec.state != NO_STATE:
                 beside = f"{key.removesuffix(spec.param)}{spec.state}.weight"
                 self.objects += extra_states_of(beside, *home, own=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from converters.engine.plan import STORABLE, Entry, row_form
 from converters.engine.regions import Move, Region, matrix
@@ -112,9 +113,9 @@ class Joiner:
         fields = {part: part_of(env, part) for part in table.parts()}
         parts: dict[str, tuple[Env, Dims]]
         parts = {part: (own, table.dims_at(own, of_part=True)) for part, own in fields.items()}
-        for name, kind in table.kinds.items():
-            seen = kind.over(env)
-            parts[name] = seen, table.dims_at(seen)
+        for kinds in (some for count in range(len(table.kinds)) for some in combinations(table.kinds, count + 1)):
+            seen = table.seen_by("+".join(kinds), env)
+            parts["+".join(kinds)] = seen, table.dims_at(seen)
         return cls(table, env, table.dims_at(env), *counts, stacks_layers(table.family, config), parts)
 
     def fields_of(self, row: Row) -> Env:
@@ -128,7 +129,7 @@ class Joiner:
 
     def homes(self, row: Row, held: Collection[str] | None = None) -> tuple[Home, ...]:
         """Megatron Core keys of a row: stacked or a layer each, whichever all stand in `held`, else as is usual."""
-        stacked = self.stacked or row.count is not None
+        stacked = self.stacked or bool(row.part)
         usual, other = (homes(row, stacks, self.layers, self.experts) for stacks in (stacked, not stacked))
         if held is None or all(home.key in held for home in usual):
             return usual

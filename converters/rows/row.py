@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+#: The `state` of a row whose module has no `_extra_state`, though its name says so: a norm of a tool's own class.
+NO_STATE = "none"
+
 
 @dataclass(frozen=True, slots=True)
 class RowSpec:
@@ -45,7 +48,8 @@ class Site:
 
     An `optional` one exists where the checkpoint holds any tensor below its prefix, and then whole. A `kept` one is a
     module that Megatron holds as it is: each tensor below one prefix is the same below the other. A native one belongs
-    to the `part` whose config fields begin so.
+    to the `part` whose config fields begin so. One with `when` is at the layers of the `n` where that holds alone, and
+    these are a stack of their own where layers are stacked.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Site:
     optional: bool = False
     kept: bool = False
     part: str = ""
+    when: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ class Row:
 
     `site` and `spec.param` spell the Megatron Core parameter; `index` is its number within the site's
     stack and `expert` its expert, both None where the parameter has none. `count` are the entries of that stack where
-    it is a tower's, None where it is the decoder's. `kept` and `part` are the site's, `kind` the layer's own.
+    it is not all layers of the decoder, else None. `kept` and `part` are the site's, `kind` the layer's own.
     """
 
     spec: RowSpec

@@ -24,6 +24,7 @@ EXPECTED: Mapping[str, tuple[str | None, ...]] = {
     "embedding.word_embeddings.weight": (None, "hidden_size"),
     "embedding.position_embeddings.weight": ("max_sequence_length", "hidden_size"),
     "output_layer.weight": (None, "hidden_size"),
+    "per_layer_embedding.weight": ("per_layer_vocab_size", "num_layers * per_layer_input_size"),
     "decoder.final_layernorm.weight": _HIDDEN,
     "self_attention.linear_qkv.weight": (None, "hidden_size"),
     "self_attention.linear_qkv.layer_norm_weight": _HIDDEN,

@@ -54,7 +54,7 @@ class Table:
     the ways, each from a beginning in the rows to that in the folder. `towers` are the sites of what stands beside the
     text model, whose own types are `text_types`, and `kept` the prefixes of modules that may be held as they are; each
     of `flavours` takes some of both. Dims of a tower are `part_dims`, over the fields of its part.
-    Layers are of one of `kinds` where its condition holds: their rows see its fields in place of the model's.
+    Layers are of those of `kinds` whose conditions hold: their rows see their fields in place of the model's.
     As long as no `flavour` is chosen the table is of the text model alone, and tensors that begin as one of `beside`
     travel beside the Megatron Core ones as they are.
     """
@@ -132,7 +132,7 @@ class Table:
 
     def dims_of(self, row: Row, env: Env) -> dict[str, int]:
         """Values of `[dims]` for a row of the text model."""
-        return self.dims_at(self.kinds[row.kind].over(env) if row.kind else env)
+        return self.dims_at(self.seen_by(row.kind, env))
 
     def num_experts(self, env: Env) -> int:
         """Routed experts of a MoE layer, 0 in a dense model."""
@@ -161,8 +161,9 @@ class Table:
                 count = len(count)
             if not isinstance(count, int):
                 raise TableError(f"{self.name}: site `{site.name}` repeats {count!r} times")
-            for i in range(count):
-                place, here = self.place(site, i, first + i, beginnings, count, env)
+            layers = [n for n in range(first, first + count) if not site.when or evaluate(site.when, {**env, "L": n})]
+            for i, layer in enumerate(layers):
+                place, here = self.place(site, i, layer, beginnings, len(layers), env)
                 names, prefix = (present, place.spelt("")) if keys is None else (keys, place.filled(site.mcore))
                 if site.optional and names is not None and not any(name.startswith(prefix) for name in names):
                     continue
@@ -179,10 +180,15 @@ class Table:
     ) -> tuple[_Place, Env]:
         """A site the `number`th time of `count`, and the names that expressions see there."""
         here: dict[str, Value] = {**env, "L": layer, "I": number}
-        own = (name for name, kind in self.kinds.items() if "." in site.mcore and evaluate(kind.when, here))
-        if kind := next(own, ""):
-            here |= self.kinds[kind].over(env)
-        return _Place(site, number, layer, beginnings, count, kind), here
+        own = [name for name, kind in self.kinds.items() if "." in site.mcore and evaluate(kind.when, here)]
+        here |= self.seen_by("+".join(own), env)
+        return _Place(site, number, layer, beginnings, count, "+".join(own)), {**here, "L": layer, "I": number}
+
+    def seen_by(self, kind: str, env: Env) -> Env:
+        """Names that rows see at layers of the kinds that a row's `kind` joins."""
+        for name in filter(None, kind.split("+")):
+            env = self.kinds[name].over(env)
+        return env
 
     def beginnings(self, present: Collection[str] | None) -> Mapping[str, str]:
         """How names of a folder that holds `present` begin: the one of `wrapped` most of whose beginnings are there.
@@ -249,7 +255,8 @@ class _Place:
         mcore = self.site.mcore
         numbered = "{I}" in mcore or "{L}" in mcore or "{L}" in self.site.hf
         index, layer = (self.number, self.layer) if numbered else (None, None)
-        part, count = self.site.part, self.count if self.site.part and numbered else None
+        part = self.site.part
+        count = self.count if numbered and (part or self.site.when) else None
         if "{E}" not in spec.param and not any("{E}" in name for name in spec.hf):
             yield Row(spec, mcore, index, layer, None, names, same_as, count=count, part=part, kind=self.kind)
             return

@@ -119,7 +119,15 @@ def test_a_provider_of_another_family_is_refused(made: Path, tmp_path: Path) -> 
         plan_mcore_to_hf(edited, tmp_path / "hf", PLAIN)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_gemma_4_comes_back_from_bridges_checkpoint(made: Path, tmp_path: Path) -> None:
+    """With the folder's config: Bridge's own loader refuses this checkpoint, whose provider is not read here."""
+    folder = made / "bridge_0_6_gemma4_moe"
+    run(plan_mcore_to_hf(folder / "mcore", tmp_path / "hf", PLAIN, hf_config=folder / "hf"))
+    assert unequal(weights(folder / "hf"), weights(tmp_path / "hf")) == []
+    assert (tmp_path / "hf/config.json").read_bytes() == (folder / "hf/config.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", (*FAMILIES, "gemma4_moe"))
 def test_an_import_has_bridges_keys_states_and_bits(made: Path, tmp_path: Path, name: str) -> None:
     folder = made / f"bridge_0_6_{name}"
     run(plan_hf_to_mcore(folder / "hf", tmp_path / "mcore", PLAIN))

@@ -176,7 +176,7 @@ def test_a_wrong_inverse_would_be_seen() -> None:
 @pytest.mark.parametrize(
     ("name", "hf", "named"),
     [
-        ("rope", {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
+        ("rope", {"rope_scaling": {"rope_type": "proportional", "beta_fast": 32}}, "proportional"),
         ("rope", {"rope_scaling": "linear"}, "linear"),
         ("yarn", {"rope_scaling": {"rope_type": "yarn"}}, "factor"),
         ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}}, "attention_factor"),

@@ -42,12 +42,14 @@ _CUDA_ONLY: dict[str, Value] = {
 }
 # Of YaRN's constants, those that no class has a default for.
 _YARN_NEEDED = ("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings")
-#: Fields of families that no Megatron Core has: `family_hooks` reads them from the flat config. `rope_dynamic_factor`
-#: changes nothing before the end of the context, where sequences end here.
 #: `windowed_NAME` is the field NAME in windowed layers.
 WINDOWED_FIELDS = "num_attention_heads num_query_groups kv_channels softmax_type".split()
+#: Fields of families that no Megatron Core has: `family_hooks` reads them from the flat config. `rope_dynamic_factor`
+#: changes nothing before the end of the context, where sequences end here.
 OWN_FIELDS = """attn_logit_softcapping final_logit_softcapping embedding_multiplier residual_multiplier logits_scaling
-logit_scale llama_4_scaling_beta rope_dynamic_factor attention_value_scale""".split()
+logit_scale llama_4_scaling_beta rope_dynamic_factor attention_value_scale
+rope_proportion attention_k_eq_v num_kv_shared_layers use_double_wide_mlp per_layer_input_size
+per_layer_vocab_size""".split()
 OWN_FIELDS += [f"windowed_{name}" for name in WINDOWED_FIELDS]
 # Any of these lets stages hold different numbers of layers; mcore checks those itself.
 _UNEVEN_STAGES = """num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout

@@ -15,6 +15,7 @@ from torch import nn
 from converters.errors import UnsupportedError, UsageError
 from mbx.models.megatron.config import MODEL_PREFIX, FlatConfig, number
 from mbx.models.megatron.core.layers import DotProductAttention
+from mbx.models.megatron.rotary import turn_a_share
 from mbx.models.megatron.routers import score_by_softmax
 
 
@@ -42,6 +43,8 @@ def add_family_hooks(model: nn.Module, config: FlatConfig) -> None:
         if length is None:
             raise UsageError("`llama_4_scaling_beta` needs `yarn_original_max_position_embeddings`")
         _scale_queries(model, beta, length)
+    if (share := number(config, "rope_proportion")) is not None:
+        turn_a_share(model, share)
     divisor, cap = number(config, "logits_scaling"), number(config, "final_logit_softcapping")
     if (scale := number(config, "logit_scale")) is not None:  # Cohere multiplies where Granite divides
         divisor = 1.0 / scale

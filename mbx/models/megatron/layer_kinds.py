@@ -93,15 +93,15 @@ def _narrow(submodules: Any, config: TransformerConfig, value_width: int) -> Any
     """The modules of an attention whose values are `value_width` wide."""
     heads, groups, width = config.num_attention_heads, config.num_query_groups, config.kv_channels
     own = copy(submodules)
-    own.linear_qkv = _sized(own.linear_qkv, outputs=heads * width + groups * (width + value_width))
-    own.linear_proj = _sized(own.linear_proj, inputs=heads * value_width)
+    own.linear_qkv = sized(own.linear_qkv, outputs=heads * width + groups * (width + value_width))
+    own.linear_proj = sized(own.linear_proj, inputs=heads * value_width)
     core = own.core_attention
     local = core.__name__ in ("DotProductAttention", "LatentDotProductAttention")
     own.core_attention = _with_value_width(NarrowDotProductAttention if local else core, width, value_width)
     return own
 
 
-def _sized(linear: type[nn.Module], inputs: int | None = None, outputs: int | None = None) -> type:
+def sized(linear: type[nn.Module], inputs: int | None = None, outputs: int | None = None) -> type:
     """What builds `linear` in other sizes than it is asked for; a class, for which a spec takes no function."""
 
     class Sized:
@@ -121,10 +121,12 @@ def _with_value_width(core: type[nn.Module], key_width: int, value_width: int) -
     return Core
 
 
-def attend_by_kind(layer: ModuleSpec, kinds: Kinds) -> None:
-    """Make `layer` attend by `KindAttention`; UnsupportedError where it attends otherwise than by SelfAttention."""
+def attend_by_kind(
+    layer: ModuleSpec, kinds: Kinds, module: type[KindAttention] = KindAttention, **more: object
+) -> None:
+    """Make `layer` attend by `module`, which takes `more`; UnsupportedError where it attends not by SelfAttention."""
     attention = layer.submodules.self_attention
     if attention.module is not SelfAttention:
         raise UnsupportedError(f"layers of two kinds are built for SelfAttention, not for {attention.module.__name__}")
-    attention.module = KindAttention
-    attention.params = {**(attention.params or {}), "kinds": kinds}
+    attention.module = module
+    attention.params = {**(attention.params or {}), "kinds": kinds, **more}
