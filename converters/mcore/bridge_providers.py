@@ -122,6 +122,21 @@ def _to_gemma3(config: Mapping[str, Value]) -> Fields:
     }
 
 
+#: Fields of the model that are Gemma 4's windowed layers' own, and where those of the full layers are.
+_OF_FULL = {"kv_channels": "global_head_dim", "num_query_groups": "num_global_key_value_heads"}
+
+
+def _gemma4(model: Node, out: Fields) -> None:
+    """Bases and window as Gemma 3's; which layers are windowed it does not say. Only where keys are values do full
+    layers have a number of key heads of their own."""
+    _gemma3(model, out)
+    for field, full in _OF_FULL.items():
+        out[f"windowed_{field}"] = out.get(field)
+        size = model.get(full) if field == "kv_channels" or model.get("attention_k_eq_v") else None
+        if isinstance(size, int):
+            out[field] = size
+
+
 def _window(value: object) -> Value:
     """The window as Megatron Core has it, of one that is given by its width."""
     width = value[0] if isinstance(value, list) and value else value
@@ -187,6 +202,7 @@ _PROVIDERS: Mapping[str, tuple[_Settle, _Respell]] = {
     "Gemma2Model": (_gemma2, _to_gemma2),
     "Gemma3Model": (_gemma3, _to_gemma3),
     "Gemma3VLModel": (_gemma3, _to_gemma3),
+    "Gemma4Model": (_gemma4, lambda _: {}),
     "MistralModel": (_mistral, lambda _: {}),
     "Mamba": (_hybrid, _to_hybrid),
     "NemotronHModel": (_hybrid, _to_hybrid),

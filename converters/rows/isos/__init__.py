@@ -63,7 +63,8 @@ FIELDS: dict[str, FieldsIso] = {
         gemma4.sharing_to_hf,
     ),
     "gemma4_experts": FieldsIso(
-        ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+        ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+        + ("moe_router_pre_softmax",),
         gemma4.experts_to_mcore,
         gemma4.experts_to_hf,
     ),

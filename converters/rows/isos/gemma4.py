@@ -68,11 +68,12 @@ _EXPERTS = {
 
 
 def experts_to_mcore(hf: Mapping[str, Value]) -> Fields:
-    """Gemma 4: experts in every layer, beside the MLP, or in none."""
+    """Gemma 4: experts in every layer, beside the MLP, or in none; weights are shares of a softmax over all."""
     if not hf.get("enable_moe_block"):
-        return dict.fromkeys((*_EXPERTS, "moe_shared_expert_intermediate_size"))
+        return dict.fromkeys((*_EXPERTS, "moe_shared_expert_intermediate_size", "moe_router_pre_softmax"))
     counts: Fields = {field: layers_of(hf, key) for field, key in _EXPERTS.items()}
-    return {**counts, "moe_shared_expert_intermediate_size": layers_of(hf, "intermediate_size")}
+    beside = layers_of(hf, "intermediate_size")
+    return {**counts, "moe_shared_expert_intermediate_size": beside, "moe_router_pre_softmax": True}
 
 
 def experts_to_hf(mcore: Mapping[str, Value]) -> Fields:
