@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
@@ -45,10 +46,11 @@ class Selected:
 
     def identity(self) -> tuple[object, ...]:
         """What tells two choices apart, for a journal."""
-        return tuple(
-            (index, p.tensor, p.index, *(None if part is None else part.tobytes() for part in (p.rows, p.cols)))
-            for index, p in self.entries.items()
-        )
+        return tuple((index, p.tensor, p.index, _digest(p.rows), _digest(p.cols)) for index, p in self.entries.items())
+
+
+def _digest(numbers: Rows | None) -> str | None:
+    return None if numbers is None else sha256(numbers.tobytes()).hexdigest()
 
 
 def read_picked(

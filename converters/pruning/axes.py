@@ -49,6 +49,9 @@ def axes_of(row: Row, joiner: Joiner, widths: Collection[str]) -> Axes:
 
 def _sizes(row: Row, joiner: Joiner, env: Env) -> tuple[Shape, int | None]:
     """Rows of each atom and columns of a row's parameter at the fields `env`; None where it has no columns."""
+    dims = joiner.table.dims_at(env)
+    if env.get("kv_channels") is None:  # a table whose config.json has no width of a head works it out
+        env = {**env, "kv_channels": dims.get("head_dim")}
     shape = expected_shape(row, env)
     if shape is None:
         raise _unknown(row)
@@ -57,7 +60,7 @@ def _sizes(row: Row, joiner: Joiner, env: Env) -> tuple[Shape, int | None]:
         raise _unknown(row)
     if row.same_as is not None:  # repeats a vocabulary, whose rows stay
         return (1,), columns
-    atoms = row_form(row, joiner.table.dims_at(env), shape[0] or 0).atoms
+    atoms = row_form(row, dims, shape[0] or 0).atoms
     if not sum(atoms):  # an op that takes its rows as they are, and nothing says how many those are
         raise _unknown(row)
     return atoms, columns

@@ -156,6 +156,8 @@ def _check_experts(left: int, fields: Mapping[str, Value]) -> None:
         raise UsageError(f"‹experts› {left} is no multiple of the {groups} groups that the router ranks")
     if parts > 1 and isinstance(chosen, int):
         within = left // parts * chosen
+    if 1 < parts == left and fields.get("moe_router_score_function") == "sigmoid":
+        raise UsageError(f"‹experts› {left}: one in each of {parts} groups, which the router ranks by their best two")
     if isinstance(topk, int) and topk > within:
         raise UsageError(f"‹experts› {left}: a token is sent to {topk}, and could be to {within}")
 

@@ -105,14 +105,14 @@ def prune_hf(
     """
     rows = [row for row in before.table.expand(before.env, tensors) if all(name in tensors for name in row.hf)]
     settle(before.table.name, "source", tensors, (name for row in rows for name in row.hf), waivers)
-    made = _Making(tensors, encoded)
+    made, choice = _Making(tensors, encoded), _Choice(before, kept)
     for row, moved in _staying(rows, before, kept):
         if row.spec.drop:
             for old, new in zip(row.hf, moved.hf, strict=True):
                 made.add(new, (), (), Picked(old, ()))
             continue
         joined = before.from_hf(row, [tensors[name] for name in row.hf])
-        chosen = _chosen(joined.hf, joined, before, kept)
+        chosen = choice.of(joined.hf, joined)
         for place, name, (rows_kept, cols_kept) in zip(joined.hf, moved.hf, chosen, strict=True):
             index: Shape = ()
             stack: Shape = ()
@@ -128,11 +128,11 @@ def prune_mcore(before: Joiner, after: Joiner, kept: Kept, tensors: Mapping[str,
     homes = {row.mcore: before.homes(row, tensors) for row in rows}
     keys = [home.key for places in homes.values() for home in places]
     settle(before.table.name, "checkpoint", tensors, keys, NO_WAIVERS)
-    made = _Making(tensors, {})
+    made, choice = _Making(tensors, {}), _Choice(before, kept)
     for row, moved in _staying(rows, before, kept):
         own = homes[row.mcore]
         joined = before.from_mcore(row, own, [tensors[home.key] for home in own])
-        places = zip(joined.mcore, after.homes(moved), _chosen(joined.mcore, joined, before, kept), strict=True)
+        places = zip(joined.mcore, after.homes(moved), choice.of(joined.mcore, joined), strict=True)
         for place, home, (rows_kept, cols_kept) in places:
             made.add(home.key, home.index, home.stack, Picked(place.tensor, place.index, rows_kept, cols_kept))
     return made.pruned()
@@ -201,9 +201,10 @@ def _staying(rows: Collection[Row], before: Joiner, kept: Kept) -> Iterator[tupl
             fewer = before.layers - len(kept.layers)
             layer = kept.number(layer) if not ahead else layer - fewer if layer >= before.layers else layer
         if expert is not None and (chosen := kept.of("num_moe_experts", row.layer)) is not None:
-            if expert not in chosen:
+            at = int(np.searchsorted(chosen, expert))
+            if at == len(chosen) or chosen[at] != expert:
                 continue
-            expert = int(np.searchsorted(chosen, expert))
+            expert = at
         yield row, _renumbered(row, layer, row.index if ahead else layer, expert)
 
 
@@ -223,50 +224,63 @@ def _renumbered(row: Row, layer: int | None, index: int | None, expert: int | No
     return replace(moved, hf=tuple(names))
 
 
-def _chosen(
-    places: tuple[Place, ...], joined: Joined, joiner: Joiner, kept: Kept
-) -> Iterator[tuple[Rows | None, Rows | None]]:
-    """Rows and columns of each place's matrix, as it is stored, that stay."""
-    if not kept.widths:
-        yield from ((None, None) for _ in places)
-        return
-    row = joined.row
-    axes = _axes(row, joiner, kept)
-    columns = None if len(joined.shape) < 2 else _expanded(axes.columns, joined.shape[1], row, joiner, kept)
-    for place in places:
-        parts = [
-            (slot_rows(slot), _expanded(axes.atoms[atom], slot.rows, row, joiner, kept))
-            for atom, slot in place.slots.items()
-        ]
-        if all(chosen is None for _, chosen in parts):
-            rows = None
-        else:
-            rows = np.sort(np.concatenate([every if chosen is None else every[chosen] for every, chosen in parts]))
-        yield (columns, rows) if place.transposed else (rows, columns)
+@dataclass(slots=True)
+class _Choice:
+    """Which rows and columns of a model's matrices `kept` leaves; rows of one kind run along the same widths."""
 
+    joiner: Joiner
+    kept: Kept
+    axes: dict[tuple[str, str, str, bool], Axes] = field(default_factory=dict)
+    #: By the set of parts and the rows of each: tensors share what stays of a width, the hidden size above all.
+    numbers: dict[tuple[int, int], Rows] = field(default_factory=dict)
 
-def _axes(row: Row, joiner: Joiner, kept: Kept) -> Axes:
-    """The pruned widths that a row's parameter runs along.
+    def of(self, places: tuple[Place, ...], joined: Joined) -> Iterator[tuple[Rows | None, Rows | None]]:
+        """Rows and columns of each place's matrix, as it is stored, that stay."""
+        if not self.kept.widths:
+            yield from ((None, None) for _ in places)
+            return
+        row = joined.row
+        axes = self._axes(row)
+        columns = None if len(joined.shape) < 2 else self._expanded(axes.columns, joined.shape[1], row)
+        for place in places:
+            parts = [
+                (slot_rows(slot), self._expanded(axes.atoms[atom], slot.rows, row))
+                for atom, slot in place.slots.items()
+            ]
+            if all(chosen is None for _, chosen in parts):
+                rows = None
+            else:
+                rows = np.sort(np.concatenate([every if chosen is None else every[chosen] for every, chosen in parts]))
+            yield (columns, rows) if place.transposed else (rows, columns)
 
-    UsageError where it runs along one that stays, and that config.json says by the same key.
-    """
-    twins = {twin: width for width in kept.widths for twin in twins_of(joiner.table, width) if joiner.env.get(twin)}
-    axes = axes_of(row, joiner, {**dict.fromkeys(kept.widths), **dict.fromkeys(twins)})
-    for width in (*axes.atoms, axes.columns):
-        if width is not None and width not in kept.widths:
-            raise UsageError(
-                f"config.json says ‹{WIDTHS[width]}› by the same key as ‹{WIDTHS[twins[width]]}›",
-                hint="prune both, to one size",
-            )
-    return axes
+    def _axes(self, row: Row) -> Axes:
+        """The pruned widths that a row's parameter runs along.
 
+        UsageError where it runs along one that stays, and that config.json says by the same key.
+        """
+        key = (row.site, row.spec.param, row.spec.op, row.same_as is None)
+        if key in self.axes:
+            return self.axes[key]
+        joiner, widths = self.joiner, self.kept.widths
+        twins = {twin: width for width in widths for twin in twins_of(joiner.table, width) if joiner.env.get(twin)}
+        found = self.axes[key] = axes_of(row, joiner, {**dict.fromkeys(widths), **dict.fromkeys(twins)})
+        for width in (*found.atoms, found.columns):
+            if width is not None and width not in widths:
+                raise UsageError(
+                    f"config.json says ‹{WIDTHS[width]}› by the same key as ‹{WIDTHS[twins[width]]}›",
+                    hint="prune both, to one size",
+                )
+        return found
 
-def _expanded(width: str | None, size: int, row: Row, joiner: Joiner, kept: Kept) -> Rows | None:
-    """The numbers that stay along a dimension of `size`, which has equal blocks for the parts of `width`."""
-    chosen = None if width is None else kept.of(width, row.layer, row.expert)
-    if chosen is None or width is None:
-        return None
-    count = joiner.env[width]
-    assert isinstance(count, int)
-    block = size // count
-    return np.asarray(chosen[:, None] * block + np.arange(block), dtype=np.int64).reshape(-1)
+    def _expanded(self, width: str | None, size: int, row: Row) -> Rows | None:
+        """The numbers that stay along a dimension of `size`, which has equal blocks for the parts of `width`."""
+        chosen = None if width is None else self.kept.of(width, row.layer, row.expert)
+        if chosen is None or width is None:
+            return None
+        count = self.joiner.env[width]
+        assert isinstance(count, int)
+        block = size // count
+        if (known := self.numbers.get((id(chosen), block))) is not None:
+            return known
+        every = np.asarray(chosen[:, None] * block + np.arange(block), dtype=np.int64).reshape(-1)
+        return self.numbers.setdefault((id(chosen), block), every)

@@ -124,7 +124,7 @@ def silence(folder: Path, kept: Kept, outputs: Mapping[str, str]) -> Any:
     model = whole(folder)
     fields = fields_of(folder)
     for name, parameter in model.named_parameters():
-        found = re.search(r"\.layers\.(\d+)\.", name)
+        found = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
         width = next((width for width, end in outputs.items() if name.endswith(end)), None)
         if found is None or width is None:
             continue

@@ -71,6 +71,8 @@ def test_logits_are_those_of_masking(sources: dict[str, Path], tmp_path: Path, m
 
 
 OUTPUTS = {
+    "command_r7b": {"ffn_hidden_size": "mlp.down_proj.weight"},
+    "gpt2": {"ffn_hidden_size": "mlp.c_proj.weight"},
     "phi3": {"num_attention_heads": "self_attn.o_proj.weight", "ffn_hidden_size": "mlp.down_proj.weight"},
     "starcoder2": {"num_attention_heads": "self_attn.o_proj.weight", "ffn_hidden_size": "mlp.c_proj.weight"},
     "gpt_oss": {"num_attention_heads": "self_attn.o_proj.weight", "moe_ffn_hidden_size": "experts.down_proj"},

@@ -51,10 +51,11 @@ def test_what_cannot_be_pruned_is_refused_by_name(
 
 
 def test_an_adapter_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}')
-    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1, 4)}, tmp_path / "adapter_model.safetensors")
+    (folder := tmp_path / "adapter").mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"]}')
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1, 4)}, folder / "adapter_model.safetensors")
     with pytest.raises(UnsupportedError, match="is an adapter"):
-        plan_prune(tmp_path, tmp_path / "pruned", Pruning(layers=(0,)), Options())
+        plan_prune(folder, tmp_path / "pruned", Pruning(layers=(0,)), Options())
 
 
 def test_tensors_that_no_row_knows_are_not_lost(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def test_as_many_experts_stay_in_each_group_of_a_router() -> None:
             assert sorted(own) == [expert for expert in stay if first <= expert < first + 4]
     with pytest.raises(UsageError, match="could be to 1"):
         choose(Pruning(experts=2), found, fields)
+    with pytest.raises(UsageError, match="best two"):
+        choose(Pruning(experts=2), found, {**fields, "moe_router_score_function": "sigmoid"})
 
 
 @pytest.mark.parametrize(
