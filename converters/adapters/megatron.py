@@ -82,7 +82,7 @@ class _Reader:
 
     def _adapted(self, row: Row, home: Home, names: Mapping[int, _Names], *, whole: bool) -> Adapted:
         rows = {n: self._tensor(own[1], home).shape[len(home.stack)] for n, own in names.items()}
-        dims = self.joiner.dims
+        dims = self.joiner.at_row(row)[1]
         form = row_form(row, dims, rows[0]) if whole else form_of(row, dims, rows)
         lying = {0: (form.order(), form.mcore_pack())} if whole else dict(enumerate(_members(form)))
         sites = [self._named(own, home, *lying[n]) for n, own in names.items()]
@@ -90,7 +90,7 @@ class _Reader:
 
     def _trained(self, row: Row, home: Home) -> Adapted:
         """Factors as `mbx train` names them: B's by atom, or one for all."""
-        module, dims, depth = _module(home), self.joiner.dims, len(home.stack)
+        module, dims, depth = _module(home), self.joiner.at_row(row)[1], len(home.stack)
 
         def b_shape(atom: int | str) -> Shape:
             return self._tensor(f"{module}lora_b{atom}", home).shape[depth:]

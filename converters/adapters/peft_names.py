@@ -175,7 +175,7 @@ class _Reader:
 
     def __init__(self, table: Table, env: Env, modules: Mapping[str, Module], settings: LoraSettings) -> None:
         self.table, self.env, self.modules, self.settings = table, env, modules, settings
-        self.dims, self.num_experts = table.dims_at(env), table.num_experts(env)
+        self.num_experts = table.num_experts(env)
         self.used: set[str] = set()
         self.scales: dict[tuple[str, Shape], float] = {}
 
@@ -211,7 +211,9 @@ class _Reader:
         held = {number: self.modules[name] for number, name in named.items() if name in self.modules}
         if not held:
             return None
-        form = form_of(row, self.dims, {number: module.b.shape[0] for number, module in held.items()})
+        form = form_of(
+            row, self.table.dims_of(row, self.env), {number: module.b.shape[0] for number, module in held.items()}
+        )
         sites = []
         for number, module in held.items():
             self._claim(module, module.said, module.a.shape[0])
@@ -239,7 +241,7 @@ class _Reader:
         while said.endswith(NESTED):
             said = said.removesuffix(NESTED)
         self._claim(module, f"{said}.{leaf}", rank)
-        form = form_of(row, self.dims, {0: module.b.shape[0]})
+        form = form_of(row, self.table.dims_of(row, self.env), {0: module.b.shape[0]})
         assert row.expert is not None
         site = Site(
             module.a.name,

@@ -114,7 +114,7 @@ def plan_to_peft(
                 names.append(row.hf[0])
     pairs: Pairs = []
     for found, row in chosen:
-        form = row_form(row, joiner.dims, found.form.mcore_pack().rows)
+        form = row_form(row, joiner.at_row(row)[1], found.form.mcore_pack().rows)
         beside = owners.get(row.hf[0].rpartition(".")[0], [row.hf[0]])
         nested = len(beside) - 1 - beside.index(row.hf[0]) if row.spec.stacked else 0
         sites = peft_sites(row, form, found, joiner.experts, nested)

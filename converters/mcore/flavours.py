@@ -144,18 +144,13 @@ def _explained(table: Table, flavour: str, keys: Iterable[str]) -> int:
 def flavoured(table: Table, tensors: Mapping[str, StoredTensor]) -> Table:
     """`table` with its rows as the checkpoint that holds `tensors` has them; itself where that is the usual way.
 
-    Parameters that it holds in fp32 are read by value, and get their dtype back on export.
+    Parameters that it holds in fp32 beside others in 16 bits are read by value, and get their dtype back on export.
     """
     table = arranged(table, tensors)
     found = next((flavour for flavour in FLAVOURS if flavour.shows_in(tensors)), None)
-    promoted = tuple(
-        {
-            end
-            for end in _OFTEN_FP32
-            for name, tensor in tensors.items()
-            if name.endswith(end) and tensor.dtype == "F32"
-        }
-    )
+    wide = [name for name, tensor in tensors.items() if tensor.dtype == "F32"]
+    beside = any(tensor.dtype in ("BF16", "F16") for tensor in tensors.values())
+    promoted = tuple({end for end in _OFTEN_FP32 if beside and any(name.endswith(end) for name in wide)})
 
     def respell(spec: RowSpec) -> RowSpec:
         spec = spec if found is None else found.respell(spec)

@@ -27,7 +27,7 @@ heterogeneous_block_specs multi_latent_attention model.rope_scaling model.post_l
 model.rotary_base_local model.post_layernorms_only model.qk_layernorm_over_heads model.scale_embeddings
 attn_logit_softcapping final_logit_softcapping embedding_multiplier residual_multiplier
 logits_scaling logit_scale llama_4_scaling_beta rope_dynamic_factor model.parallel_residual
-model.one_layernorm""".split()
+model.one_layernorm model.biased_softmax_router model.layer_scalars rope_proportion""".split()
 #: Fields of a GPTModel that the pattern says, or that mean nothing without one of those above.
 _UNUSED = (
     "moe_layer_freq",

@@ -94,6 +94,10 @@ _ALIASES = {
 }
 
 
+#: A norm behind the MLP that is the layer's own: nothing is fused in such a layer (Gemma 4 in Megatron-Bridge).
+_APART = "post_mlp_layernorm.weight"
+
+
 def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[str, str]:
     """Each key → its name in Transformer Engine's spelling, whichever layer spec wrote it.
 
@@ -113,7 +117,7 @@ def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[s
         for own, usual in _ALIASES.items():
             if name.startswith(own) and prefix + usual + name[len(own) :] not in present:
                 out[key] = prefix + usual + name[len(own) :]
-        if not prefix:
+        if not prefix or prefix + _APART in present:
             continue
         for norm in apart:
             if name.startswith(norm.fused):

@@ -125,7 +125,9 @@ class _Exporter:
         joined = self.joiner.from_mcore(row, homes, tensors)
         check_shape(row, joined.shape, self.joiner.fields_of(row))
         stored = tensors[0].dtype
-        for place in joined.hf:
+        # a tensor that stands twice in a row is read for both atoms, and written from the first
+        places = tuple({place.tensor: place for place in reversed(joined.hf)}.values())[::-1]
+        for place in places:
             name, made = place.tensor, (self._dtype(row, place.tensor, stored), (*place.stack, *place.shape))
             known = self.targets.setdefault(name, made)
             if known != made:
@@ -135,8 +137,8 @@ class _Exporter:
             if name in self.origin.encode and row.spec.shift:
                 raise CoverageError(f"`{name}` is stored by a codec, and its values are shifted: nothing encodes that")
         original = row.hf[0] if row.spec.shift and self._is_original(row.hf[0]) else None
-        filled = tuple(place.entry for place in joined.hf)
-        unit = Unit(row.mcore, moves(joined.mcore, joined.hf), filled, -row.spec.shift, original)
+        filled = tuple(place.entry for place in places)
+        unit = Unit(row.mcore, moves(joined.mcore, places), filled, -row.spec.shift, original)
         self.units.append(unit)
         self.makers.update(dict.fromkeys(row.hf, unit))
 

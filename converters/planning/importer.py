@@ -20,6 +20,7 @@ from converters.rows.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, 
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_groups, inexpressible_rope
 from converters.rows.ops import Form
+from converters.rows.row import NO_STATE
 from converters.rows.shapes import check_shape
 from converters.rows.table import Row, Table
 from converters.tensors import StoredTensor
@@ -43,12 +44,13 @@ def plan_import(
     sources, encoded = decoded_view(stored, quantization_of(hf_config))
     config = table.config.to_mcore(hf_config, allow_unused=allow_unused_keys)
     joiner = Joiner.at(table, config)
-    check_layout(layout, config, {part: fields for part, (fields, _) in joiner.parts.items()})
+    check_layout(layout, config, {part: joiner.parts[part][0] for part in table.parts()})
     rows = list(table.expand(joiner.env, sources))
     beside = tuple(n for n in sources if n.startswith(table.beside) and n not in encoded and not waivers.unused_by(n))
     own = sources.keys() - beside
     missing, unused = settle(table.name, "source", own, (name for row in rows for name in row.hf), waivers)
-    reject_twice(table.name, "Hugging Face", [(_claim(row, name), row.mcore) for row in rows for name in row.hf])
+    claims = [(_claim(row, name), row.mcore) for row in rows for name in dict.fromkeys(row.hf)]
+    reject_twice(table.name, "Hugging Face", claims)
     planner = _Importer(joiner, sources, layout, dtype, frozenset(missing))
     for row in rows:
         planner.add(row)
@@ -165,7 +167,8 @@ class _Importer:
             spec = joined.row.spec
             shared = spec.op == "col"
             home = (place.index, place.stack, table.family)
-            self.objects += extra_states_of(key, *home, shared=shared, own=spec.state)
+            if spec.state != NO_STATE:
+                self.objects += extra_states_of(key, *home, shared=shared, own=spec.state is True)
 
     def drafts(self, ranks: RankMap) -> tuple[Draft, ...]:
         for key, target in self.targets.items():

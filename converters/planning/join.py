@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from converters.engine.plan import STORABLE, Entry, row_form
 from converters.engine.regions import Move, Region, matrix
@@ -92,7 +93,8 @@ def without_scales(name: str, dtype: str) -> CoverageError:
 class Joiner:
     """Joins the rows of a table at one config; `stacked` says that decoder layers lie in one tensor each.
 
-    `parts` are the fields and dims of each part of the model that has its own; `env` and `dims` are the text's.
+    `parts` are the fields and dims of each part of the model and each kind of layer that has its own; `env` and `dims`
+    are the text's.
     """
 
     table: Table
@@ -109,16 +111,25 @@ class Joiner:
         env = environment(config)
         counts = table.num_layers(env), table.num_experts(env)
         fields = {part: part_of(env, part) for part in table.parts()}
+        parts: dict[str, tuple[Env, Dims]]
         parts = {part: (own, table.dims_at(own, of_part=True)) for part, own in fields.items()}
+        for kinds in (some for count in range(len(table.kinds)) for some in combinations(table.kinds, count + 1)):
+            seen = table.seen_by("+".join(kinds), env)
+            parts["+".join(kinds)] = seen, table.dims_at(seen)
         return cls(table, env, table.dims_at(env), *counts, stacks_layers(table.family, config), parts)
 
     def fields_of(self, row: Row) -> Env:
-        """The config fields of the part that a row belongs to; none of a kept module's."""
-        return {} if row.kept else self.parts[row.part][0] if row.part else self.env
+        """The config fields of the part or the kind of layer that a row belongs to; none of a kept module's."""
+        return {} if row.kept else self.at_row(row)[0]
+
+    def at_row(self, row: Row) -> tuple[Env, Dims]:
+        """The fields and dims that a row sees."""
+        own = row.part or row.kind
+        return self.parts[own] if own else (self.env, self.dims)
 
     def homes(self, row: Row, held: Collection[str] | None = None) -> tuple[Home, ...]:
         """Megatron Core keys of a row: stacked or a layer each, whichever all stand in `held`, else as is usual."""
-        stacked = self.stacked or row.count is not None
+        stacked = self.stacked or bool(row.part)
         usual, other = (homes(row, stacks, self.layers, self.experts) for stacks in (stacked, not stacked))
         if held is None or all(home.key in held for home in usual):
             return usual
@@ -129,14 +140,14 @@ class Joiner:
 
         `keys` are its Megatron Core ones, by default those that are usual.
         """
-        form = row_form(row, self.parts[row.part][1] if row.part else self.dims, rows)
+        form = row_form(row, self.at_row(row)[1], rows)
         fold = 2 if form.columns else 1
 
         def shaped(rows: int) -> Shape:
             return () if columns is None else (rows // fold, *columns)
 
         packed = form.mcore_pack()
-        index, stack = ((row.expert,), (self.experts,)) if row.spec.stacked and row.expert is not None else ((), ())
+        index, stack = self._before(row)
         hf = tuple(
             Place(
                 name,
@@ -170,14 +181,20 @@ class Joiner:
                 raise _unexpected(row, tensor, place.rows)
         return joined
 
+    def _before(self, row: Row) -> tuple[Shape, Shape]:
+        """Which entry of a row's Hugging Face tensors it is, in which leading dimensions."""
+        if row.spec.stacked and row.expert is not None:
+            return (row.expert,), (self.experts,)
+        return ((0,), (1,)) if row.spec.unsqueeze else ((), ())
+
     def _logical(self, row: Row, tensor: StoredTensor) -> Shape:
         """Rows and columns of one entry."""
-        shape = tensor.shape
-        if row.spec.stacked:
-            if not shape or shape[0] != self.experts:
+        shape, (_, stack) = tensor.shape, self._before(row)
+        if stack:
+            if shape[:1] != stack:
+                what = ", one entry an expert" if row.spec.stacked else ""
                 raise CoverageError(
-                    f"`{tensor.name}` has shape {list(shape)}; its first dimension should be {self.experts}, "
-                    "one entry an expert"
+                    f"`{tensor.name}` has shape {list(shape)}; its first dimension should be {stack[0]}{what}"
                 )
             shape = shape[1:]
         if row.spec.transpose:

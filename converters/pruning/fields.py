@@ -97,6 +97,12 @@ def _check_widths(table: Table, before: Fields, after: Fields, kept: Kept) -> No
             "this model scales its embeddings by its own width: another ‹hidden› would change all of them",
             hint="prune ‹ffn›, ‹heads› or layers of it",
         )
+    if kept.widths.keys() & {"num_attention_heads", "num_query_groups"} and environment(before).get(
+        "qk_layernorm_over_heads"
+    ):
+        raise UnsupportedError(
+            "this model takes the norm of its queries and keys over all heads: without some, the others' would change"
+        )
     if before.get("heterogeneous_block_specs"):
         raise UnsupportedError("layers of this model have widths of their own: only whole layers are pruned")
     env, narrow = environment(before), environment(after)

@@ -87,8 +87,9 @@ def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
 def _scaling(out: dict[str, Value], said: Mapping[str, Value], where: str) -> dict[str, Value] | None:
     """A scaling rule under its `rope_type`, None where there is none; the base and the rotated share go into `out`."""
     rope = dict(said)
+    proportional = "proportional" in (said.get("rope_type"), said.get("type"))  # whose share is of frequencies
     for key in ("rope_theta", "partial_rotary_factor", *OF_IMAGES):
-        if key in rope:
+        if key in rope and not (proportional and key == "partial_rotary_factor"):
             _put(out, key, rope.pop(key))
     if "type" in rope:
         kind = rope.pop("type")
@@ -109,12 +110,16 @@ def _take_local(out: dict[str, Value], nested: Mapping[str, Value]) -> None:
     if not isinstance(local, Mapping):
         return
     _put(out, "rope_local_base_freq", local.get("rope_theta"))
+    if (share := local.get("partial_rotary_factor")) is not None:
+        _put(out, "partial_rotary_factor_local", share)
     if more := sorted(
-        set(local) - {"rope_theta"} - {key for key, value in local.items() if value in (None, "default")}
+        set(local)
+        - {"rope_theta", "partial_rotary_factor"}
+        - {key for key, value in local.items() if value in (None, "default")}
     ):
         raise UsageError(
             f"config.json: `rope_parameters.sliding_attention.{more[0]}` has no Megatron Core counterpart: windowed "
-            "layers may have a base of their own and no more"
+            "layers may have a base and a share of their own, and no more"
         )
 
 

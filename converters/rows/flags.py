@@ -13,9 +13,9 @@ _LATENT = ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.
 BRINGS: Mapping[str, tuple[str, ...]] = {
     "add_qkv_bias": ("self_attention.linear_qkv.bias",),
     "add_bias_linear": ("self_attention.linear_proj.bias", "mlp.linear_fc2.bias", "mlp.experts.linear_fc2.bias{E}"),
-    "qk_layernorm": ("self_attention.q_layernorm.weight", *_LATENT),
+    "qk_layernorm": ("self_attention.q_layernorm.weight", "q_layernorm.weight", *_LATENT),
     "model.qk_layernorm_over_heads": ("self_attention.q_layernorm.weight",),
-    "model.post_layernorms": (_POST,),
+    "model.post_layernorms": (_POST, "post_mlp_layernorm.weight"),
     "model.post_layernorms_only": (_POST,),
     "multi_latent_attention": ("self_attention.linear_kv_down_proj.weight",),
     "moe_router_enable_expert_bias": ("mlp.router.expert_bias",),

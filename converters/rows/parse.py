@@ -14,24 +14,23 @@ from dataclasses import dataclass, replace
 
 from converters.errors import TableError
 from converters.rows.config_map import parse_config
+from converters.rows.inheritance import shipped_text, whole
 from converters.rows.ops import OPS
-from converters.rows.table import Arrangement, RowSpec, Site, Table
+from converters.rows.row import NO_STATE
+from converters.rows.table import Arrangement, Kind, RowSpec, Site, Table
 from converters.toml import tomllib
-from mappings import table_names, table_text
 
 GAMMA = {"zero": 0, "one": 1}
 FAMILIES = ("gpt", "hybrid")
 _TOP_KEYS = frozenset(
-    """model_types architectures mcore notes unsupported experts gamma config text towers kept flavours dims sites when
-    rows""".split()
+    """model_types architectures mcore notes unsupported extends experts gamma config text towers kept flavours dims
+    kinds sites when rows""".split()
 )
-_ROW_KEYS = frozenset("transpose hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
-_FLAGS = ("transpose", "keep_dtype", "optional", "state")
-_SITE_KEYS = frozenset("hf mcore first n rows optional part".split())
+_ROW_KEYS = frozenset("transpose unsqueeze hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
+_FLAGS = ("transpose", "unsqueeze", "keep_dtype", "optional")
+_SITE_KEYS = frozenset("hf mcore first n rows optional part when".split())
 _TEXT_KEYS = frozenset("table names rows".split())
 _FLAVOUR_KEYS = frozenset("text kept sites".split())
-#: Sections that say what stands beside a text model.
-_OF_TOWERS = ("config", "kept", "flavours", "dims", "sites", "when", "rows")
 #: What stands before the text model's names in most tools' checkpoints.
 _PREFIX = "language_model."
 
@@ -45,7 +44,8 @@ def parse_table(name: str, text: str) -> Table:
     parser = _Parser(name)
     parser.keys("the table", raw, _TOP_KEYS)
     if "towers" in raw:
-        raw = parser.with_towers(raw)
+        parser.keys("towers", parser.mapping("towers", raw["towers"]), frozenset(("table",)))
+    raw = whole(name, raw)
     gamma = parser.strings("gamma", raw.get("gamma", {}))
     for side, convention in gamma.items():
         if side not in ("hf", "mcore") or convention not in GAMMA:
@@ -79,6 +79,7 @@ def parse_table(name: str, text: str) -> Table:
         experts=raw.get("experts", 0),
         config=parse_config(name, raw.get("config", {})),
         dims=parser.numbers("dims", raw.get("dims", {})),
+        kinds={kind: parser.kind(kind, said) for kind, said in parser.mapping("kinds", raw.get("kinds", {})).items()},
         sites=sites,
         when=when,
         blocks=blocks,
@@ -134,6 +135,14 @@ class _Parser:
             raise TableError(f"{self.table}: `{place}` must be a list of strings, got {value!r}")
         return tuple(value)
 
+    def kind(self, name: str, value: object) -> Kind:
+        """Layers that have fields of their own."""
+        place = f"kinds.{name}"
+        said = self.mapping(place, value)
+        if not isinstance(when := said.get("when"), str):
+            raise TableError(f"{self.table}: [{place}]: `when` must say at which layers")
+        return Kind(when, self.numbers(place, {field: of for field, of in said.items() if field != "when"}))
+
     def site(self, name: str, value: object, blocks: Collection[str]) -> Site:
         place = f"sites.{name}"
         spec = self.mapping(place, value)
@@ -146,13 +155,14 @@ class _Parser:
         optional = self.flag(place, "optional", spec.get("optional", False))
         hf, mcore = str(spec.get("hf", "")), str(spec.get("mcore", ""))
         part = str(spec.get("part", ""))
-        return Site(name, hf, mcore, bounds["first"], bounds["n"], used, optional, part=part)
+        when = str(spec.get("when", ""))
+        return Site(name, hf, mcore, bounds["first"], bounds["n"], used, optional, part=part, when=when)
 
     def around(self, own: Table, raw: Mapping[str, object], gamma: Mapping[str, str]) -> Table:
         """The table of a model with towers: `own` has their rows, `[text]` names the table of its text model."""
         said = self.mapping("text", raw["text"])
         self.keys("text", said, _TEXT_KEYS)
-        text = parse_table(*self.shipped("text", said.get("table")))
+        text = parse_table(*shipped_text(self.table, "text", said.get("table")))
         blocks = {**text.blocks}
         for block, rows in self.mapping("text.rows", said.get("rows", {})).items():
             place = f"text.rows.{block}"
@@ -181,20 +191,6 @@ class _Parser:
             part_dims=own.dims,
             flavours={name: self.flavour(name, spec, own, kept) for name, spec in flavours.items()},
         )
-
-    def shipped(self, place: str, name: object) -> tuple[str, str]:
-        """Name and text of a shipped table that this one refers to."""
-        if not isinstance(name, str) or name not in table_names() or name == self.table:
-            raise TableError(f"{self.table}: [{place}]: there is no table `{name}`")
-        return name, table_text(name)
-
-    def with_towers(self, raw: Mapping[str, object]) -> dict[str, object]:
-        """`raw` with all that the table named by `[towers]` says of its towers, where it says nothing else itself."""
-        said = self.mapping("towers", raw["towers"])
-        self.keys("towers", said, frozenset(("table",)))
-        other = tomllib.loads(self.shipped("towers", said.get("table"))[1])
-        taken = {key: other[key] for key in _OF_TOWERS if key in other}
-        return {key: value for key, value in _over(raw, taken).items() if key != "towers"}
 
     def flavour(self, name: str, value: object, own: Table, kept: Collection[str]) -> Arrangement:
         """Where one tool puts the towers."""
@@ -253,6 +249,7 @@ class _Parser:
             op=op,
             hf=names,
             transpose=flags["transpose"],
+            unsqueeze=flags["unsqueeze"],
             shift=GAMMA[mcore_gamma] - GAMMA[hf_gamma] if op == "norm" else 0,
             dtype="F32" if dtype else None,
             keep_dtype=flags["keep_dtype"],
@@ -260,18 +257,6 @@ class _Parser:
             optional=flags["optional"] or "drop" in spec,
             same_as=str(spec["same_as"]) if "same_as" in spec else None,
             drop="drop" in spec,
-            state=flags["state"],
+            state=NO_STATE if (said := spec.get("state", False)) == NO_STATE else self.flag(where, "state", said),
             last=self.numbers(f"{where}.last", spec.get("last", {})),
         )
-
-
-def _over(own: Mapping[str, object], other: Mapping[str, object]) -> dict[str, object]:
-    """`own` with the entries of `other` that it lacks, tables within tables too; lists are put together."""
-    out = {**other, **own}
-    for key in own.keys() & other.keys():
-        mine, theirs = own[key], other[key]
-        if isinstance(mine, dict) and isinstance(theirs, dict) and not OPS.keys() & mine.keys() | {"hf"} & mine.keys():
-            out[key] = _over(mine, theirs)
-        elif isinstance(mine, list) and isinstance(theirs, list):
-            out[key] = [*theirs, *mine]
-    return out

@@ -14,7 +14,7 @@ from converters.rows.table import Row
 from converters.tensors import Shape
 
 _GATED = "(2 if gated_linear_unit else 1)"
-_HEADS = "num_attention_heads * (v_head_dim if multi_latent_attention else kv_channels)"
+_HEADS = "num_attention_heads * (v_head_dim or kv_channels)"
 _HIDDEN = ("hidden_size",)
 _DELTA_HEADS = "linear_num_value_heads"
 _QUERIES = "num_attention_heads * (qk_head_dim + qk_pos_emb_head_dim)"
@@ -25,6 +25,7 @@ EXPECTED: Mapping[str, tuple[str | None, ...]] = {
     "embedding.word_embeddings.weight": (None, "hidden_size"),
     "embedding.position_embeddings.weight": ("max_sequence_length", "hidden_size"),
     "output_layer.weight": (None, "hidden_size"),
+    "per_layer_embedding.weight": ("per_layer_vocab_size", "num_layers * per_layer_input_size"),
     "decoder.final_layernorm.weight": _HIDDEN,
     "decoder.final_layernorm.bias": _HIDDEN,
     "self_attention.linear_qkv.weight": (None, "hidden_size"),
@@ -101,8 +102,9 @@ def expected_shape(row: Row, env: Env) -> tuple[int | None, ...] | None:
 def _size(expression: str | None, env: Env) -> int | None:
     if expression is None or any(name not in env for name in names(expression)):
         return None
-    # Latent attention has a size of its own for the values of a head, other attention one for all of a head.
-    other_kind = {"kv_channels"} if env["multi_latent_attention"] else {"v_head_dim", "q_lora_rank"}
+    # Some attention has a size of its own for the values of a head, other one for all of a head.
+    other_kind = {"v_head_dim" if env["v_head_dim"] is None else "kv_channels"}
+    other_kind |= set() if env["multi_latent_attention"] else {"q_lora_rank"}
     optional = {"gated_linear_unit", "multi_latent_attention", "moe_latent_size", *other_kind}
     if any(env[name] is None for name in names(expression) - optional):
         return None

@@ -12,86 +12,9 @@ from converters.errors import TableError, UsageError
 from converters.rows.config_map import ConfigTable
 from converters.rows.digest import digest_of
 from converters.rows.expr import Env, Value, evaluate, evaluate_int
+from converters.rows.row import Row, RowSpec, Site
 
-
-@dataclass(frozen=True, slots=True)
-class RowSpec:
-    """One row as the table writes it; names are relative to the site and may hold `{L}`, `{I}`, `{E}`.
-
-    `shift` is added to values on the way to Megatron Core. `dtype` is what Megatron Core stores whatever
-    the source has; `keep_dtype` exempts the row from a requested cast. `same_as` names the Hugging Face
-    tensor this one repeats; `drop` marks a tensor Transformers recomputes. `state` marks a module of Megatron Core's
-    own that has an `_extra_state` where its name does not say so. `last` are sizes of the last dimensions of Hugging
-    Face tensors, which tell spellings under one name apart.
-    """
-
-    param: str
-    op: str
-    hf: tuple[str, ...]
-    transpose: bool = False
-    shift: int = 0
-    dtype: str | None = None
-    keep_dtype: bool = False
-    when: str | None = None
-    optional: bool = False
-    same_as: str | None = None
-    drop: bool = False
-    state: bool = False
-    last: Mapping[str, str | int] = field(default_factory=dict)
-
-    @property
-    def stacked(self) -> bool:
-        """Whether one Hugging Face tensor holds all experts, the expert being its first dimension."""
-        return "{E}" in self.param and not any("{E}" in name for name in self.hf)
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A place where blocks of rows repeat: `n` times, or once for each entry of a list, from layer `first` on.
-
-    An `optional` one exists where the checkpoint holds any tensor below its prefix, and then whole. One that is `kept`
-    is a module that Megatron holds as Hugging Face's own: every tensor below one prefix is the same below the other.
-    A native one belongs to the `part` whose config fields begin so.
-    """
-
-    name: str
-    hf: str
-    mcore: str
-    first: str | int
-    n: str | int
-    blocks: tuple[str, ...]
-    optional: bool = False
-    kept: bool = False
-    part: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row at one layer and expert: names are final on the Hugging Face side.
-
-    `site` and `spec.param` spell the Megatron Core parameter; `index` is its number within the site's
-    stack and `expert` its expert, both None where the parameter has none. `count` are the entries of that stack where
-    it is a tower's, None where it is the decoder's. `kept` and `part` are the site's.
-    """
-
-    spec: RowSpec
-    site: str
-    index: int | None
-    layer: int | None
-    expert: int | None
-    hf: tuple[str, ...]
-    same_as: str | None = None
-    count: int | None = None
-    kept: bool = False
-    part: str = ""
-
-    @property
-    def mcore(self) -> str:
-        """Canonical Megatron Core name: global layer numbers, TE module names, expert behind the name."""
-        name = self.site + self.spec.param
-        if self.index is not None:
-            name = name.replace("{I}", str(self.index)).replace("{L}", str(self.layer))
-        return name if self.expert is None else name.replace("{E}", str(self.expert))
+__all__ = ["Arrangement", "Kind", "Row", "RowSpec", "Site", "Table", "respelt"]
 
 
 #: Releases of a tool whose arrangement is the usual one's where a table has none for them.
@@ -112,6 +35,18 @@ class Arrangement:
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """Layers of a kind: those where `when` holds. `fields` are expressions over the model's fields."""
+
+    when: str
+    fields: Mapping[str, str | int]
+
+    def over(self, env: Env) -> Env:
+        """Names that expressions of such a layer's rows see."""
+        return {**env, **{name: evaluate(expression, env) for name, expression in self.fields.items()}}
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """A parsed mapping table.
 
@@ -119,6 +54,7 @@ class Table:
     the ways, each from a beginning in the rows to that in the folder. `towers` are the sites of what stands beside the
     text model, whose own types are `text_types`, and `kept` the prefixes of modules that may be held as they are; each
     of `flavours` takes some of both. Dims of a tower are `part_dims`, over the fields of its part.
+    Layers are of those of `kinds` whose conditions hold: their rows see their fields in place of the model's.
     As long as no `flavour` is chosen the table is of the text model alone, and tensors that begin as one of `beside`
     travel beside the Megatron Core ones as they are. A table without `flavours` has one where a tool stores its rows
     otherwise.
@@ -136,6 +72,7 @@ class Table:
     sites: tuple[Site, ...]
     when: Mapping[str, str]
     blocks: Mapping[str, tuple[tuple[RowSpec, ...], ...]]
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
     wrapped: tuple[Mapping[str, str], ...] = ()
     text_types: tuple[str, ...] = ()
     towers: tuple[Site, ...] = ()
@@ -194,6 +131,10 @@ class Table:
                 values[name] = value
         return values
 
+    def dims_of(self, row: Row, env: Env) -> dict[str, int]:
+        """Values of `[dims]` for a row of the text model."""
+        return self.dims_at(self.seen_by(row.kind, env))
+
     def num_experts(self, env: Env) -> int:
         """Routed experts of a MoE layer, 0 in a dense model."""
         return evaluate_int(self.experts, env) if evaluate(self.experts, env) else 0
@@ -221,9 +162,9 @@ class Table:
                 count = len(count)
             if not isinstance(count, int):
                 raise TableError(f"{self.name}: site `{site.name}` repeats {count!r} times")
-            for i in range(count):
-                place = _Place(site, i, first + i, beginnings, count)
-                here: dict[str, Value] = {**env, "L": place.layer, "I": i}
+            layers = [n for n in range(first, first + count) if not site.when or evaluate(site.when, {**env, "L": n})]
+            for i, layer in enumerate(layers):
+                place, here = self.place(site, i, layer, beginnings, len(layers), env)
                 names, prefix = (present, place.spelt("")) if keys is None else (keys, place.filled(site.mcore))
                 if site.optional and names is not None and not any(name.startswith(prefix) for name in names):
                     continue
@@ -234,6 +175,21 @@ class Table:
                         usable = [spec for spec in alternatives if spec.when is None or evaluate(spec.when, here)]
                         if usable and (spec := place.chosen(usable, present, here)) is not None:
                             yield from place.rows(spec, experts)
+
+    def place(
+        self, site: Site, number: int, layer: int, beginnings: Mapping[str, str], count: int, env: Env
+    ) -> tuple[_Place, Env]:
+        """A site the `number`th time of `count`, and the names that expressions see there."""
+        here: dict[str, Value] = {**env, "L": layer, "I": number}
+        own = [name for name, kind in self.kinds.items() if "." in site.mcore and evaluate(kind.when, here)]
+        here |= self.seen_by("+".join(own), env)
+        return _Place(site, number, layer, beginnings, count, "+".join(own)), {**here, "L": layer, "I": number}
+
+    def seen_by(self, kind: str, env: Env) -> Env:
+        """Names that rows see at layers of the kinds that a row's `kind` joins."""
+        for name in filter(None, kind.split("+")):
+            env = self.kinds[name].over(env)
+        return env
 
     def beginnings(self, present: Collection[str] | None) -> Mapping[str, str]:
         """How names of a folder that holds `present` begin: the one of `wrapped` most of whose beginnings are there.
@@ -251,13 +207,17 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A site the `number`th time of `count` that it repeats; names of the checkpoint begin as `beginnings` say."""
+    """A site the `number`th time of `count` that it repeats, at a layer of a `kind`.
+
+    Names of the checkpoint begin as `beginnings` say.
+    """
 
     site: Site
     number: int
     layer: int
     beginnings: Mapping[str, str]
     count: int = 1
+    kind: str = ""
 
     def filled(self, template: str) -> str:
         """A name with this place's numbers in it."""
@@ -297,13 +257,13 @@ class _Place:
         numbered = "{I}" in mcore or "{L}" in mcore or "{L}" in self.site.hf
         index, layer = (self.number, self.layer) if numbered else (None, None)
         part = self.site.part
-        count = self.count if part and numbered else None
+        count = self.count if numbered and (part or self.site.when) else None
         if "{E}" not in spec.param and not any("{E}" in name for name in spec.hf):
-            yield Row(spec, mcore, index, layer, None, names, same_as, count=count, part=part)
+            yield Row(spec, mcore, index, layer, None, names, same_as, count=count, part=part, kind=self.kind)
             return
         for e in range(experts):
             own = names if spec.stacked else tuple(name.replace("{E}", str(e)) for name in names)
-            yield Row(spec, mcore, index, layer, e, own, same_as)
+            yield Row(spec, mcore, index, layer, e, own, same_as, kind=self.kind)
 
     def kept(self, present: Iterable[str], keys: Iterable[str]) -> Iterator[Row]:
         """A row for each tensor of a kept module, whichever side has it: the same name behind either prefix."""

@@ -17,6 +17,7 @@ from converters.rows.config_map import ConfigTable, parse_config
 from converters.rows.config_spelling import GENERIC_KEYS, canonical
 from converters.rows.expr import Value
 from converters.rows.flags import idle_flags
+from converters.rows.inheritance import whole
 from converters.rows.isos import FIELDS
 from converters.rows.ops import OPS
 from converters.toml import tomllib
@@ -74,7 +75,7 @@ def templates(names: Iterable[str]) -> dict[str, Template]:
 def draft(config: Mapping[str, Value], tensors: Iterable[str]) -> Draft:
     """Draft a table for a checkpoint of these tensor names; UnsupportedError where no shipped table comes close."""
     present = templates(tensors)
-    every = {name: tomllib.loads(table_text(name)) for name in table_names()}
+    every = {name: whole(name, tomllib.loads(table_text(name))) for name in table_names()}
     raw = {name: table for name, table in every.items() if "text" not in table}  # towers around one draft nothing
     rows = [row for name, table in raw.items() for row in _rows(name, table)]
     score = {name: len({hf for row in rows if row.table == name for hf in row.hf if hf in present}) for name in raw}
@@ -271,8 +272,7 @@ def _when(
     """Conditions of the donor's blocks, and for borrowed blocks the layers where their tensors are."""
     known = frame.get("when", {})
     assert isinstance(known, dict)
-    every = set().union(*(t.layers for t in present.values()))
-    lines = []
+    lines, every = [], set().union(*(t.layers for t in present.values()))
     for _, block in dict.fromkeys(blocks):
         rows = next(rows for key, rows in blocks.items() if key[1] == block)
         if rows[0].table == donor:

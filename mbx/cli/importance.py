@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,7 @@ def importance(
     from mbx.cli.source import fetch
     from mbx.train.importance import importance_of
 
+    count = itertools.count()
     found = importance_of(
         fetch(src).path,
         data,
@@ -51,6 +53,7 @@ def importance(
         device=device,
         dtype=_DTYPES[dtype.value],
         mapping=mapping,
+        progress=lambda layers: out.detail(f"layer {next(count)} measured"),
     )
     layers = [] if found.layers is None else [float(score) for score in found.layers]
     order = sorted(range(len(layers)), key=lambda layer: layers[layer])

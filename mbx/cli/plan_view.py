@@ -43,7 +43,7 @@ def document(job: Job) -> Document:
         "origin": dict(job.origin),
         "table": None if plan.table is None else {"name": plan.table.name, "sha256": plan.table.digest},
         "layout": asdict(plan.layout) if importing else None,
-        "tensors": {"source": len(plan.sources), "target": len(plan.drafts)},
+        "tensors": {"source": len(plan.sources) - len(plan.selected), "target": len(plan.drafts)},
         "bytes": {"source": plan.source_bytes, "target": plan.target_bytes, "on_disk": needed},
         "vocab": {"size": size, "padded": rows},
         "dtypes": {

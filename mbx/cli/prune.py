@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "prune"]
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?", re.ASCII)
+_MOST_LAYERS = 100_000
 
 
 def _width(flag: str, what: str) -> object:
@@ -64,9 +65,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     out: list[int] = []
     for part in text.replace(" ", "").split(","):
         found = _RANGE.fullmatch(part)
-        if found is None or len(text) > 10_000 or int(found[2] or found[1]) >= 100_000:
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, _MOST_LAYERS)
+        if last >= _MOST_LAYERS or len(out) > _MOST_LAYERS:
             raise UsageError(f"‹layers› {text[:100]}: ranges such as 0-20,24-31 were expected")
-        out += range(int(found[1]), int(found[2] or found[1]) + 1)
+        out += range(first, last + 1)
     return tuple(out)
 
 

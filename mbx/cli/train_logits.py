@@ -24,8 +24,8 @@ __all__ = ["app", "logits"]
 @app.command(
     "logits",
     epilog=epilog(
-        "mbx train logits --recipe NAME model=STUDENT data=chat.jsonl distill.top_k=64 --teacher DIR --out logits",
-        "mbx train --recipe NAME model=STUDENT data=chat.jsonl distill.teacher=logits",
+        "mbx train logits --recipe NAME distill.top_k=64 --teacher DIR --out words",
+        "torchrun --nproc-per-node 8 -m mbx train logits NAME --out words",
     ),
 )
 @grouped

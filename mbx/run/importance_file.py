@@ -7,6 +7,7 @@ number of a layer, `expert_ffn` one by the number of an expert in it. What was m
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def _spots(said: object, at: tuple[int, ...], path: Path, key: str) -> Iterator[
         yield (layer, expert), said
         return
     for number, below in said.items():
-        if not str(number).isdecimal() or len(at) == 2:
+        if not re.fullmatch(r"\d{1,6}", str(number), re.ASCII) or len(at) == 2:
             raise StorageError(f"`{path}`: `{key}` holds {str(number)[:40]!r}; the number of a layer was expected")
         yield from _spots(below, (*at, int(number)), path, key)
 

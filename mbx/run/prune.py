@@ -67,42 +67,37 @@ def plan_prune(
         )
     _check(options, own, to := to or own)
     opened = (open_hf(source) if own == "hf" else open_model(source)).allowing(options.allow_unused_keys)
-    model = _model(opened, options, hf_config)
-    model = replace(model, kept=choose(pruning, importance, model.fields))
-    after = pruned_fields(model.found.table, model.fields, model.kept)
-    keys = pruned_keys(model.found.table, model.found.config, model.fields, after, model.kept)
-    change = _Change(model, keys)
+    found = _architecture(opened, options, hf_config)
+    before = found.table.config.to_mcore(found.config)
+    kept = choose(pruning, importance, before)
+    keys = pruned_keys(found.table, found.config, before, pruned_fields(found.table, before, kept), kept)
+    change = _Change(opened, found, before, kept, keys)
     if own == "hf":
         job = _copied(change, target, options) if to == "hf" else _imported(change, target, options)
     else:
         job = _exported(change, target, options) if to == "hf" else _laid_out(change, target, options)
-    notes = (*_told(model.kept, model.fields), *job.plan.notes)
+    notes = (*_told(kept, before), *job.plan.notes)
     return replace(job, plan=replace(job.plan, direction="prune", notes=notes))
 
 
 def _check(options: Options, own: str, to: str) -> None:
     if to not in KINDS:
         raise UsageError(f"‹to› {to!r} is not known", hint=f"choices: {', '.join(KINDS)}")
-    if to == "hf" and options.layout != Layout():
+    if to == "hf" and (options.layout != Layout() or options.format != Options().format or options.model_class):
         raise UsageError(
-            "a Hugging Face folder has no parallel layout: ‹tp›, ‹pp› and the like belong to ‹to› mcore",
-            hint="add ‹to› mcore, or leave the layout out",
+            "a Hugging Face folder has no parallel layout: ‹tp›, ‹pp›, ‹format› and the like belong to ‹to› mcore",
+            hint="add ‹to› mcore, or leave them out",
+        )
+    if options.codec != PLAIN:
+        raise UsageError(
+            "a pruning writes plain weights", hint="quantise it on its way out of Megatron, once it is trained"
         )
     if options.dtype is not None and own == to:
         raise UsageError("‹dtype› belongs to a change of kind: a pruned tensor keeps its own")
 
 
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What is pruned: an opened checkpoint, what model it is of, and what of that stays."""
-
-    opened: Checkpoint
-    found: Architecture
-    fields: Mapping[str, Value]
-    kept: Kept = Kept(())
-
-
-def _model(opened: Checkpoint, options: Options, hf_config: Path | None) -> _Model:
+def _architecture(opened: Checkpoint, options: Options, hf_config: Path | None) -> Architecture:
+    """What model a checkpoint of either kind is of; UnsupportedError where that is more than a text model."""
     if opened.spelling == "hf":
         table = table_of(opened, opened.config, options.mapping)
         files = {name: opened.home / name for name in opened.side_files}
@@ -113,31 +108,35 @@ def _model(opened: Checkpoint, options: Options, hf_config: Path | None) -> _Mod
         raise UnsupportedError(
             f"a model of `{found.table.name}` has more than a text model, whose widths and layers the rest is made for"
         )
-    return _Model(opened, found, found.table.config.to_mcore(found.config))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """A model and the keys of its config.json that change."""
+    """An opened checkpoint, what model it is of with which Megatron Core fields, what of it stays, and the keys of its
+    config.json that change."""
 
-    model: _Model
+    opened: Checkpoint
+    found: Architecture
+    before: Mapping[str, Value]
+    kept: Kept
     keys: Mapping[str, Value]
 
     @property
     def config(self) -> dict[str, Value]:
         """The pruned model's config.json; its weights are stored plainly."""
-        config = {**self.model.found.config, **self.keys}
+        config = {**self.found.config, **self.keys}
         config.pop("quantization_config", None)
         return config
 
     @property
-    def fields(self) -> dict[str, Value]:
+    def after(self) -> dict[str, Value]:
         """Megatron Core fields of the pruned model."""
-        return self.model.found.table.config.to_mcore(self.config)
+        return self.found.table.config.to_mcore(self.config)
 
     def text(self, dtypes: list[str], dtype: str | None = None) -> bytes:
         """config.json of the pruned model, which is the source's but for what changes."""
-        found = self.model.found
+        found = self.found
         if found.reference is None:
             return edited_config(config_text(self.config, dtypes), dtype, SAME)
         original = read_small(found.reference / hf.CONFIG, SETTINGS)
@@ -146,25 +145,25 @@ class _Change:
 
     def joiners(self) -> tuple[Joiner, Joiner]:
         """The joiners of the model before and after."""
-        table = self.model.found.table
-        return Joiner.at(table, self.model.fields), Joiner.at(table, self.fields)
+        table = self.found.table
+        return Joiner.at(table, self.before), Joiner.at(table, self.after)
 
     def stored_as_hf(self, options: Options) -> Pruned:
         """The pruned tensors of a Hugging Face folder."""
-        folder = self.model.opened
+        folder = self.opened
         plain, encoded = decoded_view(folder.tensors, quantization_of(folder.config))
-        return prune_hf(*self.joiners(), self.model.kept, plain, encoded, options.waivers)
+        return prune_hf(*self.joiners(), self.kept, plain, encoded, options.waivers)
 
     def recorded(self) -> Pruned | None:
         """The pruned tensors that a checkpoint's model had as a folder, values aside; None where nothing says them."""
-        found = self.model.found
+        found = self.found
         files = None if found.reference is None else hf.recorded_layout(found.reference)
         if files is None:
             return None
         if (quantization := quantization_of(found.config)) is not None:
             files = hf.decoded_layout(files, quantization)
         tensors = {n: StoredTensor(n, t.dtype, t.shape, ()) for file in files for n, t in file.tensors.items()}
-        return prune_hf(*self.joiners(), self.model.kept, tensors, {})
+        return prune_hf(*self.joiners(), self.kept, tensors, {})
 
 
 def _told(kept: Kept, fields: Mapping[str, Value]) -> list[str]:
@@ -189,14 +188,14 @@ def _ranges(layers: tuple[int, ...]) -> str:
 
 def _copied(change: _Change, target: Path, options: Options) -> Job:
     """A Hugging Face folder of a Hugging Face folder."""
-    folder, table, pruned = change.model.opened, change.model.found.table, change.stored_as_hf(options)
+    folder, table, pruned = change.opened, change.found.table, change.stored_as_hf(options)
     drafts = [Draft.whole(tensor.name, tensor.dtype, tensor.shape) for tensor in pruned.tensors.values()]
     units = [unit for tensor in pruned.tensors.values() for unit in _carried(tensor, pruned)]
-    plan = Plan.of_all("prune", change.fields, pruned.tensors, drafts, units, table=table)
+    plan = Plan.of_all("prune", change.after, pruned.tensors, drafts, units, table=table)
     plan = replace(pruned.applied(plan), notes=folder.notes)
     placed = format_named("huggingface", "hf").place(Order(plan, None, None, options.max_shard_bytes))
     texts = {**placed.texts, hf.CONFIG: change.text([])}
-    sides = {name: path for name, path in change.model.found.side_files.items() if name not in texts}
+    sides = {name: path for name, path in change.found.side_files.items() if name not in texts}
     settle_index(placed, sides, texts)
     if pruned.encoded:
         sides.pop(hf.QUANT_CONFIG, None)
@@ -213,7 +212,7 @@ def _carried(tensor: StoredTensor, pruned: Pruned) -> list[Unit]:
 def _imported(change: _Change, target: Path, options: Options) -> Job:
     """A Megatron checkpoint of a Hugging Face folder."""
     pruned = change.stored_as_hf(options)
-    edited = replace(change.model.opened, tensors=pruned.tensors, config=change.config)
+    edited = replace(change.opened, tensors=pruned.tensors, config=change.config)
     files: dict[str, bytes | None] = {hf.CONFIG: change.text([]), hf.QUANT_CONFIG: None, hf.INDEX: None}
     files |= _layout(pruned, options)
     if not pruned.encoded:
@@ -232,9 +231,8 @@ def _layout(pruned: Pruned, options: Options) -> dict[str, bytes]:
 
 def _exported(change: _Change, target: Path, options: Options) -> Job:
     """A Hugging Face folder of a Megatron checkpoint."""
-    model, recorded = change.model, change.recorded()
-    opened, found = model.opened, model.found
-    pruned = prune_mcore(*change.joiners(), model.kept, opened.tensors)
+    recorded, opened, found = change.recorded(), change.opened, change.found
+    pruned = prune_mcore(*change.joiners(), change.kept, opened.tensors)
     origin = Origin()
     if recorded is not None and found.reference is not None:
         kept = hf.kept_tensors(opened.iteration, found.reference)
@@ -248,7 +246,7 @@ def _exported(change: _Change, target: Path, options: Options) -> Job:
         )
     plan = plan_export(
         found.table,
-        change.fields,
+        change.after,
         pruned.tensors,
         origin,
         dtype=requested_dtype(options.dtype),
@@ -266,11 +264,10 @@ def _exported(change: _Change, target: Path, options: Options) -> Job:
 
 def _laid_out(change: _Change, target: Path, options: Options) -> Job:
     """A Megatron checkpoint of a Megatron checkpoint; the pruned model begins at iteration 0."""
-    model, recorded = change.model, change.recorded()
-    opened, found = model.opened, model.found
-    pruned = prune_mcore(*change.joiners(), model.kept, opened.tensors)
-    layout, rows = vocabulary(opened, change.fields, options.layout, None)
-    plan = plan_reshard(pruned.tensors, change.fields, layout, padded_vocab=rows)
+    recorded, opened, found = change.recorded(), change.opened, change.found
+    pruned = prune_mcore(*change.joiners(), change.kept, opened.tensors)
+    layout, rows = vocabulary(opened, change.after, options.layout, None)
+    plan = plan_reshard(pruned.tensors, change.after, layout, padded_vocab=rows)
     left = tuple(f"not carried: {what}" for what in opened.left_out)
     plan = replace(pruned.applied(plan), table=found.table, notes=(*found.notes, *left))
     formed = in_form(plan, options.model_class, opened.model_class or "gpt", options.format)

@@ -115,7 +115,7 @@ def _manifest(folder: Path) -> Mapping[str, object]:
             f"`{folder}` has no `{MANIFEST}`: only folders that mbx finished are pushed",
             hint=f"`hf upload ORG/NAME {folder}` takes any folder",
         ) from None
-    if loaded.get("direction") not in ("mcore-to-hf", "merge", "adapter-to-hf") or not _is_hf(folder):
+    if loaded.get("direction") not in ("mcore-to-hf", "merge", "prune", "adapter-to-hf") or not _is_hf(folder):
         raise StorageError(
             f"`{folder}` is no Hugging Face folder", hint=f"convert it first: mbx convert mcore-to-hf {folder} DIR"
         )

@@ -60,6 +60,7 @@ def _recipe_fault(seen: list[dict[str, object]]) -> str | None:
         if not words and not given.get("recipe"):
             continue
         recipe, overrides = named(given.get("recipe"), words)  # type: ignore[arg-type]
+        overrides += [f"distill.teacher={given['teacher']}"] if given.get("teacher") else []
         if _STANDS_FOR.fullmatch(recipe) or "/" in recipe or recipe.endswith(".toml"):
             recipe = "llama32_1b_lora"
         try:

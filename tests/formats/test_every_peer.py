@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoConfig
 
 from converters.errors import MbxError, UnsupportedError
+from converters.mcore.bridge_towers import families_of_any
 from mbx.formats.registry import open_megatron
 from mbx.proof.parity import parity
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
@@ -66,10 +67,10 @@ def says_all(mcore: Path) -> bool:
     """Whether sidecars describe the model.
 
     mcore-bridge's do not; Bridge 0.3 knew no fields for GPT-OSS's YaRN, and 0.6 gives every Qwen2.5-VL and GLM-4.5V
-    the sections of the published models' heads.
+    the sections of the published models' heads; Gemma 4's, which Bridge does not load itself, is not read.
     """
     model = (open_megatron(mcore).run_config or {}).get("model")
-    if not isinstance(model, dict):
+    if not isinstance(model, dict) or not families_of_any(model):
         return False
     if model["position_embedding_type"] == "mrope":
         return 2 * sum(model["mrope_section"]) == model["kv_channels"] * model["rotary_percent"]

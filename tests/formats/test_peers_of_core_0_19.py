@@ -96,6 +96,14 @@ def test_its_writer_is_told(made: Path, name: str) -> None:
     assert (found.writer, found.fault) == ("mcore-bridge", None) and found.table == name
 
 
+def test_gemma_4_comes_back_from_bridges_checkpoint(made: Path, tmp_path: Path) -> None:
+    """With the folder's config: Bridge's own loader refuses this checkpoint, whose provider is not read here."""
+    folder = made / "bridge_0_6_gemma4_moe"
+    run(plan_mcore_to_hf(folder / "mcore", tmp_path / "hf", PLAIN, hf_config=folder / "hf"))
+    assert unequal(weights(folder / "hf"), weights(tmp_path / "hf")) == []
+    assert (tmp_path / "hf/config.json").read_bytes() == (folder / "hf/config.json").read_bytes()
+
+
 @pytest.mark.parametrize("name", OF_BOTH)
 def test_bridge_is_not_told_to_read_what_is_arranged_otherwise(made: Path, tmp_path: Path, name: str) -> None:
     """Nor after a change of layout; and what mbx wrote so is whole, and the same model."""

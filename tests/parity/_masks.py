@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import transformers
 from torch import nn
 
 from converters.pruning.choosing import Importance
-from converters.pruning.kept import Kept
+from converters.pruning.kept import WIDTHS, Kept, Spot
+from mbx.tables import table_for
 
 IDS = torch.arange(3, 51).reshape(2, 24)
 
@@ -26,21 +30,22 @@ def logits(model: Any) -> torch.Tensor:
     return model(IDS, use_cache=False).logits
 
 
-def drawn_importance(model: Any, seed: int = 0) -> Importance:
-    """Importance of every part of a Llama or Qwen3-MoE model, drawn: no two alike, no order that a slip keeps."""
-    config, draw = model.config, np.random.default_rng(seed).random
-    layers, experts = range(config.num_hidden_layers), getattr(config, "num_experts", 0)
-    widths = {
-        "hidden_size": {(None, None): draw(config.hidden_size)},
-        "num_attention_heads": {(layer, None): draw(config.num_attention_heads) for layer in layers},
-    }
-    if experts:
-        widths["num_moe_experts"] = {(layer, None): draw(experts) for layer in layers}
-        width = config.moe_intermediate_size
-        widths["moe_ffn_hidden_size"] = {(layer, expert): draw(width) for layer in layers for expert in range(experts)}
-    else:
-        widths["ffn_hidden_size"] = {(layer, None): draw(config.intermediate_size) for layer in layers}
-    return Importance(draw(config.num_hidden_layers), widths)
+def fields_of(folder: Path) -> dict[str, Any]:
+    """A folder's config as Megatron Core fields."""
+    config = json.loads((folder / "config.json").read_bytes())
+    return table_for(config, None).config.to_mcore(config)
+
+
+def drawn_importance(fields: Mapping[str, Any], seed: int = 0) -> Importance:
+    """Importance of every part of a model, drawn: no two alike, no order that a slip keeps."""
+    draw = np.random.default_rng(seed).random
+    widths: dict[str, dict[Spot, Any]] = {"hidden_size": {(None, None): draw(fields["hidden_size"])}}
+    layers = range(fields["num_layers"])
+    for width in WIDTHS.keys() - {"hidden_size", "num_query_groups"}:
+        if count := fields.get(width):
+            experts = range(fields["num_moe_experts"]) if width == "moe_ffn_hidden_size" else [None]
+            widths[width] = {(layer, expert): draw(count) for layer in layers for expert in experts}
+    return Importance(draw(len(layers)), widths)
 
 
 @torch.no_grad()
@@ -108,3 +113,24 @@ def _norm_of(norm: Any, count: int) -> Any:
         return norm.weight * states * torch.rsqrt(variance + norm.variance_epsilon)
 
     return forward
+
+
+@torch.no_grad()
+def silence(folder: Path, kept: Kept, outputs: Mapping[str, str]) -> Any:
+    """The model of a folder whose products out of heads and MLPs read zeros of what `kept` leaves out.
+
+    `outputs` are these products by the width that they read: modules of a layer, or a parameter of all experts.
+    """
+    model = whole(folder)
+    fields = fields_of(folder)
+    for name, parameter in model.named_parameters():
+        found = re.search(r"\.layers\.(\d+)\.", name)
+        width = next((width for width, end in outputs.items() if name.endswith(end)), None)
+        if found is None or width is None:
+            continue
+        layer, count = int(found[1]), fields[width]
+        for expert, matrix in enumerate(parameter if parameter.dim() == 3 else parameter[None]):
+            stay = kept.of(width, layer, expert if parameter.dim() == 3 else None)
+            rows = matrix if matrix.shape[1] != fields["hidden_size"] or width == "num_attention_heads" else matrix.T
+            rows.unflatten(1, (count, -1))[:, _others(stay, count)] = 0
+    return model

@@ -10,19 +10,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from _masks import drawn_importance, logits, mask, whole
+from _masks import drawn_importance, fields_of, logits, mask, silence, whole
+from safetensors.torch import load_file
 
 import mbx
-from converters.errors import CoverageError, StorageError, UnsupportedError, UsageError
+from converters.errors import Cancelled, CoverageError, UsageError
 from converters.pruning.choosing import Importance, Pruning, choose
-from converters.pruning.kept import Kept
+from converters.pruning.kept import WIDTHS, Kept
 from fixtures.make_tiny import make
-from fixtures.wrapped import TOWERS, WRAPPED, make_wrapped
 from mbx.formats.hf import MANIFEST
-from mbx.run.importance_file import importance_text, read_importance
 from mbx.run.job import Options, plan_hf_to_mcore
 from mbx.run.prune import plan_prune
-from mbx.tables import table_for
 
 LLAMA = Path(__file__).resolve().parents[2] / "fixtures" / "tiny" / "llama"
 TOLERANCE = 1e-4
@@ -50,9 +48,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def kept_of(source: Path, pruning: Pruning, importance: Importance) -> Kept:
-    """What stays, chosen by the functions that the conversion uses; their own oracle is `test_choosing`."""
-    config = json.loads((source / "config.json").read_bytes())
-    return choose(pruning, importance, table_for(config, None).config.to_mcore(config))
+    """What stays, chosen by the functions that the conversion uses: tests/unit/test_pruning.py holds them."""
+    return choose(pruning, importance, fields_of(source))
 
 
 def cases() -> list[tuple[str, str]]:
@@ -64,7 +61,7 @@ def cases() -> list[tuple[str, str]]:
 def test_logits_are_those_of_masking(sources: dict[str, Path], tmp_path: Path, model: str, each: str) -> None:
     pruning = ALL[model] if each == "all" else EACH[each]
     source = whole(sources[model])
-    importance = drawn_importance(source)
+    importance = drawn_importance(fields_of(sources[model]))
     kept = kept_of(sources[model], pruning, importance)
     plan_prune(sources[model], tmp_path / "pruned", pruning, Options(sync=False), importance=importance).run()
     unmasked, pruned = logits(source), whole(tmp_path / "pruned")
@@ -73,9 +70,40 @@ def test_logits_are_those_of_masking(sources: dict[str, Path], tmp_path: Path, m
     assert (logits(pruned) - unmasked).abs().max() > 100 * TOLERANCE  # masking other parts would show
 
 
+OUTPUTS = {
+    "phi3": {"num_attention_heads": "self_attn.o_proj.weight", "ffn_hidden_size": "mlp.down_proj.weight"},
+    "starcoder2": {"num_attention_heads": "self_attn.o_proj.weight", "ffn_hidden_size": "mlp.c_proj.weight"},
+    "gpt_oss": {"num_attention_heads": "self_attn.o_proj.weight", "moe_ffn_hidden_size": "experts.down_proj"},
+    "moonlight": {
+        "num_attention_heads": "self_attn.o_proj.weight",
+        "ffn_hidden_size": "mlp.down_proj.weight",
+    },
+    "qwen3_next": {
+        "num_attention_heads": "self_attn.o_proj.weight",
+        "moe_ffn_hidden_size": "experts.down_proj",
+        "moe_shared_expert_intermediate_size": "shared_expert.down_proj.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_other_families_are_those_that_read_zeros(tmp_path: Path, name: str) -> None:
+    """Fused and gated queries, sinks, latent attention, biases, stacked experts: what is left out gives nothing."""
+    source = make(name, tmp_path / "source")
+    fields = fields_of(source)
+    sizes = {width: fields[width] // 2 for width in OUTPUTS[name]}
+    pruning = Pruning(drop_mtp=True, **{WIDTHS[width].replace("-", "_"): size for width, size in sizes.items()})
+    importance = drawn_importance(fields)
+    kept = kept_of(source, pruning, importance)
+    plan_prune(source, tmp_path / "pruned", pruning, Options(sync=False), importance=importance).run()
+    found = logits(whole(tmp_path / "pruned"))
+    assert (found - logits(silence(source, kept, OUTPUTS[name]))).abs().max() <= TOLERANCE
+    assert (found - logits(whole(source))).abs().max() > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize("model", ALL)
 def test_both_libraries_run_what_is_left(sources: dict[str, Path], tmp_path: Path, model: str) -> None:
-    importance, options = drawn_importance(whole(sources[model])), Options(sync=False)
+    importance, options = drawn_importance(fields_of(sources[model])), Options(sync=False)
     plan_prune(sources[model], tmp_path / "hf", ALL[model], options, importance=importance).run()
     plan_prune(sources[model], tmp_path / "mcore", ALL[model], options, importance=importance, to="mcore").run()
     report = mbx.verify(tmp_path / "hf", tmp_path / "mcore", forward=True)
@@ -85,7 +113,7 @@ def test_both_libraries_run_what_is_left(sources: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize("model", ALL)
 def test_every_way_gives_the_same_model(sources: dict[str, Path], tmp_path: Path, model: str) -> None:
     """From either kind to either, cut for any layout: one set of tensors and one config.json."""
-    importance = drawn_importance(whole(sources[model]))
+    importance = drawn_importance(fields_of(sources[model]))
     cut = Options(sync=False, layout=mbx.Layout(tp=2))
     plan_hf_to_mcore(sources[model], tmp_path / "source", cut).run()
     ways = {"hf": sources[model], "mcore": tmp_path / "source"}
@@ -111,7 +139,7 @@ def test_every_way_gives_the_same_model(sources: dict[str, Path], tmp_path: Path
 
 
 def test_little_memory_changes_nothing(sources: dict[str, Path], tmp_path: Path) -> None:
-    importance = drawn_importance(whole(sources["llama"]))
+    importance = drawn_importance(fields_of(LLAMA))
     for name, options in {"much": Options(), "little": Options(max_memory=24 << 20, workers=1)}.items():
         plan_prune(LLAMA, tmp_path / name, ALL["llama"], replace(options, sync=False), importance=importance).run()
     files = [p.name for p in (tmp_path / "much").iterdir() if p.name != MANIFEST]
@@ -119,14 +147,37 @@ def test_little_memory_changes_nothing(sources: dict[str, Path], tmp_path: Path)
     assert not mbx.integrity(tmp_path / "much").changes
 
 
+def test_an_interrupted_pruning_goes_on(tmp_path: Path) -> None:
+    importance = drawn_importance(fields_of(LLAMA))
+    options = Options(sync=False, workers=1)
+    plan_prune(LLAMA, tmp_path / "whole", ALL["llama"], options, importance=importance).run()
+    written = 0
+
+    def stop(nbytes: int) -> None:
+        nonlocal written
+        if (written := written + nbytes) > 50_000:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        plan_prune(LLAMA, tmp_path / "halves", ALL["llama"], options, importance=importance).run(stop)
+    assert not (tmp_path / "halves").exists()
+    other = drawn_importance(fields_of(LLAMA), seed=1)
+    again = replace(options, resume=True)
+    with pytest.raises(UsageError, match="another source or other options"):
+        plan_prune(LLAMA, tmp_path / "halves", ALL["llama"], again, importance=other).run()
+    done = plan_prune(LLAMA, tmp_path / "halves", ALL["llama"], again, importance=importance).run()
+    assert done.bytes_resumed > 0
+    weights = "model.safetensors"
+    assert (tmp_path / "halves" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3_fp8", "gpt_oss_mxfp4"])
 def test_quantised_sources_are_pruned_as_what_they_stand_for(tmp_path: Path, name: str) -> None:
     """The same as of their values written plainly, rows, columns and entries of stacks chosen alike."""
     source = make(name, tmp_path / "source")
-    config = json.loads((source / "config.json").read_bytes())
-    fields = table_for(config, None).config.to_mcore(config)
+    fields = fields_of(source)
     pruning = Pruning(drop_mtp=True, hidden=fields["hidden_size"] // 2, expert_ffn=fields["moe_ffn_hidden_size"] // 2)
-    importance = _any_importance(fields)
+    importance = drawn_importance(fields)
     plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False)).run()
     mbx.convert(tmp_path / "mcore", tmp_path / "plain")
     for origin in ("source", "plain"):
@@ -137,19 +188,6 @@ def test_quantised_sources_are_pruned_as_what_they_stand_for(tmp_path: Path, nam
     assert set(left.names()) == set(right.names())
     assert "quantization_config" not in left.config
     assert all((left.read(n) == right.read(n)).all() for n in left.names())
-
-
-def _any_importance(fields: dict[str, object]) -> Importance:
-    draw = np.random.default_rng(1).random
-    layers, experts = range(fields["num_layers"]), range(fields["num_moe_experts"])
-    width = fields["moe_ffn_hidden_size"]
-    return Importance(
-        None,
-        {
-            "hidden_size": {(None, None): draw(fields["hidden_size"])},
-            "moe_ffn_hidden_size": {(layer, expert): draw(width) for layer in layers for expert in experts},
-        },
-    )
 
 
 CONFIGS = {
@@ -193,75 +231,25 @@ def _params(folder: Path, layer: int) -> set[str]:
     return {n.removeprefix(prefix) for n in names if n.startswith(prefix)}
 
 
-@pytest.mark.parametrize(
-    ("name", "pruning", "error", "named"),
-    [
-        ("gemma2", Pruning(hidden=16), UnsupportedError, "scales its embeddings"),
-        ("pythia", Pruning(ffn=16), UnsupportedError, "linear_qkv"),
-        ("gpt2", Pruning(heads=2), UnsupportedError, "head_dim"),
-        ("nemotron_h", Pruning(hidden=16), UnsupportedError, "final_norm"),
-        ("glm4_moe", Pruning(experts=4), UnsupportedError, "prediction layer"),
-        ("glm_5_2", Pruning(layers=(0, 1)), UnsupportedError, "tokens that one before chose"),
-        ("mixtral", Pruning(ffn=16), UsageError, "by the same key"),
-        ("deepseek_v3", Pruning(experts=6), UsageError, "no multiple of the 4 groups"),
-        ("qwen3_moe", Pruning(experts=1), UsageError, "a token is sent to"),
-        ("llama", Pruning(hidden=20), UsageError, "Transformers loads no llama"),
-        ("qwen3_5_text", Pruning(layers=(0, 1)), UnsupportedError, "layer_types"),
-        ("qwen3_vl", Pruning(layers=(0, 1)), UnsupportedError, "more than a text model"),
-    ],
-)
-def test_what_cannot_be_pruned_is_refused_by_name(
-    tmp_path: Path, name: str, pruning: Pruning, error: type[Exception], named: str
-) -> None:
-    source = (make_wrapped if name in WRAPPED | TOWERS else make)(name, tmp_path / "source")
-    config = json.loads((source / "config.json").read_bytes())
-    fields = table_for(config, None).config.to_mcore(config)
-    layers = fields.get("num_layers") or 1
-    widths = {
-        width: {(layer, None): np.ones(fields[width]) for layer in range(layers)}
-        for width in pruning.sizes
-        if width != "hidden_size" and fields.get(width)
-    } | {"hidden_size": {(None, None): np.ones(fields["hidden_size"])}}
-    with pytest.raises(error, match=named):
-        plan_prune(source, tmp_path / "pruned", pruning, Options(), importance=Importance(None, widths))
-    assert not (tmp_path / "pruned").exists()
-
-
-def test_tensors_that_no_row_knows_are_not_lost(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    source = make("llama", tmp_path / "source")
-    save_file({**load_file(source / "model.safetensors"), "model.odd": torch.zeros(1)}, source / "model.safetensors")
-    with pytest.raises(CoverageError, match="model.odd"):
-        plan_prune(source, tmp_path / "pruned", Pruning(layers=(0,)), Options())
-
-
-def test_the_file_of_importance_says_what_was_written(tmp_path: Path, sources: dict[str, Path]) -> None:
-    importance = drawn_importance(whole(sources["qwen3_moe"]))
-    path = tmp_path / "importance.json"
-    path.write_bytes(importance_text(importance, {"tokens": 1}))
-    again = read_importance(path)
-    assert again.layers is not None and importance.layers is not None
-    assert again.layers == pytest.approx(importance.layers, rel=1e-5)
-    assert again.widths.keys() == importance.widths.keys()
-    for width, scores in importance.widths.items():
-        assert again.widths[width].keys() == scores.keys()
-        assert all(again.widths[width][spot] == pytest.approx(own, rel=1e-5) for spot, own in scores.items())
-    for text in ('{"layers": [1, null]}', '{"ffn": {"x": [1]}}', '{"tokens": 3}', "[]"):
-        path.write_text(text)
-        with pytest.raises(StorageError):
-            read_importance(path)
-
-
-def test_a_file_of_another_model_is_refused(tmp_path: Path, sources: dict[str, Path]) -> None:
-    importance = drawn_importance(whole(sources["qwen3_moe"]))
-    with pytest.raises(UsageError, match="needs the importance"):
-        plan_prune(LLAMA, tmp_path / "pruned", Pruning(ffn=4), Options(), importance=importance)
-    with pytest.raises(UsageError, match="2 layers of|parts of|layers; the model"):
-        plan_prune(
-            LLAMA,
-            tmp_path / "pruned",
-            Pruning(keep_layers=1),
-            Options(),
-            importance=replace(importance, layers=importance.layers[:2]),
-        )
+def test_tied_heads_pickled_weights_and_several_files(tmp_path: Path) -> None:
+    """A head that is stored and tied is pruned as the embedding is, or found to be another."""
+    source = make("llama_tied", tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    pruning = Pruning(layers=(0, 1), hidden=16)
+    importance = Importance(None, {"hidden_size": {(None, None): np.random.default_rng(0).random(32)}})
+    small = Options(sync=False, max_shard_bytes=20_000)
+    plan_prune(source, tmp_path / "hf", pruning, small, importance=importance).run()
+    plan_prune(source, tmp_path / "mcore", pruning, small, importance=importance, to="mcore").run()
+    assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) == 3
+    assert "lm_head.weight" in mbx.open(tmp_path / "hf").names()
+    assert mbx.verify(tmp_path / "hf", tmp_path / "mcore").proved
+    mbx.convert(tmp_path / "mcore", tmp_path / "back")
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "back" / index).read_bytes() == (tmp_path / "hf" / index).read_bytes()
+    weights["lm_head.weight"][0, 0] += 1
+    torch.save(weights, source / "pytorch_model.bin")
+    with pytest.raises(CoverageError, match="should repeat"):
+        plan_prune(source, tmp_path / "untied", pruning, small, importance=importance, to="mcore").run()

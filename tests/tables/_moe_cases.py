@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fixtures.by_hand import ernie_mtp
 from fixtures.families import FAMILIES, Family
 from fixtures.headers import hub_headers
 from fixtures.index import Header
@@ -39,8 +40,13 @@ ON_A_CPU = (
     "llama4_maverick",
     "olmoe",
     "minimax_m2",
+    "ernie4_5_moe",
+    "mimo_v2_flash",
+    "gemma4_31b",
+    "gemma4_e2b",
 )
 ELSEWHERE = (
+    "gemma4_26b",
     *("glm_5", "glm_5_2", "deepseek_v32"),
     "sarvam_moe",
     "bailing_moe_v2",
@@ -93,7 +99,8 @@ FORWARD = [
         for name in """qwen3_moe qwen3_moe_dense_layer qwen3_moe_all_softmax gpt_oss mixtral
         mixtral_window qwen2_moe qwen2_moe_dense_layer deepseek_v2 deepseek_v3
         kimi_k2_by_class moonlight glm4_moe glm_4_7_flash glm_4_7_flash_whole_queries
-        dots1 hy3 exaone_moe_alone llama4_scout_unscaled llama4_maverick""".split()
+        dots1 hy3 exaone_moe_alone ernie4_5_moe mimo_v2_flash
+        gemma4_31b gemma4_e2b llama4_scout_unscaled llama4_maverick""".split()
     ),
     *((name, "v5") for name in "qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()),
 ]
@@ -145,6 +152,9 @@ TABLES: dict[str, tuple[str, ...]] = {
     "exaone_moe": ("exaone_moe",),
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
+    "ernie4_5_moe": ("ernie4_5_moe",),
+    "mimo_v2_flash": ("mimo_v2_flash",),
+    "gemma4_text": ("gemma4_31b", "gemma4_e2b", "gemma4_26b"),
     "sarvam_moe": ("sarvam_moe",),
     "deepseek": ("deepseek",),
     "bailing_moe_v2": ("bailing_moe_v2",),
@@ -160,13 +170,16 @@ TABLES: dict[str, tuple[str, ...]] = {
 _V5_NAMES = {
     "hy_v3": {"router.gate.": "gate.", "expert_bias": "e_score_correction_bias", "shared_mlp.": "shared_experts."},
     "exaone_moe": {"mlp.e_score_": "mlp.gate.e_score_"},
+    "mimo_v2_flash": {"self_attn.attention_sink_bias": "self_attn.sinks"},
+    "ernie4_5_moe": {"mlp.moe_statics.": "mlp.gate.moe_statics."},
 }
 
 
 def fused(case: Case) -> Case:
     """The case in layout v5's names: one tensor for all experts, and the prefixes of the class."""
     config, headers = case
-    experts = next((config[k] for k in ("num_experts", "n_routed_experts", "num_local_experts") if k in config), 0)
+    counts = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+    experts = next((config[k] for k in counts if k in config), 0)
     renamed: dict[str, Header] = {}
     for name, (dtype, shape) in headers.items():
         name = name.replace("block_sparse_moe.", "mlp.").replace("backbone.", "model.")
@@ -193,12 +206,23 @@ def cases(table: str) -> list[Case]:
         plain = headers_of(name)
         found.append(plain)
         if (
-            table not in ("gpt_oss", "sarvam_moe", "bailing_moe_v2", "deepseek", "qwen3_5", "llama4")
+            table not in ("gemma4_text", "gpt_oss", "sarvam_moe", "bailing_moe_v2", "deepseek", "qwen3_5", "llama4")
             and "dense" not in name
         ):
             found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))
     config, headers = found[0]
     found.append(({**config, "tie_word_embeddings": True}, headers))
+    if config.get("tie_word_embeddings"):
+        with_head = {**headers, "lm_head.weight": headers["model.embed_tokens.weight"]}
+        found += [({**config, "tie_word_embeddings": tied}, with_head) for tied in (True, False)]
+    if table == "gemma4_text":
+        config, headers = headers_of("gemma4_e2b")
+        unread = (("k_proj", (4, 4)), ("v_proj", (4, 4)), ("k_norm", (4,)))
+        beside = {f"model.layers.5.self_attn.{name}.weight": ("BF16", shape) for name, shape in unread}
+        found.append((config, {**headers, **beside}))
+    if table == "ernie4_5_moe":
+        beside = ernie_mtp(dict(config), {name: shape for name, (_, shape) in headers.items()})
+        found.append((config, {**headers, **{name: ("BF16", shape) for name, shape in beside.items()}}))
     if table in ("deepseek_v2", "deepseek_v3"):
         count = config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0)
         buffers = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": ("F32", (2,)) for n in range(count)}

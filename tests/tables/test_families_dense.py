@@ -163,6 +163,7 @@ def edited(source: Path, work: Path, keys: Config) -> Path:
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+PROPORTIONAL = {"rope_type": "proportional", "factor": 2.0, "partial_rotary_factor": 0.5}
 #: Config variants of the families above that take another path through the forward pass.
 VARIANTS: list[tuple[str, Config]] = [
     *((name, {}) for name in FORWARD),
@@ -175,6 +176,8 @@ VARIANTS: list[tuple[str, Config]] = [
     ("qwen3", {"rope_scaling": YARN, "max_position_embeddings": 64}),
     *((name, {"rope_scaling": YARN, "max_position_embeddings": 64}) for name in ("llama", "mistral")),
     ("smollm3", {"no_rope_layers": [0, 1, 0, 1]}),
+    ("qwen3", {"rope_scaling": PROPORTIONAL}),
+    ("llama2", {"rope_scaling": {"rope_type": "proportional"}}),
     *((name, {"rope_scaling": YARN}) for name in ("llama2", "mistral", "seed_oss", "starcoder2", "smollm3")),
 ]
 
@@ -229,6 +232,8 @@ def test_a_wrong_row_passes_every_check_but_the_forward_one(
         ("phi3", {"partial_rotary_factor": 0.5}, {"model.rotary_percent": 1.0}),
         ("qwen3", {"rope_scaling": YARN, "max_position_embeddings": 64}, {"yarn_rotary_scaling_factor": 2.0}),
         ("smollm3", {}, {"no_rope_freq": None}),
+        ("qwen3", {"rope_scaling": PROPORTIONAL}, {"rope_proportion": 1.0}),
+        ("qwen3", {"rope_scaling": PROPORTIONAL}, {"model.seq_len_interpolation_factor": None}),
         ("ernie4_5", {}, {"rotary_interleaved": False}),
         ("starcoder2", {}, {"window_size": None}),
         ("gemma2", {"attn_logit_softcapping": 0.25}, {"attn_logit_softcapping": None}),
@@ -267,7 +272,7 @@ def test_mimo_prediction_head_sees_the_embedding_first(checkpoint: Callable[[str
         ("nemotron", "hidden_act", "silu"),
         ("gemma", "hidden_activation", "silu"),
         ("seed_oss", "attention_out_bias", True),
-        ("qwen3", "rope_scaling", {"rope_type": "proportional", "factor": 2.0}),
+        ("qwen3", "rope_scaling", {"rope_type": "proportional", "factor": 2.0, "beta_fast": 32}),
         ("mistral", "unheard_of", 1),
         ("phi3", "rope_scaling", YARN),
     ],

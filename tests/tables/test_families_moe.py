@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -48,7 +49,8 @@ from _scaffold import (  # noqa: E402
 from converters.codecs.decode import decoded_view  # noqa: E402
 from converters.errors import CoverageError, MbxError  # noqa: E402
 from converters.mcore.bridge_families import family_named  # noqa: E402
-from converters.planning.exporter import plan_export  # noqa: E402
+from converters.mcore.flavours import flavoured  # noqa: E402
+from converters.planning.exporter import HfTensor, Origin, plan_export  # noqa: E402
 from converters.rows.expr import Value  # noqa: E402
 from fixtures.index import Header, load_index  # noqa: E402
 from mappings import table_text  # noqa: E402
@@ -139,8 +141,6 @@ def test_megatron_core_names_are_the_pinned_ones(checkpoint: Callable[..., Path]
 def test_config_survives_the_cycle_and_megatron_core_knows_every_field(
     checkpoint: Callable[..., Path], name: str, layout: str
 ) -> None:
-    import json
-
     config = json.loads((checkpoint(name, layout) / "config.json").read_text(encoding="utf-8"))
     table = table_for(config)
     fields = table.config.to_mcore(config)
@@ -157,6 +157,17 @@ def test_a_cast_spares_state_space_parameters_and_the_router_bias() -> None:
         for key, dtype in dtypes.items():
             expected = "BF16" if key.endswith(spared) else "F32" if key.endswith("expert_bias") else "F16"
             assert dtype == expected, key
+
+
+def test_a_checkpoint_that_is_all_fp32_exports_its_sinks_so() -> None:
+    config, headers = headers_of("mimo_v2_flash")
+    plan = plan_headers(table_for(config), (config, headers))
+    recorded = {name: HfTensor(*header) for name, header in headers.items()}
+    for wide in ("softmax_offset", ""):  # the sinks alone, as mcore-bridge keeps them, or every tensor
+        held = stored({d.name: ("F32" if wide in d.name else d.dtype, d.shape) for d in plan.drafts})
+        back = plan_export(flavoured(plan.table, held), plan.config, held, Origin(recorded))
+        dtypes = {draft.dtype for draft in back.drafts if draft.name.endswith("attention_sink_bias")}
+        assert dtypes == {"BF16" if wide else "F32"}
 
 
 def test_a_prediction_head_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -198,8 +209,6 @@ def test_logits_are_those_of_transformers(
 def test_sparse_attention_is_latent_attention_up_to_as_many_tokens_as_it_chooses(
     checkpoint: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
-    import json
-
     source = checkpoint(name)
     assert logits_differ(source, tmp_path / "all", WITHOUT_INDEXER) <= FORWARD_TOLERANCE
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -240,6 +249,7 @@ W1_W3 = (
         ("dots1", "v4", EXPERTS),
         ("hy3", "v5", SHARED),
         ("exaone_moe_alone", "v4", SHARED),
+        ("ernie4_5_moe", "v4", EXPERTS),
         ("llama4_scout_unscaled", "v4", ("glu_fused", "glu_zip")),
     ],
 )
@@ -264,6 +274,13 @@ def test_a_wrong_row_passes_every_check_but_the_forward_one(
         ("glm4_moe", {"model.rotary_percent": 1.0}),
         ("hy3", {"moe_router_topk_scaling_factor": 1.0}),
         ("exaone_moe_alone", {"no_rope_freq": None}),
+        ("ernie4_5_moe", {"model.biased_softmax_router": False}),
+        ("mimo_v2_flash", {"attention_value_scale": None}),
+        ("gemma4_31b", {"rope_proportion": 1.0}),
+        ("gemma4_31b", {"final_logit_softcapping": 0.5}),
+        ("gemma4_31b", {"model.scale_embeddings": False}),
+        ("mimo_v2_flash", {"model.rotary_percent_local": 1.0}),
+        ("mimo_v2_flash", {"model.rotary_base_local": 5000000.0}),
         ("llama4_scout_unscaled", {"qk_l2_norm": False}),
         ("llama4_scout_unscaled", {"no_rope_freq": None}),
         ("llama4_scout_unscaled", {"moe_apply_probs_on_input": False}),
@@ -291,6 +308,13 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("glm4_moe", "norm_topk_prob", False),
         ("glm_4_7_flash", "mlp_layer_types", ["dense", "dense", "sparse", "sparse"]),
         ("hy3", "route_norm", False),
+        ("gemma4_31b", "use_bidirectional_attention", "all"),
+        ("gemma4_31b", "per_layer_config", {"2": {"head_dim": 16}, "5": {"head_dim": 32}}),
+        ("mimo_v2_flash", "swa_v_head_dim", 16),
+        ("mimo_v2_flash", "hybrid_layer_pattern", [0, 1, 1, 1]),
+        ("mimo_v2_flash", "add_swa_attention_sink_bias", False),
+        ("ernie4_5_moe", "moe_gate", "top2_fused"),
+        ("ernie4_5_moe", "moe_layer_interval", 0),
         ("exaone_moe", "is_moe_layer", [False, True, False, True]),
         ("glm_5_2", "indexer_types", ["full", "shared", "full", "full"]),
         ("glm_5", "indexer_rope_interleave", False),

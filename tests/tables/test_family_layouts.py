@@ -21,7 +21,7 @@ from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
 #: Layers that a first stage of two takes where the layers do not divide.
 FIRST_STAGE = {"qwen2": 2, "llama_nemotron": 3}
-EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
 def has_experts(name: str) -> bool:

@@ -11,21 +11,27 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fixtures.make_tiny import make
+from fixtures.by_hand import ernie_mtp
+from fixtures.make_tiny import make, tiny_config
 from mappings import table_text
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
-from mbx.run.job import Options, plan_hf_to_mcore, run
+from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from tests.judge import load_torch_dist
 from tests.oracles import compare_logits, load_transformers
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+from _scaffold import same_files  # noqa: E402
 
 #: Families whose prediction layer is of the kind of their decoder layers, and that a CPU runs.
 FAMILIES = ("deepseek_v3", "glm4_moe")
@@ -90,3 +96,20 @@ def test_the_prediction_layer_is_the_reference_and_no_row_of_it_can_be_wrong(tmp
         assert row in text and second in text
         wrong = text.replace(row, "\0").replace(second, row).replace("\0", second)
         assert compare_logits(expected, predicted(source, tmp_path, wrong)).max_abs > 1e-2, (one, other)
+
+
+def test_a_prediction_layer_that_megatron_core_has_no_place_for_comes_back(tmp_path: Path) -> None:
+    source = make("ernie4_5_moe", tmp_path / "source", shards=2)
+    tensors = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    shapes = ernie_mtp(tiny_config("ernie4_5_moe"), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    beside = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(beside, source / "model-00003-of-00003.safetensors", metadata={"format": "pt"})
+    index = source / "model.safetensors.index.json"
+    held = json.loads(index.read_text(encoding="utf-8"))
+    held["weight_map"] |= dict.fromkeys(beside, "model-00003-of-00003.safetensors")
+    index.write_text(json.dumps(held), encoding="utf-8")
+    job = plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False))
+    assert set(job.plan.ledger.dropped) == set(beside)
+    run(job)
+    run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "hf", Options(sync=False)))
+    same_files(source, tmp_path / "hf")

@@ -20,7 +20,7 @@ ELSEWHERE = frozenset(
     (
         *("exaone4_1_2b", "gpt_oss_mxfp4", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
         *("nemotron_h", "nemotron_nano_v2", "nemotron_nano_v3", "nemotron_super", "deepseek_v3_fp8"),
-        *("glm_5", "glm_5_2", "deepseek_v32", "falcon_h1_0_5b", "exaone_moe"),
+        *("glm_5", "glm_5_2", "deepseek_v32", "falcon_h1_0_5b", "exaone_moe", "gemma4_26b"),
     )
 )
 #: Every tiny family that trains on a CPU.
@@ -31,13 +31,24 @@ PARTS = 9
 ADAPTERS_ALONE = ("gpt_oss",)
 #: Whose tokenizer Transformers reads with the folder's own code only: their rows count up.
 WITHOUT_TOKENIZER = ("llama_nemotron", "kimi_k2")
-#: Of other tensors in Transformers than on disk, which take no adapter of the folder.
-WITHOUT_PEFT = ("llama_nemotron", "sarvam_moe", "bailing_moe_v2", "deepseek")
+#: Of other tensors in Transformers than on disk, or of other names in the checkpoint than in the model, which take no
+#: adapter of the folder.
+WITHOUT_PEFT = ("gemma4_31b", "gemma4_e2b", "llama_nemotron", "sarvam_moe", "bailing_moe_v2", "deepseek")
 #: Linears of latent attention, those without a norm behind them, and those that PEFT loads (docs/training.md).
 TARGETS: dict[str, list[str]] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "exaone4_32b"), ["linear_qkv", "linear_fc1"]),
     **dict.fromkeys(
-        ("glm4_moe", "glm4_moe_air", "dots1", "hy3", "exaone_moe_alone", "llama4_scout", "llama4_maverick"),
+        (
+            "glm4_moe",
+            "glm4_moe_air",
+            "dots1",
+            "hy3",
+            "exaone_moe_alone",
+            "ernie4_5_moe",
+            "mimo_v2_flash",
+            "llama4_scout",
+            "llama4_maverick",
+        ),
         ["linear_qkv", "linear_proj"],
     ),
     **dict.fromkeys(

@@ -94,7 +94,6 @@ def test_the_older_word_for_the_kind_counts_in_rope_parameters_too(llama: Table)
     ("nested", "words"),
     [
         ({"sliding_attention": {"rope_type": "linear", "factor": 8.0}}, "sliding_attention.factor"),
-        ({"sliding_attention": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"chunked_attention": {"rope_theta": 1e4}}, "`chunked_attention`"),
     ],
 )
@@ -105,6 +104,14 @@ def test_what_only_some_layers_have_is_not_dropped(nested: Mapping[str, Value], 
     assert read["rope_scaling"] == {"rope_type": "linear", "factor": 8.0} and read["rope_local_base_freq"] == 1e4
     with pytest.raises(UsageError, match=words):
         canonical({"rope_parameters": {"full_attention": full, "sliding_attention": local, **nested}})
+
+
+def test_a_share_that_windowed_layers_alone_turn_is_a_key_which_tables_know_or_refuse(llama: Table) -> None:
+    kinds = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"partial_rotary_factor": 0.5}}
+    config = {key: value for key, value in LLAMA.items() if key not in ("rope_scaling", "rope_theta")}
+    assert canonical({**config, "rope_parameters": kinds})["partial_rotary_factor_local"] == 0.5
+    with pytest.raises(CoverageError, match="partial_rotary_factor_local"):
+        llama.config.to_mcore({**config, "rope_parameters": kinds})
 
 
 @pytest.mark.parametrize(

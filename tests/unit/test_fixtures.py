@@ -140,7 +140,7 @@ def test_fp8_blocks_have_their_scales() -> None:
 @pytest.mark.parametrize("name", index.NAMES)
 def test_parameters_agree_with_the_published_figure(name: str) -> None:
     _, headers = index.load_index(name)
-    assert num_parameters(headers) == pytest.approx(index.published_parameters(name), rel=1e-3)
+    assert num_parameters(headers) == pytest.approx(index.published_parameters(name), rel=2e-3)  # three digits
     assert (index.FOLDER / f"{name}.json").stat().st_size < 30_000
 
 

@@ -109,6 +109,16 @@ def test_mlp_layers_come_back_and_their_count_agrees(kinds: list[Value]) -> None
         FIELDS["mlp_layers"].to_mcore({**hf, "mlp_layer_types": ["sparse"] * len(kinds), "first_k_dense_replace": 1})
 
 
+@given(st.integers(1, 3), st.integers(0, 5), st.integers(-1, 8))
+def test_a_range_of_expert_layers_is_found_again(every: int, first: int, last: int) -> None:
+    said = {"moe_layer_interval": every, "moe_layer_start_index": first, "moe_layer_end_index": last}
+    fields = FIELDS["moe_range"].to_mcore({**said, "num_hidden_layers": 8})
+    back = FIELDS["moe_range"].to_hf({**fields, "num_layers": 8})
+    assert FIELDS["moe_range"].to_mcore({**back, "num_hidden_layers": 8}) == fields
+    with pytest.raises(UsageError, match="equal distances"):
+        FIELDS["moe_range"].to_hf({"moe_layer_freq": [0, 1, 1, 0, 1]})
+
+
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 6))
 def test_layers_with_an_indexer_come_back(count: int, every: int, begin: int) -> None:
     kinds = ["shared" if max(layer + 1 - begin, 0) % every else "full" for layer in range(count)]
@@ -175,7 +185,7 @@ def test_a_wrong_inverse_would_be_seen() -> None:
 @pytest.mark.parametrize(
     ("name", "hf", "named"),
     [
-        ("rope", {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional"),
+        ("rope", {"rope_scaling": {"rope_type": "proportional", "beta_fast": 32}}, "proportional"),
         ("rope", {"rope_scaling": "linear"}, "linear"),
         ("yarn", {"rope_scaling": {"rope_type": "yarn"}}, "factor"),
         ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}}, "attention_factor"),

@@ -36,3 +36,43 @@ def test_a_malformed_table_is_refused(before: str, after: str, complaint: str) -
     assert before in LLAMA
     with pytest.raises(TableError, match=re.escape(complaint)):
         parse_table("llama", LLAMA.replace(before, after, 1))
+
+
+CHILD = """
+model_types   = ["novel"]
+architectures = ["NovelForCausalLM"]
+extends       = "llama"
+[config]
+init_method_std = { hf = "novel_range", else = 0.5 }
+ignore = ["novel_key"]
+[config.via]
+rope = "rope_scaling"
+[config.fixed]
+attention_dropout = 0.0
+[rows.head]
+"-spare" = { drop = "spare.weight" }
+[rows.attn]
+"self_attention.linear_qkv.layer_norm_weight" = []
+"self_attention.linear_proj.weight" = { row = "self_attn.dense.weight" }
+"""
+
+
+def test_a_table_that_extends_another_says_only_what_differs() -> None:
+    child, base = parse_table("novel", CHILD), parse_table("llama", LLAMA)
+    assert child.model_types == ("novel",) and child.notes == ""
+    assert {**child.blocks, "attn": (), "head": ()} == {**base.blocks, "attn": (), "head": ()}
+    rows = {spec[0].param: spec[0].hf for spec in child.blocks["attn"]}
+    assert rows["self_attention.linear_proj.weight"] == ("self_attn.dense.weight",)
+    assert "self_attention.linear_qkv.layer_norm_weight" not in rows and len(rows) == len(base.blocks["attn"]) - 1
+    assert child.blocks["head"][:-1] == base.blocks["head"] and child.blocks["head"][-1][0].drop
+    fields = {row.mcore: row for row in child.config.rows}
+    assert fields["init_method_std"].hf == "novel_range" and "attention_dropout" not in fields
+    assert child.config.fixed["attention_dropout"] == 0.0
+    assert {"rope", "yarn"} & child.config.groups.keys() == {"rope"}  # both set `model.rope_scaling`
+    assert child.config.ignore == base.config.ignore | {"novel_key"}
+
+
+@pytest.mark.parametrize("name", ["novel", "nowhere"])
+def test_a_table_extends_a_shipped_one(name: str) -> None:
+    with pytest.raises(TableError, match="there is no table"):
+        parse_table("novel", CHILD.replace('"llama"', f'"{name}"'))

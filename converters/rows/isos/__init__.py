@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from converters.rows.isos import experts, layers, rope
+from converters.rows.isos import experts, gemma4, layers, rope
 from converters.rows.isos.base import FieldsIso, ValueIso, layers_of, plain, positive
 from converters.rows.isos.experts import inexpressible_groups
 from converters.rows.isos.rope import LLAMA3_FIXED, inexpressible_rope
@@ -18,6 +18,7 @@ __all__ = ["FIELDS", "LLAMA3_FIXED", "VALUE", "FieldsIso", "ValueIso", "inexpres
 FIELDS: dict[str, FieldsIso] = {
     "moe_layers": FieldsIso(("moe_layer_freq",), experts.moe_layers_to_mcore, experts.moe_layers_to_hf),
     "moe_step": FieldsIso(("moe_layer_freq",), experts.moe_step_to_mcore, experts.moe_step_to_hf),
+    "moe_range": FieldsIso(("moe_layer_freq",), experts.moe_range_to_mcore, experts.moe_range_to_hf),
     "mlp_layers": FieldsIso(("moe_layer_freq",), experts.mlp_layers_to_mcore, experts.mlp_layers_to_hf),
     "greedy_groups": FieldsIso(
         ("moe_router_num_groups", "moe_router_group_topk"), experts.greedy_groups_to_mcore, experts.greedy_groups_to_hf
@@ -48,6 +49,24 @@ FIELDS: dict[str, FieldsIso] = {
         ("model.rotary_base", "model.rotary_percent"), rope.neox_rope_to_mcore, rope.neox_rope_to_hf
     ),
     "window": FieldsIso(("window_size",), layers.window_to_mcore, layers.window_to_hf),
+    "mimo_layers": FieldsIso(
+        ("window_size", "window_attn_skip_freq"), layers.mimo_layers_to_mcore, layers.mimo_layers_to_hf
+    ),
+    "gemma4_heads": FieldsIso(
+        ("kv_channels", "num_query_groups", "windowed_kv_channels", "windowed_num_query_groups", "attention_k_eq_v"),
+        gemma4.heads_to_mcore,
+        gemma4.heads_to_hf,
+    ),
+    "gemma4_sharing": FieldsIso(
+        ("num_kv_shared_layers", "use_double_wide_mlp", "hetereogenous_dist_checkpoint"),
+        gemma4.sharing_to_mcore,
+        gemma4.sharing_to_hf,
+    ),
+    "gemma4_experts": FieldsIso(
+        ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+        gemma4.experts_to_mcore,
+        gemma4.experts_to_hf,
+    ),
     "unrotated_full_layers": FieldsIso(
         ("window_size", "window_attn_skip_freq", "no_rope_freq"),
         layers.unrotated_full_layers_to_mcore,

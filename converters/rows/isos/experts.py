@@ -63,6 +63,36 @@ def moe_step_to_hf(mcore: Mapping[str, Value]) -> Fields:
     return {"interleave_moe_layer_step": 1, "moe_layers": chosen}
 
 
+def moe_range_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """ERNIE 4.5: experts in every `moe_layer_interval`-th layer from `moe_layer_start_index` to `moe_layer_end_index`.
+
+    An end of -1, or none, is the last layer.
+    """
+    layers = layers_of(hf, "num_hidden_layers")
+    said = {"moe_layer_interval": 1, "moe_layer_start_index": 1, "moe_layer_end_index": -1}
+    said |= {key: whole(hf[key], key) for key in said if hf.get(key) is not None}
+    every, first, last = said.values()
+    if every < 1:
+        raise UsageError(f"config: moe_layer_interval is {every}, a number above 0 was expected")
+    last = layers - 1 if last == -1 else last
+    return {"moe_layer_freq": [int((n + 1) % every == 0 and first <= n <= last) for n in range(layers)]}
+
+
+def moe_range_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    flags = mcore.get("moe_layer_freq")
+    flags = flags if isinstance(flags, list) else [1] * layers_of(mcore, "num_layers")
+    chosen = [layer for layer, flag in enumerate(flags) if flag] or [len(flags)]
+    every = chosen[1] - chosen[0] if len(chosen) > 1 else 1
+    said: Fields = {
+        "moe_layer_interval": every,
+        "moe_layer_start_index": chosen[0],
+        "moe_layer_end_index": -1 if chosen[-1] + every >= len(flags) else chosen[-1],
+    }
+    if moe_range_to_mcore({**said, "num_hidden_layers": len(flags)})["moe_layer_freq"] != flags:
+        raise UsageError(f"moe_layer_freq is {flags!r}; one run of layers at equal distances was expected")
+    return said
+
+
 def first_dense_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """`first_k_dense_replace` ↔ mcore's flag per layer, always spelt out as Megatron-Bridge does."""
     dense = whole(value, "first_k_dense_replace")
@@ -80,17 +110,19 @@ def first_dense_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
 def mlp_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
     """`mlp_layer_types`, or as many dense layers first as `first_k_dense_replace` says (1 where it is absent).
 
-    K-EXAONE says the same by `is_moe_layer` and `first_last_k_dense_replace`; all that is said must agree.
+    K-EXAONE says the same by `is_moe_layer` and `first_last_k_dense_replace`, MiMo-V2-Flash by a list of
+    `moe_layer_freq`; all that is said must agree.
     """
-    kinds, listed = hf.get("mlp_layer_types"), hf.get("is_moe_layer")
+    kinds = hf.get("mlp_layer_types")
     if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) - {"dense", "sparse"}):
         raise UsageError(f"config: mlp_layer_types is {kinds!r}; layers are dense or sparse")
     said: dict[str, Value] = {}
     for key in ("first_k_dense_replace", "first_last_k_dense_replace"):
         if (dense := hf.get(key)) is not None:
             said[key] = first_dense_to_mcore(dense, hf)
-    if isinstance(listed, list):
-        said["is_moe_layer"] = [int(bool(flag)) for flag in listed]
+    for key in ("is_moe_layer", "moe_layer_freq"):
+        if isinstance(listed := hf.get(key), list):
+            said[key] = [int(bool(flag)) for flag in listed]
     if isinstance(kinds, list):
         said["mlp_layer_types"] = [int(kind == "sparse") for kind in kinds]
     flags = next(iter(said.values()), None) or first_dense_to_mcore(1, hf)

@@ -14,8 +14,13 @@ LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 
 #: By how much the context may grow behind its end (`_compute_dynamic_ntk_parameters`); no field of Megatron Core.
 _DYNAMIC = "rope_dynamic_factor"
+#: The share of the pairs that turn, the others standing (`_compute_proportional_rope_parameters`); no field either.
+_PROPORTION = "rope_proportion"
 #: Fields of rotary embeddings that are not YaRN's.
-PLAIN = ("model.rope_scaling", "model.rope_scaling_factor", "model.seq_len_interpolation_factor", _DYNAMIC)
+PLAIN = (
+    *("model.rope_scaling", "model.rope_scaling_factor", "model.seq_len_interpolation_factor"),
+    *(_DYNAMIC, _PROPORTION),
+)
 
 
 def rope_to_mcore(hf: Mapping[str, Value]) -> Fields:
@@ -38,10 +43,16 @@ def rope_to_mcore(hf: Mapping[str, Value]) -> Fields:
             "`model.position_embedding_type` out of [config.fixed], and prove it: `mbx verify parity ‹forward›` with "
             "‹mapping› FILE",
         )
+    if kind == "proportional":
+        _check_known(scaling, {"factor", "partial_rotary_factor"})
+        share, factor = scaling.get("partial_rotary_factor"), scaling.get("factor")
+        stretched = None if factor is None else positive(factor, "rope_scaling.factor")
+        turning = 1.0 if share is None else positive(share, "partial_rotary_factor")
+        return {**off, _PROPORTION: turning, "model.seq_len_interpolation_factor": stretched}
     if kind not in ("linear", "llama3", "dynamic"):
         raise UsageError(
             f"config: rope_scaling of type {kind!r} is none that this table takes",
-            hint="tables take linear, llama3 and dynamic; those that say so, yarn or longrope",
+            hint="tables take linear, llama3, dynamic and proportional; those that say so, yarn or longrope",
         )
     _check_known(scaling, {"factor", *(LLAMA3_FIXED if kind == "llama3" else ())})
     factor = positive(scaling.get("factor"), "rope_scaling.factor")
@@ -67,6 +78,11 @@ def rope_to_hf(mcore: Mapping[str, Value]) -> Fields:
         return {
             "rope_scaling": {"rope_type": "llama3", "factor": mcore.get("model.rope_scaling_factor"), **LLAMA3_FIXED}
         }
+    if (share := mcore.get(_PROPORTION)) is not None:
+        scaling: dict[str, Value] = {"rope_type": "proportional", "partial_rotary_factor": share}
+        if (factor := mcore.get("model.seq_len_interpolation_factor")) is not None:
+            scaling["factor"] = factor
+        return {"rope_scaling": scaling}
     if (factor := mcore.get(_DYNAMIC)) is not None:
         return {"rope_scaling": {"rope_type": "dynamic", "factor": factor}}
     if (factor := mcore.get("model.seq_len_interpolation_factor")) is not None:

@@ -13,8 +13,10 @@ from mbx.models.device import ONE_PROCESS, Spread
 from mbx.models.megatron.config import (
     MODEL_PREFIX,
     OWN_FIELDS,
+    WINDOWED_FIELDS,
     FlatConfig,
     mcore_version,
+    number,
     refuse_unknown,
     transformer_config,
 )
@@ -23,11 +25,14 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mbx.models.megatron.core.config import TransformerConfig
+    from mbx.models.megatron.gemma4 import LayerInputs
+    from mbx.models.megatron.layer_kinds import Kinds
 
 # Arguments of ours behind the same prefix: the model class, and what families add to a GPT model.
 _LAYERS = """parallel_residual one_layernorm post_layernorms post_layernorms_only
 qk_layernorm_over_heads""".split()
-_FAMILY = (*_LAYERS, "rotary_base_local", "scale_embeddings")
+_SWITCHES = ("scale_embeddings", "biased_softmax_router", "layer_scalars")
+_FAMILY = (*_LAYERS, *_SWITCHES, "rotary_base_local", "rotary_percent_local")
 # What the installed Megatron Core has no module for: tensors of it are left in the checkpoint.
 _ABSENT = ("mtp_num_layers", "mtp_hybrid_override_pattern", "mtp_block_layers")
 #: What tables call the pattern of a hybrid model's layers.
@@ -92,6 +97,10 @@ def build_model(
         from mbx.models.megatron.family_hooks import add_family_hooks
 
         add_family_hooks(model, config)
+        if (inputs := _layer_inputs(config)) is not None:
+            from mbx.models.megatron.gemma4 import connect
+
+            connect(model, inputs)
         if config.get(MODEL_PREFIX + "qk_layernorm_over_heads"):
             # From here on it means that ranks of tensor parallelism each hold a whole such norm, whose gradients
             # `finalize_model_grads` sums; these are cut.
@@ -110,12 +119,10 @@ def _gpt_parts(
     from mbx.models.megatron.core.layers import GPTModel
     from mbx.models.megatron.specs import FamilyParts, gpt_block_spec, mtp_block_spec
 
-    base = config.get(MODEL_PREFIX + "rotary_base_local")
-    if base is not None and (isinstance(base, bool) or not isinstance(base, int | float)):
-        raise UsageError(f"model.rotary_base_local must be a number, got {base!r}")
     parts = FamilyParts(
         **{name: bool(config.get(MODEL_PREFIX + name)) for name in _LAYERS},
-        rotary_base_local=base,
+        kinds=_kinds(config),
+        layer_inputs=_layer_inputs(config),
         softcapped=bool(config.get("attn_logit_softcapping")),
     )
     block = gpt_block_spec(built, use_te=use_te, parts=parts, vp_stage=vp_stage)
@@ -124,6 +131,38 @@ def _gpt_parts(
         "mtp_block_spec": mtp_block_spec(built, block, use_te=use_te, vp_stage=vp_stage),
         "vp_stage": vp_stage,
     }
+
+
+def _kinds(config: FlatConfig) -> Kinds | None:
+    """What sets windowed layers apart, None where nothing does."""
+    from mbx.models.megatron.layer_kinds import Kinds
+
+    base, share, scale = (
+        number(config, name)
+        for name in ("model.rotary_base_local", "model.rotary_percent_local", "attention_value_scale")
+    )
+    width = None if config.get("multi_latent_attention") else number(config, "v_head_dim")
+    fields = {name: config.get(f"windowed_{name}") for name in WINDOWED_FIELDS}
+    kinds = Kinds(
+        base,
+        1.0 if share is None else share,
+        {name: value for name, value in fields.items() if value is not None},
+        None if width is None else int(width),
+        scale,
+    )
+    return None if kinds == Kinds() else kinds
+
+
+def _layer_inputs(config: FlatConfig) -> LayerInputs | None:
+    """What layers of Gemma 4 take from one another and from the tokens, None for another model."""
+    if not config.get(MODEL_PREFIX + "layer_scalars"):
+        return None
+    from mbx.models.megatron.gemma4 import LayerInputs
+
+    sizes = ("num_kv_shared_layers", "per_layer_input_size", "per_layer_vocab_size")
+    shared, width, vocab = (int(number(config, name) or 0) if config.get(name) else 0 for name in sizes)
+    wide, same = (bool(config.get(name)) for name in ("use_double_wide_mlp", "attention_k_eq_v"))
+    return LayerInputs(shared, wide, same, width, vocab)
 
 
 def _hybrid_parts(

@@ -42,10 +42,15 @@ _CUDA_ONLY: dict[str, Value] = {
 }
 # Of YaRN's constants, those that no class has a default for.
 _YARN_NEEDED = ("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings")
+#: `windowed_NAME` is the field NAME in windowed layers.
+WINDOWED_FIELDS = "num_attention_heads num_query_groups kv_channels softmax_type".split()
 #: Fields of families that no Megatron Core has: `family_hooks` reads them from the flat config. `rope_dynamic_factor`
 #: changes nothing before the end of the context, where sequences end here.
 OWN_FIELDS = """attn_logit_softcapping final_logit_softcapping embedding_multiplier residual_multiplier logits_scaling
-logit_scale llama_4_scaling_beta rope_dynamic_factor""".split()
+logit_scale llama_4_scaling_beta rope_dynamic_factor attention_value_scale
+rope_proportion attention_k_eq_v num_kv_shared_layers use_double_wide_mlp per_layer_input_size
+per_layer_vocab_size""".split()
+OWN_FIELDS += [f"windowed_{name}" for name in WINDOWED_FIELDS]
 # Any of these lets stages hold different numbers of layers; mcore checks those itself.
 _UNEVEN_STAGES = """num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout
 account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split""".split()
@@ -83,7 +88,8 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
         raise UnsupportedError(f"position_embedding_type=yarn needs {' and '.join(unsaid)}")
     extra = {field: value for field, value in said.items() if field not in known}
     # fields with a dot are the model's arguments, or of what stands beside the text
-    values = {k: v for k, v in config.items() if "." not in k and k not in extra and k not in OWN_FIELDS}
+    own = (*OWN_FIELDS, *(() if mla else ("v_head_dim",)))
+    values = {k: v for k, v in config.items() if "." not in k and k not in extra and k not in own}
     values = {k: v for k, v in values.items() if k in known or k in _OWNED or (v is not None and v is not False)}
     if mla:
         values.update(_mla_rotary(config))
@@ -214,3 +220,13 @@ def refuse_unknown(names: list[str], owner: str) -> None:
 def mcore_version() -> str:
     """The installed Megatron Core, as messages name it."""
     return f"megatron-core {core_version()}"
+
+
+def number(config: FlatConfig, field: str) -> float | None:
+    """A factor of the config, None where it does nothing."""
+    value = config.get(field)
+    if value is None or value is False:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise UsageError(f"`{field}` must be a number above 0, got {value!r}")
+    return float(value)

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from converters.errors import UnsupportedError, UsageError
-from mbx.models.megatron.config import MODEL_PREFIX, FlatConfig
+from mbx.models.megatron.config import MODEL_PREFIX, FlatConfig, number
 from mbx.models.megatron.core.layers import DotProductAttention
+from mbx.models.megatron.rotary import turn_a_share
+from mbx.models.megatron.routers import score_by_softmax
 
 
 def add_family_hooks(model: nn.Module, config: FlatConfig) -> None:
@@ -25,37 +27,31 @@ def add_family_hooks(model: nn.Module, config: FlatConfig) -> None:
     decoder = cast("Any", model).decoder
     if config.get(MODEL_PREFIX + "scale_embeddings"):
         _scale_embedding(model, cast("int", config["hidden_size"]) ** 0.5, rounded=True)
-    if (factor := _number(config, "embedding_multiplier")) is not None:
+    if (factor := number(config, "embedding_multiplier")) is not None:
         _scale_embedding(model, factor, rounded=False)
-    if (factor := _number(config, "residual_multiplier")) is not None:
+    if config.get(MODEL_PREFIX + "biased_softmax_router"):
+        score_by_softmax(decoder.layers)
+    if (factor := number(config, "residual_multiplier")) is not None:
         for layer in decoder.layers:
             for branch in (layer.self_attention, layer.mlp):
                 branch.register_forward_hook(_Scaled(factor))
-    if (cap := _number(config, "attn_logit_softcapping")) is not None:
+    if (cap := number(config, "attn_logit_softcapping")) is not None:
         for layer in decoder.layers:
             _softmax_of(layer.self_attention).register_forward_pre_hook(_Capped(cap))
-    if (beta := _number(config, "llama_4_scaling_beta")) is not None:
-        length = _number(config, "yarn_original_max_position_embeddings")
+    if (beta := number(config, "llama_4_scaling_beta")) is not None:
+        length = number(config, "yarn_original_max_position_embeddings")
         if length is None:
             raise UsageError("`llama_4_scaling_beta` needs `yarn_original_max_position_embeddings`")
         _scale_queries(model, beta, length)
-    divisor, cap = _number(config, "logits_scaling"), _number(config, "final_logit_softcapping")
-    if (scale := _number(config, "logit_scale")) is not None:  # Cohere multiplies where Granite divides
+    if (share := number(config, "rope_proportion")) is not None:
+        turn_a_share(model, share)
+    divisor, cap = number(config, "logits_scaling"), number(config, "final_logit_softcapping")
+    if (scale := number(config, "logit_scale")) is not None:  # Cohere multiplies where Granite divides
         divisor = 1.0 / scale
     if (output := getattr(model, "output_layer", None)) is not None and (divisor is not None or cap is not None):
         if getattr(decoder.config, "cross_entropy_fusion_impl", None) == "linear":
             raise UnsupportedError("logits are scaled or capped, which cross_entropy_fusion_impl=linear never holds")
         output.register_forward_hook(_Logits(divisor or 1.0, cap))
-
-
-def _number(config: FlatConfig, field: str) -> float | None:
-    """A factor of the config, None where it does nothing."""
-    value = config.get(field)
-    if value is None or value is False:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise UsageError(f"`{field}` must be a number above 0, got {value!r}")
-    return float(value)
 
 
 def _scale_embedding(model: nn.Module, factor: float, *, rounded: bool) -> None:

@@ -7,7 +7,6 @@ Megatron-Bridge gives them: `self_attention.linear_proj.post_layernorm`, `mlp.li
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import torch
@@ -21,11 +20,9 @@ from mbx.models.megatron.core.layers import (
     MLASelfAttention,
     ModuleSpec,
     SelfAttention,
-    is_layer_window_attention,
     mlp_submodules,
     without_norm,
 )
-from mbx.models.megatron.core.rotary import RotaryEmbedding
 from mbx.models.megatron.core.sharding import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 
@@ -139,46 +136,6 @@ def norm_over_heads(layer: ModuleSpec) -> None:
     if attention.module is not SelfAttention:
         raise UnsupportedError(f"norms over heads are built for SelfAttention, not for {attention.module.__name__}")
     attention.submodules.q_layernorm, attention.submodules.k_layernorm = QueryNorm, KeyNorm
-
-
-class TwoBaseAttention(SelfAttention):  # type: ignore[misc]  # megatron is untyped
-    """Self-attention whose windowed layers rotate by a base of their own, unscaled (Gemma 3: 10000 beside 1000000)."""
-
-    def __init__(
-        self, config: TransformerConfig, *, layer_number: int, rotary_base_local: float, **keywords: Any
-    ) -> None:
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        if windowed and getattr(config, "yarn_rotary_scaling_factor", None):
-            # these layers are not scaled (OLMo 3), and YaRN's factor on the tables is taken from here, once or always
-            config = copy(config)
-            config.yarn_rotary_scaling_factor = 1.0
-        super().__init__(config, layer_number=layer_number, **keywords)
-        self.window_rotary: RotaryEmbedding | None = None
-        if windowed:
-            self.window_rotary = RotaryEmbedding(
-                config.kv_channels,
-                rotary_percent=1.0,
-                rotary_interleaved=config.rotary_interleaved,
-                rotary_base=rotary_base_local,
-                use_cpu_initialization=config.use_cpu_initialization,
-                cp_group=self.pg_collection.cp,
-            )
-
-    def forward(self, *arguments: Any, rotary_pos_emb: torch.Tensor | None = None, **keywords: Any) -> Any:
-        """As SelfAttention's; `rotary_pos_emb: [s / cp, 1, 1, d]` is replaced in a windowed layer."""
-        if self.window_rotary is not None and rotary_pos_emb is not None:
-            length = rotary_pos_emb.shape[0] * self.pg_collection.cp.size()
-            rotary_pos_emb = self.window_rotary(length, packed_seq=keywords.get("packed_seq_params") is not None)
-        return super().forward(*arguments, rotary_pos_emb=rotary_pos_emb, **keywords)
-
-
-def use_two_bases(layer: ModuleSpec, rotary_base_local: float) -> None:
-    """Make `layer` attend by `TwoBaseAttention`; UnsupportedError where it attends otherwise than by SelfAttention."""
-    attention = layer.submodules.self_attention
-    if attention.module is not SelfAttention:
-        raise UnsupportedError(f"a second rotary base is built for SelfAttention, not for {attention.module.__name__}")
-    attention.module = TwoBaseAttention
-    attention.params = {**(attention.params or {}), "rotary_base_local": rotary_base_local}
 
 
 class PlainQueryAttention(MLASelfAttention):  # type: ignore[misc]  # megatron is untyped

@@ -63,11 +63,8 @@ class LocalNorm:
         return norm
 
 
-class LatentDotProductAttention(DotProductAttention):  # type: ignore[misc]  # megatron is untyped
-    """Unfused attention whose keys and values differ in width, which multi-latent attention needs.
-
-    mcore's own takes no `k_channels` and `v_channels`, so MLA does not build with the local spec of 0.16.1.
-    """
+class NarrowDotProductAttention(DotProductAttention):  # type: ignore[misc]  # megatron is untyped
+    """Unfused attention whose keys and values differ in width; mcore's own takes no `k_channels` and `v_channels`."""
 
     def __init__(
         self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **keywords: Any
@@ -76,5 +73,12 @@ class LatentDotProductAttention(DotProductAttention):  # type: ignore[misc]  # m
         del k_channels  # only the width of the output depends on a channel count, and that is the values'
         if v_channels is not None:
             self.hidden_size_per_partition = self.num_attention_heads_per_partition * v_channels
+
+
+class LatentDotProductAttention(NarrowDotProductAttention):
+    """The same as multi-latent attention needs it, which does not build with the local spec of 0.16.1."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
         # MLA has one key and value head per query head, whatever num_query_groups says.
         self.num_query_groups_per_partition = self.num_attention_heads_per_partition

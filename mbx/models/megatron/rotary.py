@@ -133,3 +133,14 @@ def set_rope_frequencies(model: nn.Module, inv_freq: torch.Tensor) -> None:
         raise UsageError(f"inv_freq must be {list(rope.inv_freq.shape)}, got {list(inv_freq.shape)}")
     rope.inv_freq = inv_freq.detach().to(rope.inv_freq)
     forget_tables()  # the caches are the classes', keyed by instance and length
+
+
+def turn_a_share(model: nn.Module, share: float) -> None:
+    """Leave all but the fastest `share` of the rotary pairs where they are (Transformers: type "proportional").
+
+    Frequencies are those of the whole head, which is what sets it apart from a share of the head that turns.
+    """
+    if (rope := getattr(model, "rotary_pos_emb", None)) is not None:
+        frequencies = rope.inv_freq.clone()
+        frequencies[int(share * 2 * len(frequencies) // 2) :] = 0.0
+        set_rope_frequencies(model, frequencies)

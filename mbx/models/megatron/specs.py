@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         MultiTokenPredictionBlockSubmodules,
         TransformerBlockSubmodules,
     )
+    from mbx.models.megatron.gemma4 import LayerInputs
+    from mbx.models.megatron.layer_kinds import Kinds
 
 
 def gpt_block_spec(
@@ -83,8 +85,8 @@ class FamilyParts:
     With `parallel_residual` the MLP reads what attention reads, with `one_layernorm` from the same norm, and no norm
     has a bias.
     `post_layernorms` stand behind attention and MLP beside those before, or `post_layernorms_only` there;
-    `qk_layernorm_over_heads` spans all heads, `rotary_base_local` is windowed layers' own, and `softcapped` attention
-    shows its scores.
+    `qk_layernorm_over_heads` spans all heads, `kinds` set windowed layers apart, `layer_inputs` are Gemma 4's, and
+    `softcapped` attention shows its scores.
     """
 
     parallel_residual: bool = False
@@ -92,7 +94,8 @@ class FamilyParts:
     post_layernorms: bool = False
     post_layernorms_only: bool = False
     qk_layernorm_over_heads: bool = False
-    rotary_base_local: float | None = None
+    kinds: Kinds | None = None
+    layer_inputs: LayerInputs | None = None
     softcapped: bool = False
 
 
@@ -100,6 +103,7 @@ def _put_parts(layer: ModuleSpec, parts: FamilyParts, norm: Callable[..., nn.Mod
     from mbx.models.megatron import family_layers as own
     from mbx.models.megatron import parallel_layers
     from mbx.models.megatron.core.layers import DotProductAttention
+    from mbx.models.megatron.layer_kinds import Kinds, attend_by_kind
 
     if parts.softcapped:
         layer.submodules.self_attention.submodules.core_attention = DotProductAttention
@@ -111,8 +115,12 @@ def _put_parts(layer: ModuleSpec, parts: FamilyParts, norm: Callable[..., nn.Mod
         own.add_post_layernorms(layer, norm)
     if parts.parallel_residual:
         parallel_layers.read_the_same(layer, one_norm=parts.one_layernorm)
-    if parts.rotary_base_local is not None:
-        own.use_two_bases(layer, parts.rotary_base_local)
+    if parts.layer_inputs is not None:
+        from mbx.models.megatron.gemma4 import be_gemma4
+
+        be_gemma4(layer, parts.kinds or Kinds(), parts.layer_inputs)
+    elif parts.kinds is not None:
+        attend_by_kind(layer, parts.kinds)
 
 
 def _norm_rotated_layers_only(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _EMBEDDING, _OUTPUT, _BIAS = "embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"
+_PER_LAYER = "per_layer_embedding.weight"
 
 _T = TypeVar("_T")
 #: Bytes of parameters that are filled at a time.
@@ -87,9 +88,10 @@ def _frame(config: Mapping[str, Value], weights: StoredWeights, tokens: list[int
 
     rows = -(-len(tokens) // spread.tp) * spread.tp
     small = {**config, "model.vocab_size": rows, "mtp_num_layers": None, "perform_initialization": False}
+    small |= {name: rows for name in ("per_layer_vocab_size",) if config.get(name)}
     small[_TIED] = False  # the head reads its rows apart, from the embedding's where they are tied
     model = build_model(small, spread, use_te=spread.device == "cuda", streamed=True)
-    apart = (_EMBEDDING, _OUTPUT, _BIAS)
+    apart = (_EMBEDDING, _PER_LAYER, _OUTPUT, _BIAS)
     # Before anything runs no layer has weights, so what is asked for is what lies around them.
     found = weights.fill({name: part for name, part in sharded_weights(model).items() if name not in apart})
     missing, _ = model.load_state_dict(found, strict=False)
@@ -98,6 +100,8 @@ def _frame(config: Mapping[str, Value], weights: StoredWeights, tokens: list[int
         raise StorageError(f"the checkpoint lacks {', '.join(f'`{name}`' for name in missing)}")
     if (embedding := getattr(model, "embedding", None)) is not None:
         _put_rows(embedding.word_embeddings.weight, weights, _EMBEDDING, tokens)
+    if (beside := getattr(model, "per_layer_embedding", None)) is not None:
+        _put_rows(beside.weight, weights, _PER_LAYER, tokens)
     return model
 
 

@@ -106,7 +106,9 @@ def _embedded(
         def run(hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
             if number == 0:
                 states.append(hidden.cpu())
-            calls[number].append((arguments, keywords))
+            call = (arguments, keywords)
+            before = calls[number][-1:]
+            calls[number] += before if before and _alike(before[0], call) else [call]
             return hidden
 
         return run
@@ -124,6 +126,17 @@ def _embedded(
     if len(norms) != 1:
         raise UnsupportedError(f"{type(around).__name__} has {len(norms)} norms behind its layers; one was expected")
     return states, calls, norms[0]
+
+
+def _alike(one: object, other: object) -> bool:
+    """Whether two calls give a layer the same: batches share one mask, which is large, and one is kept."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return one is other or (isinstance(one, bool | int | float | str) and one == other)
 
 
 def _by_layer(table: Table, env: Env, names: Mapping[str, object]) -> dict[int, list[Row]]:

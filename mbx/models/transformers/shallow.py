@@ -119,6 +119,8 @@ class PartialTransformers:
     ) -> PreTrainedModel:
         config = copy.deepcopy(self.config)
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            if getattr(part, "vocab_size_per_layer_input", None) == self.vocab_size:  # Gemma 4's second embedding
+                part.vocab_size_per_layer_input = vocab
             part.vocab_size, part.pad_token_id = vocab, None
         try:
             with silent_transformers():

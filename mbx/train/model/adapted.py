@@ -72,7 +72,7 @@ def adapted(lora: Lora, plan: Blueprint, held: Mapping[str, Adapted] | None = No
     if plan.table is None:
         return {}
     chooser, settings = Chooser(lora), settings_of(lora)
-    dims, found = plan.table.dims_at(environment(plan.config)), dict[str, Linear]()
+    env, found = environment(plan.config), dict[str, Linear]()
     rows = list(linears(plan))
     for row, modules in rows:
         there = None if held is None else held.get(row.mcore)
@@ -91,7 +91,7 @@ def adapted(lora: Lora, plan: Blueprint, held: Mapping[str, Adapted] | None = No
                 rank = settings.rank_of(module)
                 parts.append(Part(module, members[n], rank, settings.scale_of(module, rank)))
         if parts:
-            found[row.mcore] = Linear(op, dims, tuple(parts), together)
+            found[row.mcore] = Linear(op, plan.table.dims_of(row, env), tuple(parts), together)
     chooser.check(rows)
     return found
 

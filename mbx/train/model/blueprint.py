@@ -103,6 +103,7 @@ def _read_by(table: Table) -> set[str]:
     """Fields that a table's expressions read: TOML has no null, so a shape leaves out those that are."""
     rows = [spec for block in table.blocks.values() for alternatives in block for spec in alternatives]
     texts = [*(site.n for site in table.sites), table.experts, *table.dims.values(), *table.when.values()]
+    texts += [text for kind in table.kinds.values() for text in (kind.when, *kind.fields.values())]
     texts += [spec.when for spec in rows if spec.when]
     return {name for text in texts if isinstance(text, str) for name in names(text)} - set("LIE")
 

@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -48,7 +49,8 @@ def without_norm(linear: type) -> type:
 __all__ = ["DotProductAttention", "FusedScaleMaskSoftmax", "GPTModel", "IdentityOp", "MLASelfAttention", "ModuleSpec"]
 __all__ += ["mlp_submodules", "without_norm"]
 __all__ += ["MultiTokenPredictionBlockSubmodules"]
-__all__ += ["SelfAttention", "TransformerBlockSubmodules", "TransformerLayer", "WrappedTorchNorm"]
+__all__ += ["SelfAttention", "TransformerBlockSubmodules", "TransformerLayer", "VocabParallelEmbedding"]
+__all__ += ["WrappedTorchNorm"]
 __all__ += ["get_gpt_decoder_block_spec", "get_gpt_heterogeneous_layer_spec", "get_gpt_layer_local_spec"]
 __all__ += ["get_gpt_mtp_block_spec", "get_num_layers_to_build"]
 __all__ += ["get_transformer_block_with_experimental_attention_variant_spec", "get_transformer_layer_offset"]
