@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from converters.errors import UsageError
 from converters.mcore.bridge_families import Family
 from converters.rows.config_spelling import GENERIC_KEYS
 from converters.rows.expr import Value
 
 Json = Mapping[str, Value]
-#: What a config.json says of the whole model.
-_OF_BOTH = frozenset({"architectures", "model_type", "tie_word_embeddings"})
+#: What a config.json says of the whole model, and otherwise or not of its text model.
+_OF_THE_WHOLE = ("architectures", "model_type")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,9 @@ class Towers:
     def whole(self, model: Mapping[str, object], text: Json) -> dict[str, Value]:
         """config.json of the model that a `model` node builds; `text` is what it says of the text model.
 
-        Law: `fields` of it are those of the node.
+        Law: `fields` of it are those of the node. UsageError where a field that holds an object holds none.
         """
-        inner = {key: value for key, value in text.items() if key not in _OF_BOTH}
+        inner = {key: value for key, value in text.items() if key not in _OF_THE_WHOLE}
         towers = {key: inner.pop(key) for key in list(inner) if key.startswith("vision_config")}
         if (sections := inner.pop("mrope_section", None)) is not None:
             scaling = inner.get("rope_scaling")
@@ -80,13 +81,16 @@ class Towers:
             inner["model_type"] = self.text
         out: dict[str, Value] = {}
         for name, held in self.held.items():
-            if isinstance(node := model.get(name), Mapping):
-                _put_all(out, held.said(node))
+            if (node := model.get(name)) is None:
+                continue
+            if not isinstance(node, Mapping):
+                raise UsageError(f"run_config.yaml: `model.{name}` is {node!r}; an object was expected")
+            _put_all(out, held.said(node))
         stated = {path: value for name, path in self.keys.items() if (value := model.get(name)) is not None}
         _put_all(out, stated)  # type: ignore[arg-type]
         inside = {**towers, **{f"text_config.{key}": value for key, value in inner.items()}}
         _put_all(out, {self.within + path: value for path, value in inside.items()})
-        return {**out, **{key: text[key] for key in sorted(_OF_BOTH & text.keys())}}
+        return {**out, **{key: text[key] for key in (*_OF_THE_WHOLE, "tie_word_embeddings") if key in text}}
 
     def builds(self, whole: Json) -> bool:
         """Whether it is the family of a model by its config.json."""
@@ -109,13 +113,17 @@ def _said(node: Json) -> dict[str, Value]:
 
 
 def _put_all(out: dict[str, Value], values: Mapping[str, Value]) -> None:
-    """Put values into nested objects by their paths; an object joins the one that is there."""
+    """Put values into nested objects by their paths; an object joins the one that is there.
+
+    UsageError where a path leads through what is none.
+    """
     for path, value in values.items():
         *parents, key = path.split(".")
         at = out
         for parent in parents:
             inner = at.setdefault(parent, {})
-            assert isinstance(inner, dict)
+            if not isinstance(inner, dict):
+                raise UsageError(f"run_config.yaml: `{parent}` is {inner!r}; an object was expected")
             at = inner
         old = at.get(key)
         at[key] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value

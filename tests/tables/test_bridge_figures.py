@@ -1,15 +1,16 @@
-"""What Megatron-Bridge exported of our checkpoints: the page says what was recorded, and every model that is asked."""
+"""What other tools exported of our checkpoints: the page says what was recorded, and every model that is asked."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from test_bridge_exports_ours import CONVERTED, TOWERS, WITH_CODE
+import test_bridge_exports_ours as bridge
+import test_mcore_bridge_exports_ours as mcore_bridge
 
-from benchmarks.bridge_figures import ASKED, RECORDED, exports, record, written
+from benchmarks.bridge_figures import ASKED, RECORDED, exports, record, recorded, written
 
+PREDICTING = ["qwen3_5", "qwen3_5_moe"]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "formats.md"
 
 
@@ -18,11 +19,18 @@ def test_the_page_says_what_was_recorded() -> None:
     assert "<!-- begin: bridge" in text and text == written(text), "run `make docs`"
 
 
-def test_every_model_that_is_asked_was_recorded() -> None:
-    cases = json.loads(RECORDED.read_text(encoding="utf-8"))["cases"]
-    asked = dict(zip(ASKED, (CONVERTED, WITH_CODE, TOWERS, TOWERS, ["qwen3_5", "qwen3_5_moe"]), strict=True))
-    assert {test: list(models) for test, models in cases.items()} == asked, "run it, and `--record`"
-    assert all(count > 0 for models in cases.values() for count in models.values())
+@pytest.mark.parametrize(
+    ("tool", "models"),
+    [
+        ("Megatron-Bridge", (bridge.CONVERTED, bridge.WITH_CODE, bridge.TOWERS, bridge.TOWERS, PREDICTING)),
+        ("mcore-bridge", (mcore_bridge.CONVERTED, mcore_bridge.TOWERS)),
+    ],
+)
+def test_every_model_that_is_asked_was_recorded(tool: str, models: tuple[list[str], ...]) -> None:
+    (cases,) = (run["cases"] for run in recorded() if run["tool"].startswith(f"{tool} "))
+    asked = dict(zip(ASKED[tool], models, strict=True))
+    assert {test: list(found) for test, found in cases.items()} == asked, "run it, and `--record`"
+    assert all(count > 0 for found in cases.values() for count in found.values())
 
 
 def test_a_model_that_did_not_pass_is_not_recorded(tmp_path: Path) -> None:
@@ -33,7 +41,7 @@ def test_a_model_that_did_not_pass_is_not_recorded(tmp_path: Path) -> None:
     for sign in ("failure", "error", "skipped"):
         report.write_text(whole.format(case.format(f"<{sign}/>")), encoding="utf-8")
         with pytest.raises(ValueError, match="llama"):
-            record(report, "0.6.2")
+            record(report, "Megatron-Bridge 0.6.2")
     assert RECORDED.read_bytes() == before
-    lines = exports({"release": "1", "date": "d", "cases": {"test_nothing_is_lost": {"llama": 39, "gemma": 2}}})
-    assert "| text models | 2 | 41 | llama, gemma |" in lines
+    run = {"tool": "Megatron-Bridge 1", "date": "d", "cases": {"test_nothing_is_lost": {"llama": 39, "gemma": 2}}}
+    assert "| text models | 2 | 41 | llama, gemma |" in exports(run)

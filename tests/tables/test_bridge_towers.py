@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
-from converters.errors import UnsupportedError
+from converters.errors import MbxError, UnsupportedError
 from converters.mcore.bridge_config import config_of_run_config
 from converters.mcore.bridge_towers import TOWERS, towers_of
 from converters.mcore.field_equality import alike, is_idle
@@ -118,6 +119,40 @@ def test_the_run_config_gives_the_model_back(written: Callable[[str], Path], kin
         assert [name for name in apart if not is_idle(name, {**wanted, **back}[name])] == []
     report = parity(written(kind) / "hf", written(kind) / "mcore")
     assert [leg.name for leg in report.legs if leg.status != "passed"] == []
+
+
+@pytest.mark.parametrize("kind", BRIDGE)
+def test_transformers_reads_the_config_that_is_made(written: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    """Of the run_config alone: the same towers, sections of positions, and whether the embedding is tied."""
+
+    def read(folder: Path) -> list[object]:
+        whole = AutoConfig.from_pretrained(folder)
+        inner = getattr(whole, "thinker_config", whole)
+        text = inner.get_text_config()
+        towers = [getattr(inner, name).to_dict() for name in ("vision_config", "audio_config") if hasattr(inner, name)]
+        for tower in towers:
+            tower.pop("dtype", None)  # said once, of the whole
+            if not tower.get("deepstack_visual_indexes"):  # of a class without
+                tower.pop("deepstack_visual_indexes", None)
+        return [*towers, text.tie_word_embeddings, text.rope_parameters.get("mrope_section"), text.hidden_size]
+
+    opened = open_megatron(written(kind) / "mcore")
+    made = architecture_of(replace(opened, hf=None, args=None)).config
+    (tmp_path / "config.json").write_text(json.dumps(made), encoding="utf-8")
+    assert read(tmp_path) == read(written(kind) / "hf")
+
+
+@pytest.mark.parametrize("path", [("vision_config",), ("thinker_config", "text_config")])
+def test_an_object_that_is_none_is_an_error(written: Callable[[str], Path], path: tuple[str, ...]) -> None:
+    opened = open_megatron(written("qwen2_5_omni" if "thinker_config" in path else "qwen2_5_vl") / "mcore")
+    assert opened.run_config is not None
+    planted = json.loads(json.dumps(opened.run_config))
+    held = planted["model"]
+    for key in path[:-1]:
+        held = held[key]
+    held[path[-1]] = "none"
+    with pytest.raises(MbxError):
+        architecture_of(replace(opened, hf=None, args=None, run_config=planted))
 
 
 @pytest.mark.parametrize("kind", BRIDGE)
