@@ -23,6 +23,7 @@ _LONG = (
     "parity/test_layout_oracle.py",
     "train/test_parallel.py",
     "train/test_distill.py",
+    "train/test_own_methods.py",
     "train/test_resume_elsewhere.py",
     "parity/test_optimizer_oracle.py",
     "parity/test_convert_parity.py",

@@ -25,6 +25,7 @@ from mbx.extras import require
 from mbx.text import aligned
 
 if TYPE_CHECKING:
+    from mbx.train.lora.method import Tuned
     from mbx.train.recipe.sections import Recipe
 
 
@@ -154,6 +155,9 @@ def export(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
     merged: Annotated[bool, typer.Option("--merged", help="Adapters merged into the base.")] = False,
     best: Annotated[bool, typer.Option("--best", help="The checkpoint of the best validation loss.")] = False,
+    hooks: Annotated[
+        Path | None, typer.Option("--hooks", metavar="FILE", help="Your own method of adapters, which trained it.")
+    ] = None,
     *,
     output: Output,
 ) -> None:
@@ -162,8 +166,18 @@ def export(
     output.hush()
     from mbx.train.checkpoints.export import export_run
 
-    path, kind = export_run(run, dst, merged=merged, best=best)
+    method = None if hooks is None else _method(hooks, run)
+    path, kind = export_run(run, dst, merged=merged, best=best, method=method)
     out.result({"export": str(path), "kind": kind}, lambda: [f"{path}: {kind}"])
+
+
+def _method(hooks: Path, run: Path) -> type[Tuned] | None:
+    """The method of a file that trained a run."""
+    from mbx.train.checkpoints.state import latest, read_recipe
+    from mbx.train.run.hooks import load_hooks
+
+    found = latest(run)
+    return None if found is None else load_hooks(hooks).methods.get(read_recipe(found).lora.method)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from mbx.cli.output import out
 from mbx.text import human_count
 
 if TYPE_CHECKING:
-    from mbx.train.model.teacher import Teacher
-    from mbx.train.recipe.sections import Recipe
     from mbx.train.run.prepare import Prepared
 
 
@@ -38,8 +36,8 @@ def show_plan(prepared: Prepared) -> None:
     looks = prepared.looks
     if looks is not None:
         said.append(f"images: a tower of {human_count(looks.parameters)} weights, {t.tower}, on the first stage")
-    if prepared.teacher is not None:
-        said.append(f"teacher: {_word_on_teacher(prepared.teacher, recipe)}")
+    if recipe.distill.teacher:
+        said.append(f"teacher: {_word_on_teacher(prepared)}")
     try:
         budget = predict(recipe, plan, ranks.dp, looks)
     except UnsupportedError as error:
@@ -64,13 +62,15 @@ def show_plan(prepared: Prepared) -> None:
     out.result({**place, "data": data_document(prepared), **memory, "recipe": recipe.to_dict()}, lambda: said)
 
 
-def _word_on_teacher(teacher: Teacher, recipe: Recipe) -> str:
+def _word_on_teacher(prepared: Prepared) -> str:
     """Who teaches, and what is learned of it."""
-    d = recipe.distill
-    heard = f"its {d.top_k} likeliest tokens and the rest as one" if d.top_k else "its whole distribution"
+    d, logits = prepared.recipe.distill, prepared.logits
+    where = ", frozen, on these ranks" if logits is None else f", words of {logits.facts.teacher} on disk"
+    kept = d.top_k if logits is None else logits.facts.top_k
+    heard = f"its {kept} likeliest tokens and the rest as one" if kept else "its whole distribution"
     heard += f", at temperature {d.temperature:g}, weighs {d.weight:g}"
     own = f", the data's own loss {1 - d.weight:g}" if d.weight < 1 else ""
-    return f"{teacher.source}, frozen, on these ranks; {heard}{own}"
+    return f"{d.teacher}{where}; {heard}{own}"
 
 
 def _word_on_fp8(prepared: Prepared) -> list[str]:

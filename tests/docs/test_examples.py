@@ -17,7 +17,7 @@ from _pages import ROOT
 EXAMPLES = ROOT / "examples"
 PROGRAMS = sorted((*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.sh")))
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-SLOW = {"merge_lora", "own_loss", "train_tiny"}
+SLOW = {"merge_lora", "own_adapter", "own_loss", "train_tiny"}
 
 
 def _param(path: Path) -> object:

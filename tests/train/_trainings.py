@@ -147,7 +147,7 @@ def stall_writers() -> None:
 def main(out: Path) -> None:
     """One process of a world.
 
-    A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, verify?, logits?}`.
+    A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, verify?, logits?, hooks?}`.
 
     `verify`: the recipe's training is compared rather than run; its result is the legs. `stall_from`: the writers of
     asynchronous checkpoints hang from this step on. `logits`: the folder to which the recipe's teacher is written
@@ -157,6 +157,7 @@ def main(out: Path) -> None:
 
     torch.set_num_threads(1)
     from mbx.train.recipe.parse import parse_recipe
+    from mbx.train.run.hooks import NO_HOOKS, load_hooks
     from mbx.train.run.log import Step
     from mbx.train.run.loop import train
     from mbx.train.run.prepare import prepare
@@ -187,7 +188,8 @@ def main(out: Path) -> None:
             results.append([facts.rows, facts.learned])
             del store
             continue
-        prepared = prepare(parse_recipe(job["recipe"]), resume=job.get("resume", False))
+        own = load_hooks(Path(job["hooks"])) if job.get("hooks") else NO_HOOKS
+        prepared = prepare(parse_recipe(job["recipe"]), resume=job.get("resume", False), hooks=own)
         results.append(list(train(prepared, live=False, on_step=watch).losses))
         del store
     if os.environ["RANK"] == "0":

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from _trainings import QWEN3, ROOT, Raw, raw, run_here, run_world
 
 from converters.errors import LayoutError, StorageError, UnsupportedError, UsageError
+from mbx.cli import main
 from mbx.train.budget.counts import count
 from mbx.train.budget.predict import predict
 from mbx.train.distill import loss
@@ -286,7 +287,7 @@ def test_words_on_disk_are_those_of_a_live_teacher(tmp_path: Path, records: Reco
 
 
 def test_one_process_writes_what_it_would_hear(tmp_path: Path, records: Records) -> None:
-    """To the bit, rows without an end included; and a command makes the folder."""
+    """To the bit, rows without an end included."""
     recipe = taught(tmp_path / "run", distill={"top_k": 5, "temperature": 2.0}, train={"steps": 2})
     target = tmp_path / "words"
     facts = write_logits(prepared_for(parse_recipe(recipe), target), target)
@@ -294,6 +295,30 @@ def test_one_process_writes_what_it_would_hear(tmp_path: Path, records: Records)
     assert not (tmp_path / "words.partial").exists() and not (tmp_path / "words.run").exists()
     heard = taught(tmp_path / "heard", distill={**recipe["distill"], "teacher": str(target)}, train={"steps": 2})
     assert run_here(heard) == run_here(recipe)
+
+
+def test_the_command_writes_and_the_plan_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "words"
+    words = [
+        "llama32_1b_sft",
+        f"model={QWEN3}",
+        "data.kind=pattern",
+        "data.length=32",
+        "train.global_batch=2",
+        "steps=2",
+    ]
+    words += [f"run.dir={tmp_path / 'run'}", "run.device=cpu"]
+    assert main(["train", "logits", *words, "distill.top_k=5", "--teacher", str(LLAMA), "--out", str(target)]) == 0
+    assert "5 of 251 tokens for each of 128 that are learned, in 4 rows" in capfd.readouterr().out
+    assert main(["train", "logits", *words, "distill.top_k=5", "--teacher", str(LLAMA), "--out", str(target)]) == 2
+    assert main(["train", "logits", *words, "--teacher", str(LLAMA), "--out", str(tmp_path / "other")]) == 2
+    assert "distill.top_k=64 says" in capfd.readouterr().err
+    for teacher, said in (
+        (target, f"words of {LLAMA} on disk; its 5 likeliest"),
+        (LLAMA, "frozen, on these ranks; its whole"),
+    ):
+        assert main(["train", *words, f"distill.teacher={teacher}", "--dry-run"]) == 0
+        assert said in capfd.readouterr().out
 
 
 def test_words_that_answer_another_question_are_refused(tmp_path: Path, records: Records) -> None:

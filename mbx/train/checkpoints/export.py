@@ -17,21 +17,25 @@ from mbx.run.adapters import plan_adapter_to_hf
 from mbx.run.job import Options, plan_mcore_to_hf, run
 from mbx.run.merge import plan_merge
 from mbx.train.checkpoints.best import read_best
+from mbx.train.checkpoints.own_method import export_tuned
 from mbx.train.checkpoints.state import finished, latest, read_recipe, read_state
 from mbx.train.data.templates import TEMPLATE_FILE
+from mbx.train.lora.method import Tuned
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.fp8 import holds_casts
-from mbx.train.recipe.sections import Recipe
+from mbx.train.recipe.sections import LORA, Recipe
 from mbx.untrusted.names import writable
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def export_run(run_dir: Path, target: Path, *, merged: bool = False, best: bool = False) -> tuple[Path, str]:
+def export_run(
+    run_dir: Path, target: Path, *, merged: bool = False, best: bool = False, method: type[Tuned] | None = None
+) -> tuple[Path, str]:
     """Write what a run trained, and say what it is: a model, a PEFT adapter, or (`merged`) the base with it.
 
-    The last checkpoint, or the one with the `best` validation loss.
+    The last checkpoint, or the one with the `best` validation loss. `method`: of the user's own, that trained it.
 
     Weights keep their dtype, but for norms that Megatron Core stores as gamma and the folder as 1 + gamma (gated delta
     nets): those trained in 16 bits, which have no room for the sum, are written in fp32; rounding moves logits by
@@ -59,6 +63,11 @@ def export_run(run_dir: Path, target: Path, *, merged: bool = False, best: bool 
             f"`{found}` was trained without a Hugging Face folder, whose names an export needs",
             hint=None if adapters else "mbx convert mcore-to-hf ‹hf-config› DIR",
         )
+    if lora.method != LORA:
+        if merged or method is None:
+            why = "‹merged› adds factors of rank N" if merged else "‹hooks› FILE has what writes it"
+            raise UsageError(f"the run was trained by the method `{lora.method}`", hint=why)
+        return export_tuned(found, recipe, method, target), f"PEFT adapter ({lora.method})"
     if not adapters:
         job, kind = plan_mcore_to_hf(found, target, replace(options, exact_norms=True)), "Hugging Face model"
     elif base is not None and (lora.modules_to_save or lora.tower_targets):

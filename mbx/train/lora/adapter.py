@@ -104,6 +104,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.base, self.slots, self.config, self.expert = base, slots, config, expert
         self.dropout, self.layout = lora.dropout, slots.layout()
+        self.cuts: dict[str, int | None] = {}
         self.scale = slots.scales[0] if len(set(slots.scales)) == 1 else 1.0
         self.row_parallel, self.group = kind_of(base) in (*ROW, *GROUPED_ROW), group_of(expert)
         self.tp = self.group.size()

@@ -16,17 +16,16 @@ from converters.errors import UnsupportedError, UsageError
 from converters.mcore.keys import HEAD, ROUTER
 from mbx.formats.hf import has_weights
 from mbx.formats.registry import open_hf
-from mbx.train.lora.adapter import COLUMN, GROUPED_COLUMN, GROUPED_ROW, ROUTERS, ROW, WHOLE, group_of, slots_of
+from mbx.train.lora.adapter import COLUMN, GROUPED_COLUMN, GROUPED_ROW, ROW, WHOLE, group_of, slots_of
 from mbx.train.lora.grouped import LoraGrouped
 from mbx.train.lora.layer import LoraLinear
-from mbx.train.lora.output import LoraOutput
+from mbx.train.lora.method import LOW_RANK, Method, Site
 from mbx.train.lora.product import ends_checkpoint, kind_of
-from mbx.train.lora.router import LoraRouter
 from mbx.train.lora.whole import thaw
-from mbx.train.model.adapted import adapted, key_of, linears, matches, plain
+from mbx.train.model.adapted import Linear, adapted, key_of, linears, matches, plain
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.trained_whole import Whole, whole_layers
-from mbx.train.recipe.sections import Lora, Recipe
+from mbx.train.recipe.sections import LORA, Lora, Recipe
 
 __all__ = ["LoraGrouped", "LoraLinear", "adapters", "attach", "base_of", "check_lora", "only_trained"]
 
@@ -52,6 +51,8 @@ def check_lora(recipe: Recipe, plan: Blueprint) -> None:
             hint="leave it out of lora.targets or of lora.modules_to_save, where a tied embedding is the same",
         )
     _check_dora(lora, found)
+    if lora.method != LORA:
+        _check_method(recipe, found)
     renamed = [part.module for linear in found.values() for part in linear.parts if _RENAMED in part.module]
     if renamed:
         raise UnsupportedError(
@@ -98,13 +99,31 @@ def _check_dora(lora: Lora, found: Collection[str]) -> None:
         raise UnsupportedError(f"DoRA on `{odd[0]}` is not supported", hint="lora.dora=false, or leave it out")
 
 
+def _check_method(recipe: Recipe, found: Mapping[str, Linear]) -> None:
+    """Refuse what a method of a user's own does not do: it adapts linears of the decoder, one by one."""
+    lora = recipe.lora
+    if odd := [one for one in found if one == HEAD or one.endswith(ROUTER) or ".experts." in one]:
+        raise UnsupportedError(f"lora.method={lora.method} adapts no `{odd[0]}`", hint="leave it out of lora.targets")
+    if fused := [part.module for one in found.values() for part in one.parts if len(part.atoms) > 1]:
+        raise UnsupportedError(f"lora.method={lora.method}: `{fused[0]}` is several linears in one")
+    idle = [key for key in ("dora", "adapter", "modules_to_save", "tower_targets") if getattr(lora, key)]
+    idle = [*(f"lora.{key}" for key in idle), *(["run.export_every"] if recipe.run.export_every else [])]
+    if idle:
+        raise UnsupportedError(f"lora.method={lora.method} takes no {idle[0]}")
+
+
 def attach(
-    model: nn.Module, lora: Lora, plan: Blueprint, seed: int, held: Mapping[str, Adapted] | None = None
+    model: nn.Module,
+    lora: Lora,
+    plan: Blueprint,
+    seed: int,
+    held: Mapping[str, Adapted] | None = None,
+    method: Method = LOW_RANK,
 ) -> None:
     """Freeze `model`, but for layers that are trained whole, and put an adapter on every target linear of its decoder
     and on its output layer, if that is one; `seed` draws the A's.
 
-    `held`: an adapter to start from or to continue, by weight; what it does not adapt gets none.
+    `held`: an adapter to start from or to continue, by weight; what it does not adapt gets none. `method` makes them.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -131,17 +150,9 @@ def attach(
         expert = grouped or _LOCAL.search(name) is not None
         cut = group_of(expert).size() if kind in (*COLUMN, *GROUPED_COLUMN) else 1
         slots = slots_of(linear, own_weight.shape[0], cut, expert=expert)
-        adapter: nn.Module
-        if grouped:
-            adapter = LoraGrouped(base, lora, slots, model.config, seeds)
-        elif kind in ROUTERS:
-            adapter = LoraRouter(base, lora, slots, model.config, seeds[0])
-        elif f"{name}.weight" == HEAD:
-            adapter = LoraOutput(base, lora, slots, model.config, seeds[0], own_weight, plan.vocab)
-        else:
-            adapter = LoraLinear(base, lora, slots, model.config, seeds[0], expert)
-            whole = not expert and not hasattr(base, "behind")
-            adapter.ends_checkpoint = whole and ends_checkpoint(model.get_submodule(parent), leaf, model.config)
+        ends = ends_checkpoint(model.get_submodule(parent), leaf, model.config)
+        site = Site(base, name, own_weight, lora, slots, model.config, seeds, expert, ends, plan.vocab)
+        adapter = method.attach(site)
         setattr(model.get_submodule(parent), leaf, adapter)
         done |= {re.sub(r"\d+$", "", _weight(own)) for own in names}
     _check_all(model, known, done)

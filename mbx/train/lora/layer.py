@@ -18,21 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mbx.train.lora.adapter import WHOLE, Adapter, Slots, first_factor
-from mbx.train.lora.product import Shared, biases, fits, joined_factors, kind_of, norm_of, normed, product
+from mbx.train.lora.adapter import Slots, first_factor
+from mbx.train.lora.linear import LinearAdapter
+from mbx.train.lora.product import Shared, biases, fits, joined_factors, norm_of, normed, product
 from mbx.train.recipe.sections import Lora
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.config import TransformerConfig
 
 
-class LoraLinear(Adapter):
+class LoraLinear(LinearAdapter):
     """A frozen Megatron Core linear and its adapter.
 
     `lora_a`: [Σ r, in], cut by columns under a row-parallel base. `lora_b{i}`: [rows of atom i, r], cut by rows under
     a column-parallel one; `lora_b` is of all rows. `lora_m{i}` (DoRA): [rows of atom i].
     """
 
+    lora_a: torch.Tensor
     #: Whether base and adapter may be one product, whose output nothing behind it changes in place.
     may_join = True
 
@@ -40,11 +42,6 @@ class LoraLinear(Adapter):
         self, base: nn.Module, lora: Lora, slots: Slots, config: TransformerConfig, seed: int, expert: bool = False
     ) -> None:
         super().__init__(base, lora, slots, config, expert)
-        self.whole = kind_of(base) in WHOLE
-        # a fused norm hides the input of the product; Transformer Engine hands it out on request
-        self.fused_norm = hasattr(base, "return_layernorm_output")
-        if self.fused_norm:
-            base.return_layernorm_output = True  # type: ignore[assignment]
         weight = self.weight
         a = first_factor(weight, slots.width, seed, self.group if self.row_parallel else None)
         # experts clamp their first product in place, which the output of a node of its own does not allow
@@ -52,32 +49,23 @@ class LoraLinear(Adapter):
             self.may_join and not expert and fits(base, tp=self.tp, quantized=bool(config.fp8 or config.fp4))
         )
         self.norm, self.ends_checkpoint = norm_of(base) if self.joins_base else None, False
-        self.lora_a = self._own(a, 1 if self.row_parallel else None)
-        cut = None if self.row_parallel or self.whole else 0
+        self.add("a", a, 1 if self.row_parallel else None)
         sized = [(slots.groups * size, slots.ranks[part]) for _, size, part in slots.places]
         for name, (rows, rank) in zip(slots.names, sized, strict=True):
             b = torch.zeros(rows, rank, dtype=weight.dtype, device=weight.device)
-            self.register_parameter(f"lora_b{name}", self._own(b, cut))
+            self.add(f"b{name}", b, self.row_cut)
         self.dora = lora.dora
         if lora.dora:
             repeats = self._norm().view(slots.groups, slots.stride)
             for name, (row, size, _) in zip(slots.names, slots.places, strict=True):
                 m = repeats[:, row : row + size].reshape(-1).to(weight.dtype)
-                self.register_parameter(f"lora_m{name}", self._own(m, cut))
+                self.add(f"m{name}", m, self.row_cut)
 
-    def forward(self, x: torch.Tensor, *arguments: object) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The base's output with the adapter's added, and the base's bias where the caller adds it."""
-        y, bias = self._adapted(x, arguments)
-        if (behind := getattr(self.base, "behind", None)) is None:
-            return y, bias
-        normed_y: torch.Tensor
-        normed_y, bias = behind(y, bias)
-        return normed_y, bias
-
-    def _adapted(self, x: torch.Tensor, arguments: tuple[object, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def adapted(self, x: torch.Tensor, arguments: tuple[object, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base's output with the adapter's added."""
         if self.joins_base and not self.dora and not (self.dropout and self.training):
             return self._run_joined(x)
-        y, bias, seen = self._run_base(x, arguments)
+        y, bias, seen = self.run_base(x, arguments)
         h = self._between(F.linear(self._drop(seen), self._a(self.lora_a)))
         if not self.dora:
             out = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), self._joined().t(), alpha=self.scale)
@@ -101,18 +89,6 @@ class LoraLinear(Adapter):
         shared = Shared(self.group, self.row_parallel) if self.tp > 1 else None
         y = product(seen, weight, added, a, factors, self.scale, layout=self.layout, unread=unread, shared=shared)
         return y, deferred
-
-    def _run_base(
-        self, x: torch.Tensor, arguments: tuple[object, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Output, deferred bias, and the input of the product."""
-        result = getattr(self.base, "product", self.base)(x, *arguments)
-        if not self.fused_norm:
-            return result[0], result[1], x
-        if len(result) == 3:  # (y, bias, normed)
-            return result[0], result[1], result[2]
-        (y, normed), bias = result
-        return y, bias, normed
 
     def _between(self, h: torch.Tensor) -> torch.Tensor:
         """What tensor parallelism needs between A and B; h: [s, b, atoms · r]."""
@@ -138,14 +114,7 @@ class LoraLinear(Adapter):
 
     def _magnitudes(self) -> torch.Tensor:
         """DoRA's magnitudes of all rows in Megatron Core's order: a row that no part adapts keeps its norm."""
-        slots, owned = self.slots, self.factors("m")
-        if sum(size for _, size, _ in slots.places) == slots.stride:
-            joined = owned[0].new_empty(slots.groups, slots.stride)
-        else:
-            joined = self._norm().to(owned[0].dtype).view(slots.groups, slots.stride).clone()
-        for m, (row, size, _) in zip(owned, slots.places, strict=True):
-            joined[:, row : row + size] = m.view(slots.groups, size)
-        return self._summed(joined.view(-1)) if self.row_parallel else joined.view(-1)
+        return self.over_rows("m", self._norm())
 
     @torch.no_grad()
     def _norm(self) -> torch.Tensor:
@@ -175,27 +144,11 @@ class LoraLinear(Adapter):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: object = None
     ) -> dict[str, object]:
-        """The base under its own keys, so that any checkpoint of the model fits; the adapter beside it."""
-        from mbx.models.megatron.core.sharding import (
-            ensure_metadata_has_dp_cp_group,
-            make_sharded_tensors_for_checkpoint,
-        )
-
-        known = ensure_metadata_has_dp_cp_group(metadata)
-        base = self.base.sharded_state_dict(prefix, sharded_offsets, known)  # type: ignore[operator]
-        own = dict(self.named_parameters(recurse=False))
-        axes = {name: 1 if name == "lora_a" else 0 for name in own if (name == "lora_a") == self.row_parallel}
-        made: dict[str, object] = make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            {} if self.whole else axes,
-            sharded_offsets,
-            tp_group=self.group,
-            dp_cp_group=known["dp_cp_group"],
-        )
+        """The base under its own keys and the adapter beside it, halves of gated rows told apart."""
+        made = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.slots.gated:  # gate and up of this rank
             cut_gated(made, [f"{prefix}lora_b", f"{prefix}lora_m"], sharded_offsets)
-        return {**base, **made}
+        return made
 
 
 def cut_gated(content: dict[str, object], names: list[str], sharded_offsets: tuple[tuple[int, int, int], ...]) -> None:

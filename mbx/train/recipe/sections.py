@@ -180,9 +180,15 @@ class Parallel:
     overlap_grad_reduce: bool = True
 
 
+#: The method of adapters that the house has.
+LORA = "lora"
+
+
 @dataclass(frozen=True, slots=True)
 class Lora:
     """Low-rank adapters on a frozen base; rank 0 trains every weight. The update is `alpha / rank · B A`.
+
+    `method`: another one than these, by the name that a class of the user's own file has.
 
     `targets`, and `exclude` of them, name linears as Megatron Core does (`linear_qkv`) or Transformers (`q_proj`),
     by a regular expression on Transformers' whole name, or all of them (`all-linear`). `rslora`: alpha / √rank.
@@ -196,6 +202,7 @@ class Lora:
     rslora: bool = False
     dropout: ShareBelowOne = 0.0
     dora: bool = False
+    method: str = LORA
     targets: tuple[str, ...] = ("all-linear",)
     exclude: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from mbx.train.model.sight import Seeing
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.model.warmup import warm_up
 from mbx.train.model.weights import load_weights
+from mbx.train.recipe.sections import LORA
 from mbx.train.run.log import Log
 from mbx.train.run.prepare import Prepared
 
@@ -67,8 +68,10 @@ def _adapt(bare: nn.Module, prepared: Prepared, resumed: LoopState | None, log: 
     """Put adapters on a chunk, with the values of the one that the run begins with."""
     recipe, plan = prepared.recipe, prepared.plan
     given = str(prepared.start.path) if resumed else recipe.lora.adapter
-    adapter = open_for(plan, Path(given)) if given and plan.table else None
-    attach(bare, recipe.lora, plan, recipe.train.seed, by_weight(adapter) if adapter else None)
+    known = recipe.lora.method == LORA  # another is read with the rest of the checkpoint
+    adapter = open_for(plan, Path(given)) if given and plan.table and known else None
+    method = prepared.hooks.method(recipe.lora.method)
+    attach(bare, recipe.lora, plan, recipe.train.seed, by_weight(adapter) if adapter else None, method)
     if resumed:  # the frozen base is in no checkpoint of an adapter run
         log.message(load_weights(bare, plan, base_of(resumed.base)))
     elif adapter:

@@ -31,7 +31,7 @@ from mbx.train.model.parallel import Ranks, planned_ranks
 from mbx.train.model.sight import check_images, learns
 from mbx.train.model.teacher import Teacher, check_student, check_teacher, logits_of, of_teacher, teacher_of
 from mbx.train.model.weights import check_source
-from mbx.train.recipe.sections import Lora, Recipe
+from mbx.train.recipe.sections import LORA, Lora, Recipe
 from mbx.train.run.dataset import Dataset, read_data, with_steps
 from mbx.train.run.hooks import NO_HOOKS, Hooks
 from mbx.train.run.layers import check_axes, check_local
@@ -149,7 +149,9 @@ def prepare(
     """
     if anew and latest(recipe.run_dir):
         init_from, resume = None, True
-    if hooks.token_losses is not None:
+    if recipe.lora.rank:
+        hooks.method(recipe.lora.method)
+    if hooks.token_losses is not None or recipe.lora.method != LORA:
         recipe = replace(recipe, train=replace(recipe.train, cuda_graph="off"))
     try:
         return replace(_prepare(recipe, init_from, resume, anew, dry), hooks=hooks)
