@@ -46,7 +46,7 @@ ON_A_CPU = (
     "gemma4_e2b",
 )
 ELSEWHERE = (
-    "gemma4_26b",
+    *("gemma4_26b", "lfm2", "lfm2_moe"),
     *("glm_5", "glm_5_2", "deepseek_v32"),
     "sarvam_moe",
     "bailing_moe_v2",
@@ -153,6 +153,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
     "ernie4_5_moe": ("ernie4_5_moe",),
+    "lfm2": ("lfm2",),
+    "lfm2_moe": ("lfm2_moe",),
     "mimo_v2_flash": ("mimo_v2_flash",),
     "gemma4_text": ("gemma4_31b", "gemma4_e2b", "gemma4_26b"),
     "sarvam_moe": ("sarvam_moe",),
@@ -212,7 +214,7 @@ def cases(table: str) -> list[Case]:
             found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))
     config, headers = found[0]
     found.append(({**config, "tie_word_embeddings": True}, headers))
-    if config.get("tie_word_embeddings"):
+    if "lm_head.weight" not in headers:
         with_head = {**headers, "lm_head.weight": headers["model.embed_tokens.weight"]}
         found += [({**config, "tie_word_embeddings": tied}, with_head) for tied in (True, False)]
     if table == "gemma4_text":

@@ -314,6 +314,8 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("mimo_v2_flash", "hybrid_layer_pattern", [0, 1, 1, 1]),
         ("mimo_v2_flash", "add_swa_attention_sink_bias", False),
         ("ernie4_5_moe", "moe_gate", "top2_fused"),
+        ("lfm2", "conv_bias", True),
+        ("lfm2_moe", "layer_types", ["conv", "mamba"] * 2),
         ("ernie4_5_moe", "moe_layer_interval", 0),
         ("exaone_moe", "is_moe_layer", [False, True, False, True]),
         ("glm_5_2", "indexer_types", ["full", "shared", "full", "full"]),

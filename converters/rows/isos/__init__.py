@@ -52,6 +52,12 @@ FIELDS: dict[str, FieldsIso] = {
     "mimo_layers": FieldsIso(
         ("window_size", "window_attn_skip_freq"), layers.mimo_layers_to_mcore, layers.mimo_layers_to_hf
     ),
+    "short_conv_layers": FieldsIso(
+        ("short_conv_layers", "hetereogenous_dist_checkpoint"),
+        layers.short_conv_layers_to_mcore,
+        layers.short_conv_layers_to_hf,
+    ),
+    "adjusted_width": FieldsIso(("ffn_hidden_size",), layers.adjusted_width_to_mcore, layers.adjusted_width_to_hf),
     "gemma4_heads": FieldsIso(
         ("kv_channels", "num_query_groups", "windowed_kv_channels", "windowed_num_query_groups", "attention_k_eq_v"),
         gemma4.heads_to_mcore,
