@@ -56,7 +56,7 @@ def delta_on_cpu() -> Iterator[None]:
     home = sys.modules[gated_delta_net.torch_chunk_gated_delta_rule.__module__]  # in 0.19 one of a package
     kernels = patch.multiple(home, HAVE_FLA=True, l2norm=_l2norm, create=True)
     nothing = lambda *_, **__: None  # noqa: E731
-    checks = patch.multiple(prepare, _check_local=nothing, check_kernels=nothing)
+    checks = patch.multiple(prepare, check_local=nothing, check_kernels=nothing)
     eager = patch.object(torch._dynamo.config, "disable", True)  # compiling one small function takes half a minute
     with kernels, checks, eager, patch.object(specs, "gpt_block_spec", _block_spec):
         yield

@@ -130,18 +130,18 @@ def decay_everywhere(patch: pytest.MonkeyPatch) -> None:
 
 
 def after(name: str, change: Callable[[object], None]) -> Callable[[pytest.MonkeyPatch], None]:
-    """`change` to the bare model behind a call of the loop's function `name`."""
+    """`change` to the bare model behind a call of the function `name` by which a run begins."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        from mbx.train.run import loop
+        from mbx.train.run import begin
 
-        plain = getattr(loop, name)
+        plain = getattr(begin, name)
 
         def changed(model, *given):  # type: ignore[no-untyped-def]
             plain(model, *given)
             change(model)
 
-        patch.setattr(loop, name, changed)
+        patch.setattr(begin, name, changed)
 
     return plant
 
