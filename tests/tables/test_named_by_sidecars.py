@@ -123,6 +123,11 @@ def test_sidecars_are_written_for_all_but_what_neither_tool_builds() -> None:
         "deepseek_v32",
         "gpt_neox",
         "cohere2",
+        "ernie4_5_moe",
+        "gemma4_text",
+        "lfm2",
+        "lfm2_moe",
+        "mimo_v2_flash",
     }
     for name in NAMES:
         assert unlike(name, config_of_args(our_args(name))) == []
@@ -130,7 +135,11 @@ def test_sidecars_are_written_for_all_but_what_neither_tool_builds() -> None:
             assert unlike(name, config_of_run_config(node)) == []
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name in BRIDGE])
+#: Bridge routes by sigmoid where Transformers' class has a softmax: what it says is not read as that model.
+OTHERWISE = {"ernie4_5_moe"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name in BRIDGE.keys() - OTHERWISE])
 def test_bridges_run_config_names_its_family(name: str) -> None:
     found = architecture_of(opened(name, None, {"model": BRIDGE[name]}))
     assert found.table.name == table_of(name)

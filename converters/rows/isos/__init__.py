@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from converters.rows.isos import experts, gemma4, layers, rope
+from converters.rows.isos import experts, gemma4, layers, mimo, rope
 from converters.rows.isos.base import FieldsIso, ValueIso, layers_of, plain, positive
 from converters.rows.isos.experts import inexpressible_groups
 from converters.rows.isos.rope import LLAMA3_FIXED, inexpressible_rope
@@ -49,9 +49,7 @@ FIELDS: dict[str, FieldsIso] = {
         ("model.rotary_base", "model.rotary_percent"), rope.neox_rope_to_mcore, rope.neox_rope_to_hf
     ),
     "window": FieldsIso(("window_size",), layers.window_to_mcore, layers.window_to_hf),
-    "mimo_layers": FieldsIso(
-        ("window_size", "window_attn_skip_freq"), layers.mimo_layers_to_mcore, layers.mimo_layers_to_hf
-    ),
+    "mimo_layers": FieldsIso(("window_size", "window_attn_skip_freq"), mimo.layers_to_mcore, mimo.layers_to_hf),
     "short_conv_layers": FieldsIso(
         ("short_conv_layers", "hetereogenous_dist_checkpoint"),
         layers.short_conv_layers_to_mcore,

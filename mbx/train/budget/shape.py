@@ -159,6 +159,8 @@ def shape_of(config: Mapping[str, Value]) -> Shape:
     variant = config.get("experimental_attention_variant")
     if variant not in (None, "gated_delta_net"):
         raise UnsupportedError(f"the budget does not cover {variant} attention")
+    if any(field.startswith("windowed_") for field, value in config.items() if value is not None):
+        raise UnsupportedError("the budget does not cover layers of two kinds, whose heads differ")
     heads, hidden = as_int(config, "num_attention_heads"), as_int(config, "hidden_size")
     latent = _latent(config)
     experts, ffn = _number(config, "num_moe_experts", 0), _number(config, "ffn_hidden_size", 4 * hidden)

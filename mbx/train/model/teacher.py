@@ -13,7 +13,6 @@ from mbx.formats.adapter_folder import is_adapter
 from mbx.formats.registry import open_checkpoint
 from mbx.models.tokenizer import read_tokenizer
 from mbx.train.model.blueprint import Blueprint, blueprint, has_tokenizer
-from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import Distill, Fp8, Lora, Recipe
 
 _MTP = "mtp_num_layers"
@@ -101,6 +100,8 @@ def check_student(plan: Blueprint) -> None:
 def check_teacher(recipe: Recipe, plan: Blueprint, teacher: Teacher, *, dry: bool = False) -> None:
     """Refuse a teacher that does not speak of the student's tokens, or whose weights are not whole; `dry`: they need
     not be there."""
+    from mbx.train.model.weights import check_source  # and with it torch, which no budget needs
+
     check_student(plan)
     with of_teacher():
         _check_vocabulary(plan, teacher.plan)
