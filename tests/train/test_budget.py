@@ -6,8 +6,11 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from _trainings import ROOT, raw
 
 from converters.errors import UnsupportedError
@@ -24,6 +27,7 @@ from mbx.train.model.blueprint import Blueprint, blueprint
 from mbx.train.recipe.catalogue import load_recipe
 from mbx.train.recipe.parse import parse_recipe
 from mbx.train.recipe.sections import Recipe
+from mbx.train.run.memory import explain
 
 GOLDEN = ROOT / "fixtures" / "golden" / "mcore"
 MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_router_topk": 2}
@@ -238,3 +242,17 @@ def test_models_it_does_not_cover_are_named() -> None:
     odd = dataclasses.replace(plan, config={**plan.config, "experimental_attention_variant": "dsa"})
     with pytest.raises(UnsupportedError, match="dsa attention"):
         predict(recipe, odd, 1)
+
+
+def test_a_gpu_that_is_full_is_told_where_nothing_was_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, plan = planned("llama")
+    odd = dataclasses.replace(plan, config={**plan.config, "windowed_kv_channels": 8})
+    prepared: Any = SimpleNamespace(recipe=recipe, plan=odd, ranks=SimpleNamespace(dp=1), looks=None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 79 << 30)
+    found = explain(prepared, RuntimeError("tried to allocate 2 GiB"))
+    assert found.fact == "out of memory on a GPU of 80 GiB: 79.0 GiB were reached"
+    assert [*found.details] == [
+        "the budget does not cover layers of two kinds, whose heads differ",
+        "tried to allocate 2 GiB",
+    ]
