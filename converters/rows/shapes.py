@@ -102,10 +102,12 @@ def expected_shape(row: Row, env: Env) -> tuple[int | None, ...] | None:
 def _size(expression: str | None, env: Env) -> int | None:
     if expression is None or any(name not in env for name in names(expression)):
         return None
-    # Some attention has a size of its own for the values of a head, other one for all of a head.
-    other_kind = {"v_head_dim" if env["v_head_dim"] is None else "kv_channels"}
-    other_kind |= set() if env["multi_latent_attention"] else {"q_lora_rank"}
-    optional = {"gated_linear_unit", "multi_latent_attention", "moe_latent_size", *other_kind}
+    # Some attention has a size of its own for the values of a head, other one for all of a head; and none but latent
+    # attention projects its queries in two steps.
+    absent = {"v_head_dim" if env["v_head_dim"] is None else "kv_channels"}
+    if not env["multi_latent_attention"]:
+        absent.add("q_lora_rank")
+    optional = {"gated_linear_unit", "multi_latent_attention", "moe_latent_size", *absent}
     if any(env[name] is None for name in names(expression) - optional):
         return None
     size = evaluate(expression, env)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from converters.rows.isos import experts, gemma4, layers, mimo, rope
+from converters.rows.isos import experts, gemma4, layers, lfm2, mimo, rope
 from converters.rows.isos.base import FieldsIso, ValueIso, layers_of, plain, positive
 from converters.rows.isos.experts import inexpressible_groups
 from converters.rows.isos.rope import LLAMA3_FIXED, inexpressible_rope
@@ -52,10 +52,10 @@ FIELDS: dict[str, FieldsIso] = {
     "mimo_layers": FieldsIso(("window_size", "window_attn_skip_freq"), mimo.layers_to_mcore, mimo.layers_to_hf),
     "short_conv_layers": FieldsIso(
         ("short_conv_layers", "hetereogenous_dist_checkpoint"),
-        layers.short_conv_layers_to_mcore,
-        layers.short_conv_layers_to_hf,
+        lfm2.short_conv_layers_to_mcore,
+        lfm2.short_conv_layers_to_hf,
     ),
-    "adjusted_width": FieldsIso(("ffn_hidden_size",), layers.adjusted_width_to_mcore, layers.adjusted_width_to_hf),
+    "adjusted_width": FieldsIso(("ffn_hidden_size",), lfm2.adjusted_width_to_mcore, lfm2.adjusted_width_to_hf),
     "gemma4_heads": FieldsIso(
         ("kv_channels", "num_query_groups", "windowed_kv_channels", "windowed_num_query_groups", "attention_k_eq_v"),
         gemma4.heads_to_mcore,

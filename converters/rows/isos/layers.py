@@ -8,7 +8,7 @@ from converters.errors import UsageError
 from converters.rows.expr import Value
 from converters.rows.isos.base import Fields, layers_of, positive, whole
 
-_WINDOWED, _FULL = "sliding_attention", "full_attention"
+_WINDOWED, FULL = "sliding_attention", "full_attention"
 
 
 def window_to_mcore(hf: Mapping[str, Value]) -> Fields:
@@ -31,7 +31,7 @@ def sliding_layers_to_mcore(value: Value, hf: Mapping[str, Value]) -> Value:
     """`layer_types` ↔ mcore's flag per layer, 1 = windowed; without it every `sliding_window_pattern`-th is full."""
     if value is None:
         return hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    kinds = {_WINDOWED: 1, _FULL: 0}
+    kinds = {_WINDOWED: 1, FULL: 0}
     if not isinstance(value, list) or any(kind not in kinds for kind in value):
         raise UsageError(f"config: layer_types is {value!r}; only {' and '.join(kinds)} are known here")
     return [kinds[str(kind)] for kind in value]
@@ -43,14 +43,14 @@ def sliding_layers_to_hf(value: Value, mcore: Mapping[str, Value]) -> Value:
         value = [int((layer + 1) % value != 0) for layer in range(layers)]
     if not isinstance(value, list):
         return None
-    return [_WINDOWED if windowed else _FULL for windowed in value]
+    return [_WINDOWED if windowed else FULL for windowed in value]
 
 
 def unrotated_full_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
     """EXAONE 4: a model with a window rotates its windowed layers alone, one without rotates all."""
     window = window_to_mcore({"sliding_window": 4096, **hf})
     if window["window_size"] is None:
-        if (kinds := hf.get("layer_types")) is not None and (not isinstance(kinds, list) or set(kinds) != {_FULL}):
+        if (kinds := hf.get("layer_types")) is not None and (not isinstance(kinds, list) or set(kinds) != {FULL}):
             raise UsageError(f"config: layer_types is {kinds!r}, and sliding_window is null")
         return {**window, "window_attn_skip_freq": None, "no_rope_freq": None}
     windowed = sliding_layers_to_mcore(hf.get("layer_types") or _by_pattern(hf), hf)
@@ -63,13 +63,13 @@ def _by_pattern(hf: Mapping[str, Value]) -> list[Value]:
     if isinstance(pattern, str) and set(pattern[:-1]) == {"L"} and pattern[-1] == "G":
         pattern = len(pattern)
     every = whole(positive(pattern, "sliding_window_pattern"), "sliding_window_pattern")
-    return [_WINDOWED if (layer + 1) % every else _FULL for layer in range(layers)]
+    return [_WINDOWED if (layer + 1) % every else FULL for layer in range(layers)]
 
 
 def unrotated_full_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
     windowed, window = mcore.get("window_attn_skip_freq"), window_to_hf(mcore)
     if window["sliding_window"] is None:
-        return {**window, "layer_types": [_FULL] * layers_of(mcore, "num_layers")}
+        return {**window, "layer_types": [FULL] * layers_of(mcore, "num_layers")}
     if not isinstance(windowed, list) or mcore.get("no_rope_freq") != flipped(windowed):
         raise UsageError("no_rope_freq and window_attn_skip_freq differ; unrotated layers are those without a window")
     return {**window, "layer_types": sliding_layers_to_hf(windowed, mcore)}
@@ -80,7 +80,7 @@ def full_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
     kinds, first = hf.get("layer_types"), hf.get("max_window_layers")
     if kinds is None and hf.get("sliding_window") is not None and first is not None:
         kinds = [_WINDOWED] if whole(first, "max_window_layers") < layers_of(hf, "num_hidden_layers") else None
-    if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) != {_FULL}):
+    if kinds is not None and (not isinstance(kinds, list) or set(map(str, kinds)) != {FULL}):
         raise UsageError(
             f"config: sliding_window is {hf.get('sliding_window')!r} from layer {first!r} on, layer_types is "
             f"{hf.get('layer_types')!r}; this architecture is covered without windows"
@@ -89,7 +89,7 @@ def full_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
 
 
 def full_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
-    return {"sliding_window": None, "layer_types": [_FULL] * layers_of(mcore, "num_layers")}
+    return {"sliding_window": None, "layer_types": [FULL] * layers_of(mcore, "num_layers")}
 
 
 def ssm_width_to_mcore(hf: Mapping[str, Value]) -> Fields:
@@ -259,33 +259,3 @@ def hybrid_mtp_to_hf(mcore: Mapping[str, Value]) -> Fields:
         "num_nextn_predict_layers": 1,
         "mtp_hybrid_override_pattern": mcore.get("model.mtp_hybrid_override_pattern"),
     }
-
-
-def short_conv_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
-    """LFM2: `layer_types`, or the layers of `full_attn_idxs`, ↔ a flag a layer, 1 = short convolution."""
-    count, kinds, full = layers_of(hf, "num_hidden_layers"), hf.get("layer_types"), hf.get("full_attn_idxs")
-    if kinds is None:
-        kinds = [_FULL if not isinstance(full, list) or layer in full else "conv" for layer in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count or set(map(str, kinds)) - {"conv", _FULL}:
-        raise UsageError(f"config: layer_types is {kinds!r}; layers are conv or {_FULL}")
-    return {"short_conv_layers": [int(kind == "conv") for kind in kinds], "hetereogenous_dist_checkpoint": True}  # sic
-
-
-def short_conv_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
-    flags = mcore.get("short_conv_layers")
-    return {"layer_types": ["conv" if flag else _FULL for flag in flags] if isinstance(flags, list) else None}
-
-
-def adjusted_width_to_mcore(hf: Mapping[str, Value]) -> Fields:
-    """LFM2's MLP: two thirds of what the config says, times a factor, up to a multiple; or what it says."""
-    said = "block_ff_dim" if hf.get("block_ff_dim") is not None else "intermediate_size"
-    width = layers_of(hf, said)
-    if hf.get("block_auto_adjust_ff_dim", True):
-        factor, multiple = hf.get("block_ffn_dim_multiplier", 1.0), hf.get("block_multiple_of", 256)
-        width, every = int(2 * width / 3), whole(positive(multiple, "block_multiple_of"), "block_multiple_of")
-        width = every * -(-int(positive(factor, "block_ffn_dim_multiplier") * width) // every)
-    return {"ffn_hidden_size": width}
-
-
-def adjusted_width_to_hf(mcore: Mapping[str, Value]) -> Fields:
-    return {"intermediate_size": mcore.get("ffn_hidden_size"), "block_auto_adjust_ff_dim": False}
