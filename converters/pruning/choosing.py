@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.errors import UsageError
-from converters.pruning.kept import WIDTHS, Kept, Spot
+from converters.pruning.kept import WIDTHS, Kept, Spot, in_ranges
 from converters.rows.expr import Value
 from converters.rows.pack import Rows
 
@@ -89,9 +89,9 @@ def _layers(pruning: Pruning, importance: Importance | None, count: int) -> tupl
         raise UsageError("‹layers› names the layers that stay, ‹keep-layers› how many do: give one of them")
     if pruning.layers is not None:
         if not pruning.layers or sorted(set(pruning.layers)) != list(pruning.layers):
-            raise UsageError(f"‹layers› {_shown(pruning.layers)}: ascending numbers of layers were expected")
+            raise UsageError(f"‹layers› {in_ranges(pruning.layers)}: ascending numbers of layers were expected")
         if pruning.layers[0] < 0 or pruning.layers[-1] >= count:
-            raise UsageError(f"‹layers› {_shown(pruning.layers)}: the model's are 0-{count - 1}")
+            raise UsageError(f"‹layers› {in_ranges(pruning.layers)}: the model's are 0-{count - 1}")
         return pruning.layers
     if pruning.keep_layers is None:
         return tuple(range(count))
@@ -106,10 +106,6 @@ def _layers(pruning: Pruning, importance: Importance | None, count: int) -> tupl
 
 
 _MEASURE = "measure it: `mbx importance SRC data.jsonl -o importance.json`, then ‹by› importance.json"
-
-
-def _shown(layers: tuple[int, ...]) -> str:
-    return ",".join(map(str, layers)) or "(none)"
 
 
 def _heads(sizes: Mapping[str, int], fields: Mapping[str, Value]) -> dict[str, int]:

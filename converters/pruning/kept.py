@@ -53,3 +53,14 @@ class Kept:
     def number(self, layer: int) -> int:
         """What a layer that stays is called then."""
         return self.layers.index(layer)
+
+
+def in_ranges(layers: tuple[int, ...]) -> str:
+    """`0-20,24` of numbers of layers, in the order that they come in; `(none)` of none."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "(none)"

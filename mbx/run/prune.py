@@ -18,7 +18,7 @@ from converters.planning.join import Joiner
 from converters.planning.reshard import plan_reshard
 from converters.pruning.choosing import Importance, Pruning, choose
 from converters.pruning.fields import pruned_fields, pruned_keys
-from converters.pruning.kept import WIDTHS, Kept
+from converters.pruning.kept import WIDTHS, Kept, in_ranges
 from converters.pruning.tensors import Pruned, prune_hf, prune_mcore
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
@@ -170,20 +170,9 @@ def _told(kept: Kept, fields: Mapping[str, Value]) -> list[str]:
     """What stays, in words."""
     out = []
     if len(kept.layers) != fields["num_layers"]:
-        out.append(f"layers {_ranges(kept.layers)} of {fields['num_layers']} stay, numbered anew")
+        out.append(f"layers {in_ranges(kept.layers)} of {fields['num_layers']} stay, numbered anew")
     widths = [f"‹{WIDTHS[width]}› {fields[width]} → {kept.size(width)}" for width in kept.widths]
     return out + ([", ".join(widths)] if widths else [])
-
-
-def _ranges(layers: tuple[int, ...]) -> str:
-    """`0-20,24` of ascending numbers."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][1] == layer - 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _copied(change: _Change, target: Path, options: Options) -> Job:

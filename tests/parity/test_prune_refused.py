@@ -113,7 +113,9 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
         plan_prune(LLAMA, tmp_path / "pruned", Pruning(ffn=4), Options(), importance=Importance())
 
 
-def test_layers_are_named_by_ranges() -> None:
+def test_layers_are_named_by_ranges(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=" 0-1,3-99: the model's are 0-3"):
+        plan_prune(LLAMA, tmp_path / "pruned", Pruning(layers=(0, 1, *range(3, 100))), Options())
     assert Sizes(layers="0-2, 5,7-8").pruning() == Pruning(layers=(0, 1, 2, 5, 7, 8))
     for text in ("", "a", "1-", "-3", "0-1000000", ",".join(["0-99999"] * 9), "1,,2"):
         with pytest.raises(UsageError, match="ranges"):
