@@ -16,6 +16,7 @@ from _trainings import ROOT, raw
 from converters.errors import UnsupportedError
 from fixtures.index import load_index, published_parameters
 from fixtures.make_tiny import make, tiny_config
+from mbx.cli.train_plan import _word_on_fp8 as word_on_fp8
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
@@ -256,3 +257,13 @@ def test_a_gpu_that_is_full_is_told_where_nothing_was_predicted(monkeypatch: pyt
         "the budget does not cover layers of two kinds, whose heads differ",
         "tried to allocate 2 GiB",
     ]
+
+
+def test_a_plan_of_what_is_not_predicted_does_not_judge_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, plan = planned("llama")
+    recipe = dataclasses.replace(recipe, fp8=dataclasses.replace(recipe.fp8, recipe="tensorwise"))
+    prepared: Any = SimpleNamespace(recipe=recipe, plan=plan, ranks=SimpleNamespace(dp=1, local_rank=0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda rank: "NVIDIA H200")
+    assert len(word_on_fp8(prepared)) == 1, "so small a model does not gain by it"
+    prepared.plan = dataclasses.replace(plan, config={**plan.config, "windowed_kv_channels": 8})
+    assert word_on_fp8(prepared) == []

@@ -6,6 +6,7 @@ throughput, losses, predicted and measured memory, and memory over time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from converters.errors import DeviceError, MbxError, spelt
+from converters.errors import DeviceError, MbxError, UnsupportedError, spelt
 from mbx.train.budget.predict import GIB, predict
 
 #: Steps whose time does not count: kernels are compiled, caches filled.
@@ -95,15 +96,17 @@ def _recipe(prepared: Any) -> dict[str, object]:
     steps: list[Step] = []
     train(prepared, live=False, on_step=steps.append)
     timed = steps[WARM:] or steps
-    on_gpu = prepared.ranks.device == "cuda"
-    predicted = predict(prepared.recipe, prepared.plan, prepared.ranks.dp, prepared.looks).total
+    predicted = None
+    if prepared.ranks.device == "cuda":
+        with contextlib.suppress(UnsupportedError):  # of a model that the budget does not cover
+            predicted = predict(prepared.recipe, prepared.plan, prepared.ranks.dp, prepared.looks).total / GIB
     return {
         "tokens_per_s": statistics.median(step.tokens_per_s for step in timed),
         "first_step_s": steps[0].step_s,
         "step_s": statistics.median(step.step_s for step in timed),
         "losses": [step.loss for step in steps],
         "peak_gib": steps[-1].memory_gib,
-        "predicted_gib": predicted / GIB if on_gpu else None,
+        "predicted_gib": predicted,
         "device": prepared.ranks.device,
     }
 
