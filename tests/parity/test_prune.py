@@ -86,6 +86,8 @@ OUTPUTS = {
         "moe_shared_expert_intermediate_size": "shared_expert.down_proj.weight",
     },
 }
+# A gated delta net's products of products grow rounding: 2e-5 on one processor, 2e-4 on another, of logits of 5.
+ROUNDING = {"qwen3_next": 1e-3}
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
@@ -99,8 +101,9 @@ def test_other_families_are_those_that_read_zeros(tmp_path: Path, name: str) -> 
     kept = kept_of(source, pruning, importance)
     plan_prune(source, tmp_path / "pruned", pruning, Options(sync=False), importance=importance).run()
     found = logits(whole(tmp_path / "pruned"))
-    assert (found - logits(silence(source, kept, OUTPUTS[name]))).abs().max() <= TOLERANCE
-    assert (found - logits(whole(source))).abs().max() > 100 * TOLERANCE
+    tolerance = ROUNDING.get(name, TOLERANCE)
+    assert (found - logits(silence(source, kept, OUTPUTS[name]))).abs().max() <= tolerance
+    assert (found - logits(whole(source))).abs().max() > 100 * tolerance
 
 
 @pytest.mark.parametrize("model", ALL)

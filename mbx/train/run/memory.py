@@ -39,11 +39,13 @@ def explain(prepared: Prepared, error: BaseException) -> DeviceError:
     """An out-of-memory error as a fact: what was predicted, what is there, and what would help."""
     free, total = torch.cuda.mem_get_info()
     reached = torch.cuda.max_memory_allocated()
-    said = f"out of memory on a GPU of {total / GIB:.0f} GiB"
     try:
         budget = predict(prepared.recipe, prepared.plan, prepared.ranks.dp, prepared.looks)
     except UnsupportedError as unknown:
-        return DeviceError(f"{said}: {reached / GIB:.1f} GiB were reached", details=[unknown.fact, str(error)])
+        return DeviceError(
+            f"out of memory on a GPU of {total / GIB:.0f} GiB: {reached / GIB:.1f} GiB were reached",
+            details=[unknown.fact, str(error)],
+        )
     tips = suggestions(prepared.recipe, prepared.plan, prepared.ranks.dp, prepared.looks)
     if budget.total > total:
         why = (
@@ -54,7 +56,7 @@ def explain(prepared: Prepared, error: BaseException) -> DeviceError:
     else:
         why = f"{reached / GIB:.1f} GiB were reached, the budget was {budget.total / GIB:.1f} GiB: a part outgrew it"
     return DeviceError(
-        f"{said}: {why}",
+        f"out of memory on a GPU of {total / GIB:.0f} GiB: {why}",
         hint=f"{tips[0][0]} would save {tips[0][1] / GIB:.1f} GiB" if tips else None,
         details=[*lines(budget, tips), str(error)],
     )
