@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ from converters.codecs import Fp8Block
 from converters.codecs.base import ceil_div
 from converters.codecs.decode import Encoded, read_part
 from converters.engine.boxes import Box, Index, sizes_of
+from converters.engine.plan import Draft
 from converters.errors import CoverageError, StorageError, UnsupportedError, UsageError
 from converters.tensors import StoredTensor
 from converters.torch_casts import TORCH_DTYPES
@@ -23,7 +24,7 @@ from mbx.live.exchange import ChunkId, World
 from mbx.live.moves import assign, contiguous
 from mbx.live.planned import Stream, chosen
 from mbx.live.routing import TensorSpec, starts_of
-from mbx.live.sending import Bucket, Sender, To, in_shape
+from mbx.live.sending import BUCKET, Bucket, Receivers, Sender, To, in_shape
 from mbx.live.shards import Model, Shard, Values, Views
 from mbx.live.source import Source
 from mbx.live.transport import view_of
@@ -137,12 +138,12 @@ class Coding:
     def __init__(self, model: Model, world: World, source: Source, streams: tuple[Stream, Stream], codes: Codes):
         stream, held = streams
         plain, dtypes = {d.name: d for d in held.plan.drafts}, {spec.name: spec.dtype for spec in held.specs}
-        encode = {
+        self._encode = encode = {
             name: replace(whole, tensor=StoredTensor(name, dtypes[name], plain[name].shape, ()))
             for name, whole in codes.encode.items()
             if name in plain
         }
-        self._encoder = Encoder(codes.scales, source.folder)
+        self.codes, self._encoder, self._model = codes, Encoder(codes.scales, source.folder), model
         cuts = {name: _cuts(whole, stream.boxes[name], world) for name, whole in encode.items()}
         self.early = tuple(name for name, found in cuts.items() if found)
         self.late = {name: encode[name] for name, found in cuts.items() if not found}
@@ -170,26 +171,43 @@ class Coding:
         self.specs = tuple(part for parts in self._out.values() for part in parts)
         self._sender = Sender(CodedModel(model, self._encoder), replace(world, mine=mine, holders=holders))
 
-    def buckets(
-        self, bucket: int, to: To, values: Values | None, only: object, device: torch.device
-    ) -> Iterator[Bucket]:
+    def drafts(self, draft: Draft) -> Iterator[Draft]:
+        """What a folder stores of a tensor: its parts, or itself."""
+        if (whole := self._encode.get(draft.name)) is None:
+            yield draft
+        else:
+            yield from (Draft.whole(part.name, part.dtype, part.shape) for part in whole.parts.values())
+
+    def buckets(self, bucket: int, to: To, values: Values | None, only: object) -> Iterator[Bucket]:
         """What comes out, a bucket at a time; see `Live.buckets`. Collective."""
+        receivers = self._sender.receivers(self._boxes, to)
+        yield from self._carried(receivers, bucket, values, only, (to, bucket) if only is None else None)
+
+    def each_at_one(
+        self, bucket: int = BUCKET, values: Values | None = None, only: object = None
+    ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """What comes out, every tensor whole, on one rank each; this rank's. Collective."""
+        receivers = self._sender.one_each(self._boxes, self._sent)
+        for got in self._carried(receivers, bucket, values, only, None):
+            yield from got.held()
+
+    def _carried(
+        self, receivers: Receivers, bucket: int, values: Values | None, only: object, key: Hashable
+    ) -> Iterator[Bucket]:
         wanted = {spec.name for spec in chosen(self.specs, only)}
         sent = [spec for spec in self._sent if wanted.intersection(part.name for part in self._out[spec.name])]
-        receivers = self._sender.receivers(self._boxes, to)
         # A bucket that is encoded behind the gather is there twice, beside one that is still in use.
         size = bucket * 9 // 10 if self.late and bucket > 1 else bucket
-        key = (to, bucket) if only is None else None
         for one in self._sender.buckets(self._boxes, sent, receivers, size, values, key):
-            yield self._finished(one, wanted, device)
+            yield self._finished(one, wanted)
 
-    def _finished(self, got: Bucket, wanted: set[str], device: torch.device) -> Bucket:
+    def _finished(self, got: Bucket, wanted: set[str]) -> Bucket:
         """A bucket whose last tensors are encoded."""
         if not any(spec.name in self.late for spec, _ in got.tensors):
             return got
         made = [(part, at) for spec, at in got.tensors for part in self._out[spec.name] if part.name in wanted]
         starts, nbytes = starts_of([part for part, at in made if at is not None])
-        data = torch.empty(nbytes, dtype=torch.uint8, device=device) if starts else None
+        data = torch.empty(nbytes, dtype=torch.uint8, device=self._model.device()) if starts else None
         for spec, at in got.tensors:
             if data is None or got.data is None or at is None:
                 continue

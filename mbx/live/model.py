@@ -43,7 +43,7 @@ class Live:
         self.sender = Sender(model, world)
         self._adapters: Adapters | None = None
         self._streams: dict[tuple[str, str | None, bool], Stream] = {}
-        self._codings: dict[tuple[str, str | None, str], Coding] = {}
+        self._codings: dict[tuple[str, str | None, str, bool], Coding] = {}
         self.left_out = left_out(announced, self.stream(), heads=heads)
 
     # --- what it is ----------------------------------------------------------------------------------------------
@@ -55,11 +55,13 @@ class Live:
             self._streams[key] = plan_stream(self.source, self.world.sources, experts, dtype, exact_norms)
         return self._streams[key]
 
-    def coding(self, codec: Codec, experts: Experts = "folder", dtype: str | None = None) -> Coding:
+    def coding(
+        self, codec: Codec, experts: Experts = "folder", dtype: str | None = None, *, exact_norms: bool = False
+    ) -> Coding:
         """An export in the parts of a codec, worked out once; see `coding_of` for what it refuses."""
-        key = (experts, dtype, codec)
+        key = (experts, dtype, codec, exact_norms)
         if key not in self._codings:
-            streams = self.stream(experts, dtype), self.stream(experts, "model")
+            streams = self.stream(experts, dtype, exact_norms=exact_norms), self.stream(experts, "model")
             self._codings[key] = coding_of(codec, self.model, self.world, self.source, streams, self.left_out)
         return self._codings[key]
 
@@ -177,7 +179,7 @@ class Live:
     ) -> Iterator[Bucket]:
         """`export`, a bucket of tensors at a time: one buffer to hand to another process."""
         if codec is not None:
-            return self.coding(codec, experts, dtype).buckets(bucket, to, values, only, self.model.device())
+            return self.coding(codec, experts, dtype).buckets(bucket, to, values, only)
         stream = self.stream(experts, dtype)
         receivers = self.sender.receivers(stream.boxes, to)
         key = (experts, dtype, to, bucket) if only is None else None
@@ -224,6 +226,7 @@ class Live:
         folder: str | Path,
         dtype: str | None = None,
         *,
+        codec: Codec | None = None,
         values: Values | None = None,
         files: Mapping[str, bytes] | None = None,
         overwrite: bool = False,
@@ -235,12 +238,12 @@ class Live:
         Collective; all ranks see one file system. The folder that this was attached to gives side files, shards and
         what the model has none of (a vision tower); `files` are texts to put beside, or in place of its own.
         `exact_norms` writes norms that are stored as gamma in 16 bits, and in the folder as 1 + gamma, in fp32.
+        `codec` stores products as codes and scales, as `mbx convert mcore-to-hf --codec` does.
         """
-        from mbx.live.save import save
+        from mbx.live.save import How, save
 
-        save(
-            self, Path(folder), dtype, values, files or {}, overwrite=overwrite, bucket=bucket, exact_norms=exact_norms
-        )
+        how = How(dtype, codec, overwrite=overwrite, bucket=bucket, exact_norms=exact_norms)
+        save(self, Path(folder), how, values, files or {})
 
     def save_adapters(self, folder: str | Path, config: Mapping[str, Value], *, overwrite: bool = False) -> None:
         """Write the adapters as a PEFT folder, all or nothing; `config` are keys of adapter_config.json.
@@ -256,15 +259,22 @@ class Live:
         experts: Experts = "folder",
         dtype: str | None = None,
         *,
+        codec: Codec | None = None,
         values: Values | None = None,
         only: Only | None = None,
         bucket: int = BUCKET,
     ) -> dict[str, str]:
-        """SHA-256 of each tensor's bytes, by name, the same on every rank. Collective; each rank hashes its share."""
-        stream = self.stream(experts, dtype)
-        specs = chosen(stream.specs, only)
+        """SHA-256 of the bytes of each tensor that `export` gives, by name, the same on every rank.
+
+        Collective; each rank hashes its share.
+        """
+        specs = chosen(self.spec(experts=experts, dtype=dtype, codec=codec), only)
+        if codec is not None:
+            tensors = self.coding(codec, experts, dtype).each_at_one(bucket, values, only)
+        else:
+            tensors = self.sender.each_at_one(self.stream(experts, dtype).boxes, specs, bucket, values)
         mine = {}
-        for spec, tensor in self.sender.each_at_one(stream.boxes, specs, bucket, values):
+        for spec, tensor in tensors:
             flat = tensor.contiguous().view(-1).view(torch.uint8).cpu()
             mine[spec.name] = hashlib.sha256(flat.numpy().data).hexdigest()
         found = {name: digest for part in gather_objects(mine) for name, digest in part.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +24,14 @@ from mbx.formats.placement import Order
 from mbx.formats.registry import format_named, open_hf
 from mbx.formats.shards import settle_index
 from mbx.live.adapters import Adapters, Factors
+from mbx.live.codes import Codec, Coding
 from mbx.live.exchange import agreed, gather_objects
 from mbx.live.planned import Stream
 from mbx.live.routing import TensorSpec
 from mbx.live.shards import Values
 from mbx.run.commit import PartialFolder, check_free_space, check_target, partial_path
 from mbx.run.config_file import edited_config
-from mbx.run.export_codec import PLAIN
+from mbx.run.export_codec import PLAIN, SAME
 from mbx.run.job import DEFAULT_MAX_SHARD, Job, Options
 from mbx.run.side_files import manifest_text, write_file, write_headers, write_side_files
 from mbx.untrusted.small_files import SETTINGS, read_small
@@ -41,22 +42,29 @@ if TYPE_CHECKING:
 _BLOCK = 4 << 20
 
 
-def save(
-    live: Live,
-    target: Path,
-    dtype: str | None,
-    values: Values | None,
-    files: Mapping[str, bytes],
-    *,
-    overwrite: bool,
-    bucket: int,
-    exact_norms: bool,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class How:
+    """What is asked for of a folder; see `Live.save`."""
+
+    dtype: str | None
+    codec: Codec | None
+    overwrite: bool
+    bucket: int
+    exact_norms: bool
+
+
+def save(live: Live, target: Path, how: How, values: Values | None, files: Mapping[str, bytes]) -> None:
     """See `Live.save`."""
-    stream = live.stream(dtype=dtype, exact_norms=exact_norms)
+    stream, coding = live.stream(dtype=how.dtype, exact_norms=how.exact_norms), None
     with agreed():
-        job, carried = _job(live, stream, target, dtype, files, overwrite=overwrite)
-    write(job, live.sender.each_at_one(stream.boxes, stream.specs, bucket, values), carried)
+        if how.codec is not None:
+            coding = live.coding(how.codec, dtype=how.dtype, exact_norms=how.exact_norms)
+        job, carried = _job(live, stream, coding, target, how, files)
+    if coding is not None:
+        tensors = coding.each_at_one(how.bucket, values)
+    else:
+        tensors = live.sender.each_at_one(stream.boxes, stream.specs, how.bucket, values)
+    write(job, tensors, carried)
 
 
 def save_adapters(adapters: Adapters, target: Path, config: Mapping[str, Value], *, overwrite: bool) -> None:
@@ -132,34 +140,47 @@ def _copy(job: Job, sink: FileSink, source: FileSource, tensor: StoredTensor) ->
 
 
 def _job(
-    live: Live, stream: Stream, target: Path, dtype: str | None, files: Mapping[str, bytes], *, overwrite: bool
+    live: Live, stream: Stream, coding: Coding | None, target: Path, how: How, files: Mapping[str, bytes]
 ) -> tuple[Job, dict[str, StoredTensor]]:
     """What a conversion would plan, and the tensors that the folder has and the model has not."""
-    folder, quantised = live.source.folder, quantization_of(live.source.config)
-    plan, options = stream.plan, Options(overwrite=overwrite)
+    folder, codec = live.source.folder, how.codec or PLAIN
+    options = Options(overwrite=how.overwrite, codec=codec)
     carried: dict[str, StoredTensor] = {}
     recorded, sides = None, dict[str, Path]()
     if folder is not None and live.source.recorded is not None:
         opened = open_hf(folder)
         behind = live.source.table.beside
         carried = {n: opened.tensors[n] for n in live.left_out if n in opened.tensors and n.startswith(behind)}
-        recorded = hf.recorded_layout(folder)
-        if recorded is not None and quantised is not None:
-            recorded = hf.decoded_layout(recorded, quantised)
-    drafts = (*plan.drafts, *(Draft.whole(t.name, t.dtype, t.shape) for t in carried.values()))
-    plan = replace(plan, drafts=drafts)
+        recorded = _files_before(folder, live.source.config, codec)
+    drafts = [*stream.plan.drafts, *(Draft.whole(t.name, t.dtype, t.shape) for t in carried.values())]
+    if coding is not None:
+        drafts = [part for draft in drafts for part in coding.drafts(draft)]
+    plan = replace(stream.plan, drafts=tuple(drafts))
     placed = format_named("huggingface", "hf").place(Order(plan, None, recorded, DEFAULT_MAX_SHARD))
-    texts = dict(placed.texts)
+    texts, written = dict(placed.texts), None if coding is None else coding.codes.written
     if folder is not None:
         sides = {name: folder / name for name in hf.side_files(folder)}
         settle_index(placed, sides, texts)
+        if codec != SAME:
+            sides.pop(hf.QUANT_CONFIG, None)
         original = read_small(folder / hf.CONFIG, SETTINGS)
-        cast = None if dtype == "model" else dtype
-        if (edited := edited_config(original, cast, PLAIN)) != original:
+        cast = None if how.dtype == "model" else how.dtype
+        if (edited := edited_config(original, cast, codec, quantization=written)) != original:
             texts[hf.CONFIG] = edited
     else:
-        texts[hf.CONFIG] = config_text(live.source.config, [draft.dtype for draft in drafts])
+        made = config_text(live.source.config, [draft.dtype for draft in stream.plan.drafts])
+        texts[hf.CONFIG] = edited_config(made, None, SAME, quantization=written)
     texts |= files
     sides = {name: path for name, path in sides.items() if name not in texts}
     root = folder or Path()
     return Job(plan, root, target, root, sides, texts, options, placed), carried
+
+
+def _files_before(folder: Path, config: Mapping[str, Value], codec: str) -> tuple[hf.WeightFile, ...] | None:
+    """The weight files of a folder, with the tensors that `codec` writes; None where it writes others."""
+    recorded, quantised = hf.recorded_layout(folder), quantization_of(config)
+    if codec == SAME or recorded is None:
+        return recorded
+    if codec != PLAIN:
+        return None
+    return recorded if quantised is None else hf.decoded_layout(recorded, quantised)

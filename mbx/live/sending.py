@@ -18,7 +18,7 @@ from mbx.live.held import Held
 from mbx.live.moves import Typed
 from mbx.live.routing import TensorSpec, lots
 from mbx.live.shards import Values, Views
-from mbx.live.transport import Transport, view_of
+from mbx.live.transport import Transport
 
 #: Who receives: every rank, the first rank of each pipeline stage what its stage holds, or one rank.
 To = Literal["all", "stage"] | int
@@ -51,6 +51,12 @@ class Bucket:
                 continue
             whole, first = typed[spec.dtype], at * 8 // DTYPE_BITS[spec.dtype]
             yield spec.name, whole[first : first + prod(spec.shape)].view(spec.shape)
+
+    def held(self) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
+        """The tensors that this rank receives."""
+        for (spec, _), (_, tensor) in zip(self.tensors, self, strict=True):
+            if tensor is not None:
+                yield spec, tensor
 
 
 class Holder(Protocol):
@@ -140,28 +146,21 @@ class Sender:
             raise UsageError(f"‹to› {to!r} is not known", hint=f'choices: "all", "stage", 0 to {self._world.size - 1}')
         return lambda name: (to,)
 
-    def spread(self, boxes: Boxes, specs: Sequence[TensorSpec]) -> dict[str, int]:
+    def one_each(self, boxes: Boxes, specs: Sequence[TensorSpec]) -> Receivers:
         """A rank for each tensor, which holds some of it where it can be, so that all have as many bytes to handle."""
         loads, out = [0] * self._world.size, {}
         for spec in specs:
             having = {rank for box in boxes[spec.name] for rank in self._world.holders[box.source, box.chunk]}
             out[spec.name] = min(having, key=lambda rank: (loads[rank], rank))
             loads[out[spec.name]] += spec.nbytes
-        return out
+        return lambda name: (out[name],)
 
     def each_at_one(
         self, boxes: Boxes, specs: Sequence[TensorSpec], bucket: int = BUCKET, values: Values | None = None
     ) -> Iterator[tuple[TensorSpec, torch.Tensor]]:
         """Every tensor whole, on one rank each; this rank's. Collective."""
-        places = self.spread(boxes, specs)
-
-        def receivers(name: str) -> tuple[int, ...]:
-            return (places[name],)
-
-        for got in self.buckets(boxes, specs, receivers, bucket, values):
-            for spec, at in got.tensors:
-                if got.data is not None and at is not None:
-                    yield spec, view_of(got.data, spec, at)
+        for got in self.buckets(boxes, specs, self.one_each(boxes, specs), bucket, values):
+            yield from got.held()
 
 
 def in_shape(whole: torch.Tensor, box: Box) -> torch.Tensor:

@@ -35,6 +35,10 @@ def coded(codec: Codec) -> Callable[[str, Spread, Path], Found]:
         found["codes_alone"] = [n for n, _ in live.export(codec=codec, only="*_proj.weight")]
         coding = live.coding(codec)
         found["early"], found["late"] = len(coding.early), len(coding.late)
+        found["digests"] = live.digest(codec=codec)
+        saved = work / f"{family}.{codec}.{'.'.join(f'{k}{v}' for k, v in spread.sizes.items() if v and v > 1)}"
+        live.save(saved, codec=codec, bucket=BUCKET)
+        found["saved"] = str(saved)
         found["plain_bytes"], found["coded_bytes"] = sent(live, None), sent(live, codec)
         found["kept"] = all(
             same_bytes(own[n], p)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from _folders import stacked_fp8
 from _models import read_folder
 
+import mbx
 from fixtures.families import FAMILIES, Family
 from fixtures.make_tiny import make
+from mbx.formats.hf import MANIFEST
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from tests.parity._ranks import run_ranks
 
@@ -88,6 +91,23 @@ def test_the_stream_is_the_converted_folder(two: Callable[[str], Ranks], work: P
     first, second = (rank["received"] for rank in two(case))
     assert first[0] == second[0] == first[1] == second[4] == len(folder)  # type: ignore[index]
     assert first[2] + second[2] == len(folder) and [first[3], second[3]] == [0, len(folder)]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_folder_that_is_saved_is_the_converted_one(two: Callable[[str], Ranks], work: Path, case: str) -> None:
+    """Every file but the manifest, byte for byte; and what engines compare are its tensors' hashes."""
+    family, codec = split(case)
+    converted = work / f"{family}.{codec}"
+    hashes = {
+        n: sha256(t.contiguous().view(torch.uint8).numpy()).hexdigest() for n, t in read_folder(converted).items()
+    }
+    for rank in two(case):
+        assert rank["digests"] == hashes
+        saved = Path(str(rank["saved"]))
+        files = {path.name for path in converted.iterdir()} - {MANIFEST}
+        assert {path.name for path in saved.iterdir()} - {MANIFEST} == files
+        assert [name for name in files if (saved / name).read_bytes() != (converted / name).read_bytes()] == []
+    assert not mbx.integrity(saved).changes
 
 
 def test_codes_travel_in_place_of_values(two: Callable[[str], Ranks]) -> None:

@@ -157,3 +157,17 @@ def test_refusals_of_a_quantised_folder(tmp_path: Path) -> None:
         UnsupportedError, match="has activation scales, first `model.layers.0.mlp.up_proj.input_scale`"
     ):
         attach(chunks, other).spec(codec="same")
+
+
+def test_a_folder_saved_plainly_says_nothing_of_codes(tmp_path: Path) -> None:
+    """Neither in config.json nor in ModelOpt's file beside it, by which engines would decode plain weights."""
+    folder = make("deepseek_v3_fp8", tmp_path / "source")
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8_PB_WO"}}')
+    chunks, live = loaded(folder)
+    live.save(tmp_path / "plain")
+    live.save(tmp_path / "coded", codec="same")
+    assert "quantization_config" not in read_config(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "hf_quant_config.json").exists()
+    assert read_config(tmp_path / "coded") == read_config(folder)
+    assert (tmp_path / "coded" / "hf_quant_config.json").exists()
+    del chunks
