@@ -22,6 +22,7 @@ from converters.adapters.megatron import MARKS
 from converters.errors import CoverageError, UnsupportedError, UsageError
 from converters.tensors import Shape
 from converters.torch_casts import TORCH_DTYPES
+from mbx.live import fsdp
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.sharding import ShardedTensor
@@ -70,9 +71,8 @@ class Model:
         self._parameters: list[dict[str, weakref.ref[nn.Parameter]]] = []  # buffers are replaced when models move
         every: list[Shard] = []
         for number, chunk in enumerate(bare):
-            named = _named(chunk)
             self._parameters.append({name: weakref.ref(one) for name, one in chunk.named_parameters()})
-            every += _shards(chunk, number, named)
+            every += _shards(chunk, number)
         self.base = [shard for shard in every if not any(mark in shard.key for mark in MARKS)]
         self.adapters = [shard for shard in every if any(mark in shard.key for mark in MARKS)]
         held: Counter[tuple[int, str]] = Counter()
@@ -82,7 +82,7 @@ class Model:
             name
             for number, chunk in enumerate(bare)
             for name, parameter in chunk.named_parameters()
-            if held[number, name] < parameter.numel()
+            if held[number, name] < fsdp.local(parameter).numel()
         ]
         if left:
             raise CoverageError(
@@ -164,7 +164,7 @@ class Views:
         return found
 
     def _found(self, shard: Shard) -> torch.Tensor:
-        live = self._named[shard.chunk][shard.name].detach()
+        live = fsdp.local(self._named[shard.chunk][shard.name].detach())
         if self._values is None:
             return live
         held = self._values[shard.chunk]
@@ -203,21 +203,30 @@ def _named(chunk: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(chunk.named_parameters(remove_duplicate=False)), **dict(chunk.named_buffers())}
 
 
-def _shards(chunk: nn.Module, number: int, named: Mapping[str, torch.Tensor]) -> list[Shard]:
+def _shards(chunk: nn.Module, number: int) -> list[Shard]:
     from mbx.models.megatron.weights import sharded_weights
 
-    for name, tensor in named.items():
-        if type(tensor.data).__name__ == "DTensor":
-            raise UnsupportedError(
-                f"`{name}` is a DTensor: models that Megatron-FSDP shards are not attached to",
-                hint="save an fsdp_dtensor checkpoint and convert it",
-            )
-        if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+    for name, tensor in _named(chunk).items():
+        own = fsdp.local(tensor)
+        if own.numel() and own.untyped_storage().nbytes() == 0:
             raise UsageError(f"`{name}` has no memory: the model is offloaded", hint="attach while it is loaded")
-    places = _Places(named)
-    return [
-        _shard(value, places, number) for value in _leaves(sharded_weights(chunk), places) if value[0].data is not None
-    ]
+    with fsdp.whole(chunk) as cut:
+        places, found = _Places(_named(chunk)), []
+        for leaf in _leaves(sharded_weights(chunk), places):
+            if leaf[0].data is None:
+                continue
+            shard = _shard(leaf, places, number)
+            rows = cut.get(shard.name)
+            if rows is None:
+                found.append(shard)
+            elif (part := rows.of(shard, main=_is_main(leaf[0].replica_id))) is not None:
+                found.append(part)
+    return found
+
+
+def _is_main(replica_id: int | tuple[int, ...]) -> bool:
+    """Whether a copy counts, of those that are not for data parallelism: its ranks have parts, and no copies."""
+    return not any(replica_id[:-1]) if isinstance(replica_id, tuple) else True
 
 
 class _Places:

@@ -65,6 +65,39 @@ def exported(family: str, spread: Spread, work: Path) -> dict[str, object]:
     """The stream in every direction, against the folder."""
     chunks = build(work / family, spread)
     fill(chunks, work / f"{family}.mcore")
+    return streamed(chunks, family, work)
+
+
+def cut(family: str, spread: Spread, work: Path) -> dict[str, object]:
+    """The same of a model whose parameters Megatron Core has FSDP cut; and filled, from a folder and by tensors."""
+    chunks = build(work / family, spread)
+    fill(chunks, work / f"{family}.mcore")
+    sharded = [by_fsdp(chunk) for chunk in chunks]
+    found = streamed(sharded, family, work)
+    live, folder = attach(sharded, work / family), read_folder(work / family)
+    cut = [p for chunk in chunks for p in chunk.parameters() if type(p.data).__name__ == "DTensor"]
+    found["cut"] = [len(cut), sum(p._local_tensor.numel() for p in cut), sum(p.numel() for p in cut)]
+    for name, source in (("folder", work / family), ("mcore", work / f"{family}.mcore"), ("pairs", folder.items())):
+        with torch.no_grad():
+            for parameter in cut:
+                parameter._local_tensor.uniform_(-3, 3)
+        found[f"scrambled_{name}"] = len(unequal(live.export(), folder)[1])
+        live.load(source)
+        found[f"odd_{name}"] = unequal(live.export(), folder)[1]
+    return found
+
+
+def by_fsdp(chunk: torch.nn.Module) -> torch.nn.Module:
+    """A chunk in Megatron Core's own wrapper, whose mesh is of GPUs."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed import torch_fully_sharded_data_parallel as wrapper
+
+    mesh = wrapper.DeviceMesh.from_group
+    with patch.object(wrapper.DeviceMesh, "from_group", lambda group, _: mesh(group, "cpu")):
+        return wrapper.TorchFullyShardedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)
+
+
+def streamed(chunks: list[torch.nn.Module], family: str, work: Path) -> dict[str, object]:
     with Counted() as attaching:
         live = attach(chunks, work / family)
     folder = read_folder(work / family)
@@ -120,7 +153,7 @@ def main(rank: int, world: int, work: Path, cases: list[str]) -> None:
         sizes = {axis: int(size) for axis, size in (part.split("=") for part in axes.split(",") if part)}
         meeting = work / f"{case}.store"
         with megatron_on_cpu(), process_group(Spread(**sizes), rank=rank, world_size=world, init_file=meeting):
-            found = {**JOBS, **CODED, "": exported}[job](family, Spread(**sizes, dtype="bf16"), work)
+            found = {**JOBS, **CODED, "": exported, "cut": cut}[job](family, Spread(**sizes, dtype="bf16"), work)
             (work / f"{case}.{rank}.json").write_text(json.dumps(found))
             torch.distributed.barrier()
 

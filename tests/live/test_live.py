@@ -31,6 +31,8 @@ JOBS = (
     "adapted@llama:tp=2",
     "adapted@qwen3_moe:ep=2",
 )
+#: Whose parameters FSDP cuts by rows: within groups of queries and keys, tied heads, rows that do not divide.
+CUT = ("cut@llama:", "cut@gemma3_text:", "cut@qwen3_moe:")
 #: Every family of the kinds above under every layout that two ranks make of it.
 _DENSE, _EXPERTS = ("tp=2", "pp=2", ""), ("tp=2", "pp=2", "pp=2,vpp=2", "", "ep=2", "tp=2,ep=2")
 MORE = tuple(
@@ -45,7 +47,15 @@ MORE = tuple(
     for axes in layouts
     if f"{family}:{axes}" not in STREAMS
 )
-FOUR = ("qwen3_moe:tp=2,ep=2", "llama:tp=2,pp=2", "deepseek_v3:tp=2,ep=2", "gpt_oss:tp=2,ep=2", "gemma3_text:pp=2")
+FOUR = (
+    "qwen3_moe:tp=2,ep=2",
+    "llama:tp=2,pp=2",
+    "deepseek_v3:tp=2,ep=2",
+    "gpt_oss:tp=2,ep=2",
+    "gemma3_text:pp=2",
+    "cut@llama:tp=2",
+    "cut@gemma3_text:tp=2",
+)
 
 
 def family_of(case: str) -> str:
@@ -68,7 +78,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(work: Path) -> Callable[[str], Ranks]:
-    return ran(work, 2, (*STREAMS, *JOBS))
+    return ran(work, 2, (*STREAMS, *JOBS, *CUT))
 
 
 def check_stream(ranks: Ranks, folder: Path) -> None:
@@ -97,6 +107,17 @@ def check_stream(ranks: Ranks, folder: Path) -> None:
 @pytest.mark.parametrize("case", STREAMS)
 def test_the_stream_is_the_folder(two: Callable[[str], Ranks], work: Path, case: str) -> None:
     check_stream(two(case), work / family_of(case))
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_what_fsdp_cuts_is_the_folder(two: Callable[[str], Ranks], work: Path, case: str) -> None:
+    """Out, and in from a folder, a checkpoint and pairs."""
+    check_stream(two(case), work / family_of(case))
+    for rank in two(case):
+        many, own, every = rank["cut"]  # type: ignore[misc]
+        assert many > 20 and own < 0.6 * every
+        for source in ("folder", "mcore", "pairs"):
+            assert rank[f"scrambled_{source}"] > 20 and rank[f"odd_{source}"] == []  # type: ignore[operator]
 
 
 def test_what_all_hold_does_not_travel(two: Callable[[str], Ranks]) -> None:
