@@ -26,17 +26,30 @@ class MbxError(Exception):
     """Base of all expected failures.
 
     `fact` says what is wrong with got and expected values; `hint` is a command or an action;
-    `details` lists every further instance (all unmapped tensors, say), one line each. They name choices as `‹tp›`;
-    `str(error)` is the fact in Python's words.
+    `details` lists every further instance (all unmapped tensors, say), one line each, worked out when they are asked
+    for where a function is given. They name choices as `‹tp›`; `str(error)` is the fact in Python's words.
     """
 
     exit_code: ClassVar[int] = 70
 
-    def __init__(self, fact: str, *, hint: str | None = None, details: Sequence[str] = ()) -> None:
+    def __init__(
+        self, fact: str, *, hint: str | None = None, details: Sequence[str] | Callable[[], Sequence[str]] = ()
+    ) -> None:
         super().__init__(spelt(fact))
         self.fact = fact
         self.hint = hint
-        self.details = tuple(details)
+        self._details = details
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """Every further instance."""
+        if callable(self._details):
+            self._details = self._details()
+        return tuple(self._details)
+
+    @details.setter
+    def details(self, lines: Sequence[str]) -> None:
+        self._details = lines
 
 
 class Cancelled(MbxError):

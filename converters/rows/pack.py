@@ -7,6 +7,7 @@ atoms differently is index algebra on rows, computed by `runs`, and touches no v
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,10 +37,7 @@ class Pack:
 
     def slots(self) -> tuple[Slot, ...]:
         """Where each atom's rows lie."""
-        starts = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
-        return tuple(
-            Slot(start, size, self.stride, self.groups) for start, size in zip(starts, self.sizes, strict=True)
-        )
+        return _slots(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +61,12 @@ class Slot:
     def rows(self) -> int:
         """Rows of the atom."""
         return self.groups * self.size
+
+
+@lru_cache(maxsize=4096)  # a model's layers and experts have the same few packs
+def _slots(pack: Pack) -> tuple[Slot, ...]:
+    starts = itertools.accumulate(pack.sizes, initial=0)
+    return tuple(Slot(start, size, pack.stride, pack.groups) for start, size in zip(starts, pack.sizes, strict=False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def _none(named: Named | None, reasons: Sequence[tuple[Table, MbxError]]) -> Uns
             f"{named.origin} is of {' or '.join(table.architectures)}, and the table `{table.name}` does not describe "
             f"this checkpoint: {error.fact}",
             hint=f"{NAME_A_FOLDER} (the sidecar may leave out what the table needs)",
-            details=error.details,
+            details=lambda: error.details,
         )
     by = "" if named is None else f" {named.origin} leaves {', '.join(named.architectures)}."
     return UnsupportedError(
