@@ -130,9 +130,10 @@ class Joiner:
     def homes(self, row: Row, held: Collection[str] | None = None) -> tuple[Home, ...]:
         """Megatron Core keys of a row: stacked or a layer each, whichever all stand in `held`, else as is usual."""
         stacked = self.stacked or bool(row.part)
-        usual, other = (homes(row, stacks, self.layers, self.experts) for stacks in (stacked, not stacked))
+        usual = homes(row, stacked, self.layers, self.experts)
         if held is None or all(home.key in held for home in usual):
             return usual
+        other = homes(row, not stacked, self.layers, self.experts)
         return other if all(home.key in held for home in other) else usual
 
     def join(self, row: Row, rows: int, columns: Shape | None = (), keys: Sequence[Home] | None = None) -> Joined:

@@ -98,7 +98,7 @@ def test_three_processes_make_what_one_makes(tiny: Path, tmp_path: Path, expecte
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_one_killed_process_fails_the_others_in_time_and_resume_completes(
     tiny: Path, tmp_path: Path, expected: dict[str, str], victim: int
 ) -> None:
@@ -122,6 +122,7 @@ def test_one_killed_process_fails_the_others_in_time_and_resume_completes(
     assert tree(target) == expected
 
 
+@pytest.mark.slow
 def test_hosts_trust_what_they_wrote_and_not_what_another_may_have_lost(
     tiny: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
@@ -254,7 +255,10 @@ run(plan_mcore_to_hf(Path(sys.argv[1]), Path(sys.argv[2]), options), place=world
 """
 
 
-@pytest.mark.parametrize("name", ["fp8_block", "mxfp4", "int4_packed"])
+@pytest.mark.parametrize(
+    "name",
+    ["fp8_block", pytest.param("mxfp4", marks=pytest.mark.slow), pytest.param("int4_packed", marks=pytest.mark.slow)],
+)
 def test_processes_that_encode_again_make_what_one_makes(tmp_path: Path, name: str) -> None:
     source, mcore = quantised(name, tmp_path / "source"), tmp_path / "mcore"
     convert("hf-to-mcore", source, mcore, max_memory=1 << 25)

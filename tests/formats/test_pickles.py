@@ -376,6 +376,7 @@ def test_shared_chunks_do_not_multiply() -> None:
     assert time.process_time() - began < 30
 
 
+@pytest.mark.slow
 def test_a_large_metadata_is_written_and_read_fast() -> None:
     offsets = [(i, 0, 0) for i in range(1000)]
     entry = TensorEntry("BF16", (1000, 64, 64), tuple((at, (1, 64, 64)) for at in offsets))

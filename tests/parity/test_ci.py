@@ -53,6 +53,7 @@ def test_every_layout_and_leg_is_run(tiny: Path, tmp_path: Path) -> None:
     assert "all passed" in markdown(results)
 
 
+@pytest.mark.slow  # `make parity-ci`, a part of `make test`, runs the same checks
 def test_every_family_passes_its_checks(tmp_path: Path) -> None:
     """All shipped tables, each by a tiny model of its own: converted, held against the source, and back."""
     for name in NAMES:

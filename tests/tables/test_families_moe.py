@@ -50,7 +50,9 @@ from converters.codecs.decode import decoded_view  # noqa: E402
 from converters.errors import CoverageError, MbxError  # noqa: E402
 from converters.mcore.bridge_families import family_named  # noqa: E402
 from converters.mcore.flavours import flavoured  # noqa: E402
+from converters.mcore.layout import Layout  # noqa: E402
 from converters.planning.exporter import HfTensor, Origin, plan_export  # noqa: E402
+from converters.planning.importer import plan_import  # noqa: E402
 from converters.rows.expr import Value  # noqa: E402
 from fixtures.index import Header, load_index  # noqa: E402
 from mappings import table_text  # noqa: E402
@@ -110,8 +112,9 @@ def test_both_directions_equal_the_peers_files(peers: Path, tmp_path: Path, name
 @pytest.mark.parametrize("reference", FULL_SIZE)
 def test_table_covers_the_full_size_model(reference: str) -> None:
     config, headers = load_index(reference)
-    plan = plan_headers(table_for(config), (config, headers))
-    decoded, _ = decoded_view(stored(headers), config.get("quantization_config"))
+    held = stored(headers)
+    plan = plan_import(table_for(config), config, held, Layout())
+    decoded, _ = decoded_view(held, config.get("quantization_config"))
     assert plan.ledger.consumed == len(decoded)
 
 

@@ -25,6 +25,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return run_here(recipe(tmp_path_factory.mktemp("whole") / "run", save_async=False))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes(tmp_path: Path, whole: list[float]) -> None:
     run = tmp_path / "run"
     (stopped,) = start_world(1, [{"recipe": recipe(run), "stop_at": 5}], tmp_path / "first.json")

@@ -127,7 +127,7 @@ def test_budget(capsys: pytest.CaptureFixture[str]) -> None:
         assert "at least one process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("verbose", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_notices_of_libraries_are_for_those_who_ask(tmp_path: Path, chats: str, verbose: bool) -> None:
     said = subprocess.run(
         [sys.executable, "-m", "mbx", "train", *small(tmp_path, chats), *(["-v"] if verbose else [])],

@@ -31,7 +31,9 @@ LINEAR = pytest.param("llama4_scout", marks=pytest.mark.slow)
 PADDING = 1
 
 
-@pytest.fixture(scope="module", params=["qwen3", "qwen3_tied", "qwen3_moe", LINEAR])
+@pytest.fixture(
+    scope="module", params=[pytest.param("qwen3", marks=pytest.mark.slow), "qwen3_tied", "qwen3_moe", LINEAR]
+)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in fp32, so that merging rounds nothing away."""
     folder = tmp_path_factory.mktemp("base")

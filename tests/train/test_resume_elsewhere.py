@@ -34,6 +34,7 @@ def recipe(run_dir: Path, hf: Path, steps: int, **sections: dict[str, object]) -
     return raw(run_dir, **{**base, **sections})
 
 
+@pytest.mark.slow
 def test_other_processes_and_layouts_continue_the_curve(tmp_path: Path) -> None:
     """Two steps on one process, two on two, two on one again: the six of a run that nothing interrupted."""
     models = {"dense": QWEN3, "lora": QWEN3, "experts": make("qwen3_moe", tmp_path / "moe")}
