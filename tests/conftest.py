@@ -16,6 +16,8 @@ from hypothesis import settings
 # A deadline of an example measures the load of the machine; a test has its own limit.
 settings.register_profile("mbx", deadline=None)
 settings.load_profile("mbx")
+# Among the objects of torch and Transformers, the collector's rounds took a quarter of the time of tests that plan.
+gc.set_threshold(20_000, 20, 100)
 
 #: Files whose few tests take longest, as whole jobs of several processes do: they begin first, so that no worker of
 #: `make test` ends alone with one.
