@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from converters.codecs.calibration import Calibration
 from converters.codecs.fresh import FRESH
 from converters.engine.plan import Plan, requested_dtype
 from converters.errors import CoverageError, UsageError
 from converters.mcore.flavours import TEXT_ALONE, in_flavour, usual_of
 from converters.mcore.layout import Layout
+from converters.planning.calibrated import with_given
 from converters.planning.exporter import HfTensor, Origin, plan_export
 from converters.planning.importer import plan_import
 from converters.rows.coverage import Waivers
@@ -56,7 +58,7 @@ class Options:
     `model_class` is the form of a Megatron Core target, `gpt` or `hybrid`; None is the source's, or the installed
     release's. `flavour` is the tool whose arrangement of a model with towers a Megatron Core target has; None is the
     usual one where the format and the class can hold more than the text model. `exclude` are globs of modules that a
-    `codec` chosen now leaves as they are.
+    `codec` chosen now leaves as they are, `calibration` is what was measured for one.
     """
 
     dtype: str | None = None
@@ -65,6 +67,7 @@ class Options:
     format: str = "torch_dist"
     codec: str = PLAIN
     exclude: tuple[str, ...] = ()
+    calibration: Calibration | None = None
     mapping: str | None = None
     waivers: Waivers = Waivers()
     allow_unused_keys: tuple[str, ...] = ()
@@ -274,11 +277,12 @@ def export_plan(
         )
 
     plan = planned(codes)
-    if options.exclude and options.codec not in FRESH:
-        raise UsageError("‹exclude› is for a ‹codec› that is chosen now", hint=f"one of {', '.join(FRESH)}")
+    for name, asked in (("exclude", options.exclude), ("calibrate", options.calibration)):
+        if asked and options.codec not in FRESH:
+            raise UsageError(f"‹{name}› is for a ‹codec› that is chosen now", hint=f"one of {', '.join(FRESH)}")
     if options.codec in FRESH:
-        codes = quantised_now(options.codec, codes, plan, options.exclude)
-        plan, recorded_files = planned(codes), None
+        codes = quantised_now(options.codec, codes, plan, options.exclude, options.calibration)
+        plan, recorded_files = with_given(planned(codes), codes.given), None
     left_out = [f"not carried: {what}" for what in opened.left_out]
     left_out += [] if reference is None else left_out_of(reference)
     idle = _idle(options, plan, table, config)

@@ -55,7 +55,8 @@ class Flow:
         """What layer `number` makes of `states`, the batch `at` or its like."""
         arguments, keywords = self.calls[number][at]
         found = layer(states, *arguments, **keywords)
-        return found[0] if isinstance(found, tuple) else found
+        after: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return after
 
     def through(self, layer: nn.Module, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Take every batch through layer `number`; yields what goes in and what comes out."""

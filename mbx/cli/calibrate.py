@@ -1,0 +1,58 @@
+"""`mbx calibrate`: what flows into a model's products, for `mbx convert mcore-to-hf --codec`."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbx.cli.groups import grouped
+from mbx.cli.options import Dtype, Mapping, Output, epilog
+from mbx.cli.output import out
+
+EPILOG = epilog(
+    "mbx calibrate ./llama data.jsonl -o my.cal",
+    "mbx calibrate ./llama chats.jsonl -o my.cal --samples 256 --device cuda",
+)
+
+
+@grouped
+def calibrate(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder or hub model org/name.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Documents, chats or completions, as for training.")],
+    target: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")] = Path(
+        "calibration.safetensors"
+    ),
+    samples: Annotated[int, typer.Option("--samples", metavar="N", help="Rows of tokens to measure on.")] = 64,
+    length: Annotated[int, typer.Option("--length", metavar="N", help="Tokens of a row.")] = 512,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where layers run: cpu or cuda.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="What layers run in.")] = Dtype.fp32,
+    mapping: Mapping = None,
+    *,
+    output: Output,
+) -> None:
+    """Measure what flows into each product, channel by channel, for an export that quantises.
+
+    One layer is in memory at a time. `mbx convert mcore-to-hf --calibrate` takes the file.
+    """
+    output.configure()
+    output.hush()
+    from mbx.cli.source import fetch
+    from mbx.train.calibration import calibrate as measure
+
+    count = itertools.count()
+    found = measure(
+        fetch(src).path,
+        data,
+        target,
+        samples=samples,
+        length=length,
+        device=device,
+        dtype=dtype.in_torch,
+        mapping=mapping,
+        progress=lambda layers: out.detail(f"layer {next(count)} measured"),
+    )
+    doc = {"target": str(target), "products": len(found.maxima), "measured": dict(found.measured)}
+    out.result(doc, lambda: [f"{target}: the inputs of {len(found.maxima):,} products"])
