@@ -17,11 +17,15 @@ _E4M3, _E2M1 = np.float32(448), np.float32(6)
 class Calibration:
     """Of each input channel of a product [in], by its module: the largest magnitude, and the mean one.
 
-    Products that share their input are under the first of them. `measured` says on what.
+    Products that share their input are under the first of them. `scales` are of channels, which are to be divided by
+    them where they are made and multiplied where they are used, by the tensor that makes them; they were chosen for
+    `codec`. `measured` says on what.
     """
 
     maxima: Mapping[str, Vector]
     means: Mapping[str, Vector]
+    scales: Mapping[str, Vector] = field(default_factory=dict)
+    codec: str | None = None
     measured: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -38,7 +38,7 @@ class StaticInputs:
 class Fresh:
     """A codec, the safetensors dtype of each part, and `quantization_config` but for the list, under `plain_key`, of
     the modules that stay plain. `multiple`: what a row's length divides by. `inputs`: how a calibration's maxima are
-    stored."""
+    stored. `scaled`: whether scales of channels are chosen for it, as its own are of a part of a row."""
 
     codec: Codec
     dtypes: Mapping[str, str]
@@ -46,6 +46,7 @@ class Fresh:
     plain_key: str = "ignore"
     multiple: int = 1
     inputs: StaticInputs | None = None
+    scaled: bool = False
 
     def config(self, plain: Iterable[str], *, static: bool = False) -> dict[str, Value]:
         """`quantization_config` of a model whose modules `plain` are not quantised; `static`: scales of inputs are
@@ -132,12 +133,14 @@ FRESH: Mapping[str, Fresh] = MappingProxyType(
             {"packed": "I32", "scale": "BF16", "shape": "I64"},
             _compressed("pack-quantized", 4, "int", "group", 128, None),
             multiple=128,
+            scaled=True,
         ),
         "nvfp4": Fresh(
             Nvfp4(inverse=True),
             {"codes": "U8", "scale": "F8_E4M3", "whole": "F32"},
             _compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", 16, None),
             multiple=16,
+            scaled=True,
             inputs=StaticInputs(
                 ".input_global_scale",
                 nvfp4_input_scale,

@@ -53,5 +53,42 @@ class Given:
         return self.values[row : row + len(data)].view(np.uint8).reshape(len(data), -1)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaled:
+    """Rows `divided` by a value each, columns `multiplied` by one: (x + before) / divided · multiplied + after."""
+
+    divided: Vector | None = None
+    multiplied: Vector | None = None
+    before: int = 0
+    after: int = 0
+
+    def scratch_bytes(self, rows: int, cols: int) -> int:
+        """The values in fp32, and once more as they are cast."""
+        return 12 * rows * cols
+
+    def identity(self) -> str:
+        """Digests of the factors."""
+        return f"scaled {_digest(self.divided)} {_digest(self.multiplied)} {self.before} {self.after}"
+
+    def apply(self, factors: Factors, data: Bytes, row: int, source: str, target: str) -> Bytes:
+        """Rows of a target's matrix from `row` on, scaled and cast from dtype `source` to `target`."""
+        import torch
+
+        from converters.torch_casts import TORCH_DTYPES
+
+        stored = torch.from_numpy(np.ascontiguousarray(data).reshape(-1)).view(TORCH_DTYPES[source])
+        values = stored.reshape(len(data), -1).to(torch.float32, copy=True)
+        if self.before:
+            values += self.before
+        if self.divided is not None:
+            values /= torch.from_numpy(self.divided[row : row + len(values)]).unsqueeze(1)
+        if self.multiplied is not None:
+            values *= torch.from_numpy(self.multiplied)
+        if self.after:
+            values += self.after
+        out: Bytes = values.to(TORCH_DTYPES[target]).reshape(-1).view(torch.uint8).numpy()
+        return out.reshape(len(data), -1)
+
+
 def _digest(values: Vector | None) -> str:
     return "" if values is None else sha256(values.tobytes()).hexdigest()

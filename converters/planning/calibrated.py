@@ -1,29 +1,37 @@
-"""What a calibration adds to an export: scales of inputs beside the weights."""
+"""What a calibration adds to an export: scales of inputs beside the weights, and scales of channels within them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from converters.codecs.calibration import Calibration, Vector
 from converters.codecs.fresh import StaticInputs
 from converters.engine.plan import Draft, Entry, Plan, Unit
-from converters.engine.scaling import Given
+from converters.engine.scaling import Given, Scaled, Update
 from converters.errors import UsageError
+from converters.planning.folds import Fold
+from converters.tensors import Shape
 
 WEIGHT = ".weight"
 
 
-def measured_inputs(plan: Plan, calibration: Calibration) -> dict[str, Vector]:
+def measured_inputs(plan: Plan, calibration: Calibration, folds: Sequence[Fold] = ()) -> dict[str, Vector]:
     """Largest magnitudes of the input channels of each module of an export's `plan` that was measured.
 
-    Raises UsageError where a measure has another width than the module.
+    `folds` are those whose scales divide what flows into their users. Raises UsageError where a measure has another
+    width than the module.
     """
     shapes = {draft.name: draft.shape for draft in plan.drafts}
+    maxima = dict(calibration.maxima)
+    for fold in folds:
+        for name in (user.hf[0].removesuffix(WEIGHT) for user in fold.users):
+            if fold.name in calibration.scales and name in maxima:
+                maxima[name] = maxima[name] / fold.spread(calibration.scales[fold.name], len(maxima[name]))
     out = {}
     for unit in plan.units:
         names = [entry.tensor for entry in unit.entries]
-        found = calibration.maxima.get(names[0].removesuffix(WEIGHT))
+        found = maxima.get(names[0].removesuffix(WEIGHT))
         if found is None:
             continue
         for name in names:
@@ -42,12 +50,14 @@ def input_scales(inputs: StaticInputs, modules: Collection[str], measured: Mappi
     return {module + inputs.suffix: inputs.scale(float(measured[module].max())) for module in modules}
 
 
-def with_given(plan: Plan, given: Mapping[str, Vector]) -> Plan:
-    """`plan`, which makes fp32 tensors of `given` values too."""
+def calibrated(plan: Plan, scaled: Mapping[str, Scaled], given: Mapping[str, Vector]) -> Plan:
+    """`plan`, which makes tensors `scaled`, and fp32 tensors of `given` values too."""
+    changes: dict[tuple[str, Shape], Update] = {(name, ()): change for name, change in scaled.items()}
+    changes |= {(name, ()): Given(values) for name, values in given.items()}
     return replace(
         plan,
         drafts=(*plan.drafts, *(Draft.whole(name, "F32", values.shape) for name, values in given.items())),
         units=(*plan.units, *(Unit(name, (), (Entry(name, ()),)) for name in given)),
-        updates={**plan.updates, **{(name, ()): Given(values) for name, values in given.items()}},
+        updates={**plan.updates, **changes},
         ledger=replace(plan.ledger, produced=plan.ledger.produced + len(given)),
     )

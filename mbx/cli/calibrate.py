@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,9 +14,16 @@ from mbx.cli.options import Dtype, Mapping, Output, epilog
 from mbx.cli.output import out
 
 EPILOG = epilog(
-    "mbx calibrate ./llama data.jsonl -o my.cal",
+    "mbx calibrate ./llama data.jsonl -o my.cal --codec int4_group",
     "mbx calibrate ./llama chats.jsonl -o my.cal --samples 256 --device cuda",
 )
+
+
+class ScaledCodec(str, Enum):
+    """Codecs whose scales are of a part of a row."""
+
+    int4_group = "int4_group"
+    nvfp4 = "nvfp4"
 
 
 @grouped
@@ -25,6 +33,10 @@ def calibrate(
     target: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")] = Path(
         "calibration.safetensors"
     ),
+    codec: Annotated[
+        ScaledCodec | None,
+        typer.Option("--codec", help="Also choose scales of channels, as AWQ does, for this one."),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", metavar="N", help="Rows of tokens to measure on.")] = 64,
     length: Annotated[int, typer.Option("--length", metavar="N", help="Tokens of a row.")] = 512,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where layers run: cpu or cuda.")] = "cpu",
@@ -47,6 +59,7 @@ def calibrate(
         fetch(src).path,
         data,
         target,
+        codec=None if codec is None else codec.value,
         samples=samples,
         length=length,
         device=device,
@@ -54,5 +67,13 @@ def calibrate(
         mapping=mapping,
         progress=lambda layers: out.detail(f"layer {next(count)} measured"),
     )
-    doc = {"target": str(target), "products": len(found.maxima), "measured": dict(found.measured)}
-    out.result(doc, lambda: [f"{target}: the inputs of {len(found.maxima):,} products"])
+    unscaled = found.measured.get("unscaled", ())
+    doc = {
+        "target": str(target),
+        "products": len(found.maxima),
+        "scales": len(found.scales),
+        "measured": dict(found.measured),
+    }
+    scales = f", {len(found.scales):,} scales of channels for {found.codec}" if found.codec else ""
+    lines = [f"{target}: the inputs of {len(found.maxima):,} products{scales}"]
+    out.result(doc, lambda: [*lines, *(unscaled if isinstance(unscaled, tuple) else ())])

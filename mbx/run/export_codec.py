@@ -15,8 +15,12 @@ from converters.codecs.fresh import FRESH
 from converters.engine.plan import Plan
 from converters.errors import UsageError
 from converters.planning.calibrated import WEIGHT, input_scales, measured_inputs
+from converters.planning.exporter import HfTensor
+from converters.planning.folds import Fold, folds_in
 from converters.planning.fresh import choose
+from converters.rows.config_map import environment
 from converters.rows.expr import Value
+from converters.rows.table import Table
 from converters.tensors import StoredTensor
 from mbx.formats import hf
 
@@ -85,20 +89,21 @@ def codes_of(
 
 
 def quantised_now(
-    codec: str, codes: Codes, plan: Plan, exclude: Collection[str], calibration: Calibration | None = None
+    codec: str,
+    codes: Codes,
+    plan: Plan,
+    exclude: Collection[str],
+    calibration: Calibration | None = None,
+    folds: Sequence[Fold] = (),
 ) -> Codes:
     """`codes` of an export whose tensors stand in `plan` as they would be without a codec.
 
-    `exclude`: globs of modules that stay plain. Raises UsageError where nothing is left to quantise, and for a
-    `calibration` that the codec has no use for or that is of another model.
+    `exclude`: globs of modules that stay plain; `folds`: those whose scales in `calibration` are folded in. Raises
+    UsageError where nothing is left to quantise, and for a calibration that is of another model.
     """
-    fresh = FRESH[codec]
-    measured = None
-    if calibration is not None:
-        if fresh.inputs is None:
-            usable = ", ".join(name for name, one in FRESH.items() if one.inputs is not None)
-            raise UsageError(f"‹codec› {codec} stores nothing that is calibrated", hint=f"these do: {usable}")
-        measured = measured_inputs(plan, calibration)
+    fresh, measured = FRESH[codec], None
+    if calibration is not None and fresh.inputs is not None:
+        measured = measured_inputs(plan, calibration, folds)
     found = choose(fresh, plan, exclude, measured)
     if not found.encode:
         hint = "leave it out, or fewer modules by ‹exclude›" if exclude else "leave it out"
@@ -115,6 +120,35 @@ def quantised_now(
         notes.append(f"{codec}: the scales of {len(given):,} inputs are those of the calibration, and fixed")
     written = fresh.config(found.plain, static=bool(given))
     return replace(codes, encode=found.encode, given=given, notes=(*notes, *found.in_vain), written=written)
+
+
+def folds_for(
+    codec: str,
+    calibration: Calibration | None,
+    table: Table,
+    fields: Mapping[str, Value],
+    recorded: Mapping[str, HfTensor] | None,
+    stored: Mapping[str, StoredTensor],
+) -> list[Fold]:
+    """Where the scales of channels in `calibration` belong, if an export by `codec` takes them.
+
+    They were chosen for one codec; weights that stay plain take those too. Raises UsageError where a calibration has
+    nothing for `codec`.
+    """
+    if calibration is None:
+        return []
+    if codec == calibration.codec or (codec == PLAIN and calibration.scales):
+        return folds_in(table, environment(fields), recorded, stored)
+    if codec in FRESH and FRESH[codec].inputs is not None:
+        return []
+    usable = [name for name, one in FRESH.items() if one.inputs is not None or one.scaled]
+    if codec != PLAIN and codec not in usable:
+        raise UsageError(f"‹codec› {codec} stores nothing that is calibrated", hint=f"these do: {', '.join(usable)}")
+    known = f"scales of channels for {calibration.codec}" if calibration.scales else "no scales of channels"
+    raise UsageError(
+        f"‹codec› {codec}: the calibration has {known}",
+        hint=f"`mbx calibrate SRC DATA --codec {'int4_group' if codec == PLAIN else codec}` chooses them",
+    )
 
 
 def _left_plain(codec: str, why: str, modules: Sequence[str]) -> Iterator[str]:

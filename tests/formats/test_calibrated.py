@@ -24,10 +24,10 @@ from mbx.tables import table_for
 CODECS = {"fp8_tensor": ".input_scale", "nvfp4": ".input_global_scale"}
 
 
-def measured(folder: Path, ids: torch.Tensor) -> Calibration:
+def measured(folder: Path, ids: torch.Tensor, codec: str | None = None) -> Calibration:
     config = json.loads((folder / "config.json").read_text())
     table = table_for(config, None)
-    return measure_inputs(folder, table, table.config.to_mcore(config), ids, rows_at_once=2)
+    return measure_inputs(folder, table, table.config.to_mcore(config), ids, codec=codec, rows_at_once=4)
 
 
 def seen_by_hooks(folder: Path, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ def test_what_no_calibration_is_for_is_refused(home: Path, tmp_path: Path) -> No
     found = read_calibration(home / "calibration.safetensors")
     with pytest.raises(UsageError, match="stores nothing that is calibrated"):
         plan_mcore_to_hf(home / "mcore", tmp_path / "q", Options(codec="fp8_block", calibration=found))
-    with pytest.raises(UsageError, match="`calibrate` is for a `codec` that is chosen now"):
+    with pytest.raises(UsageError, match="`codec` plain: the calibration has no scales of channels"):
         plan_mcore_to_hf(home / "mcore", tmp_path / "q", Options(calibration=found))
     name = "model.layers.1.self_attn.o_proj"
     narrow = Calibration({name: found.maxima[name][:64]}, {})

@@ -151,8 +151,8 @@ class _Tally:
         for expert in range(len(module.get_parameter(EXPERTS_DOWN))):
             self.sum("moe_ffn_hidden_size", (number, expert), torch.zeros(width, dtype=torch.float64))
 
-        def see(name: str, expert: int, given: torch.Tensor) -> None:
-            if name == EXPERTS_DOWN:
+        def see(down: bool, expert: int, given: torch.Tensor) -> None:
+            if down:
                 self.add("moe_ffn_hidden_size", (number, expert), given)
 
         return ExpertProducts(module, see)

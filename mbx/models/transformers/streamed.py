@@ -22,8 +22,8 @@ from converters.rows.table import Row, Table
 from mbx.models.transformers.shallow import PartialTransformers, left_out
 
 _PRODUCTS = (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
-#: Parameters of a module that is all experts of a layer, each of an expert's two products.
-EXPERTS_UP, EXPERTS_DOWN = "gate_up_proj", "down_proj"
+#: Parameters of a module that is all experts of a layer: of an expert's first product, gated or not, and its second.
+EXPERTS_UP, EXPERTS_DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 
@@ -143,16 +143,21 @@ def holds_experts(module: nn.Module) -> bool:
     return isinstance(down, nn.Parameter) and down.dim() == 3 and takes >= 3
 
 
+def experts_parameter(module: nn.Module, down: bool) -> nn.Parameter | None:
+    """The matrices of all experts' last products, or of their first; None where the module has none of the name."""
+    names = (EXPERTS_DOWN,) if down else EXPERTS_UP
+    return next((one for name in names if isinstance(one := getattr(module, name, None), nn.Parameter)), None)
+
+
 class ExpertProducts(TorchFunctionMode):
     """Sees the products of each expert of a module, whatever the gate between them is.
 
-    `see` is called with the parameter, the number of the expert and the input [tokens, channels].
+    `see` is called with whether it is the last, the number of the expert and the input [tokens, channels].
     """
 
-    def __init__(self, module: nn.Module, see: Callable[[str, int, torch.Tensor], None]) -> None:
+    def __init__(self, module: nn.Module, see: Callable[[bool, int, torch.Tensor], None]) -> None:
         super().__init__()
-        found = {name: getattr(module, name, None) for name in (EXPERTS_UP, EXPERTS_DOWN)}
-        self.held = {name: one for name, one in found.items() if isinstance(one, nn.Parameter)}
+        self.held = {down: held for down in (False, True) if (held := experts_parameter(module, down)) is not None}
         self.see = see
 
     def __torch_function__(
@@ -161,7 +166,7 @@ class ExpertProducts(TorchFunctionMode):
         """Run `func`; where it is a product with one of the experts' matrices, show its input."""
         if func in _PRODUCTS and len(args) > 1:
             place = args[1].untyped_storage().data_ptr()
-            for name, held in self.held.items():
+            for down, held in self.held.items():
                 if place == held.untyped_storage().data_ptr():
-                    self.see(name, args[1].storage_offset() // held.stride(0), args[0])
+                    self.see(down, args[1].storage_offset() // held.stride(0), args[0])
         return func(*args, **(kwargs or {}))
