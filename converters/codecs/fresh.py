@@ -1,17 +1,19 @@
 """Codecs for a model that was not quantised, and what its config.json says of them then.
 
-Weights alone, rounded to the nearest code; activations are quantised by the engine as it runs, where a kind asks for
-that. Written as vLLM, SGLang and Transformers read them: Transformers' own FP8 by blocks, the rest as
-compressed-tensors (`quantization/quant_config.py`, `quant_scheme.py`).
+Weights are rounded to the nearest code; activations are quantised by the engine as it runs, where a kind asks for
+that, under scales that it finds then, or that a calibration found before. Written as vLLM, SGLang and Transformers
+read them: Transformers' own FP8 by blocks, the rest as compressed-tensors (`quantization/quant_config.py`,
+`quant_scheme.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from converters.codecs.base import Codec
+from converters.codecs.calibration import Vector, fp8_input_scale, nvfp4_input_scale
 from converters.codecs.decode import Encoded
 from converters.codecs.fp8 import Fp8Block, Fp8Scaled
 from converters.codecs.int4 import Int4Packed
@@ -23,19 +25,34 @@ from converters.tensors import Shape, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
+class StaticInputs:
+    """A scale that a product's inputs have once and for all: an fp32 tensor `suffix` [1] beside the weight, which
+    `scale` makes of their largest magnitude. `settings` are `quantization_config` then."""
+
+    suffix: str
+    scale: Callable[[float], Vector]
+    settings: Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
 class Fresh:
     """A codec, the safetensors dtype of each part, and `quantization_config` but for the list, under `plain_key`, of
-    the modules that stay plain. `multiple`: what a row's length divides by."""
+    the modules that stay plain. `multiple`: what a row's length divides by. `inputs`: how a calibration's maxima are
+    stored. `scaled`: whether scales of channels are chosen for it, as its own are of a part of a row."""
 
     codec: Codec
     dtypes: Mapping[str, str]
     settings: Mapping[str, Value]
     plain_key: str = "ignore"
     multiple: int = 1
+    inputs: StaticInputs | None = None
+    scaled: bool = False
 
-    def config(self, plain: Iterable[str]) -> dict[str, Value]:
-        """`quantization_config` of a model whose modules `plain` are not quantised."""
-        return {**self.settings, self.plain_key: sorted(plain)}
+    def config(self, plain: Iterable[str], *, static: bool = False) -> dict[str, Value]:
+        """`quantization_config` of a model whose modules `plain` are not quantised; `static`: scales of inputs are
+        stored."""
+        settings = self.inputs.settings if static and self.inputs is not None else self.settings
+        return {**settings, self.plain_key: sorted(plain)}
 
     def encoded(self, name: str, dtype: str, shape: Shape) -> Encoded | None:
         """A tensor in this codec's parts; None where it has a shape that they do not hold."""
@@ -53,14 +70,19 @@ class Fresh:
 
 
 def _compressed(
-    storage: str, bits: int, kind: str, strategy: str, group: int | None, activations: str
+    storage: str, bits: int, kind: str, strategy: str, group: int | None, inputs: Mapping[str, Value] | None
 ) -> dict[str, Value]:
-    """compressed-tensors' config; `activations`: the strategy they are quantised by as the model runs, or empty."""
+    """compressed-tensors' config; `inputs`: how activations are quantised, if they are."""
     common: dict[str, Value] = {"num_bits": bits, "type": kind, "symmetric": True, "actorder": None}
     weights: Value = {**common, "strategy": strategy, "group_size": group, "dynamic": False}
-    inputs: Value = {**common, "strategy": activations, "group_size": None, "dynamic": True} if activations else None
+    activations: Value = None if inputs is None else {**common, "group_size": None, **inputs}
     groups: Value = {
-        "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": activations,
+            "output_activations": None,
+        }
     }
     return {
         "quant_method": "compressed-tensors",
@@ -71,6 +93,11 @@ def _compressed(
     }
 
 
+#: Activations are quantised as the model runs, a token or a tensor at a time.
+_BY_TOKEN: Mapping[str, Value] = {"strategy": "token", "dynamic": True}
+_BY_TENSOR: Mapping[str, Value] = {"strategy": "tensor", "dynamic": True}
+#: The scale of a tensor is stored; a block's own is found as the model runs.
+_BLOCKS_IN_TENSOR: Mapping[str, Value] = {"strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
 _BLOCKS: Mapping[str, Value] = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -84,27 +111,41 @@ FRESH: Mapping[str, Fresh] = MappingProxyType(
         "fp8_channel": Fresh(
             Fp8Scaled(strategy="channel"),
             {"weight": "F8_E4M3", "scale": "F32"},
-            _compressed("float-quantized", 8, "float", "channel", None, "token"),
+            _compressed("float-quantized", 8, "float", "channel", None, _BY_TOKEN),
         ),
         "fp8_tensor": Fresh(
             Fp8Scaled(strategy="tensor"),
             {"weight": "F8_E4M3", "scale": "F32"},
-            _compressed("float-quantized", 8, "float", "tensor", None, "tensor"),
+            _compressed("float-quantized", 8, "float", "tensor", None, _BY_TENSOR),
+            inputs=StaticInputs(
+                ".input_scale",
+                fp8_input_scale,
+                _compressed("float-quantized", 8, "float", "tensor", None, {**_BY_TENSOR, "dynamic": False}),
+            ),
         ),
         "int8_channel": Fresh(
-            Int8(), {"codes": "I8", "scale": "BF16"}, _compressed("int-quantized", 8, "int", "channel", None, "token")
+            Int8(),
+            {"codes": "I8", "scale": "BF16"},
+            _compressed("int-quantized", 8, "int", "channel", None, _BY_TOKEN),
         ),
         "int4_group": Fresh(
             Int4Packed(group=128),
             {"packed": "I32", "scale": "BF16", "shape": "I64"},
-            _compressed("pack-quantized", 4, "int", "group", 128, ""),
+            _compressed("pack-quantized", 4, "int", "group", 128, None),
             multiple=128,
+            scaled=True,
         ),
         "nvfp4": Fresh(
             Nvfp4(inverse=True),
             {"codes": "U8", "scale": "F8_E4M3", "whole": "F32"},
-            _compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", 16, ""),
+            _compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", 16, None),
             multiple=16,
+            scaled=True,
+            inputs=StaticInputs(
+                ".input_global_scale",
+                nvfp4_input_scale,
+                _compressed("nvfp4-pack-quantized", 4, "float", "tensor_group", 16, _BLOCKS_IN_TENSOR),
+            ),
         ),
     }
 )

@@ -21,7 +21,7 @@ from converters.rows.table import Row, Table
 from converters.tensors import Shape, StoredTensor, nbytes_of
 
 if TYPE_CHECKING:
-    from converters.engine.lowrank import LowRank
+    from converters.engine.scaling import Update
 
 #: `dtype` values and the storage dtype each asks for.
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -88,8 +88,8 @@ class Plan:
     parts, `carried` those parts that travel beside the target, for an export that encodes again. `reencoded` are the
     target tensors that a codec stores in parts, which stand in `drafts` for them; `scales` the source's scales of
     these, and parts that no value changes, by the target's name and role, where they are at hand. `updates` are what
-    an adapter adds to an entry of a target tensor, by its name and index. `selected` are the sources that are a choice
-    of rows and columns of others, which stand among the sources too.
+    an adapter or a calibration changes in an entry of a target tensor, by its name and index. `selected` are the
+    sources that are a choice of rows and columns of others, which stand among the sources too.
     `table` is None where no name changes.
     """
 
@@ -110,7 +110,7 @@ class Plan:
     carried: tuple[StoredTensor, ...] = ()
     reencoded: Mapping[str, Encoded] = field(default_factory=dict)
     scales: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
-    updates: Mapping[tuple[str, Shape], LowRank] = field(default_factory=dict)
+    updates: Mapping[tuple[str, Shape], Update] = field(default_factory=dict)
     selected: Mapping[str, Selected] = field(default_factory=dict)
 
     @classmethod

@@ -187,6 +187,10 @@ class Engine:
     ) -> list[int]:
         """The same for a tensor that a codec stores; its rows are unfolded ones."""
         plan, rows = self.plan, len(data) // entry.fold
+        dtype = self.geometry.origin(unit, entry)
+        update = plan.updates.get((entry.tensor, entry.index))
+        if update is not None and self.factors is not None:
+            data, dtype = update.apply(self.factors, data, row, dtype, "F32"), "F32"
         stored = encode_rows(
             self.reader.source,
             plan.reencoded[entry.tensor],
@@ -194,7 +198,7 @@ class Engine:
             entry.index,
             row // entry.fold,
             data.reshape(rows, -1),
-            self.geometry.origin(unit, entry),
+            dtype,
         )
         parts = self.geometry.entry_parts(entry, row, len(data))
         return [self._write(part, flat.data, progress) for part, flat in zip(parts, stored, strict=True)]

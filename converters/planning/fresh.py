@@ -19,34 +19,42 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Tensors to encode, modules that stay plain, of those the ones whose shape the codec does not hold, and what
-    `exclude` named in vain."""
+    """Tensors to encode, modules that stay plain, of those the ones whose shape the codec does not hold and the ones
+    whose inputs were not measured, and what `exclude` named in vain."""
 
     encode: Mapping[str, Encoded]
     plain: tuple[str, ...]
     unfit: tuple[str, ...]
+    unmeasured: tuple[str, ...]
     in_vain: tuple[str, ...]
 
 
-def choose(fresh: Fresh, plan: Plan, exclude: Collection[str] = ()) -> Chosen:
-    """What of an export's `plan`, whose tensors are plain, takes a codec. `exclude`: globs of modules that do not."""
+def is_product(row: str) -> bool:
+    """Whether a row, by its Megatron Core name, is of a product that takes a codec."""
+    return _PRODUCT.match(bare(row)) is not None
+
+
+def choose(fresh: Fresh, plan: Plan, exclude: Collection[str] = (), measured: Collection[str] | None = None) -> Chosen:
+    """What of an export's `plan`, whose tensors are plain, takes a codec. `exclude`: globs of modules that do not;
+    `measured`: the only modules that can, where the codec stores scales of their inputs."""
     rows = {entry.tensor: unit.row for unit in plan.units for entry in unit.entries}
     globs = [pattern for pattern in exclude if set(pattern) & set("*?[")]
     names = frozenset(exclude).difference(globs)  # a folder's own list has thousands
-    encode, plain, unfit = {}, [], []
+    encode, plain, unfit, unmeasured = {}, list[str](), list[str](), list[str]()
     for draft in plan.drafts:
         name, module = draft.name, draft.name.removesuffix(_WEIGHT)
         if module == name or len(draft.shape) < 2 or draft.dtype not in FLOATS:
             continue
         spared = module in names or matches(module, globs)
-        wanted = _PRODUCT.match(bare(rows.get(name, ""))) and not spared
+        wanted = is_product(rows.get(name, "")) and not spared
         whole = fresh.encoded(name, draft.dtype, draft.shape) if wanted else None
-        if whole is not None:
+        known = measured is None or module in measured
+        if whole is not None and known:
             encode[name] = whole
             continue
         plain.append(module)
         if wanted:
-            unfit.append(module)
+            (unfit if whole is None else unmeasured).append(module)
     modules = [*plain, *(name.removesuffix(_WEIGHT) for name in encode)]
     in_vain = idle_patterns("‹exclude›", [*globs, *sorted(names.difference(modules))], modules, "a module")
-    return Chosen(encode, tuple(plain), tuple(unfit), tuple(in_vain))
+    return Chosen(encode, tuple(plain), tuple(unfit), tuple(unmeasured), tuple(in_vain))

@@ -20,6 +20,7 @@ from converters.errors import MbxError
 from mbx.cli import (
     adapter,
     budget,
+    calibrate,
     diff,
     doctor,
     importance,
@@ -45,7 +46,7 @@ BROKEN_PIPE = 141
 
 
 #: Commands in the order a user meets them.
-_ORDER = """convert verify diff inspect models importance train budget report mlm-args doctor""".split()
+_ORDER = """convert verify diff inspect models importance calibrate train budget report mlm-args doctor""".split()
 
 
 class _Ordered(TyperGroup):
@@ -74,6 +75,7 @@ assert verify_training.app is verify.app
 app.command("push", epilog=push.EPILOG)(push.push)
 app.command("diff", epilog=diff.EPILOG)(diff.diff)
 app.command("importance", epilog=importance.EPILOG)(importance.importance)
+app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
 app.add_typer(models.app, name="models")
 app.add_typer(train.app, name="train")

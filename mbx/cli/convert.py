@@ -12,7 +12,17 @@ from mbx.cli import settings
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
 from mbx.cli.layout_options import Flavour, LayoutOptions, ModelClass, ToFormat
-from mbx.cli.options import CODEC_KINDS, AllowUnusedKey, CodecChoice, Dtype, Mapping, Output, epilog
+from mbx.cli.options import (
+    CODEC_KINDS,
+    AllowUnusedKey,
+    Calibrate,
+    CodecChoice,
+    Dtype,
+    Mapping,
+    Output,
+    epilog,
+    read_calibrate,
+)
 from mbx.cli.push import Pushing
 from mbx.cli.running import Running, carry_out
 
@@ -117,6 +127,7 @@ def hf_to_mcore(
         "mbx convert mcore-to-hf ckpt ./llama --dtype bf16 --dry-run",
         "mbx convert mcore-to-hf ckpt ./deepseek --codec same",
         "mbx convert mcore-to-hf ckpt ./llama-fp8 --codec fp8_block",
+        "mbx convert mcore-to-hf ckpt ./w8a8 --codec fp8_tensor --calibrate my.cal",
     ),
 )
 @grouped
@@ -136,6 +147,7 @@ def mcore_to_hf(
         list[str] | None,
         typer.Option(metavar="GLOB", help="Modules that a --codec chosen now leaves alone: '*.layers.0.*'."),
     ] = None,
+    calibrate: Calibrate = None,
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest weight file, where none is recorded (default: 5GB).")
     ] = None,
@@ -159,6 +171,7 @@ def mcore_to_hf(
         dtype=dtype and dtype.value,
         codec=codec.value,
         exclude=tuple(exclude or ()),
+        calibration=read_calibrate(calibrate),
         max_shard_bytes=settings.number("max_shard_size", max_shard_size),
     )
     pushing.check()

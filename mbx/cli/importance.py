@@ -16,7 +16,6 @@ EPILOG = epilog(
     "mbx importance ./llama calibration.jsonl -o importance.json",
     "mbx importance ./llama chats.jsonl -o imp.json --samples 256 --device cuda",
 )
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @grouped
@@ -51,7 +50,7 @@ def importance(
         samples=samples,
         length=length,
         device=device,
-        dtype=_DTYPES[dtype.value],
+        dtype=dtype.in_torch,
         mapping=mapping,
         progress=lambda layers: out.detail(f"layer {next(count)} measured"),
     )

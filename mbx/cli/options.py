@@ -15,6 +15,7 @@ from mbx.cli import completions, settings
 from mbx.cli.output import out
 
 if TYPE_CHECKING:
+    from converters.codecs.calibration import Calibration
     from mbx.cli.progress import Meter
     from mbx.proof.compare import Reading
 
@@ -121,12 +122,32 @@ class CodecChoice(str, Enum):
 CODEC_KINDS = f"plain; same, as a quantised source; quantised now: {', '.join([c.value for c in CodecChoice][2:])}"
 
 
+Calibrate = Annotated[
+    Path | None,
+    typer.Option("--calibrate", metavar="FILE", help="What `mbx calibrate` measured for a --codec chosen now."),
+]
+
+
+def read_calibrate(file: Path | None) -> Calibration | None:
+    """The calibration in a file."""
+    if file is None:
+        return None
+    from mbx.run.calibration_file import read_calibration
+
+    return read_calibration(file)
+
+
 class Dtype(str, Enum):
     """What floating-point tensors are cast to."""
 
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
+
+    @property
+    def in_torch(self) -> str:
+        """The dtype's name in torch."""
+        return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[self.value]
 
 
 def epilog(*examples: str) -> str:

@@ -14,6 +14,7 @@ from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
 from mbx.cli.options import (
     AllowUnusedKey,
+    Calibrate,
     CodecChoice,
     Dtype,
     HfConfig,
@@ -23,6 +24,7 @@ from mbx.cli.options import (
     Resources,
     Workers,
     epilog,
+    read_calibrate,
 )
 from mbx.cli.output import flag, in_flags, out, paint
 from mbx.cli.running import warn_of_unknown_core
@@ -87,6 +89,7 @@ def parity(
         CodecChoice,
         typer.Option(metavar="KIND", help="The --codec that the folder was exported from the checkpoint with."),
     ] = CodecChoice.plain,
+    calibrate: Calibrate = None,
     html: Html = None,
     allow_gap: Annotated[
         list[str] | None,
@@ -127,6 +130,7 @@ def parity(
             loss=loss,
             dtype=None if dtype is None else dtype.value,
             codec=codec.value,
+            calibration=read_calibrate(calibrate),
             spread=_spread(device, tp, pp, ep),
             prompts=Prompts(text_file=text),
             mapping=mapping,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.codecs.calibration import Calibration
 from mbx.formats.files import FileSource
 from mbx.models.device import ONE_PROCESS, Spread, alone, is_main
 from mbx.models.prompts import DRAWN, Prompts
@@ -99,6 +100,7 @@ def parity(
     mapping: str | None = None,
     dtype: str | None = None,
     codec: str | None = None,
+    calibration: Calibration | None = None,
     reading: Reading = PLAIN,
     hf_config: Path | None = None,
     allow_gaps: Sequence[str] = (),
@@ -110,9 +112,10 @@ def parity(
     Transformer Engine. Under torchrun every process calls this, and rank 0 has the report: the others take part in the
     forward leg alone. `dtype` declares a cast that a conversion was asked for, `codec` how an export stored a
     folder's weights: its codes and scales are then held against those that such an export makes, and the forward leg
-    runs both libraries on what they stand for. `hf_config` is a folder with config.json for a Megatron checkpoint that
-    carries none. `allow_gaps` are globs of gaps to do without, `allowed_keys` keys of config.json that no table knows
-    and that cannot change the forward pass; those that a conversion waived need not be named again.
+    runs both libraries on what they stand for; `calibration` is what it was given. `hf_config` is a folder with
+    config.json for a Megatron checkpoint that carries none. `allow_gaps` are globs of gaps to do without,
+    `allowed_keys` keys of config.json that no table knows and that cannot change the forward pass; those that a
+    conversion waived need not be named again.
 
     Raises MbxError only where a side, the prompts or the device cannot be had at all; differences are findings of a
     leg.
@@ -126,7 +129,7 @@ def parity(
         sources = tuple(stack.enter_context(contextlib.closing(FileSource(side.home))) for side in sides)
         by_side = {id(side): source for side, source in zip(sides, sources, strict=True)}
         pair = pair_sides(*sides, by_side, mapping, dtype)
-        held = pair if codec in (None, PLAIN_CODEC) else exported_pair(pair, codec, mapping)
+        held = pair if codec in (None, PLAIN_CODEC) else exported_pair(pair, codec, mapping, calibration)
         cover, comparable, odd = legs.cover(held)
         if not is_main():  # rank 0 compares the weights
             comparable, odd = frozenset(), ()

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converters.codecs import quantization_of
+from converters.codecs.calibration import Calibration, Vector
 from converters.codecs.decode import Encoded, decoded_view, discarded
 from converters.codecs.encode import encodings
 from converters.codecs.fresh import FRESH
 from converters.engine.plan import Plan
 from converters.errors import UsageError
+from converters.planning.calibrated import WEIGHT, input_scales, measured_inputs
+from converters.planning.exporter import HfTensor
+from converters.planning.folds import Fold, folds_in
 from converters.planning.fresh import choose
+from converters.rows.config_map import environment
 from converters.rows.expr import Value
+from converters.rows.table import Table
 from converters.tensors import StoredTensor
 from mbx.formats import hf
 
@@ -27,14 +33,15 @@ CODECS = (PLAIN, SAME, *FRESH)
 class Codes:
     """`encode` are tensors to store by a codec, `scales` those of the source that are at hand, by the tensor's name.
 
-    `beside` are tensors that the source held for its codec alone. `quantization` is the source's, whatever is written;
-    `written` is what config.json has to say of a codec that the source had not.
+    `beside` are tensors that the source held for its codec alone, `given` those of a calibration. `quantization` is
+    the source's, whatever is written; `written` is what config.json has to say of a codec that the source had not.
     """
 
     quantization: Mapping[str, Value] | None
     encode: Mapping[str, Encoded] = field(default_factory=dict)
     scales: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
     beside: Mapping[str, StoredTensor] = field(default_factory=dict)
+    given: Mapping[str, Vector] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     written: Mapping[str, Value] | None = None
 
@@ -78,27 +85,76 @@ def codes_of(
     others = [tensor.name for tensor in discarded(stored, view, encoded)]
     lost = [f"not carried: `{name}`, an activation scale" for name in others if name not in known]
     beside = {name: known[name] for name in others if name in known}
-    return Codes(quantization, encode, scales, beside, (*_notes(encode, scales), *lost))
+    return Codes(quantization, encode, scales, beside, notes=(*_notes(encode, scales), *lost))
 
 
-def quantised_now(codec: str, codes: Codes, plan: Plan, exclude: Collection[str]) -> Codes:
+def quantised_now(
+    codec: str,
+    codes: Codes,
+    plan: Plan,
+    exclude: Collection[str],
+    calibration: Calibration | None = None,
+    folds: Sequence[Fold] = (),
+) -> Codes:
     """`codes` of an export whose tensors stand in `plan` as they would be without a codec.
 
-    `exclude`: globs of modules that stay plain. Raises UsageError where nothing is left to quantise.
+    `exclude`: globs of modules that stay plain; `folds`: those whose scales in `calibration` are folded in. Raises
+    UsageError where nothing is left to quantise, and for a calibration that is of another model.
     """
-    fresh = FRESH[codec]
-    found = choose(fresh, plan, exclude)
+    fresh, measured = FRESH[codec], None
+    if calibration is not None and fresh.inputs is not None:
+        measured = measured_inputs(plan, calibration, folds)
+    found = choose(fresh, plan, exclude, measured)
     if not found.encode:
         hint = "leave it out, or fewer modules by ‹exclude›" if exclude else "leave it out"
         raise UsageError(f"‹codec› {codec}: no tensor takes it", hint=hint)
     notes = [
         f"{codec}: {len(found.encode):,} tensors are rounded to the nearest code; {len(found.plain):,} others of two "
-        "dimensions or more stay as they are"
+        "dimensions or more stay as they are",
+        *_left_plain(codec, "have a shape it does not hold", found.unfit),
+        *_left_plain(codec, "were not measured", found.unmeasured),
     ]
-    if found.unfit:
-        shown = ", ".join(f"`{name}`" for name in found.unfit[:3]) + (", …" if len(found.unfit) > 3 else "")
-        notes.append(f"{codec}: {len(found.unfit):,} products have a shape it does not hold, and stay plain: {shown}")
-    return replace(codes, encode=found.encode, notes=(*notes, *found.in_vain), written=fresh.config(found.plain))
+    given: Mapping[str, Vector] = {}
+    if fresh.inputs is not None and measured is not None:
+        given = input_scales(fresh.inputs, [name.removesuffix(WEIGHT) for name in found.encode], measured)
+        notes.append(f"{codec}: the scales of {len(given):,} inputs are those of the calibration, and fixed")
+    written = fresh.config(found.plain, static=bool(given))
+    return replace(codes, encode=found.encode, given=given, notes=(*notes, *found.in_vain), written=written)
+
+
+def folds_for(
+    codec: str,
+    calibration: Calibration | None,
+    table: Table,
+    fields: Mapping[str, Value],
+    recorded: Mapping[str, HfTensor] | None,
+    stored: Mapping[str, StoredTensor],
+) -> list[Fold]:
+    """Where the scales of channels in `calibration` belong, if an export by `codec` takes them.
+
+    They were chosen for one codec; weights that stay plain take those too. Raises UsageError where a calibration has
+    nothing for `codec`.
+    """
+    if calibration is None:
+        return []
+    if codec == calibration.codec or (codec == PLAIN and calibration.scales):
+        return folds_in(table, environment(fields), recorded, stored)
+    if codec in FRESH and FRESH[codec].inputs is not None:
+        return []
+    usable = [name for name, one in FRESH.items() if one.inputs is not None or one.scaled]
+    if codec != PLAIN and codec not in usable:
+        raise UsageError(f"‹codec› {codec} stores nothing that is calibrated", hint=f"these do: {', '.join(usable)}")
+    known = f"scales of channels for {calibration.codec}" if calibration.scales else "no scales of channels"
+    raise UsageError(
+        f"‹codec› {codec}: the calibration has {known}",
+        hint=f"`mbx calibrate SRC DATA --codec {'int4_group' if codec == PLAIN else codec}` chooses them",
+    )
+
+
+def _left_plain(codec: str, why: str, modules: Sequence[str]) -> Iterator[str]:
+    if modules:
+        shown = ", ".join(f"`{name}`" for name in modules[:3]) + (", …" if len(modules) > 3 else "")
+        yield f"{codec}: {len(modules):,} products {why}, and stay plain: {shown}"
 
 
 def _held(whole: Encoded, known: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from converters.codecs.calibration import Calibration
 from converters.codecs.fresh import FRESH
 from converters.engine.plan import Plan, requested_dtype
 from converters.errors import CoverageError, UsageError
 from converters.mcore.flavours import TEXT_ALONE, in_flavour, usual_of
 from converters.mcore.layout import Layout
+from converters.planning.calibrated import calibrated
 from converters.planning.exporter import HfTensor, Origin, plan_export
+from converters.planning.folds import changes_of
 from converters.planning.importer import plan_import
 from converters.rows.coverage import Waivers
 from converters.rows.expr import Value
@@ -30,7 +33,7 @@ from mbx.installed import core_release
 from mbx.run.commit import check_target
 from mbx.run.config_file import put_config
 from mbx.run.execution import Outcome, Progress, run
-from mbx.run.export_codec import PLAIN, Codes, codes_of, quantised_now
+from mbx.run.export_codec import PLAIN, Codes, codes_of, folds_for, quantised_now
 from mbx.run.model_class import form_said, in_form
 
 DEFAULT_MAX_MEMORY = 1 << 30
@@ -56,7 +59,7 @@ class Options:
     `model_class` is the form of a Megatron Core target, `gpt` or `hybrid`; None is the source's, or the installed
     release's. `flavour` is the tool whose arrangement of a model with towers a Megatron Core target has; None is the
     usual one where the format and the class can hold more than the text model. `exclude` are globs of modules that a
-    `codec` chosen now leaves as they are.
+    `codec` chosen now leaves as they are, `calibration` is what was measured for one.
     """
 
     dtype: str | None = None
@@ -65,6 +68,7 @@ class Options:
     format: str = "torch_dist"
     codec: str = PLAIN
     exclude: tuple[str, ...] = ()
+    calibration: Calibration | None = None
     mapping: str | None = None
     waivers: Waivers = Waivers()
     allow_unused_keys: tuple[str, ...] = ()
@@ -276,9 +280,13 @@ def export_plan(
     plan = planned(codes)
     if options.exclude and options.codec not in FRESH:
         raise UsageError("‹exclude› is for a ‹codec› that is chosen now", hint=f"one of {', '.join(FRESH)}")
+    folds = folds_for(options.codec, options.calibration, table, plan.config, recorded, opened.tensors)
+    scaled = changes_of(plan, folds, options.calibration) if options.calibration is not None and folds else {}
     if options.codec in FRESH:
-        codes = quantised_now(options.codec, codes, plan, options.exclude)
+        codes = quantised_now(options.codec, codes, plan, options.exclude, options.calibration, folds)
         plan, recorded_files = planned(codes), None
+    plan = calibrated(plan, scaled, codes.given)
+    folded = [f"scales of channels are folded into {len(scaled):,} tensors; the model is the same"] if scaled else []
     left_out = [f"not carried: {what}" for what in opened.left_out]
     left_out += [] if reference is None else left_out_of(reference)
     idle = _idle(options, plan, table, config)
@@ -286,5 +294,5 @@ def export_plan(
     if options.dtype is not None and plan.reencoded:
         kinds = ", ".join(sorted({whole.codec.name for whole in plan.reencoded.values()}))
         kept_codes = [f"‹dtype› {options.dtype} casts the other tensors: {len(plan.reencoded):,} stay {kinds}"]
-    plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out, *codes.notes, *kept_codes, *idle))
+    plan = replace(plan, notes=(*plan.notes, *found.notes, *left_out, *codes.notes, *folded, *kept_codes, *idle))
     return plan, recorded_files if plan.reencoded else plain, codes.written

@@ -16,7 +16,7 @@ from converters.errors import UsageError
 from fixtures.make_tiny import make
 from mbx.models.transformers.importance import measure_importance
 from mbx.tables import table_for
-from mbx.train.importance import token_rows
+from mbx.train.data.token_rows import token_rows
 
 LLAMA = Path(__file__).resolve().parents[2] / "fixtures" / "tiny" / "llama"
 
