@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ from math import prod
 
 import torch
 
-from converters.errors import CoverageError, MbxError, StorageError, UsageError
+from converters.errors import CoverageError, MbxError, UsageError
 from converters.mcore.hybrid_form import from_hybrid, has_gpt_form
 from converters.mcore.keys import canonical_names
 from converters.tensors import Chunk, Shape, StoredTensor
+from mbx.formats.files import os_failure
 from mbx.live.shards import Shard
 
 #: A box of the model: the key of its tensor, and its number among that one's chunks.
@@ -88,17 +90,22 @@ def exchange(shards: Sequence[Shard] | MbxError, said: object, *, adapted: bool 
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """A step that fails on all ranks where it fails on one. Collective, at its end."""
+    """A step that fails on all ranks where it fails on one, there with an error of the same kind. Collective, at its
+    end; what ranks do together within it must not be left alone by one of them."""
     failure: MbxError | None = None
     try:
         yield
     except MbxError as error:
         failure = error
-    said = gather_objects("" if failure is None else failure.fact)
+    except OSError as error:
+        failure = os_failure(error, f"`{os.fsdecode(error.filename)}`" if error.filename else "a file")
+        failure.__cause__ = error
+    told = gather_objects(None if failure is None else (type(failure), failure.fact, failure.hint))
     if failure is not None:
         raise failure
-    if (rank := next((rank for rank, fact in enumerate(said) if fact), None)) is not None:
-        raise StorageError(f"rank {rank}: {said[rank]}")
+    if (rank := next((rank for rank, one in enumerate(told) if one), None)) is not None:
+        kind, fact, hint = told[rank]
+        raise kind(f"rank {rank}: {fact}", hint=hint)
 
 
 def gather_objects(value: object) -> list:  # type: ignore[type-arg]

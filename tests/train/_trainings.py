@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.forks import Fork, start
 
@@ -147,28 +147,33 @@ def stall_writers() -> None:
 def main(out: Path) -> None:
     """One process of a world.
 
-    A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, verify?, logits?, hooks?}`.
+    A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, faults?, verify?, logits?, hooks?}`.
 
     `verify`: the recipe's training is compared rather than run; its result is the legs. `stall_from`: the writers of
-    asynchronous checkpoints hang from this step on. `logits`: the folder to which the recipe's teacher is written
+    asynchronous checkpoints hang from this step on. `faults`: by step, the rank and the place that cannot be written
+    then. `logits`: the folder to which the recipe's teacher is written
     rather than learned from; its result is the rows and the learned tokens.
     """
     import torch
 
     torch.set_num_threads(1)
+    from _faults import Planted
+
     from mbx.train.recipe.parse import parse_recipe
     from mbx.train.run.hooks import NO_HOOKS, load_hooks
     from mbx.train.run.log import Step
     from mbx.train.run.loop import train
     from mbx.train.run.prepare import prepare
 
-    results = []
+    results, planted = [], Planted()
     for number, job in enumerate(json.loads(out.with_suffix(".jobs").read_text())):
         store = meet(int(os.environ["RANK"]), out.with_suffix(f".port{number}"))
 
-        def watch(step: Step, job: dict[str, int] = job) -> None:
+        def watch(step: Step, job: dict[str, Any] = job) -> None:
             if job.get("stall_from") == step.step:
                 stall_writers()
+            rank, place = job.get("faults", {}).get(str(step.step), (-1, None))
+            planted.plant(place if rank == int(os.environ["RANK"]) else None)
             if job.get("kill_at") == step.step:
                 os.kill(os.getpid(), signal.SIGKILL)
             if job.get("stop_at") == step.step:

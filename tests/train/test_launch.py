@@ -11,9 +11,9 @@ import pytest
 from _trainings import raw, run_here
 
 from converters.errors import UsageError
-from mbx.train.checkpoints import store
+from mbx.formats.torch_dist import TRACKER
+from mbx.train.checkpoints import complete
 from mbx.train.checkpoints.best import Best, write_best
-from mbx.train.checkpoints.state import STATE
 from mbx.train.recipe.catalogue import load_recipe
 from mbx.train.recipe.launch import Machines, machines_for, slurm_script, torchrun_line
 from mbx.train.recipe.parse import parse_recipe
@@ -93,9 +93,15 @@ def test_what_a_start_left_before_its_first_checkpoint_is_in_nobodys_way(tmp_pat
     with pytest.raises(UsageError, match="not empty"):
         prepare(recipe, anew=True)
     (run / "notes.txt").unlink()
-    (unfinished / STATE).write_text("{}")  # a whole one, whose tracker is gone
+
+
+def test_a_start_that_ended_ahead_of_its_first_tracker_is_gone_on_with(tmp_path: Path) -> None:
+    run_here(raw(tmp_path / "run", train={"steps": 2}))
+    (tmp_path / "run" / TRACKER).unlink()
+    recipe = parse_recipe(raw(tmp_path / "run", train={"steps": 3}))
     with pytest.raises(UsageError, match="not empty"):
-        prepare(recipe, anew=True)
+        prepare(recipe)
+    assert prepare(recipe, anew=True).start.path == tmp_path / "run" / "iter_0000002"
 
 
 def test_a_run_that_ends_within_its_first_checkpoint_begins_anew(
@@ -108,7 +114,7 @@ def test_a_run_that_ends_within_its_first_checkpoint_begins_anew(
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-        patched.setattr(store, "_sync", killed)
+        patched.setattr(complete, "sync", killed)
         run_here(recipe)
     assert list((tmp_path / "run").glob("iter_*"))
     assert prepare(parse_recipe(recipe), anew=True).start.how == "init"

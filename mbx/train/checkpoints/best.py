@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from converters.errors import StorageError
-from mbx.untrusted.names import writable
+from mbx.train.checkpoints.whole import write_whole
 from mbx.untrusted.small_files import read_json
 
 BEST = "best.json"
@@ -44,6 +44,4 @@ def read_best(run: Path, *, until: int | None = None) -> Best:
 
 def write_best(run: Path, best: Best) -> None:
     """Say what was best, whole or not at all."""
-    draft = writable(run, f"{BEST}.tmp")
-    draft.write_text(json.dumps(asdict(best)), encoding="utf-8")
-    draft.replace(writable(run, BEST))
+    write_whole(run, BEST, json.dumps(asdict(best)))

@@ -97,10 +97,12 @@ def export_beside(
     from mbx.live.exchange import agreed
 
     assert plan.hf is not None  # the recipe was refused without
-    exports = writable(recipe.run_dir, "export")
-    exports.mkdir(exist_ok=True)
-    target = writable(exports, f"step_{step:07d}")
-    if target.is_dir():  # whole: it gets its name last, when all ranks have looked
+    with agreed():
+        exports = writable(recipe.run_dir, "export")
+        exports.mkdir(exist_ok=True)
+        target = writable(exports, f"step_{step:07d}")
+        there = target.is_dir()
+    if there:  # whole: it gets its name last, when all ranks have looked
         return f"{target} is there already"
     # the stored checkpoint has the layers that are trained whole, and a live model needs all its weights to be read
     if recipe.lora.rank and (recipe.lora.modules_to_save or holds_casts(recipe)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from converters.errors import UnsupportedError
+from converters.errors import StorageError, UnsupportedError
 from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
 from mbx.formats.registry import open_checkpoint
@@ -27,6 +27,7 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 def export_tuned(found: Path, recipe: Recipe, method: type[Tuned], target: Path) -> Path:
     """Write the checkpoint at `found` to `target` as `method` says; UnsupportedError where it says nothing."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     trained = list(_trained(found, recipe, method))
@@ -36,7 +37,10 @@ def export_tuned(found: Path, recipe: Recipe, method: type[Tuned], target: Path)
         raise UnsupportedError(f"lora.method={recipe.lora.method} has no `export`") from error
     draft = target.with_name(f"{target.name}.partial")
     draft.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, draft / "adapter_model.safetensors")
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, draft / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise StorageError(f"`{draft}`: {error}") from error
     said = {"base_model_name_or_path": read_state(found).base, **config}
     (draft / "adapter_config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
     if target.is_dir():

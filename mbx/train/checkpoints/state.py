@@ -51,7 +51,8 @@ def latest(run: Path) -> Path | None:
 
 def finished(run: Path) -> list[Path]:
     """Checkpoints of a run that were written to their end, oldest first, whatever its tracker says."""
-    return sorted(path.parent for path in run.glob(f"iter_*/{STATE}"))
+    found = (path.parent for path in run.glob(f"iter_*/{STATE}"))
+    return sorted(path for path in found if path.suffix == "")  # a draft has one
 
 
 def read_state(path: Path) -> LoopState:

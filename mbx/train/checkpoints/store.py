@@ -1,188 +1,198 @@
 """Checkpoints of a run: torch_dist through Megatron Core, with the optimizer and the loop's own state.
 
-RUN/latest_checkpointed_iteration.txt     written last: what it names is whole
+RUN/latest_checkpointed_iteration.txt     written last
 RUN/iter_0000010/{.metadata, common.pt, …, mbx_train.json, hf/}
+RUN/iter_0000010.1f0c2d…/                 being written by the start of that word; named as above when it is whole
 
 With `run.save_async` a forked process writes a copy of the state as it was, and the tracker moves at the end of the
-first step at which every rank's writer is done (Megatron Core's own queue of such writers).
+first step at which every rank's writer is done.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from converters.adapters.peft_keys import live_spelling
-from converters.errors import StorageError
+from converters.errors import DeviceError, MbxError, StorageError, UsageError
 from converters.mcore.releases import CURRENT
-from mbx.formats import hf, torch_dist
+from mbx.formats import torch_dist
+from mbx.formats.files import os_failure
 from mbx.formats.registry import open_megatron
 from mbx.installed import core_release
+from mbx.live.exchange import agreed, gather_objects
+from mbx.text import human_bytes
 from mbx.torchfile.dcp import read_index
-from mbx.train.checkpoints.best import read_best
+from mbx.train.checkpoints.claim import Claim
+from mbx.train.checkpoints.complete import complete, is_ours, tidy
 from mbx.train.checkpoints.optimizer import BY_PARAMETER, allocate, restore, stored, wanted
 from mbx.train.checkpoints.random_streams import random_streams, restore_random
-from mbx.train.checkpoints.state import RECIPE, STATE, LoopState, finished, latest
-from mbx.train.data.templates import TEMPLATE_FILE, named_template
+from mbx.train.checkpoints.state import LoopState
+from mbx.train.checkpoints.whole import write_whole
+from mbx.train.data.templates import named_template
 from mbx.train.lora.attach import only_trained
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.build import unwrap
-from mbx.train.model.parallel import Ranks
-from mbx.train.model.sight import PART, tower_folder
+from mbx.train.model.parallel import Ranks, on_any_rank
+from mbx.train.model.sight import PART
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
 
 if TYPE_CHECKING:
-    from mbx.models.megatron.core.sharding import AsyncCallsQueue
+    from mbx.models.megatron.core.saving import Saving
     from mbx.models.megatron.core.training import DistributedDataParallel, MegatronOptimizer
-
-#: What a run writes into the folder of a checkpoint, torch's draft of the index included.
-_OURS = re.compile(rf"\.metadata(?:\.tmp)?|metadata\.json|common\.pt|__\d+_\d+\.distcp|hf|{STATE}|{RECIPE}")
 
 
 class Store:
     """Writes and reads the checkpoints of one run; all calls are collective.
 
-    `on_save` is called on the main rank with each checkpoint that is whole.
+    `on_save` is called on the main rank with each checkpoint that is whole, `say` with what went wrong beside it.
+    `step` is that of the last whole one, -1 before there is any; `best` that of one that stays, whatever `run.keep`.
     """
 
     def __init__(
-        self, recipe: Recipe, plan: Blueprint, ranks: Ranks, on_save: Callable[[Path], object] | None = None
+        self,
+        recipe: Recipe,
+        plan: Blueprint,
+        ranks: Ranks,
+        on_save: Callable[[Path], object] | None = None,
+        say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self.recipe, self.plan, self.ranks, self.on_save = recipe, plan, ranks, on_save
+        self.recipe, self.plan, self.ranks, self.on_save, self.say = recipe, plan, ranks, on_save, say
         self.root = recipe.run_dir
         self.whole = whole_layers(recipe.lora, plan)
         # read now: its file may be gone when the run ends
         self.template = named_template(recipe.data.template) if recipe.data.template else ""
-        self._writers: AsyncCallsQueue | None = None
+        self.step = self.best = -1
+        self._claim = Claim(self.root, main=ranks.is_main) if recipe.run.save else None
+        self._under_way: tuple[Saving, LoopState] | None = None
         self._tower: dict[str, torch.Tensor] = {}
-        self._target = self.root  # what the writers write
 
-    def save(self, state: LoopState, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> Path:
+    @property
+    def last(self) -> Path | None:
+        """The last checkpoint that is whole."""
+        return self.root / f"iter_{self.step:07d}" if self.step >= 0 else None
+
+    @property
+    def last_asked(self) -> int:
+        """The step of the last checkpoint that is whole, or on its way to be."""
+        return self._under_way[1].step if self._under_way else self.step
+
+    def save(self, state: LoopState, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
         """Write `iter_{step}`; the tracker moves only when all of it is on the disk. Older ones beyond `keep` go.
 
         With `run.save_async` it returns while a process of each rank writes; `settle` finishes what is written.
+        What one rank cannot write is a StorageError or a DeviceError on all, and nothing of the checkpoint stays.
         """
-        from torch.distributed.checkpoint.api import CheckpointException
-
-        from mbx.models.megatron.core.sharding import dist_checkpointing
+        from mbx.models.megatron.core.saving import Saving
 
         self.settle(wait=True)  # one at a time: the tracker must not go back
-        self._target = target = writable(self.root, f"iter_{state.step:07d}")
-        if self.ranks.is_main:
-            if target.exists():  # an unfinished one: the tracker does not name it
-                if not _is_ours(target):
-                    raise StorageError(f"`{target}` is in the way: it holds more than a checkpoint of `mbx train`")
-                shutil.rmtree(target)
-            target.mkdir(parents=True)
-        torch.distributed.barrier()
-        if self.recipe.train.tower == "trained" and self.ranks.is_main:
-            self._tower = {name: tensor.detach().cpu().clone() for name, tensor in _tower_of(chunks).items()}
-        content = self._content(chunks, optimizer) | CURRENT.common_state(state.step)
-        beside = self.recipe.run.save_async
-        try:  # torch's CheckpointException derives from BaseException, so it is named
-            how = {"async_sharded_save": True, **core_release().async_save} if beside else {}
-            request = dist_checkpointing.save(content, str(target), ("torch_dist", 1), **how)
-            if request is None:
-                torch.distributed.barrier()
-                self._finish(target, state)
-                torch.distributed.barrier()
-                return target
-        except (CheckpointException, OSError) as error:
-            raise self._unwritten(error) from error
-        request.add_finalize_fn(lambda: self._finish(target, state))
-        if self._writers is None:
-            from mbx.models.megatron.core.sharding import AsyncCallsQueue
-
-            self._writers = AsyncCallsQueue()
-        self._writers.schedule_async_request(request)
-        return target
+        draft, needed = self._draft(state), 0
+        try:
+            with agreed():
+                self._make_way(draft)
+            if self.recipe.train.tower == "trained" and self.ranks.is_main:
+                self._tower = {name: tensor.detach().cpu().clone() for name, tensor in _tower_of(chunks).items()}
+            content = self._content(chunks, optimizer) | CURRENT.common_state(state.step)
+            with agreed():
+                saving = Saving(content, str(draft), core_release().async_save)
+                _raise_first(saving.failed)
+            needed = sum(gather_objects(saving.nbytes))
+            with agreed():
+                self._check_room(needed)
+            saving.write(beside=self.recipe.run.save_async)
+        except MbxError as error:
+            raise self._unwritten(draft, needed, error) from error
+        self._under_way = saving, state
+        if not self.recipe.run.save_async:
+            self.settle(wait=True)
 
     def settle(self, *, wait: bool) -> None:
         """Finish a checkpoint whose writers are done on all ranks; `wait` until they are. Collective."""
         from torch.distributed.checkpoint.api import CheckpointException
 
-        if self._writers is None:
+        if self._under_way is None:
             return
+        saving, state = self._under_way
+        if not wait and on_any_rank(saving.writes, self.ranks.device):
+            return
+        self._under_way = None
+        draft, needed = self._draft(state), sum(gather_objects(saving.nbytes))
+        target = draft.with_suffix("")
         try:
-            self._writers.maybe_finalize_async_calls(blocking=wait)
-        except (CheckpointException, OSError) as error:
-            raise self._unwritten(error) from error
+            with agreed():
+                try:
+                    saving.finish()
+                except CheckpointException as error:  # which derives from BaseException
+                    _raise_first(saving.failed)
+                    if said := _said(error):  # on the main rank, of all of them
+                        raise StorageError(said) from error
+                _raise_first(saving.failed)
+            with agreed():
+                if self._claim is not None:
+                    self._claim.check()
+                if self.ranks.is_main:
+                    complete(draft, self.recipe, self.plan, self.template, state, self._tower)
+                    if target.exists():  # of a start that ended before it moved the tracker
+                        shutil.rmtree(target)
+                    draft.rename(target)
+                    write_whole(self.root, torch_dist.TRACKER, str(state.step))
+        except MbxError as error:
+            raise self._unwritten(draft, needed, error) from error
+        self.step = state.step
+        with agreed():
+            if self.ranks.is_main:
+                tidy(self.root, {state.step, self.best}, self.recipe.run.keep, self.say)
+                if self.on_save is not None:
+                    self.on_save(target)
 
-    def _unwritten(self, error: BaseException) -> StorageError:
-        """What to say of a checkpoint that could not be written; the part of it that was goes."""
-        if self.ranks.is_main:
-            shutil.rmtree(self._target, ignore_errors=True)
-        last = latest(self.root)
-        hint = f"‹resume› continues from {last.name}" if last else "the run has no earlier checkpoint"
-        return StorageError(f"`{self._target}` could not be written: {_said(error)}", hint=hint)
+    def _draft(self, state: LoopState) -> Path:
+        """Where a checkpoint is written: no other start's writers, which may outlive it, write there."""
+        word = self._claim.word if self._claim else "partial"
+        return self.root / f"iter_{state.step:07d}.{word}"
 
-    def _finish(self, target: Path, state: LoopState) -> None:
-        """Complete a written checkpoint and point the tracker at it; the main rank's work."""
+    def _make_way(self, draft: Path) -> None:
+        """Have an empty folder at `draft`; every rank looks whether it would write where the run is."""
+        if self._claim is not None:
+            self._claim.check()
         if not self.ranks.is_main:
             return
-        (target / RECIPE).write_text(json.dumps(self.recipe.to_dict(), indent=1), encoding="utf-8")
-        if self.plan.hf is not None:
-            (target / "hf").mkdir()
-            for name in hf.side_files(self.plan.hf):
-                (target / "hf" / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(self.plan.hf / name, target / "hf" / name)
-            if self.template:  # what was trained is served by the template that it was trained with
-                (target / "hf" / TEMPLATE_FILE).write_text(self.template, encoding="utf-8")
-            if hf.has_weights(self.plan.hf):  # a random start needs none
-                layout = hf.record_layout(hf.open_hf(self.plan.hf))
-                (target / "hf" / hf.LAYOUT).write_text(layout, encoding="utf-8")
-                self._keep_towers(target / "hf" / hf.KEPT, state.base)
-        for path in target.rglob("*"):
-            _sync(path)
-        # behind all of it: a checkpoint that has a state is whole, whether the tracker names it yet or not
-        (target / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-        _sync(target / STATE)
-        _sync(target)
-        tracker = self.root / torch_dist.TRACKER
-        draft = writable(self.root, f"{tracker.stem}.tmp")
-        draft.write_text(str(state.step), encoding="utf-8")
-        _sync(draft)
-        draft.replace(tracker)
-        _sync(self.root)
-        keep, whole = self.recipe.run.keep, finished(self.root)
-        best = self.root / f"iter_{read_best(self.root).step:07d}"
-        stays = {target, best, *(whole[-keep:] if keep else whole)}
-        for old in self.root.glob("iter_*"):
-            if old not in stays and _is_ours(old):  # beyond `keep`, or left unfinished by a run that was killed
-                shutil.rmtree(old)
-        if self.on_save is not None:
-            self.on_save(target)
+        target = writable(self.root, draft.stem)
+        if target.exists() and not is_ours(target):
+            raise StorageError(f"`{target}` is in the way: it holds more than a checkpoint of `mbx train`")
+        if writable(self.root, draft.name).exists():
+            shutil.rmtree(draft)
+        draft.mkdir()
 
-    def _keep_towers(self, file: Path, base: str) -> None:
-        """Write what lies beside the text model, as it is in the folder that the weights came from or, of a tower that
-        is trained, in the model: an export is whole again."""
-        from safetensors.torch import save_file
+    def _check_room(self, needed: int) -> None:
+        """DeviceError where `needed` bytes do not fit on the disk."""
+        if self.ranks.is_main and shutil.disk_usage(self.root).free < needed:
+            raise DeviceError(os.strerror(errno.ENOSPC))
 
-        table = self.plan.table
-        if self.plan.hf is None or table is None or not table.beside or self.recipe.lora.rank:
-            return
-        folder = hf.open_hf(tower_folder(self.plan.hf, base))
-        source = folder.source
-        try:
-            beside = [tensor for name, tensor in folder.tensors.items() if name.startswith(table.beside)]
-            if self._tower:
-                live = live_spelling(table, folder.tensors)
-                save_file({one.name: self._tower[live.said(one.name)].contiguous() for one in beside}, file)
-            elif beside:
-                with file.open("wb") as out:
-                    out.writelines(hf.pack_kept(beside, source))
-        finally:
-            source.close()
+    def _unwritten(self, draft: Path, needed: int, error: MbxError) -> MbxError:
+        """What to say of a checkpoint that could not be written; the part of it that was goes."""
+        if isinstance(error, UsageError):  # its folder is another's
+            return error
+        free = needed
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.root).free
+        if self.ranks.is_main and (self._claim is None or self._claim.holds):
+            shutil.rmtree(draft, ignore_errors=True)
+        room, tip = "", error.hint
+        if free < needed:
+            room = f"; it takes {human_bytes(needed)}, and {human_bytes(free)} are free there"
+            tip = "free space there; run.keep=1 keeps one checkpoint beside the one that is written"
+        again = f"‹resume› continues from {self.last.name}" if self.last else "the run has no earlier checkpoint"
+        kind = DeviceError if room or isinstance(error, DeviceError) else StorageError
+        fact = f"`{draft.with_suffix('')}` could not be written: {error.fact}{room}"
+        return kind(fact, hint=f"{tip}; {again}" if tip else again)
 
     def load(
         self, path: Path, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, *, same: bool
@@ -279,13 +289,6 @@ def _tower_of(chunks: Sequence[DistributedDataParallel]) -> Mapping[str, torch.T
     return found
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder is named as a checkpoint is, and holds what a run writes into one, whole or in part."""
-    if folder.is_symlink() or not folder.is_dir() or not re.fullmatch(r"iter_\d{7,}", folder.name):
-        return False
-    return all(_OURS.fullmatch(path.name) for path in folder.iterdir())
-
-
 def _named(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, DistributedDataParallel]]:
     """Chunks under Megatron-LM's names: `model`, or `model0`, `model1`, … where the pipeline is interleaved."""
     return [("model" if len(chunks) == 1 else f"model{number}", chunk) for number, chunk in enumerate(chunks)]
@@ -299,9 +302,10 @@ def _said(error: BaseException) -> str:
     return "; ".join(dict.fromkeys(texts))
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _raise_first(failed: Sequence[Exception]) -> None:
+    """Raise the first of these in the house's words."""
+    for error in failed:
+        if isinstance(error, OSError):
+            where = f"`{os.fsdecode(error.filename)}`" if error.filename else type(error).__name__
+            raise os_failure(error, where) from error
+        raise StorageError(_said(error)) from error

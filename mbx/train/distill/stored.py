@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from converters.errors import StorageError, UsageError
+from mbx.formats.files import os_failure
 from mbx.models.tokenizer import read_tokenizer
 from mbx.train.data.corpus import mapped
 from mbx.train.data.rows import Heard, Row, Rows
@@ -75,15 +76,18 @@ def digest_of_row(row: Row) -> bytes:
 
 
 class Part:
-    """One set of files, being written row by row."""
+    """One set of files, being written row by row; behind an error, which `failed` has until `close`, nothing is."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.folder = folder
         self.files = {name: (folder / f"{number:05d}.{name}").open("xb") for name in _KINDS}
         self.rows = self.learned = 0
+        self.failed: OSError | None = None
 
     def add(self, row: Row, top: Top) -> None:
         """Append a row, of whose tokens `top` has all, [length, k]."""
+        if self.failed is not None:
+            return
         learned = row.mask > 0
         self.rows, self.learned = self.rows + 1, self.learned + int(learned.sum())
         try:
@@ -92,12 +96,17 @@ class Part:
                 values = getattr(top, name).cpu().numpy()[learned].astype(_KINDS[name])
                 self.files[name].write(values.tobytes())
         except OSError as error:
-            raise StorageError(f"cannot write `{self.folder}`: {error.strerror}") from error
+            self.failed = error
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; StorageError or DeviceError where not all of them was written."""
         for file in self.files.values():
-            file.close()
+            try:
+                file.close()
+            except OSError as error:
+                self.failed = self.failed or error
+        if self.failed is not None:
+            raise os_failure(self.failed, f"cannot write `{self.folder}`") from self.failed
 
 
 _KINDS: Mapping[str, type[np.generic]] = {

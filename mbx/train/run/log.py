@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
@@ -18,6 +19,7 @@ from converters.errors import UsageError, spelt
 from mbx.formats.torch_dist import TRACKER
 from mbx.text import human_time
 from mbx.train.checkpoints.best import BEST
+from mbx.train.checkpoints.claim import START
 from mbx.train.checkpoints.state import STATE
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
@@ -29,7 +31,13 @@ METRICS = "metrics.jsonl"
 #: The folder of a run that has a trace of some of its steps.
 PROFILE = "profile"
 #: What a run leaves in its folder beside checkpoints, drafts included.
-_BESIDE = (METRICS, PROFILE, "tensorboard", "report.html", BEST, f"{BEST}.tmp", f"{Path(TRACKER).stem}.tmp")
+_BESIDE = (
+    *(METRICS, PROFILE, "tensorboard", "report.html", BEST, START),
+    *(f"{Path(name).stem}.tmp" for name in (BEST, START, TRACKER)),
+)
+#: Figures of a step that TensorBoard and W&B draw.
+_DRAWN = ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "memory_gib")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 #: A first step that is worth a word.
 _SLOW_S = 5.0
 _BARS = "▁▂▃▄▅▆▇█"
@@ -67,7 +75,10 @@ class _Writer(Protocol):
 
 
 class Log:
-    """The main rank's log; other ranks' calls do nothing. Without `messages` it records and says nothing."""
+    """The main rank's log; other ranks' calls do nothing. Without `messages` it records and says nothing.
+
+    Records that cannot be written wait for the next one; `finish` raises where some still do.
+    """
 
     def __init__(self, recipe: Recipe, *, main: bool, live: bool = True, messages: bool = True) -> None:
         self._speaks = main and messages
@@ -77,6 +88,8 @@ class Log:
         self._losses: deque[float] = deque(maxlen=60)
         self._first_s = 0.0
         self._live: Live | None = None
+        self._waiting: list[str] = []
+        self._is_there = False
         if not main:
             return
         self._made = not recipe.run_dir.exists()
@@ -84,6 +97,7 @@ class Log:
         writable(recipe.run_dir, METRICS)
         if self.path.is_file():  # a record that was being written when its process ended: the next has its own line
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+            self._is_there = True
         if recipe.run.tensorboard:
             self._writers.append(_tensorboard(recipe.run_dir))
         if recipe.run.wandb:
@@ -98,19 +112,21 @@ class Log:
     def message(self, text: str) -> None:
         """A line for the reader."""
         if self._speaks:
-            sys.stderr.write(spelt(text) + "\n")
-            sys.stderr.flush()
+            try:
+                sys.stderr.write(spelt(text) + "\n")
+                sys.stderr.flush()
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise  # where messages go to a file on a full disk there is nobody to tell
 
     def step(self, s: Step) -> None:
         """Record one step everywhere."""
         if not self.main:
             return
         self._record({"kind": "step", **s.record()})
-        for writer in self._writers:
-            for name in ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "memory_gib"):
-                writer.add_scalar(f"train/{name}", getattr(s, name), s.step)
-            for name, value in s.beside.items():
-                writer.add_scalar(f"train/{name}", value, s.step)
+        figures = {name: getattr(s, name) for name in _DRAWN} | dict(s.beside)
+        for name, value in figures.items():
+            self._draw_elsewhere(f"train/{name}", value, s.step)
         self._losses.append(s.loss)
         if len(self._losses) == 1:
             self._first_s = s.step_s
@@ -126,8 +142,7 @@ class Log:
         if not self.main:
             return
         self._record({"kind": "eval", "step": step, "loss": loss})
-        for writer in self._writers:
-            writer.add_scalar("eval/loss", loss, step)
+        self._draw_elsewhere("eval/loss", loss, step)
         self.message(f"step {step}: validation loss {loss:.4f}")
 
     def note(self, **record: object) -> None:
@@ -136,12 +151,49 @@ class Log:
             self._record(record)
 
     def _record(self, record: dict[str, object]) -> None:
+        self._waiting.append(json.dumps(record) + "\n")
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:  # a write to a full disk names no file
-            error.filename = str(self.path)
-            raise
+            self._write()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                self.message(
+                    f"`{self.path}` could not be written: {error.strerror}; its records wait, the run goes on"
+                )
+
+    def _write(self) -> None:
+        """Append what waits, or nothing of it. Where a mount is gone, no file is made below it."""
+        made = 0 if self._is_there and not (self.path.parent / START).exists() else os.O_CREAT
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | made, 0o644)
+        try:
+            self._is_there = True
+            size, data = os.fstat(file).st_size, "".join(self._waiting).encode()
+            try:
+                while data:
+                    data = data[os.write(file, data) :]
+            except OSError:
+                os.ftruncate(file, size)
+                raise
+        finally:
+            os.close(file)
+        self._waiting.clear()
+
+    def finish(self) -> None:
+        """Write what waits; OSError where that fails still."""
+        if self._waiting:
+            try:
+                self._write()
+            except OSError as error:
+                error.filename = str(self.path)
+                raise
+
+    def _draw_elsewhere(self, name: str, value: float, step: int) -> None:
+        """A figure for TensorBoard and W&B; one that cannot be written to any more is left out."""
+        for writer in list(self._writers):
+            try:
+                writer.add_scalar(name, value, step)
+            except OSError as error:
+                self._writers.remove(writer)
+                self.message(f"{type(writer).__name__} writes no more: {error}; the run goes on")
 
     def close(self) -> None:
         """Close writers and the live view; the folder of a run that ended before its first step goes."""
@@ -150,9 +202,15 @@ class Log:
         if self._live is not None:
             self._live.stop()
         for writer in self._writers:
-            writer.close()
-        if self._made and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+            try:
+                writer.close()
+            except OSError as error:
+                self.message(f"{type(writer).__name__} could not be closed: {error}")
+        run = self.path.parent
+        if run.is_dir() and [path.name for path in run.iterdir()] == [START]:
+            (run / START).unlink()
+        if self._made and run.is_dir() and not any(run.iterdir()):
+            run.rmdir()
 
     def _draw(self, s: Step) -> None:
         from rich.panel import Panel
@@ -204,10 +262,12 @@ def chart(losses: list[float], height: int = 6) -> str:
 def only_begun(run: Path) -> bool:
     """Whether a run's folder holds nothing but what a start leaves that ended before its first checkpoint.
 
-    A checkpoint that was being written has no state of the loop yet.
+    A checkpoint that was being written has a name of its own, and no state of the loop in those of older releases.
     """
     return all(
-        entry.name in _BESIDE or (re.fullmatch(r"iter_\d{7}", entry.name) and not (entry / STATE).exists())
+        entry.name in _BESIDE
+        or re.fullmatch(r"iter_\d{7}\.\w+", entry.name)
+        or (re.fullmatch(r"iter_\d{7}", entry.name) and not (entry / STATE).exists())
         for entry in run.iterdir()
     )
 

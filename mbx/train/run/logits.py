@@ -24,7 +24,7 @@ from mbx.train.distill.live import LiveTeacher
 from mbx.train.distill.loss import likeliest
 from mbx.train.distill.stored import Facts, Part, digest_of_row, facts_of, write_facts
 from mbx.train.distill.terms import Columns, Top
-from mbx.train.model.parallel import session
+from mbx.train.model.parallel import on_any_rank, session
 from mbx.train.recipe.sections import Fp8, Lora, Recipe
 from mbx.train.run.prepare import Prepared, prepare
 
@@ -64,10 +64,10 @@ def write_logits(prepared: Prepared, target: Path, say: Callable[[str], None] = 
         with agreed():
             job.run(say)
         found = job.facts()
-        if prepared.ranks.is_main:
-            write_facts(draft, found)
-            draft.replace(target)
-        torch.distributed.barrier()
+        with agreed():
+            if prepared.ranks.is_main:
+                write_facts(draft, found)
+                draft.replace(target)
     return found
 
 
@@ -80,13 +80,14 @@ class _Job:
         assert prepared.teacher is not None
         self.prepared, self.recipe, self.ranks = prepared, prepared.recipe, prepared.ranks
         self.group, self.dp_rank = ps.get_tensor_model_parallel_group(), ps.get_data_parallel_rank()
-        if self.ranks.is_main:
-            if draft.exists():  # of a process that was killed
-                shutil.rmtree(draft)
-            draft.mkdir(parents=True)
-        torch.distributed.barrier()
+        with agreed():
+            if self.ranks.is_main:
+                if draft.exists():  # of a process that was killed
+                    shutil.rmtree(draft)
+                draft.mkdir(parents=True)
         writes = ps.is_pipeline_last_stage(ignore_virtual=True) and self.group.rank() == 0
-        self.part = Part(draft, self.dp_rank) if writes else None
+        with agreed():
+            self.part = Part(draft, self.dp_rank) if writes else None
         self.teacher = LiveTeacher(prepared.teacher, self.ranks)
 
     def run(self, say: Callable[[str], None]) -> None:
@@ -111,6 +112,8 @@ class _Job:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
+            if on_any_rank(self.part is not None and self.part.failed is not None, self.ranks.device):
+                break  # together: the others would wait for what this one has to give
             if (number + 1) * 10 // batches > number * 10 // batches:
                 say(f"{min((number + 1) * size, rows.count)} of {rows.count} rows")
         if self.part is not None:

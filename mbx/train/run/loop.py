@@ -140,8 +140,8 @@ class Trainer:
         self.train_rows, self.eval_rows = self._rows()
         if self.recipe.train.eval_every and self.eval_rows is None:
             self.log.message("there are no validation rows: train.eval_every evaluates nothing")
-        self.store = Store(self.recipe, self.plan, self.ranks, prepared.hooks.on_save)
-        self.step, self.saved, self.mean_loss = 0, -1, math.nan
+        self.store = Store(self.recipe, self.plan, self.ranks, prepared.hooks.on_save, log.message)
+        self.step, self.mean_loss = 0, math.nan
         traced = self.recipe.run.profile if self.ranks.is_main else 0
         self.profile = Profile(traced, self.recipe.run_dir, log, cuda=self.ranks.device == "cuda")
         resumed = begun.resumed
@@ -154,7 +154,7 @@ class Trainer:
                 log.message(
                     f"the layout changed: random streams, which dropout draws from, start anew at {source.name}"
                 )
-            self.step, self.saved, self.mean_loss = resumed.step, resumed.step, resumed.mean_loss
+            self.step, self.mean_loss = resumed.step, resumed.mean_loss
         self.flops = models.flops_per_token(
             self.plan.config, self.recipe.data.length, self.plan.padded_vocab, self.recipe.lora.rank > 0
         )
@@ -211,16 +211,16 @@ class Trainer:
                 if on_any_rank(bool(stop.asked), self.ranks.device):  # they must all stop at the same step
                     stopped = f"stopped by {stop.asked or 'a signal to another rank'}"
                     break
-                self.store.settle(wait=False)
+                self.keeper.settle(wait=False)
                 if r.save and self.step < t.steps and self.keeper.due(self.step):
                     self._save()
             if r.save:
-                self._save()
+                self._save(last=True)
                 self.keeper.export(self.step, self.chunks, self.base, last=True)
-            self.store.settle(wait=True)
-        self.log.message(
-            f"{stopped} at step {self.step}" + (f"; checkpoint in {self.recipe.run_dir}" if r.save else "")
-        )
+            self.keeper.finish()
+        lost = f"; not written on the way: {', '.join(self.keeper.lost)}" if self.keeper.lost else ""
+        saved = f"; checkpoint in {self.recipe.run_dir}" if r.save else ""
+        self.log.message(f"{stopped} at step {self.step}{saved}{lost}")
         memory.compare(self.prepared, self.log)
         return Outcome(self.recipe.run_dir, first, tuple(losses), stopped)
 
@@ -266,13 +266,12 @@ class Trainer:
         else:
             self.mean_loss = loss if math.isnan(self.mean_loss) else 0.95 * self.mean_loss + 0.05 * loss
             return
-        self.store.settle(wait=True)  # what is being written is what resume continues from
-        again = f"‹resume› continues from step {self.saved}" if self.saved > 0 else "no checkpoint was saved before"
+        self.keeper.settle(wait=True)  # what is being written is what resume continues from
+        saved = self.store.step
+        again = f"‹resume› continues from step {saved}" if saved > 0 else "no checkpoint was saved before"
         raise DifferenceError(f"step {figures.step}: {fact}", hint=again + tip)
 
-    def _save(self) -> None:
-        if self.step == self.saved:
-            return
+    def _save(self, *, last: bool = False) -> None:
         state = LoopState(
             self.step,
             self.mean_loss,
@@ -281,6 +280,4 @@ class Trainer:
             self.prepared.data.identity,
             self.plan.padded_vocab,
         )
-        self.store.save(state, self.chunks, self.optimizer)
-        self.saved = self.step
-        self.keeper.export(self.step, self.chunks, self.base)
+        self.keeper.save(state, self.chunks, self.optimizer, last=last)

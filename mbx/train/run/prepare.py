@@ -60,7 +60,7 @@ def decide(recipe: Recipe, init_from: str | None, resume: bool, anew: bool = Fal
 
     `anew`: what a start left that ended before its first checkpoint is in nobody's way.
     """
-    run, found = recipe.run_dir, latest(recipe.run_dir)
+    run, found = recipe.run_dir, _continued_at(recipe.run_dir) if anew else latest(recipe.run_dir)
     used = run.is_dir() and any(run.iterdir()) and not (anew and only_begun(run))
     again = "it holds no checkpoint: remove it, or run.dir=NAME starts another"
     if not found and (lost := finished(run)):
@@ -100,6 +100,11 @@ def decide(recipe: Recipe, init_from: str | None, resume: bool, anew: bool = Fal
         )
     adapter = f", adapters from {recipe.lora.adapter}" if recipe.lora.adapter else ""
     return Start("init", Path(recipe.model.path), f"new run in {run}, weights from {recipe.model.path}{adapter}")
+
+
+def _continued_at(run: Path) -> Path | None:
+    """The checkpoint that a run goes on from: its tracker's, or a whole one that a start left without a tracker."""
+    return latest(run) or next(reversed(finished(run)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,7 @@ def prepare(
     they say what is learned, passes are not recorded. `dry`: nothing will be trained, so the processes, the GPU and
     the weights need not be there.
     """
-    if anew and latest(recipe.run_dir):
+    if anew and _continued_at(recipe.run_dir):
         init_from, resume = None, True
     if recipe.lora.rank:
         hooks.method(recipe.lora.method)

@@ -49,12 +49,18 @@ class Profile:
     def _end(self, what: str) -> None:
         assert self._trace is not None
         self._trace.stop()
+        try:
+            self._write(what, self._trace)
+        except (OSError, RuntimeError) as error:
+            self.log.message(f"the profile could not be written: {error}; the run goes on")
+        self._trace = None
+
+    def _write(self, what: str, traced: torch.profiler.profile) -> None:
         folder = writable(self.run_dir, PROFILE)
         folder.mkdir(exist_ok=True)
         trace = writable(folder, "trace.json.gz")
         trace.unlink(missing_ok=True)
-        self._trace.export_chrome_trace(str(trace))
-        self._trace = None
+        traced.export_chrome_trace(str(trace))
         self.log.message(f"{what} are traced in {trace}; ui.perfetto.dev opens it")
         if self.cuda:
             memory = writable(folder, "memory.pickle")

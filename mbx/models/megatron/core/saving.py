@@ -1,0 +1,109 @@
+"""Megatron Core's save of a distributed checkpoint, in steps between which the ranks of a run can agree.
+
+Some of what it does with files one rank does alone, between two exchanges of all: the common state, the index,
+metadata.json. An error there would end that rank, and leave the others waiting for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest.mock import patch
+
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+#: What a rank does with files by itself, by where Megatron Core calls it; a release may be without one.
+_ALONE = (
+    (serialization, "save_config"),
+    (getattr(common, "TorchCommonSaveStrategy", None), "save_common"),
+    (filesystem_async.FileSystemWriterAsync, "finish"),
+    (filesystem_async, "_get_write_results_queue"),
+    (filesystem_async, "get_write_results_queue"),
+)
+
+
+class Saving:
+    """A checkpoint on its way to `folder`, which exists: planned when made, then written, then finished.
+
+    Each of the three is collective but for `write`. None of them leaves the other ranks alone for an error with files
+    of this rank's: `failed` has it, and the ranks are to agree on what becomes of the checkpoint.
+    `how` are the arguments by which a release writes beside a run without further packages.
+    """
+
+    def __init__(self, content: dict[str, object], folder: str, how: Mapping[str, str]) -> None:
+        self.failed: list[Exception] = []
+        self._process: Any = None
+        with self._own_files():
+            self._request: AsyncRequest = serialization.save(
+                content, folder, ("torch_dist", 1), async_sharded_save=True, **how
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that this rank writes."""
+        if self._request.async_fn is None:
+            return 0
+        return sum(tensor.nbytes for _, _, (_, tensors) in self._request.async_fn_args[1] for _, tensor in tensors)
+
+    def write(self, *, beside: bool) -> None:
+        """Write this rank's tensors; `beside`: a forked process does, which holds them as they are now."""
+        request = self._request
+        if request.async_fn is None:
+            return
+        try:
+            rank, buckets, results = request.async_fn_args
+            given = (rank, buckets if request.preload_fn is None else request.preload_fn(), results)
+            if not beside:
+                request.async_fn(*given, **request.async_fn_kwargs)
+                return
+            self._process = multiprocessing.get_context("fork").Process(
+                target=request.async_fn, args=given, kwargs=request.async_fn_kwargs
+            )
+            self._process.start()
+        except Exception as error:
+            self.failed.append(error)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the process beside this one is still writing."""
+        return self._process is not None and bool(self._process.is_alive())
+
+    def finish(self) -> None:
+        """Wait for what is written beside, and write the index of what all ranks wrote.
+
+        torch's CheckpointException, on all ranks, where one's tensors were not written.
+        """
+        if self._process is not None and self._process.pid is not None:
+            self._process.join()
+        with self._own_files():
+            for step in self._request.finalize_fns:
+                step()
+
+    @contextlib.contextmanager
+    def _own_files(self) -> Iterator[None]:
+        """Let this rank go on behind an error with files of its own, to where the others meet it.
+
+        No rank makes the folder: where a mount is gone, it would lie below it.
+        """
+
+        def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*given: Any, **named: Any) -> Any:
+                try:
+                    return function(*given, **named)
+                except (OSError, RuntimeError) as error:  # torch.save has no other for a full disk
+                    self.failed.append(error)
+                    return None
+
+            return call
+
+        with contextlib.ExitStack() as stack:
+            for owner, name in _ALONE:
+                if hasattr(owner, name):
+                    stack.enter_context(patch.object(owner, name, guarded(getattr(owner, name))))
+            writer = filesystem_async.FileSystemWriterAsync
+            stack.enter_context(patch.object(writer, "prepare_local_plan", lambda _, plan: plan))
+            yield
