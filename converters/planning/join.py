@@ -40,7 +40,7 @@ class Place:
     @property
     def rows(self) -> int:
         """Rows of the entry's matrix."""
-        return sum(slot.rows for slot in self.slots.values()) // self.fold
+        return sum(slot.held for slot in self.slots.values()) // self.fold
 
     @property
     def entry(self) -> Entry:

@@ -8,7 +8,7 @@ layout follow; nothing here is written twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from converters.errors import CoverageError, TableError
 from converters.rows.pack import Pack
@@ -23,7 +23,8 @@ class Form:
     `atoms`: rows of each atom. `hf`: for each Hugging Face tensor, its repeats and the atoms it holds.
     `mcore_groups`: repeats in the Megatron Core tensor. `mcore_order`: atom order there.
     `cut`: dimension of an atom that tensor parallelism cuts, or None where every rank holds all.
-    `columns`: row blocks are halves of the columns (dimension 1), not of the rows.
+    `columns`: row blocks are halves of the columns (dimension 1), not of the rows. `times`: how many rows of an atom
+    each row of a Hugging Face tensor stands for, by the tensor's number, where that is not one.
     """
 
     atoms: tuple[int, ...]
@@ -32,6 +33,7 @@ class Form:
     mcore_order: tuple[int, ...] | None = None
     cut: int | None = None
     columns: bool = False
+    times: Mapping[int, int] = field(default_factory=dict)
 
     def order(self) -> tuple[int, ...]:
         """Atoms in the order the Megatron Core tensor repeats them."""
@@ -39,9 +41,11 @@ class Form:
 
     def hf_packs(self) -> tuple[Pack, ...]:
         """Row layout of each Hugging Face tensor."""
-        return tuple(
-            Pack(groups, tuple(_share(self.atoms[i], groups) for i in members)) for groups, members in self.hf
-        )
+        packs = []
+        for number, (groups, members) in enumerate(self.hf):
+            times = self.times.get(number, 1)
+            packs.append(Pack(groups, tuple(_share(self.atoms[i], groups * times) for i in members), times))
+        return tuple(packs)
 
     def mcore_pack(self) -> Pack:
         """Row layout of the Megatron Core tensor."""
@@ -86,6 +90,16 @@ def _gated_by_head(d: Dims, rows: int) -> Form:
     return Form((*pairs, key, value), held, d["groups"], cut=0)
 
 
+def _gated_by_a_row(d: Dims, rows: int) -> Form:
+    """Atoms: queries, the gates of each head in its group, keys, values; a gate is one row for all of its head."""
+    query, key, value = _qkv_atoms(d)
+    in_group = _share(d["heads"], d["groups"])
+    gates = tuple(range(1, 1 + in_group))
+    atoms = (query, *_parts(query, in_group), key, value)
+    held = ((1, (0,)), (d["groups"], gates), (1, (1 + in_group,)), (1, (2 + in_group,)))
+    return Form(atoms, held, d["groups"], cut=0, times={1: d["head_dim"]})
+
+
 def _by_key_head(op: str) -> Callable[[Dims, int], Form]:
     """An op of the gated delta net whose Megatron Core tensor repeats all atoms for each key head."""
     return lambda d, rows: replace(OPS[op](d, rows), mcore_groups=d["gdn_k_heads"])
@@ -120,6 +134,8 @@ OPS: dict[str, Callable[[Dims, int], Form]] = {
         d["groups"],
         cut=0,
     ),
+    # the same with a gate a head: each of its rows repeated over the head (Step-3.5 in Megatron-Bridge)
+    "qgkv_spread": _gated_by_a_row,
     # gated delta net: atoms query, key, value, z, beta, alpha
     "gdn_in": lambda d, rows: Form(
         _gdn_atoms(d), ((d["gdn_k_heads"], (0, 1, 2, 3)), (d["gdn_k_heads"], (4, 5))), cut=0

@@ -20,10 +20,14 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """`groups` repeats of one row block per atom; `sizes[i]` is the rows of atom i in one repeat."""
+    """`groups` repeats of one row block per atom; `sizes[i]` is the rows of atom i in one repeat.
+
+    Each row stands for `times` rows of its atom.
+    """
 
     groups: int
     sizes: tuple[int, ...]
+    times: int = 1
 
     @property
     def stride(self) -> int:
@@ -44,13 +48,14 @@ class Pack:
 class Slot:
     """The rows of one atom inside a packed tensor.
 
-    Atom row `k * size + j` is tensor row `k * stride + start + j`, for `0 <= k < groups`, `0 <= j < size`.
+    Atom row `k * size + j` is tensor row `k * stride + start + j // times`, for `0 <= k < groups`, `0 <= j < size`.
     """
 
     start: int
     size: int
     stride: int
     groups: int
+    times: int = 1
 
     @classmethod
     def whole(cls, rows: int) -> Slot:
@@ -62,11 +67,19 @@ class Slot:
         """Rows of the atom."""
         return self.groups * self.size
 
+    @property
+    def held(self) -> int:
+        """Rows of the tensor."""
+        return self.rows // self.times
+
 
 @lru_cache(maxsize=4096)  # a model's layers and experts have the same few packs
 def _slots(pack: Pack) -> tuple[Slot, ...]:
     starts = itertools.accumulate(pack.sizes, initial=0)
-    return tuple(Slot(start, size, pack.stride, pack.groups) for start, size in zip(starts, pack.sizes, strict=False))
+    return tuple(
+        Slot(start, size * pack.times, pack.stride, pack.groups, pack.times)
+        for start, size in zip(starts, pack.sizes, strict=False)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +115,23 @@ class Runs:
 def runs(source: Slot, target: Slot) -> Runs:
     """Row runs that carry one atom from where `source` keeps it to where `target` does.
 
-    Law: `runs(a, b)` with source and target exchanged is `runs(b, a)` up to order.
+    A row of the target that stands for several of the atom is the first of them.
+    Law: `runs(a, b)` with source and target exchanged is `runs(b, a)` up to order, where no row stands for several.
     """
     if source.rows != target.rows:
         raise ValueError(f"an atom of {source.rows} rows cannot fill one of {target.rows}")
     edges = np.concatenate(
-        (
-            np.arange(0, source.rows + 1, max(1, source.size), dtype=np.int64),
-            np.arange(0, target.rows + 1, max(1, target.size), dtype=np.int64),
-        )
+        [
+            np.arange(0, slot.rows + 1, 1 if slot.times > 1 else max(1, slot.size), dtype=np.int64)
+            for slot in (source, target)
+        ]
     )
     edges.sort()
     edges = edges[np.concatenate(([True], np.diff(edges) > 0))]  # np.unique would import numpy.ma: 20 ms
     first, length = edges[:-1], np.diff(edges)
-    src = first // max(1, source.size) * source.stride + source.start + first % max(1, source.size)
-    dst = first // max(1, target.size) * target.stride + target.start + first % max(1, target.size)
+    if target.times > 1:
+        first, length = first[:: target.times], length[:: target.times]
+    src, dst = (_rows_at(slot, first) for slot in (source, target))
     if len(first) > 1:
         joined = (src[1:] == src[:-1] + length[:-1]) & (dst[1:] == dst[:-1] + length[:-1])
         heads = np.flatnonzero(np.concatenate(([True], ~joined)))
@@ -125,8 +140,13 @@ def runs(source: Slot, target: Slot) -> Runs:
     return Runs(src[order], dst[order], length[order])
 
 
+def _rows_at(slot: Slot, rows: Rows) -> Rows:
+    """Tensor rows of an atom's `rows`."""
+    size = max(1, slot.size)
+    return np.asarray(rows // size * slot.stride + slot.start + rows % size // slot.times)
+
+
 @lru_cache(maxsize=256)
 def slot_rows(slot: Slot) -> Rows:
     """Rows of a slot in order."""
-    starts = np.arange(slot.groups, dtype=np.int64)[:, None] * slot.stride + slot.start
-    return np.asarray(starts + np.arange(slot.size, dtype=np.int64)).reshape(-1)
+    return _rows_at(slot, np.arange(slot.rows, dtype=np.int64))

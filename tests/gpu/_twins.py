@@ -12,6 +12,7 @@ def write_twin(source: Path, out: Path, twin: Twin) -> str:
     """Write the twin of the checkpoint `source` into `out`; returns what to call the comparison."""
     from safetensors.torch import load_file, save_file
 
+    twin.register()
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     named = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
     weights = {ours: tensor for name, tensor in named.items() if (ours := twin.name_of(name)) is not None}

@@ -51,6 +51,7 @@ ELSEWHERE = (
     "sarvam_moe",
     "bailing_moe_v2",
     "deepseek",
+    "step_3_5_flash",
     "qwen3_next",
     "qwen3_5_text",
     "qwen3_5_moe_text",
@@ -62,8 +63,9 @@ ELSEWHERE = (
 )
 ALL = (*ON_A_CPU, *ELSEWHERE)
 #: Families without a Transformers class, so without layout v5.
-REMOTE_CODE = ("kimi_k2", "sarvam_moe", "bailing_moe_v2", "deepseek")
+REMOTE_CODE = ("kimi_k2", "sarvam_moe", "bailing_moe_v2", "deepseek", "step_3_5_flash")
 LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
+LAYOUTS += [("step_3_5_flash_with_heads", "v4")]
 
 #: Config keys over a family's: paths that its own tiny config does not take.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,6 +77,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3_one_a_group": ("deepseek_v3", {"num_experts_per_tok": 2}),
     "kimi_k2_by_class": ("kimi_k2", {"model_type": "deepseek_v3"}),
     "moonlight_with_heads": ("moonlight", {"num_nextn_predict_layers": 1}),
+    "step_3_5_flash_with_heads": (
+        "step_3_5_flash",
+        {
+            "layer_types": ["full_attention", *["sliding_attention"] * 4],
+            "num_nextn_predict_layers": 1,
+            "partial_rotary_factors": [0.5, *[1.0] * 4],
+            "rope_theta": [5000000.0, *[10000.0] * 4],
+            "swiglu_limits": [0.0, 0.0, 0.5, 0.25, 0.0],
+            "swiglu_limits_shared": [0.75, 0.0, 0.0, 0.5, 0.0],
+        },
+    ),
     "glm_4_7_flash_with_heads": ("glm_4_7_flash", {"num_nextn_predict_layers": 1}),
     "glm_4_7_flash_whole_queries": ("glm_4_7_flash", {"q_lora_rank": None}),
     # Megatron Core's own constants of rotary scaling are not Scout's.
@@ -159,6 +172,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "gemma4_text": ("gemma4_31b", "gemma4_e2b", "gemma4_26b"),
     "sarvam_moe": ("sarvam_moe",),
     "deepseek": ("deepseek",),
+    "step3p5": ("step_3_5_flash", "step_3_5_flash_with_heads"),
     "bailing_moe_v2": ("bailing_moe_v2",),
     "qwen3_next": ("qwen3_next",),
     "qwen3_5": ("qwen3_5_text",),
@@ -208,7 +222,8 @@ def cases(table: str) -> list[Case]:
         plain = headers_of(name)
         found.append(plain)
         if (
-            table not in ("gemma4_text", "gpt_oss", "sarvam_moe", "bailing_moe_v2", "deepseek", "qwen3_5", "llama4")
+            table not in ("gemma4_text", "gpt_oss", "qwen3_5", "llama4")
+            and name not in REMOTE_CODE
             and "dense" not in name
         ):
             found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))

@@ -56,7 +56,10 @@ from converters.planning.importer import plan_import  # noqa: E402
 from converters.rows.expr import Value  # noqa: E402
 from fixtures.index import Header, load_index  # noqa: E402
 from mappings import table_text  # noqa: E402
+from mbx.models.megatron.build import build_model  # noqa: E402
 from mbx.models.megatron.config import transformer_config  # noqa: E402
+from mbx.models.megatron.core.cpu import megatron_on_cpu  # noqa: E402
+from mbx.models.megatron.processes import process_group  # noqa: E402
 from mbx.run.execution import run  # noqa: E402
 from mbx.run.job import Options, plan_mcore_to_hf  # noqa: E402
 from mbx.tables import shipped, table_for  # noqa: E402
@@ -171,6 +174,19 @@ def test_a_checkpoint_that_is_all_fp32_exports_its_sinks_so() -> None:
         back = plan_export(flavoured(plan.table, held), plan.config, held, Origin(recorded))
         dtypes = {draft.dtype for draft in back.drafts if draft.name.endswith("attention_sink_bias")}
         assert dtypes == {"BF16" if wide else "F32"}
+
+
+def test_rows_of_one_gate_are_alike_in_what_is_saved() -> None:
+    config = table_for(headers_of("step_3_5_flash")[0]).config.to_mcore(headers_of("step_3_5_flash")[0])
+    with megatron_on_cpu(), process_group():
+        model = build_model(config)
+        saved = {entry.key: entry.data for entry in model.sharded_state_dict().values() if hasattr(entry, "data")}
+        for layer, heads in ((0, 8), (1, 12)):
+            rows = saved[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"].view(4, -1, 8, 32)
+            query, gate = rows[:, : heads // 4], rows[:, heads // 4 : heads // 2]
+            assert torch.equal(gate, gate[:, :, :1].expand_as(gate)) and not torch.equal(
+                query[:, :, 0], query[:, :, 1]
+            )
 
 
 def test_a_prediction_head_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -314,6 +330,11 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("gemma4_31b", "use_bidirectional_attention", "all"),
         ("gemma4_31b", "per_layer_config", {"2": {"head_dim": 16}, "5": {"head_dim": 32}}),
         ("mimo_v2_flash", "swa_v_head_dim", 16),
+        ("step_3_5_flash", "rope_theta", [5000000.0, 10000.0, 10000.0, 500.0]),
+        ("step_3_5_flash_with_heads", "layer_types", ["full_attention", *["sliding_attention"] * 3, "full_attention"]),
+        ("step_3_5_flash", "moe_layers_enum", "2,3,4"),
+        ("step_3_5_flash_with_heads", "swiglu_limits", [0.0, 0.0, 0.5, 0.25, 0.5]),
+        ("step_3_5_flash", "attention_other_setting", {"num_attention_heads": 12, "head_dim": 4}),
         ("mimo_v2_flash", "hybrid_layer_pattern", [0, 1, 1, 1]),
         ("mimo_v2_flash", "add_swa_attention_sink_bias", False),
         ("ernie4_5_moe", "moe_gate", "top2_fused"),

@@ -33,7 +33,7 @@ RUN = (
     *("deepseek_v3", "glm4_moe", "gpt_oss", "llama4_maverick", "sarvam_moe", "dots1", "ernie4_5", "glm_4_7_flash"),
     *("starcoder2", "gemma2", "granite", "ministral3", "minimax_m2", "olmo2", "olmo3", "olmoe", "exaone4_1_2b"),
     *("internlm3", "hy3", "exaone_moe", "gpt2", "pythia", "command_r7b", "bailing_moe_v2", "deepseek"),
-    *("ernie4_5_moe", "mimo_v2_flash", "gemma4_31b", "gemma4_e2b"),
+    *("ernie4_5_moe", "mimo_v2_flash", "gemma4_31b", "gemma4_e2b", "step_3_5_flash"),
 )
 #: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
 ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
@@ -47,6 +47,8 @@ REASONS = {
     r"(config|fixed) (init_method_std|moe_aux_loss_coeff):": "of training alone",
     r"(config|fixed) (attention|hidden)_dropout:": "no dropout outside training",
     r"config model\.max_sequence_length:": "bounds prompts, and changes no position",
+    r"config fp32_residual_connection:": "of 16 bits alone",
+    r"fixed model\.gate_by_head:": "rows of a gate are alike until they are trained",
     r"fixed moe_grouped_gemm:": "how experts are multiplied, not what they give",
     r"(config mtp_num_layers:|rows of mtp\.)": "prediction layers, which the report names as not reached",
     r"pythia rows of .* attention\.dense\.bias ↔ mlp\.dense_4h": "both are added to the same sum",
@@ -54,6 +56,7 @@ REASONS = {
     r"via \w+: model\.rope_scaling_factor:": "read with Llama 3's scaling alone",
     r"gemma4_31b (config per_layer_vocab_size|via gemma4_sharing: use_double_wide_mlp):": "E2B's alone",
     r"(llama2|nemotron|pythia|command_r7b|deepseek|gemma4_\w+) via \w+: model\.rope_scaling:": _NOT_STRETCHED,
+    r"step_3_5_flash via \w+: model\.rope_scaling:": _NOT_STRETCHED,
     r"(gpt_oss|phi3|ministral3|olmo3|olmoe) via \w+: model\.rope_scaling:": "read of plain positions alone",
     r"(qwen2_moe|qwen3_moe|mixtral|gpt_oss|olmoe|minimax_m2) config ffn_hidden_size:": "no layer without experts",
     rf"{_LATENT} config num_query_groups:": "latent attention has no groups",

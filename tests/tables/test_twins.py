@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ CASES = [
     ("bailing_moe_v2", "bailing_moe_v2", "glm4_moe"),
     ("deepseek", "deepseek", "qwen2_moe"),
     ("mimo", "mimo", "qwen2"),
+    ("step_3_5_flash", "step3p5", "step3p5"),
     ("kimi_k2", "deepseek_v3", "deepseek_v3"),
 ]
 GATE_UP = ('["mlp.gate_proj.weight", "mlp.up_proj.weight"]', '["mlp.up_proj.weight", "mlp.gate_proj.weight"]')
@@ -55,6 +57,18 @@ def test_forward_passes_and_says_against_what(tmp_path: Path, name: str, table: 
     assert f"Transformers' {model_type}" in leg.details[0]
 
 
+def test_full_layers_may_turn_by_scaled_frequencies_alone(tmp_path: Path) -> None:
+    """Llama 3's scaling with constants that Megatron Core does not have, of layers of one kind."""
+    source = make("step_3_5_flash", tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    scaling = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 32.0}
+    config["rope_scaling"] = {**scaling, "original_max_position_embeddings": 64}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    run(plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False)))
+    leg = parity(source, tmp_path / "mcore", forward=True).legs[-1]
+    assert leg.status == "passed" and any("high_freq_factor" in detail for detail in leg.details), leg
+
+
 @pytest.mark.parametrize(
     ("name", "table"), [("sarvam_moe", "sarvam_moe"), ("gemma3", "gemma3_vl"), ("llama4", "llama4_vl")]
 )
@@ -82,6 +96,6 @@ def test_the_text_model_alone_computes_what_the_whole_model_does(tmp_path: Path,
 
 def test_every_twin_that_a_cpu_runs_is_tried() -> None:
     """A model around a text model is its own reference (`test_pictures.py`), and trains as that text model."""
-    types = {"llama_nemotron": "nemotron-nas"}
+    types = {"llama_nemotron": "nemotron-nas", "step_3_5_flash": "step3p5"}
     known = {types.get(name, name) for name, _, _ in CASES}
     assert known | (set(TWINS) & {*TOWERS, *WRAPPED}) == set(TWINS)

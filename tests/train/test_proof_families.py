@@ -35,6 +35,7 @@ WITHOUT_TOKENIZER = ("llama_nemotron", "kimi_k2")
 #: Of other tensors in Transformers than on disk, or of other names in the checkpoint than in the model, which take no
 #: adapter of the folder.
 WITHOUT_PEFT = ("gemma4_31b", "gemma4_e2b", "llama_nemotron", "sarvam_moe", "bailing_moe_v2", "deepseek")
+WITHOUT_PEFT += ("step_3_5_flash",)  # a gate's row stands in Megatron Core once for each channel of its head
 #: Linears of latent attention, those without a norm behind them, and those that PEFT loads (docs/training.md).
 TARGETS: dict[str, list[str]] = {
     **dict.fromkeys(("gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "exaone4_32b"), ["linear_qkv", "linear_fc1"]),

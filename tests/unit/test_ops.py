@@ -87,12 +87,13 @@ ORACLE = {
     "gdn_in_by_head": lambda qkvz, ba: by_head(qkvz, ba),
     "gdn_in_split_by_head": lambda qkv, z, b, a: by_head(*qkv.split([24, 24, 32]), z, b, a),
     "gdn_conv_by_head": lambda w: by_head(*w.split([24, 24, 32])),
+    "qgkv_spread": lambda q, g, k, v: grouped(q, g.repeat_interleave(C, 0), k, v),
     "qgkv_by_head": lambda q, k, v: grouped(q, k, v),  # the folder has each query beside its gate
     "mamba_in": lambda w: w,
     "mamba_conv": lambda w: w,
     "col_swap": lambda w: w.roll(w.shape[1] // 2, 1),
 }
-ROWS = {"qkv": 96, "qkv_own": 96, "qkv_fused": 96, "qgkv": 144, "qgkv_by_head": 144, "vocab": 24}
+ROWS = {"qkv": 96, "qkv_own": 96, "qkv_fused": 96, "qgkv": 144, "qgkv_spread": 144, "qgkv_by_head": 144, "vocab": 24}
 
 
 def test_every_op_has_an_oracle() -> None:
@@ -105,6 +106,22 @@ def test_op_lays_rows_out_as_its_oracle(op: str) -> None:
     fm = form(op, DIMS, ROWS.get(op, 40))
     tensors = hf_tensors(fm, 10)
     assert torch.equal(packed(fm, tensors), ORACLE[op](*tensors))
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_every_row_is_found_again(op: str) -> None:
+    fm = form(op, DIMS, ROWS.get(op, 40))
+    cols = 5 if fm.columns else 10
+    tensors = [tensor.reshape(-1, cols) for tensor in hf_tensors(fm, 10)]
+    whole = packed(fm, hf_tensors(fm, 10)).reshape(-1, cols)
+    slots = dict(zip(fm.order(), fm.mcore_pack().slots(), strict=True))
+    for tensor, pack, (_, members) in zip(tensors, fm.hf_packs(), fm.hf, strict=True):
+        found = torch.full_like(tensor, -1)
+        for atom, slot in zip(members, pack.slots(), strict=True):
+            moved = runs(slots[atom], slot)
+            for s, t, n in zip(moved.source.tolist(), moved.target.tolist(), moved.length.tolist(), strict=True):
+                found[t : t + n] = whole[s : s + n]
+        assert torch.equal(found, tensor)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

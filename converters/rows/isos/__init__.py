@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from converters.rows.isos import experts, gemma4, layers, lfm2, mimo, rope
+from converters.rows.isos import experts, gemma4, layers, lfm2, mimo, rope, step
 from converters.rows.isos.base import FieldsIso, ValueIso, layers_of, plain, positive
 from converters.rows.isos.experts import inexpressible_groups
 from converters.rows.isos.rope import LLAMA3_FIXED, inexpressible_rope
@@ -50,6 +50,14 @@ FIELDS: dict[str, FieldsIso] = {
     ),
     "window": FieldsIso(("window_size",), layers.window_to_mcore, layers.window_to_hf),
     "mimo_layers": FieldsIso(("window_size", "window_attn_skip_freq"), mimo.layers_to_mcore, mimo.layers_to_hf),
+    "step_layers": FieldsIso(
+        ("window_size", "window_attn_skip_freq", "windowed_num_attention_heads", "model.rotary_base")
+        + ("model.rotary_base_local", "model.rotary_percent", "model.rotary_percent_local"),
+        step.layers_to_mcore,
+        step.layers_to_hf,
+    ),
+    "step_experts": FieldsIso(("moe_layer_freq",), step.experts_to_mcore, step.experts_to_hf),
+    "swiglu_limits": FieldsIso(("swiglu_limits", "swiglu_limits_shared"), step.limits_to_mcore, step.limits_to_hf),
     "short_conv_layers": FieldsIso(
         ("short_conv_layers", "hetereogenous_dist_checkpoint"),
         lfm2.short_conv_layers_to_mcore,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Arguments of ours behind the same prefix: the model class, and what families add to a GPT model.
 _LAYERS = """parallel_residual one_layernorm post_layernorms post_layernorms_only
 qk_layernorm_over_heads""".split()
-_SWITCHES = ("scale_embeddings", "biased_softmax_router", "layer_scalars")
+_SWITCHES = ("scale_embeddings", "biased_softmax_router", "layer_scalars", "gate_by_head")
 _FAMILY = (*_LAYERS, *_SWITCHES, "rotary_base_local", "rotary_percent_local")
 # What the installed Megatron Core has no module for: tensors of it are left in the checkpoint.
 _ABSENT = ("mtp_num_layers", "mtp_hybrid_override_pattern", "mtp_block_layers")
@@ -149,6 +149,7 @@ def _kinds(config: FlatConfig) -> Kinds | None:
         {name: value for name, value in fields.items() if value is not None},
         None if width is None else int(width),
         scale,
+        bool(config.get(MODEL_PREFIX + "gate_by_head")),
     )
     return None if kinds == Kinds() else kinds
 

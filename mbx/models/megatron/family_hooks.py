@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from converters.errors import UnsupportedError, UsageError
+from mbx.models.megatron.clamped import clamp_halves
 from mbx.models.megatron.config import MODEL_PREFIX, FlatConfig, number
 from mbx.models.megatron.core.layers import DotProductAttention
 from mbx.models.megatron.rotary import turn_a_share
@@ -45,6 +46,7 @@ def add_family_hooks(model: nn.Module, config: FlatConfig) -> None:
         _scale_queries(model, beta, length)
     if (share := number(config, "rope_proportion")) is not None:
         turn_a_share(model, share)
+    clamp_halves(decoder.layers, config)
     divisor, cap = number(config, "logits_scaling"), number(config, "final_logit_softcapping")
     if (scale := number(config, "logit_scale")) is not None:  # Cohere multiplies where Granite divides
         divisor = 1.0 / scale

@@ -27,6 +27,7 @@ class Kinds:
 
     Windowed layers rotate by `rotary_base`, a share `rotary_percent` of each head, and have the TransformerConfig
     fields `windowed` in place of the others. Values of every layer are `v_head_dim` wide and come times `value_scale`.
+    Under `gate_by_head` what gates a layer's output is one number a head, that of its first channel.
     """
 
     rotary_base: float | None = None
@@ -34,6 +35,7 @@ class Kinds:
     windowed: Mapping[str, Value] = field(default_factory=dict)
     v_head_dim: int | None = None
     value_scale: float | None = None
+    gate_by_head: bool = False
 
 
 class KindAttention(SelfAttention):  # type: ignore[misc]  # megatron is untyped
@@ -55,6 +57,7 @@ class KindAttention(SelfAttention):  # type: ignore[misc]  # megatron is untyped
         self.value_width, self.value_scale = kinds.v_head_dim or config.kv_channels, kinds.value_scale
         if self.value_width != config.kv_channels and self.world_size > config.num_query_groups:
             raise UnsupportedError("values of their own width are built where ranks do not share keys and values")
+        self.gate_by_head = kinds.gate_by_head and config.attention_output_gate
         self.window_rotary: RotaryEmbedding | None = None
         if windowed and kinds.rotary_base is not None:
             self.window_rotary = RotaryEmbedding(
@@ -80,6 +83,25 @@ class KindAttention(SelfAttention):  # type: ignore[misc]  # megatron is untyped
             query, key, value = groups.split([in_group * key_width, key_width, self.value_width], dim=-1)
             query, rest = query.reshape(*query.shape[:2], -1, key_width), []
         return query, key, value if self.value_scale is None else value * self.value_scale, *rest
+
+    def _apply_output_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """x: [s, b, heads · d], gate: [s, b, heads, d] → x, gated."""
+        gated: torch.Tensor = super()._apply_output_gate(
+            x, gate[..., :1].expand_as(gate) if self.gate_by_head else gate
+        )
+        return gated
+
+    def sharded_state_dict(self, *arguments: Any, **keywords: Any) -> dict[str, object]:
+        """As SelfAttention's; of rows that are one gate the first alone is trained, the others are made like it."""
+        weight = self.linear_qkv.weight
+        if self.gate_by_head and weight.numel():
+            in_group = self.num_attention_heads_per_partition // self.num_query_groups_per_partition
+            shape = (-1, 2 * in_group + 2, self.hidden_size_per_attention_head, weight.shape[-1])
+            with torch.no_grad():
+                gates = weight.view(shape)[:, in_group : 2 * in_group]
+                gates.copy_(gates[:, :, :1].expand_as(gates).clone())
+        made: dict[str, object] = super().sharded_state_dict(*arguments, **keywords)
+        return made
 
     def forward(self, *arguments: Any, rotary_pos_emb: torch.Tensor | None = None, **keywords: Any) -> Any:
         """As SelfAttention's; `rotary_pos_emb: [s / cp, 1, 1, d]` is replaced in a windowed layer."""

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+#: Whose rotary parameters are the model's where layers of two kinds have their own.
+_FULL = "full_attention"
+
 
 @contextlib.contextmanager
 def rotated_at(model: nn.Module, positions: torch.Tensor | None, axes: Sequence[int] = ()) -> Iterator[None]:
@@ -104,11 +107,13 @@ def transformers_frequencies(hf_dir: Path) -> torch.Tensor:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config = transformers_config(hf_dir).get_text_config()
-    kind = (getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}).get("rope_type")
+    said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    by_kind = {"layer_type": _FULL} if isinstance(said.get(_FULL), Mapping) else {}
+    kind = (said[_FULL] if by_kind else said).get("rope_type")
     if kind not in ROPE_INIT_FUNCTIONS:
         raise UnsupportedError(f"Transformers scales no rotary positions of type {kind!r}")
     inv_freq: torch.Tensor
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **by_kind)
     if factor != 1.0:
         raise UnsupportedError(f"rotary scaling {kind!r} multiplies its tables by {factor}; Megatron Core does not")
     return inv_freq

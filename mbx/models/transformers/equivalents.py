@@ -9,12 +9,14 @@ Each is a change of config.json, of names, and of one layer's tensors at a time,
   queries, keys and values apart, and the whole head rotated. Ling and Ring 2.0 likewise, a part of the head rotated
   (`modeling_bailing_moe_v2.py`).
 - DeepSeekMoE as Qwen2-MoE (the repository's `modeling_deepseek.py`): a shared expert under σ(0) = ½, and doubled.
+- Step-3.5 as the text model of Step-3.7 with a head behind it (`heads`): its experts' halves in one tensor.
 - MiMo as Qwen2 and Kimi-K2 as DeepSeek-V3, which have the same decoder.
 - A text model beside a vision tower as that text model alone.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,7 +35,8 @@ class Twin:
     """How to read a checkpoint as a `model_type` that Transformers has, and what to say of it.
 
     `names` replaces parts of tensor names; tensors that begin as one of `without` are left out. `config` changes
-    config.json, `layer` the tensors of one decoder layer, by names behind `model.layers.N.`.
+    config.json, `layer` the tensors of one decoder layer, by names behind `model.layers.N.`. Of a `headless` type
+    Transformers has no class with an output layer.
     """
 
     model_type: str
@@ -42,6 +45,12 @@ class Twin:
     without: tuple[str, ...] = ()
     config: Callable[[Config], dict[str, Any]] = dict
     layer: Callable[[Config, int, Weights], Weights] = lambda config, number, layer: layer
+    headless: bool = False
+
+    def register(self) -> None:
+        """Make the class known to Transformers, where it has none of its own."""
+        if self.headless:
+            importlib.import_module("mbx.models.transformers.heads")
 
     def config_of(self, config: Config) -> dict[str, Any]:
         """config.json of the twin, without the repository's own code."""
@@ -129,6 +138,16 @@ def _deepseek_layer(config: Config, number: int, layer: Weights) -> Weights:
     return out
 
 
+def _step_layer(config: Config, number: int, layer: Weights) -> Weights:
+    import torch
+
+    del config, number
+    if "moe.gate_proj.weight" not in layer:
+        return layer
+    gate, up, down = (layer.pop(f"moe.{part}_proj.weight") for part in ("gate", "up", "down"))
+    return {**layer, "mlp.experts.gate_up_proj": torch.cat((gate, up), 1), "mlp.experts.down_proj": down}
+
+
 def _experts_last(config: Config, number: int, layer: Weights) -> Weights:
     """Experts [expert, out, in], which Qwen3-VL's repositories hold the other way round."""
     del number
@@ -199,6 +218,17 @@ TWINS: Mapping[str, Twin] = {
         {},
         config=_deepseek_config,
         layer=_deepseek_layer,
+    ),
+    "step3p5": Twin(
+        "step3p5",
+        "Compared with Transformers' step3p5, the text model of Step-3.7",
+        {
+            ".moe.gate.": ".mlp.gate.",
+            ".moe.router_bias": ".mlp.gate.e_score_correction_bias",
+            ".share_expert.": ".mlp.shared_experts.",
+        },
+        layer=_step_layer,
+        headless=True,
     ),
     "mimo": Twin("qwen2", "Compared with Transformers' qwen2, which has the same decoder", {}, ("model.mtp_layers.",)),
     "kimi_k2": Twin("deepseek_v3", "Compared with Transformers' deepseek_v3, which has the same decoder", {}),

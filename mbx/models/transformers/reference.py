@@ -33,6 +33,7 @@ def transformers_config(hf_dir: Path, *, whole: bool = False) -> PreTrainedConfi
     if whole or (twin := twin_of(raw)) is None:
         found = AutoConfig.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
     else:
+        twin.register()
         found = CONFIG_MAPPING[twin.model_type].from_dict(twin.config_of(raw))
     return cast(PreTrainedConfig, found)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
@@ -121,7 +122,11 @@ class PartialTransformers:
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             if getattr(part, "vocab_size_per_layer_input", None) == self.vocab_size:  # Gemma 4's second embedding
                 part.vocab_size_per_layer_input = vocab
-            part.vocab_size, part.pad_token_id = vocab, None
+            part.vocab_size = vocab
+            try:
+                part.pad_token_id = None
+            except StrictDataclassFieldValidationError:  # a class that asks for a number
+                part.pad_token_id = 0
         try:
             with silent_transformers():
                 partial: Any = _without_layers(self.model_class, self.layers_path, keep, without)
