@@ -26,6 +26,7 @@ from converters.mcore.releases import CURRENT
 from mbx.formats import hf, torch_dist
 from mbx.formats.registry import open_megatron
 from mbx.installed import core_release
+from mbx.models.stored import read_whole
 from mbx.torchfile.dcp import read_index
 from mbx.train.checkpoints.best import read_best
 from mbx.train.checkpoints.optimizer import BY_PARAMETER, allocate, restore, stored, wanted
@@ -38,6 +39,7 @@ from mbx.train.model.build import unwrap
 from mbx.train.model.parallel import Ranks
 from mbx.train.model.sight import PART, tower_folder
 from mbx.train.model.trained_whole import whole_layers
+from mbx.train.model.weights import left_out
 from mbx.train.recipe.sections import Recipe
 from mbx.untrusted.names import writable
 
@@ -165,7 +167,7 @@ class Store:
 
     def _keep_towers(self, file: Path, base: str) -> None:
         """Write what lies beside the text model, as it is in the folder that the weights came from or, of a tower that
-        is trained, in the model: an export is whole again."""
+        is trained, in the model, and prediction layers that were left out: an export is whole again."""
         from safetensors.torch import save_file
 
         table = self.plan.table
@@ -174,13 +176,15 @@ class Store:
         folder = hf.open_hf(tower_folder(self.plan.hf, base))
         source = folder.source
         try:
-            beside = [tensor for name, tensor in folder.tensors.items() if name.startswith(table.beside)]
+            tower = [name for name in folder.tensors if name.startswith(table.beside)]
+            ahead = left_out(self.plan, folder.tensors)
             if self._tower:
                 live = live_spelling(table, folder.tensors)
-                save_file({one.name: self._tower[live.said(one.name)].contiguous() for one in beside}, file)
-            elif beside:
+                tensors = {name: self._tower[live.said(name)].contiguous() for name in tower}
+                save_file(tensors | {name: read_whole(folder.tensors[name], source) for name in ahead}, file)
+            else:
                 with file.open("wb") as out:
-                    out.writelines(hf.pack_kept(beside, source))
+                    out.writelines(hf.pack_kept([folder.tensors[name] for name in (*tower, *ahead)], source))
         finally:
             source.close()
 
