@@ -15,6 +15,8 @@ from unittest.mock import patch
 import torch
 import torch._dynamo.config
 
+from mbx.models.megatron.specs import gpt_block_spec
+
 
 def _l2norm(x: torch.Tensor) -> torch.Tensor:
     """fla's: x / √(Σ x² + ε), in fp32."""
@@ -22,18 +24,22 @@ def _l2norm(x: torch.Tensor) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def _block_spec(config: Any, *, use_te: bool, vp_stage: int | None = None, **_: object) -> Any:
+def _block_spec(config: Any, *, use_te: bool, vp_stage: int | None = None, **others: Any) -> Any:
     from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from mbx.models.megatron import specs
+    from mbx.models.megatron.core.layers import get_transformer_layer_offset
     from mbx.models.megatron.local_modules import LocalNorm
 
     assert not use_te
+    if config.experimental_attention_variant != "gated_delta_net":
+        return gpt_block_spec(config, use_te=False, vp_stage=vp_stage, **others)
     block = specs._local_block_spec(config, vp_stage)
-    layers = []
-    for number in range(len(block.layer_specs)):
+    layers: list[ModuleSpec] = []
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    for number in range(first, first + len(block.layer_specs)):
         routed = specs.expert_layers(config)[number]
         layer = specs.local_layer_spec(config, num_experts=config.num_moe_experts if routed else None)
         if (number + 1) % config.linear_attention_freq:

@@ -147,16 +147,27 @@ def stall_writers() -> None:
 def main(out: Path) -> None:
     """One process of a world.
 
-    A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, faults?, verify?, logits?, hooks?}`.
+    A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, faults?, verify?, logits?, hooks?, delta?}`.
 
-    `verify`: the recipe's training is compared rather than run; its result is the legs. `stall_from`: the writers of
-    asynchronous checkpoints hang from this step on. `faults`: by step, the rank and the place that cannot be written
-    then. `logits`: the folder to which the recipe's teacher is written
-    rather than learned from; its result is the rows and the learned tokens.
+    `delta`: gated delta nets train, as `delta_on_cpu` has them, in all jobs. `verify`: the recipe's training is
+    compared rather than run; its result is the legs. `stall_from`: the writers of asynchronous checkpoints hang from
+    this step on. `faults`: by step, the rank and the place that cannot be written then. `logits`: the folder to which
+    the recipe's teacher is written rather than learned from; its result is the rows and the learned tokens.
     """
     import torch
 
     torch.set_num_threads(1)
+    jobs = json.loads(out.with_suffix(".jobs").read_text())
+    if not any(job.get("delta") for job in jobs):
+        return carry_out(jobs, out)
+    from tests.delta_on_cpu import delta_on_cpu
+
+    with delta_on_cpu():
+        carry_out(jobs, out)
+
+
+def carry_out(jobs: list[dict[str, Any]], out: Path) -> None:
+    """Jobs of `main`, one after the other."""
     from _faults import Planted
 
     from mbx.train.recipe.parse import parse_recipe
@@ -166,7 +177,7 @@ def main(out: Path) -> None:
     from mbx.train.run.prepare import prepare
 
     results, planted = [], Planted()
-    for number, job in enumerate(json.loads(out.with_suffix(".jobs").read_text())):
+    for number, job in enumerate(jobs):
         store = meet(int(os.environ["RANK"]), out.with_suffix(f".port{number}"))
 
         def watch(step: Step, job: dict[str, Any] = job) -> None:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 from converters.adapters.peft_keys import live_spelling
 from converters.errors import StorageError
 from mbx.formats import hf
+from mbx.models.stored import read_whole
 from mbx.torchfile.dcp import read_dcp
 from mbx.train.checkpoints.state import RECIPE, STATE, LoopState, finished
 from mbx.train.checkpoints.whole import sync, write_whole
 from mbx.train.data.templates import TEMPLATE_FILE
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.sight import tower_folder
+from mbx.train.model.weights import left_out
 from mbx.train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def is_ours(folder: Path) -> bool:
 
 def _keep_towers(file: Path, plan: Blueprint, base: str, tower: Mapping[str, torch.Tensor]) -> None:
     """Write what lies beside the text model, as it is in the folder that the weights came from or, of a tower that
-    is trained, in the model: an export is whole again."""
+    is trained, in the model, and prediction layers that were left out: an export is whole again."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -93,13 +95,15 @@ def _keep_towers(file: Path, plan: Blueprint, base: str, tower: Mapping[str, tor
     folder = hf.open_hf(tower_folder(plan.hf, base))
     source = folder.source
     try:
-        beside = [tensor for name, tensor in folder.tensors.items() if name.startswith(table.beside)]
+        beside = [name for name in folder.tensors if name.startswith(table.beside)]
+        ahead = left_out(plan, folder.tensors)
         if tower:
             live = live_spelling(table, folder.tensors)
-            save_file({one.name: tower[live.said(one.name)].contiguous() for one in beside}, file)
-        elif beside:
+            tensors = {name: tower[live.said(name)].contiguous() for name in beside}
+            save_file(tensors | {name: read_whole(folder.tensors[name], source) for name in ahead}, file)
+        elif beside or ahead:
             with file.open("wb") as out:
-                out.writelines(hf.pack_kept(beside, source))
+                out.writelines(hf.pack_kept([folder.tensors[name] for name in (*beside, *ahead)], source))
     except SafetensorError as error:
         raise StorageError(f"`{file}`: {error}") from error
     finally:

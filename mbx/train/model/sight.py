@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from mbx.train.model.parallel import Ranks
 
 #: Model types whose training on images is proven: `tests/train/test_images.py`.
-TRAINED = ("gemma3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
+TRAINED = (
+    *("gemma3", "glm4v", "glm4v_moe", "qwen2_5_vl", "qwen2_vl"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
+)
 #: Why no image is trained on where a model does not see.
 TEXT_ALONE = "text alone is trained: leave other parts out"
 #: What a tower that learns is called in Megatron Core's model.
