@@ -19,6 +19,7 @@ from mbx.version import __version__
 check_own_packages()
 
 if TYPE_CHECKING:
+    from converters.codecs.calibration import Calibration
     from converters.errors import (
         Cancelled,
         CoverageError,
@@ -33,7 +34,20 @@ if TYPE_CHECKING:
     from converters.mcore.layout import Layout
     from converters.pruning.choosing import Importance, Pruning
     from converters.rows.coverage import Waivers
-    from mbx.api import convert, diff, importance, inspect, integrity, merge, open, plan, prune, reshard, verify
+    from mbx.api import (
+        calibrate,
+        convert,
+        diff,
+        importance,
+        inspect,
+        integrity,
+        merge,
+        open,
+        plan,
+        prune,
+        reshard,
+        verify,
+    )
     from mbx.formats.checkpoint import Checkpoint
     from mbx.formats.placement import Order, Placement
     from mbx.formats.registry import Format, register
@@ -42,6 +56,7 @@ if TYPE_CHECKING:
 
 #: Where each name is found.
 _HOMES = {
+    "converters.codecs.calibration": ("Calibration",),
     "converters.errors": (
         *("Cancelled", "CoverageError", "DeviceError", "LayoutError", "MbxError", "StorageError", "TableError"),
         *("UnsupportedError", "UsageError"),
@@ -50,6 +65,7 @@ _HOMES = {
     "converters.pruning.choosing": ("Importance", "Pruning"),
     "converters.rows.coverage": ("Waivers",),
     "mbx.api": (
+        "calibrate",
         "convert",
         "diff",
         "importance",
@@ -71,6 +87,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Calibration",
     "Cancelled",
     "Checkpoint",
     "CoverageError",
@@ -93,6 +110,7 @@ __all__ = [
     "UsageError",
     "Waivers",
     "__version__",
+    "calibrate",
     "convert",
     "diff",
     "importance",

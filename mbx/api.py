@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
+from converters.codecs.calibration import Calibration
 from converters.errors import Cancelled, UsageError
 from converters.pruning.choosing import Importance, Pruning
 from mbx.formats.adapter_folder import open_base, stated_base
@@ -202,6 +203,44 @@ def importance(
         device=device,
         dtype=dtype,
         mapping=mapping,
+        progress=_watched(progress, cancel),
+    )
+
+
+def calibrate(
+    source: Source,
+    data: str,
+    target: Source | None = None,
+    *,
+    codec: str | None = None,
+    samples: int = 64,
+    length: int = 512,
+    device: str = "cpu",
+    dtype: str = "float32",
+    mapping: str | None = None,
+    hf_config: Source | None = None,
+    progress: Progress = _silent,
+    cancel: Event | None = None,
+) -> Calibration:
+    """Measure what flows into the products of a model of either kind, on `samples` rows of `length` tokens of a file.
+
+    `Options(calibration=…)` of an export takes the result; `target` is the file to write. For `codec`, `int4_group` or
+    `nvfp4`, scales of channels are chosen too. One decoder layer is in memory at a time; `progress` is called with the
+    layers that are done since the last call.
+    """
+    from mbx.train.calibration import calibrate as measured
+
+    return measured(
+        _folder(source),
+        data,
+        None if target is None else Path(target),
+        codec=codec,
+        samples=samples,
+        length=length,
+        device=device,
+        dtype=dtype,
+        mapping=mapping,
+        hf_config=_config_folder(hf_config),
         progress=_watched(progress, cancel),
     )
 

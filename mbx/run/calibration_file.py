@@ -7,6 +7,7 @@ channels `NAME.scale`, where scales were chosen for a `codec`. Its header says o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,9 +18,19 @@ from converters.errors import StorageError
 from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
 from mbx.formats.safetensors import build_header, read_header
+from mbx.untrusted.small_files import open_regular
 
 _KINDS = {"maxima": ".max", "means": ".mean", "scales": ".scale"}
 _SAID = "mbx_calibration"
+
+
+def is_calibration(path: Path) -> bool:
+    """Whether a file may be one, rather than data to measure on: a safetensors header of its size is in front."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            return int.from_bytes(file.read(8), "little") + 8 <= os.fstat(file.fileno()).st_size
+    except OSError:
+        return False  # data may be named otherwise than by a file
 
 
 def read_calibration(path: Path) -> Calibration:
