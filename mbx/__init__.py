@@ -34,20 +34,8 @@ if TYPE_CHECKING:
     from converters.mcore.layout import Layout
     from converters.pruning.choosing import Importance, Pruning
     from converters.rows.coverage import Waivers
-    from mbx.api import (
-        calibrate,
-        convert,
-        diff,
-        importance,
-        inspect,
-        integrity,
-        merge,
-        open,
-        plan,
-        prune,
-        reshard,
-        verify,
-    )
+    from mbx.api import convert, diff, inspect, integrity, merge, open, plan, prune, reshard, verify
+    from mbx.api.measures import calibrate, importance
     from mbx.formats.checkpoint import Checkpoint
     from mbx.formats.placement import Order, Placement
     from mbx.formats.registry import Format, register
@@ -64,20 +52,8 @@ _HOMES = {
     "converters.mcore.layout": ("Layout",),
     "converters.pruning.choosing": ("Importance", "Pruning"),
     "converters.rows.coverage": ("Waivers",),
-    "mbx.api": (
-        "calibrate",
-        "convert",
-        "diff",
-        "importance",
-        "inspect",
-        "integrity",
-        "merge",
-        "open",
-        "plan",
-        "prune",
-        "reshard",
-        "verify",
-    ),
+    "mbx.api": ("convert", "diff", "inspect", "integrity", "merge", "open", "plan", "prune", "reshard", "verify"),
+    "mbx.api.measures": ("calibrate", "importance"),
     "mbx.formats.checkpoint": ("Checkpoint",),
     "mbx.formats.placement": ("Order", "Placement"),
     "mbx.formats.registry": ("Format", "register"),
