@@ -17,7 +17,7 @@ from converters.codecs.calibration import Calibration, Vector
 from converters.errors import StorageError
 from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
-from mbx.formats.safetensors import build_header, read_header
+from mbx.formats.safetensors import build_header, load_json, read_header
 from mbx.untrusted.small_files import open_regular
 
 _KINDS = {"maxima": ".max", "means": ".mean", "scales": ".scale"}
@@ -36,16 +36,13 @@ def is_calibration(path: Path) -> bool:
 def read_calibration(path: Path) -> Calibration:
     """What `calibration_bytes` made; StorageError for anything else."""
     header = read_header(path)
-    try:
-        said = json.loads(header.metadata.get(_SAID, "null"))
-    except ValueError as error:
-        raise StorageError(f"`{path}`: `{_SAID}` in its header is not valid JSON") from error
+    said = load_json(header.metadata[_SAID].encode(), f"`{path}`") if _SAID in header.metadata else None
     source = FileSource(path.parent)
     found: dict[str, dict[str, Vector]] = {kind: {} for kind in _KINDS}
     try:
         for name, (dtype, shape, start, _) in header.tensors.items():
             kind = next((kind for kind, end in _KINDS.items() if name.endswith(end)), None)
-            if kind is None or dtype != "F32" or len(shape) != 1 or not shape[0] or not isinstance(said, dict):
+            if kind is None or dtype != "F32" or len(shape) != 1 or not shape[0] or said is None:
                 raise StorageError(
                     f"`{path}` is no calibration: it holds `{name}`, {dtype} {list(shape)}",
                     hint="`mbx calibrate SRC data.jsonl -o calibration.safetensors` writes one",
