@@ -19,6 +19,7 @@ from mbx.version import __version__
 check_own_packages()
 
 if TYPE_CHECKING:
+    from converters.codecs.calibration import Calibration
     from converters.errors import (
         Cancelled,
         CoverageError,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from converters.mcore.layout import Layout
     from converters.pruning.choosing import Importance, Pruning
     from converters.rows.coverage import Waivers
-    from mbx.api import convert, diff, importance, inspect, integrity, merge, open, plan, prune, reshard, verify
+    from mbx.api import convert, diff, inspect, integrity, merge, open, plan, prune, reshard, verify
+    from mbx.api.measures import calibrate, importance
     from mbx.formats.checkpoint import Checkpoint
     from mbx.formats.placement import Order, Placement
     from mbx.formats.registry import Format, register
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 #: Where each name is found.
 _HOMES = {
+    "converters.codecs.calibration": ("Calibration",),
     "converters.errors": (
         *("Cancelled", "CoverageError", "DeviceError", "LayoutError", "MbxError", "StorageError", "TableError"),
         *("UnsupportedError", "UsageError"),
@@ -49,19 +52,8 @@ _HOMES = {
     "converters.mcore.layout": ("Layout",),
     "converters.pruning.choosing": ("Importance", "Pruning"),
     "converters.rows.coverage": ("Waivers",),
-    "mbx.api": (
-        "convert",
-        "diff",
-        "importance",
-        "inspect",
-        "integrity",
-        "merge",
-        "open",
-        "plan",
-        "prune",
-        "reshard",
-        "verify",
-    ),
+    "mbx.api": ("convert", "diff", "inspect", "integrity", "merge", "open", "plan", "prune", "reshard", "verify"),
+    "mbx.api.measures": ("calibrate", "importance"),
     "mbx.formats.checkpoint": ("Checkpoint",),
     "mbx.formats.placement": ("Order", "Placement"),
     "mbx.formats.registry": ("Format", "register"),
@@ -71,6 +63,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Calibration",
     "Cancelled",
     "Checkpoint",
     "CoverageError",
@@ -93,6 +86,7 @@ __all__ = [
     "UsageError",
     "Waivers",
     "__version__",
+    "calibrate",
     "convert",
     "diff",
     "importance",

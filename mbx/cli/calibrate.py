@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from converters.errors import UsageError
 from mbx.cli.groups import grouped
-from mbx.cli.options import Dtype, Mapping, Output, epilog
+from mbx.cli.options import Dtype, HfConfig, Mapping, Output, epilog
 from mbx.cli.output import out
+
+if TYPE_CHECKING:
+    from converters.codecs.calibration import Calibration
 
 EPILOG = epilog(
     "mbx calibrate ./llama data.jsonl -o my.cal --codec int4_group",
@@ -26,9 +30,36 @@ class ScaledCodec(str, Enum):
     nvfp4 = "nvfp4"
 
 
+def calibration_of(
+    asked: str | None, source: Path, codec: str, mapping: str | None, hf_config: Path | None, *, measure: bool = True
+) -> Calibration | None:
+    """What `--calibrate` names: a file of `mbx calibrate`, or data on which the checkpoint `source` is measured now.
+
+    UsageError for data where nothing shall be measured, or is measured for `codec`.
+    """
+    if asked is None:
+        return None
+    from mbx.run.calibration_file import is_calibration, read_calibration
+
+    if is_calibration(Path(asked)):
+        return read_calibration(Path(asked))
+    if not measure:
+        raise UsageError(
+            f"‹dry-run› measures nothing, and `{asked}` is data",
+            hint=f"mbx calibrate {source} {asked} -o my.cal, and ‹calibrate› my.cal",
+        )
+    from mbx.run.export_codec import check_calibrated
+    from mbx.train.calibration import calibrate as measured
+
+    check_calibrated(codec)
+    scaled = codec if codec in ScaledCodec.__members__ else None
+    out.detail(f"measuring {source} on {asked}")
+    return measured(source, asked, codec=scaled, mapping=mapping, hf_config=hf_config)
+
+
 @grouped
 def calibrate(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder or hub model org/name.")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A folder, hub model org/name or Megatron checkpoint.")],
     data: Annotated[str, typer.Argument(metavar="DATA", help="Documents, chats or completions, as for training.")],
     target: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write.")] = Path(
         "calibration.safetensors"
@@ -42,6 +73,7 @@ def calibrate(
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where layers run: cpu or cuda.")] = "cpu",
     dtype: Annotated[Dtype, typer.Option("--dtype", help="What layers run in.")] = Dtype.fp32,
     mapping: Mapping = None,
+    hf_config: HfConfig = None,
     *,
     output: Output,
 ) -> None:
@@ -65,6 +97,7 @@ def calibrate(
         device=device,
         dtype=dtype.in_torch,
         mapping=mapping,
+        hf_config=None if hf_config is None else fetch(hf_config, weights=False).path,
         progress=lambda layers: out.detail(f"layer {next(count)} measured"),
     )
     unscaled = found.measured.get("unscaled", ())

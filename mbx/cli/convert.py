@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbx.cli import settings
+from mbx.cli.calibrate import calibration_of
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
 from mbx.cli.layout_options import Flavour, LayoutOptions, ModelClass, ToFormat
@@ -21,7 +22,6 @@ from mbx.cli.options import (
     Mapping,
     Output,
     epilog,
-    read_calibrate,
 )
 from mbx.cli.push import Pushing
 from mbx.cli.running import Running, carry_out
@@ -164,6 +164,7 @@ def mcore_to_hf(
     output.configure()
     import_numpy()
     from mbx.cli.source import fetch
+    from mbx.run.commit import check_target
     from mbx.run.job import plan_mcore_to_hf
 
     options = replace(
@@ -171,11 +172,16 @@ def mcore_to_hf(
         dtype=dtype and dtype.value,
         codec=codec.value,
         exclude=tuple(exclude or ()),
-        calibration=read_calibrate(calibrate),
         max_shard_bytes=settings.number("max_shard_size", max_shard_size),
     )
     pushing.check()
     reference = fetch(hf_config, weights=False).path if hf_config is not None else None
+    if calibrate is not None:
+        check_target(dst, [src, reference], overwrite=options.overwrite)  # before minutes of measuring
+        measured = calibration_of(
+            calibrate, src, options.codec, options.mapping, reference, measure=not running.dry_run
+        )
+        options = replace(options, calibration=measured)
     carry_out(lambda: plan_mcore_to_hf(src, dst, options, reference), running.dry_run)
     if not running.dry_run:
         pushing.after(dst, src if dtype is None and codec is CodecChoice.plain and hf_config is None else None)

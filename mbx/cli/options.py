@@ -15,7 +15,6 @@ from mbx.cli import completions, settings
 from mbx.cli.output import out
 
 if TYPE_CHECKING:
-    from converters.codecs.calibration import Calibration
     from mbx.cli.progress import Meter
     from mbx.proof.compare import Reading
 
@@ -123,18 +122,11 @@ CODEC_KINDS = f"plain; same, as a quantised source; quantised now: {', '.join([c
 
 
 Calibrate = Annotated[
-    Path | None,
-    typer.Option("--calibrate", metavar="FILE", help="What `mbx calibrate` measured for a --codec chosen now."),
+    str | None,
+    typer.Option(
+        "--calibrate", metavar="FILE", help="What `mbx calibrate` measured for a new --codec, or data for it."
+    ),
 ]
-
-
-def read_calibrate(file: Path | None) -> Calibration | None:
-    """The calibration in a file."""
-    if file is None:
-        return None
-    from mbx.run.calibration_file import read_calibration
-
-    return read_calibration(file)
 
 
 class Dtype(str, Enum):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbx.cli import settings
+from mbx.cli.calibrate import calibration_of
 from mbx.cli.groups import grouped
 from mbx.cli.imports import import_numpy
 from mbx.cli.options import (
@@ -24,7 +25,6 @@ from mbx.cli.options import (
     Resources,
     Workers,
     epilog,
-    read_calibrate,
 )
 from mbx.cli.output import flag, in_flags, out, paint
 from mbx.cli.running import warn_of_unknown_core
@@ -114,6 +114,7 @@ def parity(
     from mbx.cli.parity_view import document, lines
     from mbx.cli.progress import Meter
     from mbx.cli.source import fetch
+    from mbx.formats.registry import sniff
     from mbx.models.prompts import Prompts
     from mbx.proof.parity import parity as compare
 
@@ -123,6 +124,8 @@ def parity(
         require("verify", "a forward pass")
         output.hush()
         warn_of_unknown_core()
+    checkpoint = next((side for side in sides if sniff(side).format.spelling == "mcore"), sides[0])
+    calibration = calibration_of(calibrate, checkpoint, codec.value, mapping, beside)
     with Meter("comparing", None) as meter:
         report = compare(
             *sides,
@@ -130,7 +133,7 @@ def parity(
             loss=loss,
             dtype=None if dtype is None else dtype.value,
             codec=codec.value,
-            calibration=read_calibrate(calibrate),
+            calibration=calibration,
             spread=_spread(device, tp, pp, ep),
             prompts=Prompts(text_file=text),
             mapping=mapping,

@@ -7,6 +7,7 @@ channels `NAME.scale`, where scales were chosen for a `codec`. Its header says o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,25 +17,32 @@ from converters.codecs.calibration import Calibration, Vector
 from converters.errors import StorageError
 from converters.tensors import StoredTensor
 from mbx.formats.files import FileSource
-from mbx.formats.safetensors import build_header, read_header
+from mbx.formats.safetensors import build_header, load_json, read_header
+from mbx.untrusted.small_files import open_regular
 
 _KINDS = {"maxima": ".max", "means": ".mean", "scales": ".scale"}
 _SAID = "mbx_calibration"
 
 
+def is_calibration(path: Path) -> bool:
+    """Whether a file may be one, rather than data to measure on: a safetensors header of its size is in front."""
+    try:
+        with open(open_regular(path), "rb") as file:
+            return int.from_bytes(file.read(8), "little") + 8 <= os.fstat(file.fileno()).st_size
+    except OSError:
+        return False  # data may be named otherwise than by a file
+
+
 def read_calibration(path: Path) -> Calibration:
     """What `calibration_bytes` made; StorageError for anything else."""
     header = read_header(path)
-    try:
-        said = json.loads(header.metadata.get(_SAID, "null"))
-    except ValueError as error:
-        raise StorageError(f"`{path}`: `{_SAID}` in its header is not valid JSON") from error
+    said = load_json(header.metadata[_SAID].encode(), f"`{path}`") if _SAID in header.metadata else None
     source = FileSource(path.parent)
     found: dict[str, dict[str, Vector]] = {kind: {} for kind in _KINDS}
     try:
         for name, (dtype, shape, start, _) in header.tensors.items():
             kind = next((kind for kind, end in _KINDS.items() if name.endswith(end)), None)
-            if kind is None or dtype != "F32" or len(shape) != 1 or not shape[0] or not isinstance(said, dict):
+            if kind is None or dtype != "F32" or len(shape) != 1 or not shape[0] or said is None:
                 raise StorageError(
                     f"`{path}` is no calibration: it holds `{name}`, {dtype} {list(shape)}",
                     hint="`mbx calibrate SRC data.jsonl -o calibration.safetensors` writes one",

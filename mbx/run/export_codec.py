@@ -122,6 +122,13 @@ def quantised_now(
     return replace(codes, encode=found.encode, given=given, notes=(*notes, *found.in_vain), written=written)
 
 
+def check_calibrated(codec: str) -> None:
+    """UsageError for a codec for which nothing is measured."""
+    usable = [name for name, one in FRESH.items() if one.inputs is not None or one.scaled]
+    if codec not in usable:
+        raise UsageError(f"‹codec› {codec} stores nothing that is calibrated", hint=f"these do: {', '.join(usable)}")
+
+
 def folds_for(
     codec: str,
     calibration: Calibration | None,
@@ -141,9 +148,8 @@ def folds_for(
         return folds_in(table, environment(fields), recorded, stored)
     if codec in FRESH and FRESH[codec].inputs is not None:
         return []
-    usable = [name for name, one in FRESH.items() if one.inputs is not None or one.scaled]
-    if codec != PLAIN and codec not in usable:
-        raise UsageError(f"‹codec› {codec} stores nothing that is calibrated", hint=f"these do: {', '.join(usable)}")
+    if codec != PLAIN:
+        check_calibrated(codec)
     known = f"scales of channels for {calibration.codec}" if calibration.scales else "no scales of channels"
     raise UsageError(
         f"‹codec› {codec}: the calibration has {known}",

@@ -14,15 +14,18 @@ from test_calibrated import measured
 from test_quantised_now import MODELS
 from transformers import AutoModelForCausalLM
 
+import mbx
 from converters.codecs.calibration import Calibration
 from converters.errors import UnsupportedError, UsageError
 from converters.planning import folds
-from fixtures.make_tiny import make
-from mbx.models.transformers.channel_scales import _powers
+from fixtures.make_tiny import TINY, make
+from mbx.cli import main
+from mbx.models.transformers import channel_scales
 from mbx.proof.parity import parity
 from mbx.run.calibration_file import calibration_bytes, read_calibration
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 
+LLAMA = TINY / "llama"
 NORMS = {
     "input_layernorm": ("q_proj", "k_proj", "v_proj"),
     "post_attention_layernorm": ("gate_proj", "up_proj", "gate"),
@@ -175,6 +178,27 @@ def test_a_family_without_such_a_place_is_refused_by_name(tmp_path: Path) -> Non
         measured(make("gpt2", tmp_path / "gpt2"), SEEN[:4, :12] % 60, "nvfp4")
 
 
+def test_a_checkpoint_is_measured_as_its_folder_is_and_on_its_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_scales, "_STEPS", 4)
+    data, mcore = tmp_path / "data.jsonl", str(tmp_path / "mcore")
+    data.write_text("".join(json.dumps({"text": f"the {n} quick brown foxes jump over it"}) + "\n" for n in range(60)))
+    run(plan_hf_to_mcore(LLAMA, tmp_path / "mcore", Options()))
+    found = mbx.calibrate(LLAMA, str(data), tmp_path / "cal", codec="nvfp4")
+    assert len(found.maxima) == 4 * 4 and found.scales and found.measured["rows"] == 2
+
+    out = [str(tmp_path / name) for name in "ab"]
+    export = ["convert", "mcore-to-hf", mcore, "--codec", "nvfp4", "-q", "--calibrate"]
+    assert main([*export, str(data), out[0]]) == main([*export, str(tmp_path / "cal"), out[1]]) == 0
+    first, second = (next(Path(name).glob("*.safetensors")) for name in out)
+    assert first.read_bytes() == second.read_bytes()
+    cal, third = str(tmp_path / "cal"), str(tmp_path / "c")
+    assert main(["verify", "parity", out[0], mcore, "--codec", "nvfp4", "--calibrate", cal, "-q"]) == 0
+    assert main([*export, str(data), third, "--dry-run"]) == 2, "it would have to measure"
+    assert main(["convert", "mcore-to-hf", mcore, third, "--codec", "fp8_block", "--calibrate", str(data)]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scaled_it_is_the_same_model_in_every_family(family: str, tmp_path: Path) -> None:
@@ -184,7 +208,7 @@ def test_scaled_it_is_the_same_model_in_every_family(family: str, tmp_path: Path
     """
     hf, same = make(family, tmp_path / "hf"), tmp_path / "same"
     found = measured(hf, SEEN[:4, :12] % 60, "nvfp4")
-    found = replace(found, scales={name: _powers(len(scale)) for name, scale in found.scales.items()})
+    found = replace(found, scales={name: channel_scales._powers(len(scale)) for name, scale in found.scales.items()})
     run(plan_hf_to_mcore(hf, tmp_path / "mcore", Options()))
     run(plan_mcore_to_hf(tmp_path / "mcore", same, Options(dtype="fp32", calibration=found)))
     assert len(found.scales) >= 4

@@ -19,6 +19,7 @@ from converters.planning.fresh import is_product
 from converters.rows.config_map import environment
 from converters.rows.expr import Env
 from converters.rows.table import Table
+from mbx.formats.checkpoint import Checkpoint
 from mbx.models.prompts import check_ids
 from mbx.models.transformers.channel_scales import ChannelScales
 from mbx.models.transformers.inputs import Inputs
@@ -36,6 +37,8 @@ def measure_inputs(
     ids: torch.Tensor,
     *,
     codec: str | None = None,
+    megatron: Checkpoint | None = None,
+    mapping: str | None = None,
     rows_at_once: int = 8,
     device: str = "cpu",
     dtype: str = "float32",
@@ -43,13 +46,14 @@ def measure_inputs(
 ) -> Calibration:
     """What flows into the products of the Hugging Face model in `folder`, of a `table` and Megatron Core `fields`.
 
-    ids: [rows, tokens], of which `rows_at_once` go through a layer together. An expert that no token was sent to has
-    the largest of what the layer's others have. For `codec` scales of channels are chosen too. `progress` is called
-    with the number of layers that are done. Raises what `PartialTransformers` raises, UsageError for ids outside the
-    vocabulary, and UnsupportedError where a module that a row names is not where the class has it, or where no channel
-    of the model can be scaled.
+    `megatron` is a Megatron checkpoint with the weights, where `folder` has config.json alone; `mapping` is a table
+    for that. ids: [rows, tokens], of which `rows_at_once` go through a layer together. An expert that no token was
+    sent to has the largest of what the layer's others have. For `codec` scales of channels are chosen too. `progress`
+    is called with the number of layers that are done. Raises what `PartialTransformers` raises, UsageError for ids
+    outside the vocabulary, and UnsupportedError where a module that a row names is not where the class has it, or
+    where no channel of the model can be scaled.
     """
-    parts = PartialTransformers(folder, getattr(torch, dtype))
+    parts = PartialTransformers(folder, getattr(torch, dtype), megatron=megatron, mapping=mapping)
     parts.config._experts_implementation = "eager"  # the one whose products are called expert by expert
     try:
         check_ids(ids, parts.vocab_size)

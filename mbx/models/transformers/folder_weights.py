@@ -6,14 +6,18 @@ Imports torch when imported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from converters.codecs import quantization_of
 from converters.codecs.decode import Encoded, decoded_view
+from converters.protocols import Source
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
 from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.tensors import NamedTensors
+from mbx.formats.views import ViewSource, hf_view
 from mbx.models.stored import read_rows, read_whole
 from mbx.models.transformers.equivalents import twin_of
 from mbx.models.transformers.reading import FolderReading
@@ -28,18 +32,39 @@ class FolderWeights:
     `from_pretrained`, with the stored parts as the state): that proves the codec along with the table. What it would
     compute with, or cannot read without another library, is decoded here, as the other legs decode it, and `note`
     says so. Either way a value is rounded to the dtype that a conversion decodes it to.
+
+    Of a Megatron checkpoint, with the config of its model, it is what an export would store plainly; `mapping` is a
+    table of your own.
     """
 
-    def __init__(self, folder: Checkpoint, reading: FolderReading) -> None:
-        self.reading, self.folder, self.source = reading, folder, folder.source
+    def __init__(self, folder: Checkpoint, reading: FolderReading, mapping: str | None = None) -> None:
+        self.reading, self.folder = reading, folder
+        self.source: Source = folder.source
+        self.by_mbx: Mapping[str, Encoded] = {}
+        self.tensors: Mapping[str, StoredTensor] = folder.tensors
+        self.arguments: dict[str, Any] = {}
+        self._decoded: NamedTensors = folder
+        if folder.spelling == "hf":
+            self._as_stored(folder)
+        else:
+            made = ViewSource(hf_view(folder, mapping))
+            self.source, self.tensors = made, made.tensors
+
+    def _as_stored(self, folder: Checkpoint) -> None:
+        """Tell which of a folder's tensors Transformers decodes, and which are decoded here."""
         quantization = quantization_of(folder.config)
         plain, encoded = decoded_view(folder.tensors, quantization)
-        own = bool(encoded) and twin_of(folder.config) is None and not reading.casts.keys() & encoded.keys()
+        own = bool(encoded) and twin_of(folder.config) is None and not self.reading.casts.keys() & encoded.keys()
         by_transformers = own and _by_transformers(quantization or {}, folder.tensors, encoded)
-        self.by_mbx: Mapping[str, Encoded] = {} if by_transformers else encoded
-        self.tensors: Mapping[str, StoredTensor] = folder.tensors if by_transformers else plain
+        self.by_mbx = {} if by_transformers else encoded
+        self.tensors = folder.tensors if by_transformers else plain
         self.arguments = decoding(folder.path) if by_transformers else {}
         self._decoded = folder.as_hf() if self.by_mbx else folder
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model has plain weights, though its config may say that they were quantised."""
+        return bool(self.by_mbx) or self.folder.spelling != "hf"
 
     @property
     def note(self) -> str:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from converters.errors import StorageError, UnsupportedError
 from converters.tensors import StoredTensor
+from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.registry import open_hf
 from mbx.models.stored import row_runs
 from mbx.models.transformers.folder_weights import FolderWeights
@@ -53,17 +54,26 @@ class LeftOut(nn.Module):
 class PartialTransformers:
     """The model of a Hugging Face folder, read as `reading` says, of which any part can be had in `dtype`.
 
-    A model that sees is built whole, its towers a part of what lies around the decoder's layers.
+    A model that sees is built whole, its towers a part of what lies around the decoder's layers. The weights are those
+    of `megatron`, a Megatron checkpoint with the folder's config, where it is given; `mapping` is a table for that.
     """
 
-    def __init__(self, hf_dir: Path, dtype: torch.dtype = torch.float32, reading: FolderReading = AS_IT_IS) -> None:
+    def __init__(
+        self,
+        hf_dir: Path,
+        dtype: torch.dtype = torch.float32,
+        reading: FolderReading = AS_IT_IS,
+        *,
+        megatron: Checkpoint | None = None,
+        mapping: str | None = None,
+    ) -> None:
         self.dtype, self.path = dtype, hf_dir
-        folder = open_hf(hf_dir)
-        self.weights, whole = FolderWeights(folder, reading), sees(folder.config)
+        folder = megatron or open_hf(hf_dir)
+        self.weights, whole = FolderWeights(folder, reading, mapping), sees(folder.config)
         self.raw, self.twin = folder.config, compared_as(folder.config)
         try:
             self.config = transformers_config(hf_dir, whole=whole)
-            if self.weights.by_mbx:
+            if self.weights.plain:
                 _forget_quantization(self.config)
             for key, value in reading.settings.items():
                 setattr(self.config.get_text_config(), key, value)

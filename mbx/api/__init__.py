@@ -8,18 +8,17 @@ expected failure is an `MbxError`, whose fact, hint and details are data.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING
 
-from converters.errors import Cancelled, UsageError
-from converters.pruning.choosing import Importance, Pruning
+from converters.errors import UsageError
+from converters.pruning.choosing import Pruning
+from mbx.api.sources import Progress, Source, config_folder, folder_of, silent, watched
 from mbx.formats.adapter_folder import open_base, stated_base
 from mbx.formats.checkpoint import Checkpoint
-from mbx.formats.hub import resolve
 from mbx.formats.registry import open_checkpoint, sniff
 from mbx.formats.summary import Summary, summarize
 from mbx.proof.compare import Reading
@@ -39,13 +38,6 @@ from mbx.run.reshard import plan_mcore_to_mcore
 if TYPE_CHECKING:
     from mbx.formats.adapter_folder import Base
 
-Source = str | os.PathLike[str]
-Progress = Callable[[int], None]
-
-
-def _silent(nbytes: int) -> None:
-    """No progress."""
-
 
 def open(source: Source, *, weights: bool = True) -> Checkpoint:
     """Open a checkpoint of any format; headers are read and no tensor.
@@ -53,7 +45,7 @@ def open(source: Source, *, weights: bool = True) -> Checkpoint:
     `weights=False` downloads of a hub model only what lies beside its weights. Raises StorageError for what is no
     checkpoint, or not a whole one, UnsupportedError for one that is not read.
     """
-    return open_checkpoint(_folder(source, weights=weights))
+    return open_checkpoint(folder_of(source, weights=weights))
 
 
 def inspect(source: Source, *, hf_config: Source | None = None) -> Summary:
@@ -61,7 +53,7 @@ def inspect(source: Source, *, hf_config: Source | None = None) -> Summary:
 
     `hf_config` is a folder with config.json for a Megatron checkpoint that carries none.
     """
-    return summarize(_folder(source), _config_folder(hf_config))
+    return summarize(folder_of(source), config_folder(hf_config))
 
 
 def plan(
@@ -79,7 +71,7 @@ def plan(
     checkpoint that carries none. Raises UnsupportedError without a table, CoverageError for tensors or config keys
     left over, LayoutError for a layout that does not fit.
     """
-    options, path, into = options or Options(), _folder(source), Path(target)
+    options, path, into = options or Options(), folder_of(source), Path(target)
     found = sniff(path)
     if found.format.spelling == "peft":
         return plan_adapter_to_mcore(path, into, options, _base(path, base, options))
@@ -87,7 +79,7 @@ def plan(
         return plan_hf_to_mcore(path, into, options)
     if base is not None:
         return plan_adapter_to_hf(path, into, options, _base(path, base, options))
-    reference = None if hf_config is None else _folder(hf_config, weights=False)
+    reference = None if hf_config is None else folder_of(hf_config, weights=False)
     return plan_mcore_to_hf(path, into, options, reference)
 
 
@@ -98,12 +90,12 @@ def convert(
     *,
     hf_config: Source | None = None,
     base: Source | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     cancel: Event | None = None,
 ) -> Outcome:
     """`plan`, carried out: the target appears whole, under its name, or not at all."""
     job = plan(source, target, options, hf_config=hf_config, base=base)
-    return job.run(_watched(progress, cancel))
+    return job.run(watched(progress, cancel))
 
 
 def reshard(
@@ -113,7 +105,7 @@ def reshard(
     *,
     vocab_divisor: int | None = None,
     with_optimizer: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     cancel: Event | None = None,
 ) -> Outcome:
     """Write a Megatron checkpoint under another layout or format (`options.layout`, `options.format`).
@@ -121,11 +113,11 @@ def reshard(
     Values stay as they are. `vocab_divisor` is make-vocab-size-divisible-by, the source's own by default;
     `with_optimizer` takes the optimizer's state along, from torch_dist to torch_dist.
     """
-    path, into = _folder(source), Path(target)
+    path, into = folder_of(source), Path(target)
     job = plan_mcore_to_mcore(
         path, into, options or Options(), vocab_divisor=vocab_divisor, with_optimizer=with_optimizer
     )
-    return job.run(_watched(progress, cancel))
+    return job.run(watched(progress, cancel))
 
 
 def merge(
@@ -135,12 +127,12 @@ def merge(
     options: Options | None = None,
     *,
     to: str | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     cancel: Event | None = None,
 ) -> Outcome:
     """Write `base` with an adapter merged in fp32, rounded once; `to` is "hf" or "mcore", by default as the base."""
-    job = plan_merge(_folder(base), Path(adapter), Path(target), options or Options(), to=to)
-    return job.run(_watched(progress, cancel))
+    job = plan_merge(folder_of(base), Path(adapter), Path(target), options or Options(), to=to)
+    return job.run(watched(progress, cancel))
 
 
 def prune(
@@ -152,7 +144,7 @@ def prune(
     by: Source | None = None,
     to: str | None = None,
     hf_config: Source | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     cancel: Event | None = None,
 ) -> Outcome:
     """Write what `pruning` leaves of a model; what stays is taken over as it is.
@@ -162,48 +154,15 @@ def prune(
     architecture cannot be without.
     """
     job = plan_prune(
-        _folder(source),
+        folder_of(source),
         Path(target),
         pruning,
         options or Options(),
         importance=None if by is None else read_importance(Path(by)),
         to=to,
-        hf_config=_config_folder(hf_config),
+        hf_config=config_folder(hf_config),
     )
-    return job.run(_watched(progress, cancel))
-
-
-def importance(
-    source: Source,
-    data: str,
-    target: Source | None = None,
-    *,
-    samples: int = 64,
-    length: int = 512,
-    device: str = "cpu",
-    dtype: str = "float32",
-    mapping: str | None = None,
-    progress: Progress = _silent,
-    cancel: Event | None = None,
-) -> Importance:
-    """Measure how much each part of a Hugging Face model matters, on `samples` rows of `length` tokens of a data file.
-
-    `data` is whatever a recipe's `data.path` takes; `target` is the file to write, which `prune` takes as `by`. One
-    decoder layer is in memory at a time; `progress` is called with the layers that are done since the last call.
-    """
-    from mbx.train.importance import importance_of
-
-    return importance_of(
-        _folder(source),
-        data,
-        None if target is None else Path(target),
-        samples=samples,
-        length=length,
-        device=device,
-        dtype=dtype,
-        mapping=mapping,
-        progress=_watched(progress, cancel),
-    )
+    return job.run(watched(progress, cancel))
 
 
 def verify(
@@ -217,7 +176,7 @@ def verify(
     hf_config: Source | None = None,
     allow_gaps: Sequence[str] = (),
     allowed_keys: tuple[str, ...] = (),
-    progress: Progress = _silent,
+    progress: Progress = silent,
     cancel: Event | None = None,
 ) -> ParityReport:
     """Whether two checkpoints of any format and layout are the same model, in legs that are reported apart.
@@ -228,14 +187,14 @@ def verify(
     `proved` says that there are none, and that nothing was left out but what a glob of `allow_gaps` names.
     """
     return parity(
-        _folder(first),
-        _folder(second),
+        folder_of(first),
+        folder_of(second),
         forward=forward,
         loss=loss,
         dtype=dtype,
         mapping=mapping,
-        reading=Reading(progress=_watched(progress, cancel)),
-        hf_config=_config_folder(hf_config),
+        reading=Reading(progress=watched(progress, cancel)),
+        hf_config=config_folder(hf_config),
         allow_gaps=allow_gaps,
         allowed_keys=allowed_keys,
     )
@@ -248,7 +207,7 @@ def diff(
     mapping: str | None = None,
     hf_config: Source | None = None,
     allowed_keys: tuple[str, ...] = (),
-    progress: Progress = _silent,
+    progress: Progress = silent,
     cancel: Event | None = None,
 ) -> Diff:
     """What changed between two checkpoints of any format, tensor by tensor.
@@ -256,11 +215,11 @@ def diff(
     `hf_config` is a folder with config.json for a Megatron checkpoint that carries none, `allowed_keys` are unknown
     keys of config.json that are waived.
     """
-    reading = Reading(progress=_watched(progress, cancel))
-    beside = _config_folder(hf_config)
+    reading = Reading(progress=watched(progress, cancel))
+    beside = config_folder(hf_config)
     return diff_checkpoints(
-        _folder(left),
-        _folder(right),
+        folder_of(left),
+        folder_of(right),
         mapping=mapping,
         reading=reading,
         hf_config=beside,
@@ -268,18 +227,9 @@ def diff(
     )
 
 
-def integrity(folder: Source, *, progress: Progress = _silent, cancel: Event | None = None) -> IntegrityReport:
+def integrity(folder: Source, *, progress: Progress = silent, cancel: Event | None = None) -> IntegrityReport:
     """Whether every byte of a checkpoint is still what mbx wrote; StorageError where it has no manifest."""
-    return check_integrity(Path(folder), progress=_watched(progress, cancel))
-
-
-def _config_folder(source: Source | None) -> Path | None:
-    return None if source is None else _folder(source, weights=False)
-
-
-def _folder(source: Source, *, weights: bool = True) -> Path:
-    """The folder of a source, downloaded where it is a hub model."""
-    return resolve(os.fspath(source), weights=weights).path
+    return check_integrity(Path(folder), progress=watched(progress, cancel))
 
 
 def _base(adapter: Path, base: Source | None, options: Options) -> Base:
@@ -287,18 +237,5 @@ def _base(adapter: Path, base: Source | None, options: Options) -> Base:
     name = stated_base(adapter) if base is None else base
     if name is None:
         raise UsageError(f"`{adapter}` does not name its base model", hint="give ‹base›")
-    opened = open_base(_folder(name, weights=False), options.mapping, options.allow_unused_keys)
+    opened = open_base(folder_of(name, weights=False), options.mapping, options.allow_unused_keys)
     return replace(opened, path=Path(name))
-
-
-def _watched(progress: Progress, cancel: Event | None) -> Progress:
-    """`progress`, which also ends the work once `cancel` is set."""
-    if cancel is None:
-        return progress
-
-    def advance(nbytes: int) -> None:
-        if cancel.is_set():
-            raise Cancelled("cancelled")
-        progress(nbytes)
-
-    return advance
