@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from converters.errors import DifferenceError
+from mbx.live.exchange import agreed
 from mbx.train.budget.devices import peak_tflops
 from mbx.train.checkpoints.state import LoopState, same_processes
 from mbx.train.checkpoints.store import Store
 from mbx.train.data.evaluation import OnePass, one_pass
 from mbx.train.data.rows import Rows, megatron_rows
+from mbx.train.distill.stored import Taught
 from mbx.train.model import build as models
 from mbx.train.model.graphs import why_not
 from mbx.train.model.kernels import compiling
@@ -258,6 +260,9 @@ class Trainer:
     def _check_loss(self, figures: Step) -> None:
         """Stop on a loss that is not finite, or that leaves the running mean behind."""
         loss, factor = figures.loss, self.recipe.train.spike_factor
+        if math.isnan(loss) and isinstance(self.train_rows, Taught):
+            with agreed():
+                self.train_rows.check()
         if not math.isfinite(loss):
             fact, tip = f"the loss is {loss}; nothing of this step is saved", "; a lower optim.lr may help"
         elif factor and loss > factor * self.mean_loss:

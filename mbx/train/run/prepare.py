@@ -234,6 +234,7 @@ def _logits(recipe: Recipe, plan: Blueprint, data: Dataset) -> Logits | None:
         rows, t = logits.beside(data.train), recipe.train
         for number in range(min(t.steps * t.global_batch, _LOOKED_AT)):
             rows.row(number)
+        rows.check()
     return logits
 
 
