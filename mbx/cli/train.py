@@ -114,10 +114,12 @@ def train(
         idle = [field.name.rstrip("_").replace("_", "-") for field in fields(asked) if getattr(asked, field.name)]
         if idle := [*idle, *(["launch"] if launch.launch else [])]:
             raise UsageError(f"`mbx train {command}` takes no ‹{idle[0]}›", hint="it reads a run's folder")
-    elif asked.list:
-        _list()
+    elif asked.resume and asked.continue_:
+        raise UsageError("‹continue› resumes where there is a checkpoint, ‹resume› needs one: give one of them")
     elif launch.launch:
         _launch(asked, launch, words or [])
+    elif asked.list:
+        _list()
     else:
         _train(asked, words or [])
 
@@ -241,10 +243,14 @@ def _launch(asked: Asked, launch: Launch, words: list[str]) -> None:
     from mbx.cli.train_launch import show_launch
     from mbx.train.recipe.catalogue import load_recipe
 
+    for word in ("list", "show", "dry-run", "show-data"):
+        if getattr(asked, word.replace("-", "_")):
+            raise UsageError(f"‹launch› prints how to start a run, and ‹{word}› looks at it: give one of them")
     name, overrides = named(asked.recipe, words)
-    show_launch(
-        load_recipe(name, overrides), launch, ["--recipe", str(name), *overrides], asked.init_from, asked.hooks
-    )
+    begins = ["--init-from", asked.init_from] if asked.init_from else []
+    begins += ["--hooks", str(asked.hooks)] if asked.hooks else []
+    begins += ["--resume" if asked.resume else "--continue"]
+    show_launch(load_recipe(name, overrides), launch, ["--recipe", str(name), *overrides, *begins])
 
 
 def _train(asked: Asked, words: list[str]) -> None:
@@ -263,8 +269,6 @@ def _train(asked: Asked, words: list[str]) -> None:
 
     warn_of_unknown_core()
     recipe = fetched(recipe)
-    if asked.resume and asked.continue_:
-        raise UsageError("‹continue› resumes where there is a checkpoint, ‹resume› needs one: give one of them")
     dry = asked.dry_run or asked.show_data is not None
     hooks = load_hooks(asked.hooks) if asked.hooks else NO_HOOKS
     prepared = prepare(recipe, asked.init_from, asked.resume, anew=asked.continue_, hooks=hooks, dry=dry)

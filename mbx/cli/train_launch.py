@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,14 +47,12 @@ class Launch:
                 )
 
 
-def show_launch(recipe: Recipe, launch: Launch, words: list[str], init_from: str | None, hooks: Path | None) -> None:
-    """Print the line or the script; starting again continues where the run's last checkpoint is."""
+def show_launch(recipe: Recipe, launch: Launch, words: list[str]) -> None:
+    """Print the line or the script that starts `mbx train WORDS`."""
     from mbx.train.recipe.launch import machines_for, slurm_script, torchrun_line
 
     machines = machines_for(recipe, launch.nodes, launch.gpus, launch.restarts)
-    source = ["--init-from", init_from] if init_from else []
-    source += ["--hooks", str(hooks)] if hooks else []
-    command = ["train", *words, *source, "--continue"]
+    command = ["train", *words]
     if launch.launch is Launcher.slurm:
         text = slurm_script(recipe, command, machines)
     else:

@@ -33,17 +33,25 @@ def _on(name: str, when: Callable[[Path], bool]) -> tuple[object, str, object]:
     return Path, name, method
 
 
+_listdir = os.listdir
+
+
+def _unlisted(path: str | Path = ".") -> list[str]:
+    """What a folder of a checkpoint holds, on a disk that cannot be read."""
+    return full() if Path(path).name.startswith("iter_") else _listdir(path)  # type: ignore[return-value]
+
+
 def places() -> dict[str, tuple[object, str, object]]:
     """Where a checkpoint can fail, in the order in which it is written: what is replaced by what."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 
-    queue = next(n for n in ("_get_write_results_queue", "get_write_results_queue") if hasattr(filesystem_async, n))
     saver = getattr(common, "TorchCommonSaveStrategy", None)
     return {
         "folder": _on("mkdir", lambda path: path.name.startswith("iter_")),
+        "list": (os, "listdir", _unlisted),
         **({"common state": (saver, "save_common", full)} if saver else {}),
-        "queue": (filesystem_async, queue, full),
+        "results": (os, "memfd_create", full),
         "tensors": (filesystem_async, "_write_item", full),
         "index": (filesystem_async.FileSystemWriterAsync, "finish", full),
         "metadata.json": (serialization, "save_config", full),
@@ -57,7 +65,7 @@ def places() -> dict[str, tuple[object, str, object]]:
 
 
 #: Those that a rank beside the main one can meet.
-EVERYWHERE = ("queue", "tensors")
+EVERYWHERE = ("results", "tensors")
 
 
 class Planted:

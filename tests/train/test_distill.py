@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import TypeAlias
 
 import pytest
 import torch
 import torch.nn.functional as F
-from _trainings import QWEN3, ROOT, Raw, raw, run_here, run_world
+from _trainings import QWEN3, ROOT, Raw, raw, run_here, run_world, start_world
 
 from converters.errors import LayoutError, StorageError, UnsupportedError, UsageError
 from mbx.cli import main
@@ -319,6 +320,40 @@ def test_the_command_writes_and_the_plan_says_so(tmp_path: Path, capfd: pytest.C
     ):
         assert main(["train", *words, f"distill.teacher={teacher}", "--dry-run"]) == 0
         assert said in capfd.readouterr().out
+
+
+#: A file of hooks whose run looks at no row ahead.
+UNLOOKED = "from mbx.train.run import prepare\nprepare._LOOKED_AT = 0\ndef on_step(step):\n    pass\n"
+
+
+def test_a_row_that_was_not_asked_about_ends_the_run_where_it_comes(
+    tmp_path: Path, records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = records
+    monkeypatch.setattr("mbx.train.run.prepare._LOOKED_AT", 0)
+    with pytest.raises(UsageError, match="have nothing on row .* of other data"):
+        run_here(one_row_changed(folder, tmp_path))
+    assert not list((tmp_path / "run").glob("iter_*"))
+
+
+@pytest.mark.slow
+def test_a_row_that_one_rank_was_not_told_of_ends_both(tmp_path: Path, records: Records) -> None:
+    folder, _ = records
+    (tmp_path / "hooks.py").write_text(UNLOOKED)
+    job = {"recipe": one_row_changed(folder, tmp_path), "hooks": str(tmp_path / "hooks.py")}
+    out, began = tmp_path / "losses.json", time.monotonic()
+    assert [process.wait(timeout=120) for process in start_world(2, [job], out)] == [1, 1]
+    said = [out.with_suffix(f".log{rank}").read_text().strip().splitlines()[-1] for rank in range(2)]
+    assert all("have nothing on row" in line for line in said) and sum("rank " in line for line in said) == 1
+    assert time.monotonic() - began < 100  # and not run.timeout_s
+
+
+def one_row_changed(folder: Path, here: Path) -> Raw:
+    """A run on the words of `folder`, of whose two rows one is another than it was."""
+    other = here / "other.jsonl"
+    lines = (folder / "chats.jsonl").read_text().splitlines(keepends=True)
+    other.write_text("".join([lines[0].replace('"0"', '"7"'), *lines[1:]]))
+    return asked(here / "run", other, distill={"teacher": str(folder / "dp")})
 
 
 def test_words_that_answer_another_question_are_refused(tmp_path: Path, records: Records) -> None:

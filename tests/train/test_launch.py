@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 from _trainings import raw, run_here
 
-from converters.errors import UsageError
+from converters.errors import DeviceError, UsageError
+from mbx.cli import main
 from mbx.formats.torch_dist import TRACKER
 from mbx.train.checkpoints import complete
 from mbx.train.checkpoints.best import Best, write_best
@@ -59,6 +61,31 @@ def test_the_slurm_script_is_a_shells_and_starts_the_same_line() -> None:
     read = run.get_args_parser().parse_args(words)
     assert (read.rdzv_endpoint, read.rdzv_id, read.max_restarts) == ("n0:29500", "77", 3)
     assert read.training_script_args == WORDS
+
+
+@pytest.mark.parametrize("word", ["--dry-run", "--show", "--list", "--show-data"])
+def test_a_launch_and_a_look_are_two_commands(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *WORDS[1:-1], "--launch", "torchrun", word]) == 2
+    assert f"--launch prints how to start a run, and {word} looks at it" in capsys.readouterr().err
+
+
+def test_a_launch_resumes_where_it_is_told_to(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("--resume", "--continue"):
+        assert main(["train", *WORDS[1:-1], "--launch", "torchrun", word]) == 0
+        assert capsys.readouterr().out.split()[-1] == word
+    assert main(["train", *WORDS[1:-1], "--launch", "torchrun", "--resume", "--continue"]) == 2
+
+
+def test_ranks_that_do_not_meet_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens where the others should be."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DeviceError, match=f"rank 1 of 2 did not meet the others at 127.0.0.1:{port} within 1 s"):
+        run_here(raw(tmp_path / "run", run={"timeout_s": 1}))
 
 
 def test_machines_are_as_few_as_the_axes_take() -> None:

@@ -60,7 +60,8 @@ def process_group(
     One process needs no network (an in-memory store); several meet at `init_file`, a path on a shared file system
     that does not exist yet, or where torchrun's environment says. Model-parallel RNG streams start from `seed`.
     On a CPU, enter `megatron_on_cpu` first.
-    Raises `LayoutError` where tp·pp or etp·ep·pp does not divide the world, `UsageError` where a group exists already.
+    Raises `LayoutError` where tp·pp or etp·ep·pp does not divide the world, `UsageError` where a group exists already,
+    `DeviceError` where the ranks do not meet.
     """
     import torch
 
@@ -79,18 +80,19 @@ def process_group(
 
     alone, limit = world_size == 1 and init_file is None, timedelta(seconds=timeout_s)
     store: Store | None = None
-    if alone:
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    elif init_file is None:
-        store = _store_of_this_start(limit)
-    torch.distributed.init_process_group(
-        backend,
-        store=store,
-        init_method=None if init_file is None else f"file://{init_file.resolve()}",
-        rank=rank,
-        world_size=world_size,
-        timeout=limit,
-    )
+    with _meeting(rank, world_size, timeout_s):
+        if alone:
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        elif init_file is None:
+            store = _store_of_this_start(limit)
+        torch.distributed.init_process_group(
+            backend,
+            store=store,
+            init_method=None if init_file is None else f"file://{init_file.resolve()}",
+            rank=rank,
+            world_size=world_size,
+            timeout=limit,
+        )
     try:
         # the groups within the world have a limit of their own, half an hour unless it is said
         parallel_state.initialize_model_parallel(**spread.sizes, distributed_timeout_minutes=timeout_s / 60)
@@ -100,6 +102,21 @@ def process_group(
         forget_tables()
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _meeting(rank: int, world_size: int, timeout_s: float) -> Iterator[None]:
+    """DeviceError where ranks do not find each other: one that did not start, another's port, a network between."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        said = " ".join(str(error).split())[:300]
+        raise DeviceError(
+            f"rank {rank} of {world_size} did not meet the others at {place} within {timeout_s:g} s: {said}",
+            hint="every node starts the same line, with the same first node and port; the others' messages say "
+            "whether one of them ended before",
+        ) from error
 
 
 def _store_of_this_start(limit: timedelta) -> Store | None:

@@ -69,9 +69,10 @@ def tidy(run: Path, stays: Collection[int], keep: int, say: Callable[[str], obje
     whole = finished(run)
     left = {*(whole[-keep:] if keep else whole), *(run / f"iter_{step:07d}" for step in stays)}
     for old in run.glob("iter_*"):
-        if old not in left and is_ours(old):
+        if old not in left:
             try:
-                shutil.rmtree(old)
+                if is_ours(old):
+                    shutil.rmtree(old)
             except OSError as error:  # what was written is whole all the same
                 say(f"`{old}` could not be removed: {error.strerror}")
 

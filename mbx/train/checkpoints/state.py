@@ -21,6 +21,8 @@ _FIXED = (
 )
 #: Among them, those that may: rows are compared by content, and validation rows train nothing.
 _FREE = ("data.path", "data.eval_path")
+#: Losses that are remembered.
+RECENT = 32
 #: Axes that say which process draws from which random stream.
 _AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
 
@@ -31,7 +33,8 @@ class LoopState:
 
     `base` is where the run's first weights came from: an adapter run reads them there again. Empty if random.
     `world_size`: processes of the run. `rows`: digest of what is trained on, empty where the recipe says it all.
-    `padded_vocab`: rows of the embedding, whose padding takes part in the softmax.
+    `padded_vocab`: rows of the embedding, whose padding takes part in the softmax. `rewinds`: how often the run went
+    back to a checkpoint, past `skipped` batches in all; `recent`: the last losses, by which it decides to.
     """
 
     step: int
@@ -40,6 +43,9 @@ class LoopState:
     world_size: int
     rows: str
     padded_vocab: int
+    rewinds: int = 0
+    skipped: int = 0
+    recent: tuple[float, ...] = ()
 
 
 def latest(run: Path) -> Path | None:
@@ -60,8 +66,11 @@ def read_state(path: Path) -> LoopState:
     try:
         loop = read_json(path / STATE)
         step, mean, world = int(loop["step"]), float(loop["mean_loss"]), int(loop["world_size"])
-        return LoopState(step, mean, str(loop["base"]), world, str(loop["rows"]), int(loop["padded_vocab"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rewinds, skipped = int(loop.get("rewinds", 0)), int(loop.get("skipped", 0))  # an older release says neither
+        recent = tuple(map(float, loop.get("recent", ())))[-RECENT:]
+        facts = str(loop["base"]), world, str(loop["rows"]), int(loop["padded_vocab"])
+        return LoopState(step, mean, *facts, rewinds, skipped, recent)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"`{path}` is no checkpoint of `mbx train`: {STATE}: {error}") from error
 
 

@@ -158,7 +158,7 @@ class Logits:
     def heard(self, row: Row) -> Heard | None:
         """What the teacher says of a row; None where it was not asked about its tokens."""
         if not row.mask.any():
-            return self._blank(len(row.tokens))
+            return self.blank(len(row.tokens))
         key, check = np.frombuffer(digest_of_row(row), np.int64)
         first = np.searchsorted(self._keys, key, sorter=self._order)
         for at in self._order[first:]:
@@ -173,19 +173,19 @@ class Logits:
     def _of(self, part: Mapping[str, npt.NDArray], here: int, row: Row) -> Heard:  # type: ignore[type-arg]
         ends = part["rows"][:, 2]
         place = slice(int(ends[here - 1]) if here else 0, int(ends[here]))
-        found, learned = self._blank(len(row.tokens)), row.mask > 0
+        found, learned = self.blank(len(row.tokens)), row.mask > 0
         for name in ("tokens", "logprobs", "rest"):
             getattr(found, name)[learned] = part[name][place]
         return found
 
-    def _blank(self, length: int) -> Heard:
+    def blank(self, length: int) -> Heard:
         """Of tokens that are not learned, of which anything finite will do."""
         shape = (length, self.facts.top_k)
         return Heard(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.full(length, -np.inf, np.float32))
 
-    def beside(self, rows: Rows) -> Rows:
+    def beside(self, rows: Rows) -> Taught:
         """The same rows, with what the teacher says of each."""
-        return _Taught(rows, self)
+        return Taught(rows, self)
 
     def check(self, recipe: Recipe, plan: Blueprint) -> None:
         """UsageError where the folder answers another question than the recipe's."""
@@ -212,17 +212,26 @@ _BLANK = Facts("", 0, "", 0, 0.0, 0, 0)
 _MOST_PARTS = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class _Taught:
-    rows: Rows
-    logits: Logits
+class Taught:
+    """Rows with what a teacher said of each. One that it was not asked about is `missing`, and says nothing true."""
+
+    def __init__(self, rows: Rows, logits: Logits) -> None:
+        self.rows, self.logits = rows, logits
+        self.missing: list[int] = []
 
     def row(self, index: int) -> Row:
-        """Row `index` of the run; UsageError where the teacher was not asked about it."""
+        """Row `index` of the run."""
         row = self.rows.row(index)
         if (heard := self.logits.heard(row)) is None:
+            self.missing.append(index)
+            heard = self.logits.blank(len(row.tokens))
+        return replace(row, heard=heard)
+
+    def check(self) -> None:
+        """UsageError where a row was missing."""
+        if self.missing:
+            folder, row = self.logits.folder, self.missing[0]
             raise UsageError(
-                f"the logits in `{self.logits.folder}` have nothing on row {index} of the run: they are of other data",
+                f"the logits in `{folder}` have nothing on row {row} of the run: they are of other data",
                 hint="`mbx train logits` with this recipe's data, template, tokenizer and packing makes them",
             )
-        return replace(row, heard=heard)

@@ -109,7 +109,7 @@ def _settled(recipe: Recipe, work: Path, lines: Sequence[str]) -> Recipe:
         data=data,
         model=model,
         run=run,
-        train=replace(recipe.train, precision="fp32", steps=1, eval_every=0, spike_factor=0.0),
+        train=replace(recipe.train, precision="fp32", steps=1, eval_every=0, spike_factor=0.0, rewind=0),
         optim=replace(
             recipe.optim, lr=_LR, min_lr=0.0, schedule="constant", warmup_fraction=0.0, warmup_steps=-1, decay_steps=0
         ),

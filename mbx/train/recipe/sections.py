@@ -121,6 +121,9 @@ class Train:
     `per_token_loss`: every token of a global batch weighs the same; otherwise every micro-batch does, as in
     Megatron-LM. `patience`: stop behind so many evaluations without a better loss; 0 never stops. `spike_factor`:
     stop when the loss exceeds this times its running mean; 0 never stops.
+
+    `rewind`: go back to the last checkpoint, at most so often, and past the batches since, when the loss of
+    `rewind_steps` steps in a row is not finite or exceeds `rewind_factor` times the median of the last 32 others.
     """
 
     steps: Number = 100
@@ -138,6 +141,9 @@ class Train:
     eval_steps: Size = 8
     patience: Number = 0
     spike_factor: Amount = 0.0
+    rewind: Number = 0
+    rewind_factor: Annotated[float, Range(1)] = 2.0
+    rewind_steps: Size = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 
 from mbx.train.data.batch import Batch, forward_step, to_device
 from mbx.train.data.rows import Rows, micro_batches
+from mbx.train.distill.stored import Taught
 from mbx.train.model.parallel import Ranks
 from mbx.train.recipe.sections import Recipe
 from mbx.train.run.graph import WARM_STEPS, Graph, Results
@@ -80,6 +82,8 @@ class Batches:
             sums = torch.stack([r["loss"] for r in results]).to(total.dtype)
             per_batch = torch.stack((sums[:, 0] / sums[:, 1].clamp(min=1), torch.ones_like(sums[:, 0])), dim=1)
             total = (sums if t.per_token_loss or forward_only else per_batch).sum(0)
+            if isinstance(rows, Taught) and rows.missing:  # no loss anywhere, so that all ranks come to look for why
+                total.fill_(math.nan)
             torch.distributed.all_reduce(total, group=ps.get_data_parallel_group(with_context_parallel=True))
         if self.recipe.parallel.pp > 1:
             last = ps.get_pipeline_model_parallel_last_rank()

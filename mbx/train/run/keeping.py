@@ -88,6 +88,12 @@ class Keeper:
             return ""
         return f"stopped early, no better validation loss since step {self.best.step},"
 
+    def back(self, step: int) -> None:
+        """Forget what was best behind `step`, to whose checkpoint the run went back."""
+        if self.best.step > step:
+            self.best = Best()
+            self.store.best = -1
+
     def due(self, step: int) -> bool:
         """Whether the recipe asks for a checkpoint of this step."""
         run = self.recipe.run

@@ -37,7 +37,7 @@ _BESIDE = (
 )
 #: Figures of a step that TensorBoard and W&B draw.
 _DRAWN = ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "memory_gib")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: A first step that is worth a word.
 _SLOW_S = 5.0
 _BARS = "▁▂▃▄▅▆▇█"

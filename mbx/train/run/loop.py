@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from converters.errors import DifferenceError
+from mbx.live.exchange import agreed
 from mbx.train.budget.devices import peak_tflops
-from mbx.train.checkpoints.state import LoopState, same_processes
+from mbx.train.checkpoints.state import LoopState, read_state, same_processes
 from mbx.train.checkpoints.store import Store
 from mbx.train.data.evaluation import OnePass, one_pass
 from mbx.train.data.rows import Rows, megatron_rows
+from mbx.train.distill.stored import Taught
 from mbx.train.model import build as models
 from mbx.train.model.graphs import why_not
 from mbx.train.model.kernels import compiling
@@ -36,6 +38,7 @@ from mbx.train.run.keeping import Keeper
 from mbx.train.run.log import Log, Step
 from mbx.train.run.prepare import Prepared
 from mbx.train.run.profile import Profile
+from mbx.train.run.rewind import Rewind
 from mbx.train.run.schedule import learning_rate
 from mbx.train.run.stepping import Stepper, finalize
 from mbx.train.run.stop import Stop
@@ -142,6 +145,7 @@ class Trainer:
             self.log.message("there are no validation rows: train.eval_every evaluates nothing")
         self.store = Store(self.recipe, self.plan, self.ranks, prepared.hooks.on_save, log.message)
         self.step, self.mean_loss = 0, math.nan
+        self.rewind = Rewind(self.recipe, begun.resumed)
         traced = self.recipe.run.profile if self.ranks.is_main else 0
         self.profile = Profile(traced, self.recipe.run_dir, log, cuda=self.ranks.device == "cuda")
         resumed = begun.resumed
@@ -201,6 +205,9 @@ class Trainer:
                 if self.ranks.is_main and self.prepared.hooks.on_step:
                     self.prepared.hooks.on_step(figures)
                 self.profile.step(self.step)
+                if self._went_back(figures):
+                    del losses[self.step - first :]
+                    continue
                 self._check_loss(figures)
                 if t.eval_every and self.step % t.eval_every == 0 and self.eval_rows is not None:
                     found = validation_loss(self.recipe, self.ranks, self.chunks, self.batches, self.eval_rows)
@@ -233,7 +240,7 @@ class Trainer:
             group["lr"] = lr
             group["weight_decay"] = self.recipe.optim.weight_decay * group.get("wd_mult", 1.0)  # none on biases, norms
         self.mark_first()
-        total = self.batches.run(self.train_rows, self.step, t.global_batch, forward_only=False)
+        total = self.batches.run(self.train_rows, self._batch(), t.global_batch, forward_only=False)
         self.on_gradients(self.chunks)
         loss, grad_norm, updated = self.take_step(total[0] / total[1].clamp(min=1), self._clear_gradients)
         if not updated and math.isfinite(loss):  # fp16: the scaler met an infinity, lowered its scale and skipped
@@ -250,14 +257,40 @@ class Trainer:
         mfu = tflops / (peak_tflops(self.recipe) if self.ranks.device == "cuda" else math.inf)
         return Step(self.step, loss, lr, grad_norm, tokens, took, tokens / took, tflops, mfu, peak, beside)
 
+    def _batch(self) -> int:
+        """The number of the batch of this step; of Megatron Core's rows there are as many as steps."""
+        number = self.step + self.rewind.skipped
+        return number if self.prepared.train_rows is not None else number % self.recipe.train.steps
+
     def _clear_gradients(self) -> None:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def _went_back(self, figures: Step) -> bool:
+        """Go back to the last checkpoint where the loss has left what it was and the recipe says so."""
+        if math.isnan(figures.loss) and isinstance(self.train_rows, Taught):
+            with agreed():
+                self.train_rows.check()
+        if not (why := self.rewind.why(figures.loss)):
+            return False
+        self.keeper.settle(wait=True)
+        back = self.rewind.place(self.step, why, self.store.last)
+        self.store.load(
+            back, self.chunks, self.optimizer, same=same_processes(self.recipe, back, self.ranks.world_size)
+        )
+        state = read_state(back)
+        self.rewind.back(state, self.step, why, self.log)
+        self.step, self.mean_loss = state.step, state.mean_loss
+        self.keeper.back(self.step)
+        self._clear_gradients()
+        return True
+
     def _check_loss(self, figures: Step) -> None:
         """Stop on a loss that is not finite, or that leaves the running mean behind."""
         loss, factor = figures.loss, self.recipe.train.spike_factor
+        if self.rewind.bad and self.step < self.recipe.train.steps:  # until it was so for as many as the recipe says
+            return
         if not math.isfinite(loss):
             fact, tip = f"the loss is {loss}; nothing of this step is saved", "; a lower optim.lr may help"
         elif factor and loss > factor * self.mean_loss:
@@ -272,6 +305,9 @@ class Trainer:
         raise DifferenceError(f"step {figures.step}: {fact}", hint=again + tip)
 
     def _save(self, *, last: bool = False) -> None:
+        if self.rewind.bad and self.step < self.recipe.train.steps:
+            self.log.message(f"step {self.step} is not saved: its loss is not what it was")
+            return
         state = LoopState(
             self.step,
             self.mean_loss,
@@ -280,4 +316,4 @@ class Trainer:
             self.prepared.data.identity,
             self.plan.padded_vocab,
         )
-        self.keeper.save(state, self.chunks, self.optimizer, last=last)
+        self.keeper.save(self.rewind.into(state), self.chunks, self.optimizer, last=last)

@@ -36,6 +36,7 @@ from mbx.train.run.dataset import Dataset, read_data, with_steps
 from mbx.train.run.hooks import NO_HOOKS, Hooks
 from mbx.train.run.layers import check_axes, check_local
 from mbx.train.run.log import check_writers, only_begun
+from mbx.train.run.rewind import check_rewind
 
 #: Hints of the conversion, in a recipe's words.
 _KEYS = {
@@ -190,6 +191,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
         )
     check_fp8(recipe, ranks)
     check_writers(recipe)
+    check_rewind(recipe)
     check_axes(recipe, plan, ranks, dry)
     if not ranks.te and not dry:
         check_local(plan.config, adapters=recipe.lora.rank > 0, tp=recipe.parallel.tp)
@@ -234,6 +236,7 @@ def _logits(recipe: Recipe, plan: Blueprint, data: Dataset) -> Logits | None:
         rows, t = logits.beside(data.train), recipe.train
         for number in range(min(t.steps * t.global_batch, _LOOKED_AT)):
             rows.row(number)
+        rows.check()
     return logits
 
 

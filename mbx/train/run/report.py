@@ -46,10 +46,18 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, float]], list[dict[str, 
     return [steps[n] for n in sorted(steps)], [evals[n] for n in sorted(evals)]
 
 
+def _rewinds(run_dir: Path) -> dict[tuple[int, int], str]:
+    """From which step to which a run went back, and why; one that was done again behind a resume counts once."""
+    lines = read_small(run_dir / METRICS, INDEX).splitlines()
+    records = [json.loads(line) for line in lines if b'"kind": "rewind"' in line and line.endswith(b"}")]
+    return {(int(one["step"]), int(one["to"])): str(one["why"]) for one in records}
+
+
 def write_report(run_dir: Path, target: Path | None = None) -> Path:
     """Write the report to `target`, by its suffix .html (the default, in the run's folder) or .png."""
     steps, evals = read_metrics(run_dir)
     target = target or writable(run_dir, "report.html")
+    went = _rewinds(run_dir)
     panels = [
         (title, [(s["step"], s[key]) for s in steps], [(e["step"], e["loss"]) for e in evals] if key == "loss" else [])
         for key, title in _PANELS
@@ -60,6 +68,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
         last = steps[-1]
         head = f"<h1>{escape(run_dir.name)}</h1><p>{int(last['step'])} steps, last loss {last['loss']:.4f}</p>"
         traced = sorted(path.name for path in (run_dir / PROFILE).glob("*") if path.is_file())
+        head += "".join(f"<p>Step {s}: {escape(why)}; back to step {to}</p>" for (s, to), why in went.items())
         head += f"<p>Profile: {', '.join(escape(f'{PROFILE}/{name}') for name in traced)}</p>" if traced else ""
         write(target, document(run_dir.name, [head, *(_drawn(*panel) for panel in panels)]))
     else:

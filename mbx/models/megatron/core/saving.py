@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import pickle
+import queue
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -21,9 +26,34 @@ _ALONE = (
     (serialization, "save_config"),
     (getattr(common, "TorchCommonSaveStrategy", None), "save_common"),
     (filesystem_async.FileSystemWriterAsync, "finish"),
-    (filesystem_async, "_get_write_results_queue"),
-    (filesystem_async, "get_write_results_queue"),
 )
+#: What gives a writer the queue for its results; a release has one of the two.
+_QUEUES = ("_get_write_results_queue", "get_write_results_queue")
+
+
+class Results:
+    """What the process that writes tells the one that trains, without a third between them.
+
+    Megatron Core has a manager of its own there, which takes seconds to start and outlives a rank that is killed.
+    """
+
+    def __init__(self) -> None:
+        # in memory, and the same for whoever is forked
+        descriptor = os.memfd_create("results") if hasattr(os, "memfd_create") else None
+        self._file = tempfile.TemporaryFile() if descriptor is None else os.fdopen(descriptor, "w+b")  # noqa: SIM115
+
+    def put(self, value: object) -> None:
+        """Say this."""
+        pickle.dump(value, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """What was said; queue.Empty where it was not, or not to its end."""
+        try:
+            self._file.seek(0)
+            return pickle.load(self._file)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise queue.Empty from error
 
 
 class Saving:
@@ -37,6 +67,11 @@ class Saving:
     def __init__(self, content: dict[str, object], folder: str, how: Mapping[str, str]) -> None:
         self.failed: list[Exception] = []
         self._process: Any = None
+        self._results: Results | None = None
+        try:
+            self._results = Results()
+        except OSError as error:
+            self.failed.append(error)
         with self._own_files():
             self._request: AsyncRequest = serialization.save(
                 content, folder, ("torch_dist", 1), async_sharded_save=True, **how
@@ -100,10 +135,19 @@ class Saving:
 
             return call
 
+        listed = guarded(lambda folder: os.listdir(folder))  # looked up when it is called
+
+        def entries(folder: Path) -> Iterator[Path]:
+            return iter([folder / name for name in listed(folder) or ()])
+
         with contextlib.ExitStack() as stack:
+            stack.enter_context(patch.object(Path, "iterdir", entries))  # to see whether it is empty
             for owner, name in _ALONE:
                 if hasattr(owner, name):
                     stack.enter_context(patch.object(owner, name, guarded(getattr(owner, name))))
+            for name in _QUEUES:
+                if hasattr(filesystem_async, name):
+                    stack.enter_context(patch.object(filesystem_async, name, lambda: self._results))
             writer = filesystem_async.FileSystemWriterAsync
             stack.enter_context(patch.object(writer, "prepare_local_plan", lambda _, plan: plan))
             yield
