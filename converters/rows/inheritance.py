@@ -36,30 +36,51 @@ def whole(table: str, raw: Raw) -> dict[str, Any]:
     if "extends" in own:
         name, text = shipped_text(table, "extends", own.pop("extends"))
         base = whole(name, tomllib.loads(text))
-        own = _extended(own, {key: value for key, value in base.items() if key not in _OWN})
+        own = _extended(table, own, {key: value for key, value in base.items() if key not in _OWN})
     if isinstance(said := own.pop("towers", None), Mapping):
         other = tomllib.loads(shipped_text(table, "towers", said.get("table"))[1])
         own = _over(own, {key: other[key] for key in _OF_TOWERS if key in other})
     return own
 
 
-def _extended(own: Raw, base: Raw) -> dict[str, object]:
-    """`own` over `base`, but for what of the config `own` says in another way; rows that are `[]` are left out."""
+def _extended(table: str, own: Raw, base: Raw) -> dict[str, object]:
+    """`own` over `base`, but for what of the config `own` says in another way, or is `without`.
+
+    Rows and blocks of rows that are `[]` are left out.
+    """
     mine, theirs = own.get("config"), base.get("config")
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-        base = {**base, "config": _unsaid(theirs, mine)}
+        left = _without(table, theirs, mine.get("without", []))
+        own = {**own, "config": {key: value for key, value in mine.items() if key != "without"}}
+        base = {**base, "config": _unsaid(left, mine)}
     merged = _over(own, base)
-    blocks = merged.get("rows")
-    if isinstance(blocks, Mapping):
+    if isinstance(blocks := merged.get("rows"), Mapping):
         merged["rows"] = {
             block: {param: row for param, row in rows.items() if row != []} if isinstance(rows, Mapping) else rows
             for block, rows in blocks.items()
+            if rows != []
         }
+        gone = {block for block, rows in blocks.items() if rows == []}
+        merged["when"] = {block: at for block, at in _part(merged, "when").items() if block not in gone}
     return merged
+
+
+def _without(table: str, config: Raw, names: object) -> dict[str, object]:
+    """`config` without the fields, groups and keys that are `names`; TableError for one that it has not."""
+    parts = {part: _part(config, part) for part in ("fixed", "require", "via", "idle")}
+    ignored = config.get("ignore", [])
+    known = set(_rows(config)).union(*parts.values(), ignored if isinstance(ignored, list) else [])
+    if not isinstance(names, list) or (unknown := [name for name in names if name not in known]):
+        said = unknown[0] if isinstance(names, list) else names
+        raise TableError(f"{table}: [config] `without`: the table it extends has no {said!r}")
+    kept: dict[str, object] = {field: spec for field, spec in config.items() if field not in names}
+    kept |= {part: {key: said for key, said in held.items() if key not in names} for part, held in parts.items()}
+    return {**kept, "ignore": [key for key in ignored if key not in names] if isinstance(ignored, list) else ignored}
 
 
 def _unsaid(config: Raw, own: Raw) -> dict[str, object]:
     """`config` without fields that `own` sets by another part of it, and without its word on keys that `own` reads."""
+    own = {key: value for key, value in own.items() if key != "without"}
     fields = {*_rows(own), *_part(own, "fixed"), *(field for group in _part(own, "via") for field in _fields(group))}
     read = {str(spec.get("hf") if isinstance(spec, Mapping) else spec) for spec in _rows(own).values()}
     read = read.union(*map(_keys, _part(own, "via").values()))

@@ -23,8 +23,8 @@ from converters.toml import tomllib
 GAMMA = {"zero": 0, "one": 1}
 FAMILIES = ("gpt", "hybrid")
 _TOP_KEYS = frozenset(
-    """model_types architectures mcore notes unsupported extends experts gamma config text towers kept flavours dims
-    kinds sites when rows""".split()
+    """model_types architectures mcore notes unsupported extends names experts gamma config text towers kept flavours
+    dims kinds sites when rows""".split()
 )
 _ROW_KEYS = frozenset("transpose unsqueeze hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
 _FLAGS = ("transpose", "unsqueeze", "keep_dtype", "optional")
@@ -83,6 +83,7 @@ def parse_table(name: str, text: str) -> Table:
         sites=sites,
         when=when,
         blocks=blocks,
+        wrapped=parser.ways("names", raw.get("names", [])),
     )
     return parser.around(table, raw, gamma) if around else table
 

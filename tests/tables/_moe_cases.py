@@ -44,9 +44,10 @@ ON_A_CPU = (
     "mimo_v2_flash",
     "gemma4_31b",
     "gemma4_e2b",
+    "gemma4_26b",
 )
 ELSEWHERE = (
-    *("gemma4_26b", "lfm2", "lfm2_moe"),
+    *("lfm2", "lfm2_moe"),
     *("glm_5", "glm_5_2", "deepseek_v32"),
     "sarvam_moe",
     "bailing_moe_v2",
@@ -113,7 +114,7 @@ FORWARD = [
         mixtral_window qwen2_moe qwen2_moe_dense_layer deepseek_v2 deepseek_v3
         kimi_k2_by_class moonlight glm4_moe glm_4_7_flash glm_4_7_flash_whole_queries
         dots1 hy3 exaone_moe_alone ernie4_5_moe mimo_v2_flash
-        gemma4_31b gemma4_e2b llama4_scout_unscaled llama4_maverick""".split()
+        gemma4_31b gemma4_e2b gemma4_26b llama4_scout_unscaled llama4_maverick""".split()
     ),
     *((name, "v5") for name in "qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()),
 ]

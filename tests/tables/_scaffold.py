@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,9 +18,12 @@ from converters.errors import CoverageError
 from converters.mcore.layout import Layout
 from converters.planning.importer import plan_import
 from converters.rows.expr import Value
+from converters.rows.inheritance import whole
 from converters.rows.table import RowSpec, Table
 from converters.tensors import Chunk, Shape, StoredTensor
+from converters.toml import tomllib
 from fixtures.index import Header
+from mappings import table_text
 from mbx.formats.hf import MANIFEST
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
@@ -57,6 +61,29 @@ def stored(headers: Mapping[str, tuple[str, Shape]]) -> dict[str, StoredTensor]:
         name: StoredTensor(name, dtype, shape, (Chunk((0,) * len(shape), shape, "none", 0),))
         for name, (dtype, shape) in headers.items()
     }
+
+
+def whole_text(name: str) -> str:
+    """A shipped table with what it takes from others written out, a row a line."""
+    raw = whole(name, tomllib.loads(table_text(name)))
+    lines = [f"{key} = {_toml(value)}" for key, value in raw.items() if key != "rows"]
+    for block, rows in raw["rows"].items():
+        lines += [f"[rows.{block}]", *(f"{json.dumps(param)} = {_toml(row)}" for param, row in rows.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        return (
+            "{ "
+            + ", ".join(
+                f"{key if key.isidentifier() else json.dumps(key)} = {_toml(entry)}" for key, entry in value.items()
+            )
+            + " }"
+        )
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
 
 
 def plan_headers(table: Table, case: Case, dtype: str | None = None) -> Plan:

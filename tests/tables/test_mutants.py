@@ -33,7 +33,7 @@ RUN = (
     *("deepseek_v3", "glm4_moe", "gpt_oss", "llama4_maverick", "sarvam_moe", "dots1", "ernie4_5", "glm_4_7_flash"),
     *("starcoder2", "gemma2", "granite", "ministral3", "minimax_m2", "olmo2", "olmo3", "olmoe", "exaone4_1_2b"),
     *("internlm3", "hy3", "exaone_moe", "gpt2", "pythia", "command_r7b", "bailing_moe_v2", "deepseek"),
-    *("ernie4_5_moe", "mimo_v2_flash", "gemma4_31b", "gemma4_e2b", "step_3_5_flash"),
+    *("ernie4_5_moe", "mimo_v2_flash", "gemma4_31b", "gemma4_e2b", "gemma4_26b", "step_3_5_flash"),
 )
 #: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
 ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
@@ -50,15 +50,17 @@ REASONS = {
     r"config fp32_residual_connection:": "of 16 bits alone",
     r"fixed model\.gate_by_head:": "rows of a gate are alike until they are trained",
     r"fixed moe_grouped_gemm:": "how experts are multiplied, not what they give",
+    r"gemma4_26b via gemma4_experts: moe_router_pre_softmax:": "shares of the chosen experts sum to 1 either way",
     r"(config mtp_num_layers:|rows of mtp\.)": "prediction layers, which the report names as not reached",
     r"pythia rows of .* attention\.dense\.bias ↔ mlp\.dense_4h": "both are added to the same sum",
     r"internlm3 via yarn: rope_dynamic_factor:": "sets in behind the context's end, where no position is",
     r"via \w+: model\.rope_scaling_factor:": "read with Llama 3's scaling alone",
-    r"gemma4_31b (config per_layer_vocab_size|via gemma4_sharing: use_double_wide_mlp):": "E2B's alone",
+    r"gemma4_(31b|26b) (config per_layer_vocab_size|via gemma4_sharing: use_double_wide_mlp):": "E2B's alone",
     r"(llama2|nemotron|pythia|command_r7b|deepseek|gemma4_\w+) via \w+: model\.rope_scaling:": _NOT_STRETCHED,
     r"step_3_5_flash via \w+: model\.rope_scaling:": _NOT_STRETCHED,
     r"(gpt_oss|phi3|ministral3|olmo3|olmoe) via \w+: model\.rope_scaling:": "read of plain positions alone",
     r"(qwen2_moe|qwen3_moe|mixtral|gpt_oss|olmoe|minimax_m2) config ffn_hidden_size:": "no layer without experts",
+    r"gemma4_26b config ffn_hidden_size:": "no layer without experts",
     rf"{_LATENT} config num_query_groups:": "latent attention has no groups",
     rf"{_LATENT} fixed model\.position_embedding_type:": "latent attention has its own turn",
     r"(deepseek_v2|deepseek_v3) via mla_rope: (beta_|original_)": _IDLE_YARN,

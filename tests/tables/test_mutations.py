@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 from _dense_cases import MUTATED  # noqa: E402
 from _moe_cases import TABLES  # noqa: E402
+from _scaffold import whole_text  # noqa: E402
 
 from converters.errors import TableError  # noqa: E402
 from converters.rows.config_map import environment  # noqa: E402
@@ -105,7 +106,7 @@ def exchanged(line: str, one: str, other: str) -> str:
 
 def difference(source: Path, work: Path, table: Table, pair: tuple[str, str] | None) -> float:
     """Largest difference of logits under the table with two names exchanged."""
-    text = table_text(table.name)
+    text = whole_text(table.name)
     if pair is not None:
         text = "\n".join(exchanged(line, *pair) for line in text.split("\n"))
     (work / "own.toml").write_text(text, encoding="utf-8")

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 from fixtures.by_hand import ernie_mtp
 from fixtures.make_tiny import make, tiny_config
-from mappings import table_text
 from mbx.models.megatron.build import build_model
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
@@ -31,7 +30,7 @@ from tests.oracles import compare_logits, load_transformers
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from _scaffold import same_files  # noqa: E402
+from _scaffold import same_files, whole_text  # noqa: E402
 
 #: Families whose prediction layer is of the kind of their decoder layers, and that a CPU runs.
 FAMILIES = ("deepseek_v3", "glm4_moe")
@@ -88,7 +87,7 @@ def predicted(source: Path, work: Path, text: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_prediction_layer_is_the_reference_and_no_row_of_it_can_be_wrong(tmp_path: Path, name: str) -> None:
     source = make(name, tmp_path / "hf")
-    text, expected = table_text(name), reference(source, tmp_path)
+    text, expected = whole_text(name), reference(source, tmp_path)
     assert expected.std() > 0.5
     assert compare_logits(expected, predicted(source, tmp_path, text)).max_abs <= 1e-4
     for one, other in itertools.combinations(NORMS, 2):

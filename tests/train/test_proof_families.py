@@ -20,7 +20,7 @@ ELSEWHERE = frozenset(
     (
         *("exaone4_1_2b", "gpt_oss_mxfp4", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
         *("nemotron_h", "nemotron_nano_v2", "nemotron_nano_v3", "nemotron_super", "deepseek_v3_fp8"),
-        *("glm_5", "glm_5_2", "deepseek_v32", "falcon_h1_0_5b", "exaone_moe", "gemma4_26b"),
+        *("glm_5", "glm_5_2", "deepseek_v32", "falcon_h1_0_5b", "exaone_moe"),
         *("lfm2", "lfm2_moe"),
     )
 )
@@ -34,7 +34,7 @@ ADAPTERS_ALONE = ("gpt_oss",)
 WITHOUT_TOKENIZER = ("llama_nemotron", "kimi_k2")
 #: Of other tensors in Transformers than on disk, or of other names in the checkpoint than in the model, which take no
 #: adapter of the folder.
-WITHOUT_PEFT = ("gemma4_31b", "gemma4_e2b", "llama_nemotron", "sarvam_moe", "bailing_moe_v2", "deepseek")
+WITHOUT_PEFT = ("gemma4_31b", "gemma4_e2b", "gemma4_26b", "llama_nemotron", "sarvam_moe", "bailing_moe_v2", "deepseek")
 WITHOUT_PEFT += ("step_3_5_flash",)  # a gate's row stands in Megatron Core once for each channel of its head
 #: Linears of latent attention, those without a norm behind them, and those that PEFT loads (docs/training.md).
 TARGETS: dict[str, list[str]] = {

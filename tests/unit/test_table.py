@@ -72,6 +72,33 @@ def test_a_table_that_extends_another_says_only_what_differs() -> None:
     assert child.config.ignore == base.config.ignore | {"novel_key"}
 
 
+def test_a_table_leaves_out_what_another_has() -> None:
+    text = CHILD.replace(
+        "[config]\n", '[config]\nwithout = ["num_query_groups", "hidden_act", "yarn", "pretraining_tp"]\n'
+    )
+    text = text.replace('rope = "rope_scaling"\n', "").replace("[rows.head]", "[rows]\nmlp = []\n[rows.head]")
+    text += (
+        '[sites]\ndecoder = { mcore = "decoder.layers.{L}.", n = "num_layers", rows = ["attn"] }\n[when]\nmlp = "L"\n'
+    )
+    child, base = parse_table("novel", text), parse_table("llama", LLAMA)
+    assert {row.mcore for row in base.config.rows} - {row.mcore for row in child.config.rows} == {
+        *("num_query_groups", "attention_dropout"),
+    }
+    assert base.config.require.keys() - child.config.require.keys() == {"hidden_act"}
+    assert not child.config.groups and child.config.ignore == {"novel_key"}
+    assert "mlp" not in child.blocks and "mlp" not in child.when
+
+
+@pytest.mark.parametrize("said", ['"rope_base"', '["rope_base"]'])
+def test_a_table_leaves_out_nothing_that_another_has_not(said: str) -> None:
+    with pytest.raises(TableError, match="`without`.*rope_base"):
+        parse_table("novel", CHILD.replace("[config]\n", f"[config]\nwithout = {said}\n"))
+
+
+def test_a_shipped_table_is_short() -> None:
+    assert [name for name in table_names() if len(table_text(name).splitlines()) > 120] == []
+
+
 @pytest.mark.parametrize("name", ["novel", "nowhere"])
 def test_a_table_extends_a_shipped_one(name: str) -> None:
     with pytest.raises(TableError, match="there is no table"):

@@ -31,12 +31,17 @@ def add_post_layernorms(layer: ModuleSpec, norm: Callable[..., nn.Module]) -> No
 
     Raises UnsupportedError for a layer of experts, whose outputs are summed before such a norm.
     """
-    attention = layer.submodules.self_attention.submodules
     mlp = mlp_submodules(layer)
     if getattr(mlp, "linear_fc2", None) is None:
         raise UnsupportedError("a norm behind the MLP is built for dense layers only, this one holds experts")
-    attention.linear_proj = _normed(attention.linear_proj, norm)
+    add_norm_behind_attention(layer, norm)
     mlp.linear_fc2 = _normed(mlp.linear_fc2, norm)
+
+
+def add_norm_behind_attention(layer: ModuleSpec, norm: Callable[..., nn.Module]) -> None:
+    """Put a norm behind attention, before the residual is added."""
+    attention = layer.submodules.self_attention.submodules
+    attention.linear_proj = _normed(attention.linear_proj, norm)
 
 
 def _normed(linear: type[nn.Module], norm: Callable[..., nn.Module]) -> type[nn.Module]:

@@ -18,12 +18,15 @@ from converters.errors import UnsupportedError
 from mbx.models.megatron.core.config import TransformerConfig
 from mbx.models.megatron.core.groups import mappings
 from mbx.models.megatron.core.layers import (
+    IdentityOp,
     ModuleSpec,
     TransformerLayer,
     VocabParallelEmbedding,
+    holds_experts,
     is_layer_window_attention,
 )
 from mbx.models.megatron.core.sharding import ShardedTensor
+from mbx.models.megatron.gemma4_experts import NORMS, Gemma4Experts
 from mbx.models.megatron.layer_kinds import KindAttention, Kinds, attend_by_kind, sized
 from mbx.models.megatron.local_modules import LocalNorm
 
@@ -115,6 +118,8 @@ class Gemma4Layer(TransformerLayer):  # type: ignore[misc]  # megatron is untype
             config.ffn_hidden_size *= 2
         super().__init__(config, submodules, layer_number=layer_number, **keywords)
         self.plain = plain
+        if self.is_moe_layer:
+            Gemma4Experts.become(self.mlp)
         self.register_buffer("layer_scalar", torch.ones(1, dtype=config.params_dtype))
         self.layer_input: torch.Tensor | None = None
         if inputs.width:
@@ -139,7 +144,7 @@ class Gemma4Layer(TransformerLayer):  # type: ignore[misc]  # megatron is untype
         return {name: self._placed(entry, bool(sharded_offsets)) for name, entry in found.items()}
 
     def _placed(self, entry: Any, stacked: bool) -> Any:
-        for own, theirs in _NORMS.items():
+        for own, theirs in (NORMS if self.is_moe_layer else _NORMS).items():
             if own in entry.key:
                 return replace(entry, key=entry.key.replace(own, theirs))
         if ".self_attention." not in entry.key:
@@ -169,10 +174,13 @@ _NORMS: Mapping[str, str] = {
 
 
 def be_gemma4(layer: ModuleSpec, kinds: Kinds, inputs: LayerInputs) -> None:
-    """Make a dense `layer` one of Gemma 4."""
+    """Make `layer` one of Gemma 4."""
     attend_by_kind(layer, kinds, Gemma4Attention, inputs=inputs)
     layer.module, layer.params = Gemma4Layer, {**(layer.params or {}), "inputs": inputs}
     layer.submodules.sharded_state_dict_keys_map = {}
+    if holds_experts(layer):
+        layer.submodules.pre_mlp_layernorm = IdentityOp
+        layer.submodules.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
 def connect(model: Any, inputs: LayerInputs) -> None:

@@ -102,7 +102,7 @@ class FamilyParts:
 def _put_parts(layer: ModuleSpec, parts: FamilyParts, norm: Callable[..., nn.Module]) -> None:
     from mbx.models.megatron import family_layers as own
     from mbx.models.megatron import parallel_layers
-    from mbx.models.megatron.core.layers import DotProductAttention
+    from mbx.models.megatron.core.layers import DotProductAttention, holds_experts
     from mbx.models.megatron.layer_kinds import Kinds, attend_by_kind
 
     if parts.softcapped:
@@ -111,7 +111,9 @@ def _put_parts(layer: ModuleSpec, parts: FamilyParts, norm: Callable[..., nn.Mod
         own.norm_over_heads(layer)
     if parts.post_layernorms_only:
         own.drop_pre_layernorms(layer)
-    if parts.post_layernorms or parts.post_layernorms_only:
+    if parts.post_layernorms and parts.layer_inputs is not None and holds_experts(layer):
+        own.add_norm_behind_attention(layer, norm)  # Gemma 4's experts have norms of their own behind them
+    elif parts.post_layernorms or parts.post_layernorms_only:
         own.add_post_layernorms(layer, norm)
     if parts.parallel_residual:
         parallel_layers.read_the_same(layer, one_norm=parts.one_layernorm)

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -36,6 +37,11 @@ def mlp_submodules(layer: ModuleSpec) -> Any:
     return mlp.keywords["submodules"] if isinstance(mlp, partial) else getattr(mlp, "submodules", None)
 
 
+def holds_experts(layer: ModuleSpec) -> bool:
+    """Whether a spec of a layer is of one with experts."""
+    return getattr(mlp_submodules(layer), "experts", None) is not None
+
+
 def without_norm(linear: type) -> type:
     """The column-parallel linear of a spec without the norm that Transformer Engine's fuses into it."""
     if linear.__name__ != "TELayerNormColumnParallelLinear":
@@ -47,7 +53,7 @@ def without_norm(linear: type) -> type:
 
 
 __all__ = ["DotProductAttention", "FusedScaleMaskSoftmax", "GPTModel", "IdentityOp", "MLASelfAttention", "ModuleSpec"]
-__all__ += ["mlp_submodules", "without_norm"]
+__all__ += ["MoELayer", "holds_experts", "mlp_submodules", "without_norm"]
 __all__ += ["MultiTokenPredictionBlockSubmodules"]
 __all__ += ["SelfAttention", "TransformerBlockSubmodules", "TransformerLayer", "VocabParallelEmbedding"]
 __all__ += ["WrappedTorchNorm"]
