@@ -161,6 +161,7 @@ _INNER = {
 _TOWERS = (
     *("vision_tower.", "vision_model.", "multi_modal_projector.", "mm_projector.", "visual.", "model.visual."),
     *("model.vision_tower.", "model.vision_model.", "model.multi_modal_projector."),
+    *("model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
     *("thinker.visual.", "thinker.audio_tower.", "talker.", "token2wav.", "code2wav."),
 )
 _SARVAM_NAMES = {
@@ -203,6 +204,7 @@ TWINS: Mapping[str, Twin] = {
     "mimo": Twin("qwen2", "Compared with Transformers' qwen2, which has the same decoder", {}, ("model.mtp_layers.",)),
     "kimi_k2": Twin("deepseek_v3", "Compared with Transformers' deepseek_v3, which has the same decoder", {}),
     "gemma3": _text_alone("gemma3_text"),
+    "gemma4": _text_alone("gemma4_text"),
     "llama4": _text_alone("llama4_text"),
     "qwen3_5": _text_alone("qwen3_5_text"),
     "qwen3_5_moe": _text_alone("qwen3_5_moe_text"),

@@ -72,7 +72,7 @@ def sight_of(plan: Blueprint) -> Sight | str:
         return "config.json names no image token within the vocabulary"
     deepstack = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
     turned = isinstance(plan.config.get("mrope_section"), list)
-    return Sight(plan.hf, kind, token, KINDS[kind].two_way, turned, deepstack)
+    return Sight(plan.hf, kind, token, bool(KINDS[kind].two_way(config)), turned, deepstack)
 
 
 def check_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, sight: Sight) -> None:
