@@ -286,7 +286,7 @@ def seen_one_way(patch: pytest.MonkeyPatch) -> None:
     [
         ("qwen3_5", nothing),
         ("qwen3_5", shifted_position),
-        ("qwen3_5", features_dropped),
+        pytest.param("qwen3_5", features_dropped, marks=pytest.mark.slow),
         ("qwen2_5_vl", other_image),
         ("qwen2_5_vl", shifted_position),
         ("qwen2_5_vl", features_dropped),

@@ -154,6 +154,7 @@ _INNER = {
     "language_model.model.": "model.",
     "model.language_model.": "model.",
     "thinker.model.": "model.",
+    "language_model.backbone.": "model.",
     "language_model.lm_head": "lm_head",
     "thinker.lm_head": "lm_head",
 }
@@ -161,7 +162,7 @@ _INNER = {
 _TOWERS = (
     *("vision_tower.", "vision_model.", "multi_modal_projector.", "mm_projector.", "visual.", "model.visual."),
     *("model.vision_tower.", "model.vision_model.", "model.multi_modal_projector."),
-    *("model.embed_vision.", "model.audio_tower.", "model.embed_audio."),
+    *("model.embed_vision.", "model.audio_tower.", "model.embed_audio.", "mlp1."),
     *("thinker.visual.", "thinker.audio_tower.", "talker.", "token2wav.", "code2wav."),
 )
 _SARVAM_NAMES = {
@@ -216,6 +217,7 @@ TWINS: Mapping[str, Twin] = {
     "qwen3_vl_moe": _text_alone("qwen3_moe", _experts_last),
     "qwen3_omni_moe": _text_alone("qwen3_moe"),
     "glm4v_moe": _text_alone("glm4_moe"),
+    "NemotronH_Nano_VL_V2": _text_alone("nemotron_h"),
     "kimi_k25": _text_alone("deepseek_v3"),
 }
 #: Types of models around one of several text models.
