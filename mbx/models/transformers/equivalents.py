@@ -16,7 +16,7 @@ Each is a change of config.json, of names, and of one layer's tensors at a time,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from converters.rows.config_spelling import canonical
@@ -149,6 +149,11 @@ def _text_alone(model_type: str, layer: Callable[[Config, int, Weights], Weights
     )
 
 
+def _as_said(config: Config) -> dict[str, Any]:
+    """The text model's own config in its own spelling, over what is said around it: it turns by two rules."""
+    return {**{key: value for key, value in config.items() if key != "text_config"}, **config["text_config"]}
+
+
 #: How a text model's names begin inside a larger one, and alone.
 _INNER = {
     "language_model.model.": "model.",
@@ -205,7 +210,7 @@ TWINS: Mapping[str, Twin] = {
     "mimo": Twin("qwen2", "Compared with Transformers' qwen2, which has the same decoder", {}, ("model.mtp_layers.",)),
     "kimi_k2": Twin("deepseek_v3", "Compared with Transformers' deepseek_v3, which has the same decoder", {}),
     "gemma3": _text_alone("gemma3_text"),
-    "gemma4": _text_alone("gemma4_text"),
+    "gemma4": replace(_text_alone("gemma4_text"), config=_as_said),
     "llama4": _text_alone("llama4_text"),
     "qwen3_5": _text_alone("qwen3_5_text"),
     "qwen3_5_moe": _text_alone("qwen3_5_moe_text"),
