@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters.errors import StorageError, UnsupportedError, UsageError
 from converters.mcore.keys import HEAD, TIED
+from converters.rows.config_spelling import text_key
 from converters.rows.expr import Value
 from converters.rows.parse import parse_table
 from converters.rows.table import RowSpec, Table
@@ -76,7 +77,7 @@ def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
     """
     if mapping is not None:
         return from_file(Path(mapping)) if mapping.endswith(".toml") else shipped(mapping)
-    text = config.get("text_config") or config.get("thinker_config")
+    text = config.get(text_key(config)) or config.get("thinker_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else None
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     if not isinstance(architectures, list):

@@ -15,6 +15,7 @@ from converters.codecs.nf4 import Nf4
 from converters.codecs.nvfp4 import Nvfp4
 from converters.codecs.words4 import Words4
 from converters.errors import UnsupportedError, UsageError
+from converters.rows.config_spelling import text_key
 from converters.rows.expr import Value
 
 #: Each codec with the settings most checkpoints use.
@@ -37,7 +38,7 @@ def quantization_of(config: Mapping[str, Value]) -> Mapping[str, Value] | None:
 
     Some models around a text model say it of that alone. bitsandbytes' is given the model's dtype, `MODEL_DTYPE`.
     """
-    found, text = config.get("quantization_config"), config.get("text_config")
+    found, text = config.get("quantization_config"), config.get(text_key(config))
     if found is None and isinstance(text, Mapping):
         found = text.get("quantization_config")
     if isinstance(found, Mapping) and found.get("quant_method") == "bitsandbytes":

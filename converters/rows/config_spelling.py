@@ -58,8 +58,8 @@ _OF_THE_WHOLE = (("architectures",), ("model_type",), ("torch_dtype", "dtype"), 
 def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
     """`config` in the v4 spelling: `rope_theta`, `rope_scaling` (with `rope_type`), `torch_dtype`.
 
-    Of a model that holds a text model beside a vision tower, the text model's: `text_config` over the keys around it.
-    Models with one rotary set per layer type keep the full-attention one under these names; the other
+    Of a model that holds a text model beside a vision tower, the text model's: its own config (`text_key`) over the
+    keys around it. Models with one rotary set per layer type keep the full-attention one under these names; the other
     becomes `rope_local_base_freq`. How positions in an image turn (`mrope_section`, `mrope_interleaved`) stands apart
     from the scaling rule, whichever way it is said. UsageError when two spellings of one key disagree.
     """
@@ -123,11 +123,17 @@ def _take_local(out: dict[str, Value], nested: Mapping[str, Value]) -> None:
         )
 
 
+def text_key(config: Mapping[str, object]) -> str:
+    """The key under which a model with towers has the config of its text model."""
+    return "llm_config" if "llm_config" in config else "text_config"
+
+
 def _text_of(config: Mapping[str, Value]) -> dict[str, Value]:
     if isinstance(thinker := config.get("thinker_config"), Mapping):  # one that also speaks: what thinks, in its place
         config = {**thinker, **{key: value for key, value in config.items() if key != "thinker_config"}}
-    text = config.get("text_config")
-    around = {key: value for key, value in config.items() if key != "text_config"}
+    name = text_key(config)
+    text = config.get(name)
+    around = {key: value for key, value in config.items() if key != name}
     if not isinstance(text, Mapping):
         return dict(config)
     settled = {key for names in _OF_THE_WHOLE if any(around.get(name) is not None for name in names) for key in names}

@@ -183,6 +183,7 @@ class _Parser:
             config=text.config.extended(own.config),
             text_types=text.model_types,
             dims=text.dims,
+            kinds=text.kinds,
             sites=text.sites,
             when={**text.when, **own.when},
             blocks={**blocks, **own.blocks},

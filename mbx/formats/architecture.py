@@ -14,6 +14,7 @@ from converters.mcore.bridge_config import config_of_run_config
 from converters.mcore.flavours import flavoured
 from converters.mcore.megatron_args import config_of_args
 from converters.mcore.named import NAME_A_FOLDER
+from converters.rows.config_spelling import text_key
 from converters.rows.expr import Value
 from converters.rows.table import Table
 from mbx.formats import hf
@@ -98,8 +99,8 @@ def architecture_of(opened: Checkpoint, mapping: str | None = None, reference: P
 def _with_ids(config: Mapping[str, Value], ids: Mapping[str, Value]) -> dict[str, Value]:
     """A config with what a tokenizer says of special tokens, of the text model too where that has one of its own."""
     out = {**ids, **config}
-    if isinstance(inner := out.get("text_config"), Mapping):
-        out["text_config"] = {**ids, **inner}
+    if isinstance(inner := out.get(text_key(out)), Mapping):
+        out[text_key(out)] = {**ids, **inner}
     return out
 
 

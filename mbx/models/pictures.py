@@ -10,16 +10,23 @@ if TYPE_CHECKING:
     import torch
 
 
+#: Layers in which tokens of one picture see each other.
+WINDOWED, EVERY = "windowed", "every"
+
+
 @dataclass(frozen=True, slots=True)
 class Pictures:
     """The pictures of a one-row pass: `token` stands in its ids for each of their features, one run for a picture.
 
-    `inputs` are what Transformers' class takes beside ids; where `two_way`, tokens of one picture see each other.
+    `inputs` are what Transformers' class takes beside ids. Tokens of one picture see each other where `two_way`: in
+    WINDOWED layers or in EVERY one. Where `under`, inputs that layers have of their own are for a picture's tokens
+    those of the pass's first token.
     """
 
     token: int
     inputs: Mapping[str, torch.Tensor]
-    two_way: bool = False
+    two_way: str = ""
+    under: bool = False
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
         """Which tokens of `ids: [b, s]` stand for a picture: [b, s], bool."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from converters.engine.plan import Plan
+from converters.rows.config_spelling import text_key
 from converters.rows.expr import Value
 from mbx.formats import hf
 from mbx.formats.architecture import Architecture, config_text
@@ -52,7 +53,7 @@ def edited_config(
     """
     loaded = json.loads(config)
     before = json.loads(config)
-    text = loaded.get("text_config")
+    text = loaded.get(text_key(loaded))
     for key, value in (settings or {}).items():
         inside = isinstance(text, dict) and (key in text or key not in loaded)
         if inside:

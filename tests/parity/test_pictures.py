@@ -21,9 +21,10 @@ from mbx.proof.parity import parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
 
 SHORT = Prompts(num_prompts=1, num_tokens=12)
-#: Gemma 3 sees both ways within a picture, Qwen2.5 turns by axes one behind the other, Qwen3 interleaved and with
-#: deepstack, Ministral 3 and Llama 4 count pictures like text, GLM-4.5V has experts and pairs of neighbours.
-KINDS = ("gemma3", "qwen2_5_vl", "qwen3_vl", "ministral3", "glm4v_moe")
+#: Gemma 3 sees both ways within a picture, Gemma 4 in windowed layers alone; Qwen2.5 turns by axes one behind the
+#: other, Qwen3 interleaved and with deepstack; Ministral 3 and Llama 4 count pictures like text; GLM-4.5V has experts
+#: and pairs of neighbours.
+KINDS = ("gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "ministral3", "glm4v_moe")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,10 @@ def test_both_libraries_agree_on_pictures(sides: Callable[[str], tuple[Path, Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["glm4v", "internvl", "kimi_k25", "llama4", "mistral3", "qwen2_vl", "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    "kind",
+    ["gemma4_e2b", "glm4v", "internvl", "kimi_k25", "llama4", "mistral3", "qwen2_vl", "qwen3_vl_moe"],
+)
 def test_both_libraries_agree_on_pictures_everywhere(sides: Callable[[str], tuple[Path, Path]], kind: str) -> None:
     leg = forward(sides(kind))
     assert leg.status == "passed" and dict(leg.figures)["max_abs"] < 1e-4, leg.details
@@ -90,10 +94,24 @@ def test_one_picture_sees_itself_both_ways_and_no_other(
     sides: Callable[[str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(megatron_pictures, "_show_each_other", lambda model, numbers, undo: None)
+        patched.setattr(megatron_pictures, "_show_each_other", lambda *_, **__: None)
         assert forward(sides("gemma3")).status == "failed"
     monkeypatch.setattr(Pictures, "numbers", lambda self, ids: self.places(ids).long() - 1)  # one picture of the two
     assert forward(sides("gemma3")).status == "failed"
+
+
+@pytest.mark.slow
+def test_where_pictures_of_gemma_4_see_themselves(
+    sides: Callable[[str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In windowed layers, and in no others; what layers take of their own there is not the picture's token's."""
+    plain = megatron_pictures._show_each_other
+    for wrong in (lambda *_, **__: None, lambda *given, **_: plain(*given, windowed_alone=False)):
+        with monkeypatch.context() as patched:
+            patched.setattr(megatron_pictures, "_show_each_other", wrong)
+            assert forward(sides("gemma4")).status == "failed"
+    monkeypatch.setattr(megatron_pictures, "_put_under", lambda *_: None)
+    assert forward(sides("gemma4_e2b")).status == "failed"
 
 
 def test_a_model_whose_pictures_nobody_draws_is_not_proved(tmp_path: Path) -> None:

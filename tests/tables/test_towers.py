@@ -19,6 +19,7 @@ from converters.mcore.layout import Layout
 from converters.planning.exporter import HfTensor, Origin, plan_export
 from converters.planning.importer import plan_import
 from converters.tensors import StoredTensor
+from fixtures.index import load_config
 from fixtures.wrapped import TOWERS, WRAPPED, make_wrapped
 from mbx.cli import main
 from mbx.formats.hf import MANIFEST
@@ -31,8 +32,11 @@ from mbx.tables import shipped, table_for
 from mbx.torchfile.dcp import read_dcp
 
 PLAIN = Options(sync=False)
+#: Tensors of two layers of Gemma 4's tower.
+_EXCHANGED = tuple(f"model.vision_tower.encoder.layers.{n}.self_attn.o_proj.linear.weight" for n in (0, 1))
+_OF_RADIO = tuple(f"vision_model.radio_model.model.blocks.{n}.attn.proj.weight" for n in (0, 1))
 #: What is no part of any Megatron model.
-_SPEAKERS = ("talker.", "token2wav.", "code2wav.")
+_APART = ("talker.", "token2wav.", "code2wav.", "vision_model.radio_model.summary", "vision_model.radio_model.input_")
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +46,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return cache(lambda kind: make_wrapped(kind, root / kind))
 
 
+def _once(kind: str) -> object:
+    """A kind, but for those whose table another kind tries."""
+    return pytest.param(kind, marks=pytest.mark.slow) if kind in ("gemma4", "gemma4_26b") else kind
+
+
 def same_files(source: Path, back: Path) -> bool:
     names = {path.name for path in source.iterdir()}
     whole = names == {path.name for path in back.iterdir()} - {MANIFEST}
     return whole and filecmp.cmpfiles(source, back, names, shallow=False)[1:] == ([], [])
 
 
-@pytest.mark.parametrize("kind", [*WRAPPED, *TOWERS])
+@pytest.mark.parametrize("kind", [*WRAPPED, *(_once(kind) for kind in TOWERS)])
 def test_a_round_trip_is_byte_identical_in_every_flavour(
     checkpoint: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
@@ -57,7 +66,7 @@ def test_a_round_trip_is_byte_identical_in_every_flavour(
     for number, flavour in enumerate(table.flavours):
         layout = Layout(tp=2, pp=2) if number == 0 else Layout()
         job = plan_hf_to_mcore(source, tmp_path / flavour, Options(sync=False, layout=layout, flavour=flavour))
-        assert all(name.startswith(_SPEAKERS) for name in job.plan.ledger.beside)
+        assert all(name.startswith(_APART) for name in job.plan.ledger.beside)
         assert job.plan.ledger.consumed == len(job.plan.sources)
         run(job)
         opened = open_megatron(tmp_path / flavour)
@@ -71,7 +80,7 @@ def test_a_round_trip_is_byte_identical_in_every_flavour(
 @pytest.mark.parametrize("kind", [*WRAPPED, *TOWERS])
 @pytest.mark.parametrize("layout", ["v4", "v5"])
 def test_a_round_trip_is_byte_identical_at_every_layout(tmp_path: Path, kind: str, layout: str) -> None:
-    if layout == "v5" and kind in ("kimi_k25", "qwen2_5_omni", "qwen3_omni_moe"):
+    if layout == "v5" and kind in ("kimi_k25", "nemotron_nano_v2_vl", "qwen2_5_omni", "qwen3_omni_moe"):
         pytest.skip("Transformers saves none under the names that it holds")
     source = make_wrapped(kind, tmp_path / "hf", layout="v5" if layout == "v5" else "v4")
     for tp, pp in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)):
@@ -142,6 +151,10 @@ def test_gemma_3_of_before_is_told_from_gemma_3_of_today(checkpoint: Callable[[s
         ("qwen3_vl", ("model.visual.blocks.0.attn.proj.weight", "model.visual.blocks.1.attn.proj.weight")),
         ("qwen2_5_vl", ("visual.blocks.0.norm1.weight", "visual.blocks.1.norm2.weight")),
         ("gemma3", ("multi_modal_projector.mm_input_projection_weight", "")),
+        ("nemotron_nano_v2_vl", ("mlp1.1.weight", "")),
+        pytest.param("nemotron_nano_v2_vl", _OF_RADIO, marks=pytest.mark.slow),
+        ("gemma4_e2b", ("model.embed_vision.embedding_projection.weight", "")),
+        pytest.param("gemma4_e2b", _EXCHANGED, marks=pytest.mark.slow),
     ],
 )
 def test_parity_finds_what_is_planted_in_a_tower(
@@ -229,7 +242,7 @@ def test_another_reading_of_images_fails_the_config_leg(checkpoint: Callable[[st
     [
         pytest.param(kind, marks=() if kind in ("qwen3_vl", "qwen2_5_vl") else pytest.mark.slow)
         for kind in TOWERS
-        if kind in TWINS or kind in ("mistral3", "internvl")
+        if kind in TWINS or kind in ("mistral3", "internvl", "gemma4_e2b")
     ],
 )
 def test_the_text_model_computes_what_transformers_computes(
@@ -248,6 +261,23 @@ PUBLISHED: dict[str, dict[str, object]] = {
     **dict.fromkeys(("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "llama4"), {}),
     **dict.fromkeys(("qwen3_vl_moe", "mistral3", "internvl"), _UNTIED),
     **dict.fromkeys(("qwen3_5_moe", "glm4v_moe"), {}),
+    # as published: gemma-4-26B-A4B, and E2B, which hears as well
+    "gemma4 26B-A4B": {
+        "text_config": load_config("gemma-4-26B-A4B"),
+        "vision_config": {
+            **{"head_dim": 72, "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16},
+            **{"num_hidden_layers": 27, "num_key_value_heads": 16, "standardize": True},
+        },
+    },
+    "gemma4 E2B": {
+        "text_config": {
+            **{"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35, "num_key_value_heads": 1},
+            **{"num_kv_shared_layers": 20, "use_double_wide_mlp": True, "final_logit_softcapping": 30.0},
+            "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+        },
+        "vision_config": {},
+        "audio_config": {},
+    },
 }
 
 
@@ -258,7 +288,7 @@ def test_every_tensor_of_a_published_size_has_its_place(kind: str) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
 
-    config = CONFIG_MAPPING[kind](**PUBLISHED[kind])
+    config = CONFIG_MAPPING[kind.partition(" ")[0]](**PUBLISHED[kind])
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}

@@ -18,6 +18,7 @@ from _trainings import Raw, raw, run_here, run_world
 from converters.errors import MbxError, UnsupportedError, UsageError
 from fixtures.seeing import EYES, image_chats, make_seeing
 from fixtures.wrapped import make_wrapped
+from mbx.formats.registry import open_hf
 from mbx.proof.legs import Leg
 from mbx.train.budget.predict import predict, stages
 from mbx.train.checkpoints.export import export_run
@@ -286,7 +287,7 @@ def seen_one_way(patch: pytest.MonkeyPatch) -> None:
     [
         ("qwen3_5", nothing),
         ("qwen3_5", shifted_position),
-        ("qwen3_5", features_dropped),
+        pytest.param("qwen3_5", features_dropped, marks=pytest.mark.slow),
         ("qwen2_5_vl", other_image),
         ("qwen2_5_vl", shifted_position),
         ("qwen2_5_vl", features_dropped),
@@ -400,6 +401,30 @@ def test_what_images_cannot_have_is_said(
 ) -> None:
     with pytest.raises(MbxError, match=said):
         prepare(parse_recipe(recipe(folder, "qwen3_vl", tmp_path, **sections)), dry=True)
+
+
+def test_prediction_layers_that_are_left_out_are_exported_from_a_checkpoint(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    asked = recipe(folder, "qwen3_5", tmp_path, run={"export_every": 1})
+    with pytest.raises(UnsupportedError, match="checkpoint's export alone"):
+        prepare(parse_recipe(asked), dry=True)
+    prepare(parse_recipe({**asked, "lora": LORA}), dry=True)
+    del asked["model"]["config"]
+    with pytest.raises(UnsupportedError, match="not what the tower makes of them"):
+        prepare(parse_recipe(asked), dry=True)
+
+
+@pytest.mark.slow
+def test_text_is_trained_between_two_kinds_of_layers(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Gemma 4 beside its towers, against its text model alone; the exported folder is whole."""
+    data: dict[str, object] = {"kind": "pattern", "path": "", "length": 32}
+    asked = recipe(folder, "gemma4", tmp_path / "run", data=data, train={"global_batch": 4, "micro_batch": 2})
+    report = verify_training(parse_recipe(asked), 4)
+    assert report is not None and report.passed, report.legs
+    run_here(asked)
+    exported, _ = export_run(tmp_path / "run", tmp_path / "out")
+    assert open_hf(exported).tensors.keys() == open_hf(folder("gemma4")).tensors.keys()
 
 
 def test_a_model_whose_images_are_not_trained_is_named(folder: Callable[[str], Path], tmp_path: Path) -> None:

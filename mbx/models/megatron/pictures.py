@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from converters.errors import UnsupportedError
 from converters.rows.expr import Value
 from mbx.models.megatron.rotary import axes_of_pairs, rotated_at
-from mbx.models.pictures import Seen
+from mbx.models.pictures import WINDOWED, Seen
 from mbx.models.prompts import Batch
 
 if TYPE_CHECKING:
@@ -28,9 +28,13 @@ def seeing(model: nn.Module, config: Mapping[str, Value], batch: Batch, seen: Se
     does not take.
     """
     assert batch.pictures is not None
-    with merged(model, batch.pictures.places(batch.ids), seen), contextlib.ExitStack() as undo:
+    here = batch.pictures.places(batch.ids)
+    with merged(model, here, seen), contextlib.ExitStack() as undo:
+        if batch.pictures.under:
+            _put_under(model, here, seen, undo)
         if batch.pictures.two_way:
-            _show_each_other(model, batch.pictures.numbers(batch.ids), undo)
+            windowed = batch.pictures.two_way == WINDOWED
+            _show_each_other(model, batch.pictures.numbers(batch.ids), undo, windowed_alone=windowed)
         undo.enter_context(turned(model, config, seen.positions))
         yield
 
@@ -63,10 +67,7 @@ def _merge(model: nn.Module, here: torch.Tensor, seen: Seen, undo: contextlib.Ex
 
     def place(module: nn.Module, given: object, embedded: torch.Tensor) -> torch.Tensor:
         del module, given
-        states = embedded.clone()  # [s, b, hidden]
-        mine, numbers = _part(here.to(states.device), states.shape[0])
-        states.transpose(0, 1)[mine] = seen.features.to(states)[numbers]
-        return states
+        return _placed(embedded, here, seen.features)
 
     def add(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         deeper = states.clone()
@@ -89,6 +90,14 @@ def _merge(model: nn.Module, here: torch.Tensor, seen: Seen, undo: contextlib.Ex
             undo.callback(layer.register_forward_pre_hook(deepen, with_kwargs=True).remove)
 
 
+def _placed(embedded: torch.Tensor, here: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """`embedded: [s, b, hidden]` of this rank's tokens with `features: [n, hidden]` at places `here: [b, s]`."""
+    states = embedded.clone()
+    mine, numbers = _part(here.to(states.device), states.shape[0])
+    states.transpose(0, 1)[mine] = features.to(states)[numbers]
+    return states
+
+
 def _part(here: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `here: [b, s]` the columns of a rank that holds `length` tokens, and the numbers of its tokens among all."""
     from mbx.models.megatron.core.groups import parallel_state
@@ -99,8 +108,36 @@ def _part(here: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return mine, numbers[:, first : first + length][mine]
 
 
-def _show_each_other(model: nn.Module, numbers: torch.Tensor, undo: contextlib.ExitStack) -> None:
-    """Tokens of one picture, by `numbers: [b, s]`, see each other both ways, in windowed layers too."""
+def _put_under(model: nn.Module, here: torch.Tensor, seen: Seen, undo: contextlib.ExitStack) -> None:
+    """Let layers that have inputs of their own take, at places `here: [b, s]`, the first token's and the features.
+
+    What hands these out is a hook of the embedding, behind one that scales it.
+    """
+    embedding = getattr(model, "embedding", None)
+    if embedding is None:
+        return
+    scale = cast("Any", model).config.hidden_size ** -0.5
+
+    def put(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        del module
+        ids = named["input_ids"]
+        return given, {**named, "input_ids": ids.where(~here.to(ids.device), ids[:, :1])}
+
+    def show(module: nn.Module, given: object, embedded: torch.Tensor) -> torch.Tensor:
+        del module, given
+        return _placed(embedded, here, seen.features * scale)
+
+    undo.callback(embedding.register_forward_pre_hook(put, with_kwargs=True).remove)
+    undo.callback(embedding.register_forward_hook(show, prepend=True).remove)
+
+
+def _show_each_other(
+    model: nn.Module, numbers: torch.Tensor, undo: contextlib.ExitStack, *, windowed_alone: bool
+) -> None:
+    """Tokens of one picture, by `numbers: [b, s]`, see each other both ways, in windowed layers as well or alone.
+
+    A window bounds what they see of one another behind them only where full layers have none of it.
+    """
     import torch
 
     from mbx.models.megatron.core.layers import FusedScaleMaskSoftmax
@@ -113,8 +150,11 @@ def _show_each_other(model: nn.Module, numbers: torch.Tensor, undo: contextlib.E
         raise UnsupportedError("pictures whose tokens see each other both ways need Megatron Core's local attention")
     for softmax in found:
         window = softmax.window_size
-        shown = (behind >= 0) if window is None else (behind >= 0) & (behind <= window[0])
-        hidden = ~(shown | same)[:, None]  # [b, 1, s, s]
+        if window is None and windowed_alone:
+            continue
+        reached = torch.ones_like(behind, dtype=torch.bool) if window is None else behind <= window[0]
+        shown = reached & ((behind >= 0) | same) if windowed_alone else (reached & (behind >= 0)) | same
+        hidden = ~shown[:, None]  # [b, 1, s, s]
 
         def mask(module: nn.Module, given: Any, hidden: torch.Tensor = hidden) -> Any:
             del module

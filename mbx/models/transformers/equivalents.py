@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from converters.rows.config_spelling import canonical
@@ -168,11 +168,17 @@ def _text_alone(model_type: str, layer: Callable[[Config, int, Weights], Weights
     )
 
 
+def _as_said(config: Config) -> dict[str, Any]:
+    """The text model's own config in its own spelling, over what is said around it: it turns by two rules."""
+    return {**{key: value for key, value in config.items() if key != "text_config"}, **config["text_config"]}
+
+
 #: How a text model's names begin inside a larger one, and alone.
 _INNER = {
     "language_model.model.": "model.",
     "model.language_model.": "model.",
     "thinker.model.": "model.",
+    "language_model.backbone.": "model.",
     "language_model.lm_head": "lm_head",
     "thinker.lm_head": "lm_head",
 }
@@ -180,6 +186,7 @@ _INNER = {
 _TOWERS = (
     *("vision_tower.", "vision_model.", "multi_modal_projector.", "mm_projector.", "visual.", "model.visual."),
     *("model.vision_tower.", "model.vision_model.", "model.multi_modal_projector."),
+    *("model.embed_vision.", "model.audio_tower.", "model.embed_audio.", "mlp1."),
     *("thinker.visual.", "thinker.audio_tower.", "talker.", "token2wav.", "code2wav."),
 )
 _SARVAM_NAMES = {
@@ -233,6 +240,7 @@ TWINS: Mapping[str, Twin] = {
     "mimo": Twin("qwen2", "Compared with Transformers' qwen2, which has the same decoder", {}, ("model.mtp_layers.",)),
     "kimi_k2": Twin("deepseek_v3", "Compared with Transformers' deepseek_v3, which has the same decoder", {}),
     "gemma3": _text_alone("gemma3_text"),
+    "gemma4": replace(_text_alone("gemma4_text"), config=_as_said),
     "llama4": _text_alone("llama4_text"),
     "qwen3_5": _text_alone("qwen3_5_text"),
     "qwen3_5_moe": _text_alone("qwen3_5_moe_text"),
@@ -244,6 +252,7 @@ TWINS: Mapping[str, Twin] = {
     "qwen3_vl_moe": _text_alone("qwen3_moe", _experts_last),
     "qwen3_omni_moe": _text_alone("qwen3_moe"),
     "glm4v_moe": _text_alone("glm4_moe"),
+    "NemotronH_Nano_VL_V2": _text_alone("nemotron_h"),
     "kimi_k25": _text_alone("deepseek_v3"),
 }
 #: Types of models around one of several text models.

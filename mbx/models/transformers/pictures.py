@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mbx.formats.hf import read_config
-from mbx.models.pictures import Pictures, Seen
+from mbx.models.pictures import EVERY, WINDOWED, Pictures, Seen
 from mbx.models.prompts import Batch
 from mbx.models.transformers.equivalents import Twin, twin_of
 from mbx.models.transformers.reference import transformers_config
@@ -27,10 +27,11 @@ _TEXT = (7, 5, 9)
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How the classes of one kind take pictures: `draw(config, generator)`, and how these see each other."""
+    """How the classes of one kind take pictures: `draw(config, generator)`, and what `Pictures` says of these."""
 
     draw: Callable[[Any, torch.Generator], Drawn]
-    two_way: bool = False
+    two_way: Callable[[Any], str] = lambda config: ""
+    under: Callable[[Any], bool] = lambda config: False
 
 
 def _patches(config: Any, generator: torch.Generator) -> Drawn:
@@ -79,6 +80,16 @@ def _sized(config: Any, generator: torch.Generator) -> Drawn:
     return [high * wide for high, wide in _GRIDS], {"pixel_values": pixels, "image_sizes": sizes}
 
 
+def _placed_patches(config: Any, generator: torch.Generator) -> Drawn:
+    """Flattened patches of each picture, and where each patch stands in it, across and down."""
+    import torch
+
+    vision, pooled = config.vision_config, config.vision_config.pooling_kernel_size
+    places = [torch.cartesian_prod(*(torch.arange(side * pooled) for side in sides)).flip(1) for sides in _GRIDS]
+    pixels = torch.rand(len(places), len(places[0]), 3 * vision.patch_size**2, generator=generator)
+    return [high * wide for high, wide in _GRIDS], {"pixel_values": pixels, "image_position_ids": torch.stack(places)}
+
+
 def _shuffled(ratio: Callable[[Any], float]) -> Callable[[Any], int]:
     """Tokens of a square picture whose patches are merged by `ratio(config)` of each side."""
 
@@ -98,7 +109,12 @@ def _pair(size: Any) -> tuple[int, int]:
 _PATCHES = Kind(_patches)
 #: Model type → how its class takes pictures.
 KINDS: Mapping[str, Kind] = {
-    "gemma3": Kind(_squares(lambda config: config.mm_tokens_per_image), two_way=True),
+    "gemma3": Kind(_squares(lambda config: config.mm_tokens_per_image), two_way=lambda config: EVERY),
+    "gemma4": Kind(
+        _placed_patches,
+        two_way=lambda config: WINDOWED if config.text_config.use_bidirectional_attention == "vision" else "",
+        under=lambda config: bool(config.text_config.hidden_size_per_layer_input),
+    ),
     "glm4v": _PATCHES,
     "glm4v_moe": _PATCHES,
     "internvl": Kind(_squares(_shuffled(lambda config: config.downsample_ratio))),
@@ -147,7 +163,9 @@ def pictured_pass(hf_dir: Path, vocab: int, seed: int) -> Batch | None:
     for number, count in enumerate(counts):
         parts.insert(2 * number + 1, torch.full((count,), token))
     ids = torch.cat(parts)
-    return Batch(ids[None], pictures=Pictures(token, inputs, kind.two_way))
+    if under := kind.under(config):
+        ids[0] = config.text_config.pad_token_id
+    return Batch(ids[None], pictures=Pictures(token, inputs, kind.two_way(config), under))
 
 
 def picture_token(config: Any, vocab: int) -> int | None:
@@ -156,11 +174,15 @@ def picture_token(config: Any, vocab: int) -> int | None:
     return named if isinstance(named, int) and 0 <= named < vocab else None
 
 
-def name_picture(frame: Any, token: int) -> None:
-    """Tell every part of a model that sees that `token`, and no other, stands for a picture or film."""
+def name_picture(frame: Any, token: int, under: int) -> None:
+    """Tell every part of a model that sees that `token`, and no other, stands for a picture, film or sound.
+
+    `under` is the token whose embedding stands there before its features do.
+    """
+    named = {"image_token_id": token, "video_token_id": -1, "audio_token_id": -1, "pad_token_id": under}
     for module in frame.modules():
         config = getattr(module, "config", None)
-        for name, value in (("image_token_id", token), ("video_token_id", -1)):
+        for name, value in named.items():
             if hasattr(config, name):
                 setattr(config, name, value)
 

@@ -47,7 +47,7 @@ class Tower(nn.Module):
         super().__init__()
         parts = PartialTransformers(folder, dtype)
         frame: Any = parts.frame((_TEXT, _PICTURE), towers=True)
-        name_picture(frame, _PICTURE)
+        name_picture(frame, _PICTURE, _TEXT)
         self.dtype = dtype
         # no module of its own: the tower is only its parts, not what is left of the text
         self.__dict__["frame"] = frame.to(device).eval().requires_grad_(False)

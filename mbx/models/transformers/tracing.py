@@ -66,8 +66,9 @@ def trace_transformers(
     takes = inspect.signature(type(frame).forward).parameters
     with torch.no_grad(), silent_transformers():
         for batch in batches:
-            if batch.pictures is not None:
-                name_picture(frame, int(torch.searchsorted(tokens, batch.pictures.token)))
+            if parts.towers:
+                token = -1 if batch.pictures is None else int(torch.searchsorted(tokens, batch.pictures.token))
+                name_picture(frame, token, int(torch.searchsorted(tokens, batch.ids[0, 0])))
             beside = _places(batch, device) | arguments(batch, takes, parts.dtype, device)
             try:
                 frame(torch.searchsorted(tokens, batch.ids).to(device), use_cache=False, **beside)
