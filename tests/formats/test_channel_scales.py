@@ -97,6 +97,10 @@ def test_before_rounding_it_is_the_same_model(home: Path, tmp_path: Path) -> Non
     assert torch.allclose(after[norm].bfloat16().float(), after[norm], rtol=1e-6), "a norm of 16 bits loses nothing"
     assert (logits(tmp_path / "same") - logits(home / "hf")).abs().max() <= 1e-4
 
+    run(plan_mcore_to_hf(home / "mcore", tmp_path / "bf16", Options(calibration=found)))
+    leg = next(leg for leg in parity(home / "hf", tmp_path / "bf16").legs if leg.name == "weights")
+    assert leg.status == "failed" and "differ by design" in leg.details[0]
+
 
 def test_after_rounding_it_is_nearer_on_tokens_not_seen(home: Path, tmp_path: Path) -> None:
     found, plain = read_calibration(home / "scales"), logits(home / "hf")
@@ -132,6 +136,17 @@ def test_a_scale_in_the_wrong_norm_is_found(home: Path, tmp_path: Path) -> None:
         legs = parity(home / "hf", tmp_path / name, forward=True).legs
         status[name] = next(leg.status for leg in legs if leg.name == "forward")
     assert status == {"right": "passed", "wrong": "failed"}
+
+
+def test_transformers_reads_the_scaled_folder(home: Path, tmp_path: Path) -> None:
+    """Its own loader, by compressed-tensors: nearer than what is rounded as it stands."""
+    pytest.importorskip("compressed_tensors", reason="it is not installed: `make codecs` brings it")
+    found, plain = read_calibration(home / "scales"), logits(home / "hf")
+    apart = []
+    for name, calibration in (("nearest", None), ("scaled", found)):
+        run(plan_mcore_to_hf(home / "mcore", tmp_path / name, Options(codec="int4_group", calibration=calibration)))
+        apart.append(float((logits(tmp_path / name) - plain).norm() / plain.norm()))
+    assert 0 < apart[1] < 0.9 * apart[0], apart
 
 
 def test_nvfp4_has_scales_of_inputs_of_the_scaled_model(home: Path, tmp_path: Path) -> None:
