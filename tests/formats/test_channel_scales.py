@@ -165,8 +165,21 @@ def test_nvfp4_has_scales_of_inputs_of_the_scaled_model(home: Path, tmp_path: Pa
     assert changed > 4
 
 
+def test_what_is_excluded_stays_to_the_byte(home: Path, tmp_path: Path) -> None:
+    options = Options(codec="int4_group", exclude=("*.layers.0.*",), calibration=read_calibration(home / "scales"))
+    run(plan_mcore_to_hf(home / "mcore", tmp_path / "q", options))
+    before, after = (load_file(folder / "model.safetensors") for folder in (home / "hf", tmp_path / "q"))
+    spared = [name for name in before if ".layers.0." in name]
+    assert all(torch.equal(before[name], after[name]) for name in spared)
+    norm = "model.layers.1.input_layernorm.weight"
+    assert not torch.equal(before[norm], after[norm])
+    assert parity(tmp_path / "q", home / "mcore", codec="int4_group", calibration=options.calibration).proved
+
+
 def test_scales_of_another_codec_or_model_are_refused(home: Path, tmp_path: Path) -> None:
     found = read_calibration(home / "scales")
+    job = plan_mcore_to_hf(home / "mcore", tmp_path / "q", Options(codec="fp8_tensor", calibration=found))
+    assert {name for name, _ in job.plan.updates} == {name for name in job.tensors if name.endswith(".input_scale")}
     unscaled = replace(found, scales={}, codec=None)
     with pytest.raises(UsageError, match="the calibration has no scales of channels"):
         plan_mcore_to_hf(home / "mcore", tmp_path / "q", Options(codec="int4_group", calibration=unscaled))
