@@ -6,7 +6,7 @@ attention.py, mlp.py, moe/, multi_latent_attention.py); a `…layer_norm_weight`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,16 +124,19 @@ def folds_in(table: Table, env: Env, present: Mapping[str, object] | None, keys:
     return [fold for rows in layers.values() for fold in folds_of(rows, env)]
 
 
-def changes_of(plan: Plan, folds: Sequence[Fold], calibration: Calibration) -> dict[str, Scaled]:
+def changes_of(
+    plan: Plan, folds: Sequence[Fold], calibration: Calibration, encoded: Collection[str] | None = None
+) -> dict[str, Scaled]:
     """What the scales of `calibration` change in each tensor of an export's `plan`, all of which are plain yet.
 
-    Raises UsageError for scales that are of no fold of this model.
+    Where tensors to be `encoded` are given, only those that one of them is multiplied by. Raises UsageError for scales
+    that are of no fold of this model.
     """
     whole = {(entry.tensor, entry.index, entry.fold): unit.shift for unit in plan.units for entry in unit.entries}
     shapes = {draft.name: draft.shape for draft in plan.drafts if (draft.name, (), 1) in whole}
     changes: dict[str, Scaled] = {}
     known = [fold for fold in folds if fold.name in calibration.scales]
-    for fold in known:
+    for fold in serving(known, encoded):
         scale = calibration.scales[fold.name]
         for name in fold.divided:
             _check(name, shapes.get(name, ())[:1], scale)
@@ -149,6 +152,13 @@ def changes_of(plan: Plan, folds: Sequence[Fold], calibration: Calibration) -> d
     for name in sorted(calibration.scales.keys() - {fold.name for fold in known})[:1]:
         _check(name, (), calibration.scales[name])
     return changes
+
+
+def serving(folds: Sequence[Fold], encoded: Collection[str] | None) -> list[Fold]:
+    """The folds some user of which is `encoded`; all of them for None."""
+    return [
+        fold for fold in folds if encoded is None or any(name in encoded for user in fold.users for name in user.hf)
+    ]
 
 
 def _check(name: str, size: Shape, scale: Vector) -> None:

@@ -16,7 +16,7 @@ from converters.mcore.layout import Layout
 from converters.rows.expr import Value
 from converters.stored import read_box
 from converters.tensors import Shape, StoredTensor
-from mbx.formats.files import MANIFEST, MANIFEST_BYTES, WAIVED_KEYS, FileSource
+from mbx.formats.files import MANIFEST, MANIFEST_BYTES, SCALED, WAIVED_KEYS, FileSource
 from mbx.formats.tensors import NamedTensors, Spec
 from mbx.untrusted.small_files import read_json
 
@@ -115,12 +115,24 @@ class Checkpoint(NamedTensors):
     @cached_property
     def waived_keys(self) -> tuple[str, ...]:
         """Unknown keys of config.json that were waived: now, or by the conversion that made this checkpoint."""
-        folders = dict.fromkeys((self.path, self.home, self.home.parent))
-        made = next((folder / MANIFEST for folder in folders if (folder / MANIFEST).is_file()), None)
-        waived = {} if made is None else read_json(made, MANIFEST_BYTES).get("waived")
+        waived = self._manifest.get("waived")
         keys = waived.get(WAIVED_KEYS) if isinstance(waived, dict) else None
         recorded = [str(key) for key in keys] if isinstance(keys, list) else []
         return tuple(dict.fromkeys((*self.allowed_keys, *recorded)))
+
+    @cached_property
+    def scaled(self) -> tuple[str, ...]:
+        """Tensors that the export which made this folder scaled the channels of, which leaves the model the same."""
+        found = self._manifest.get(SCALED)
+        return tuple(map(str, found)) if isinstance(found, list) else ()
+
+    @cached_property
+    def _manifest(self) -> Mapping[str, object]:
+        """What mbx wrote of how it made this checkpoint; empty where it did not."""
+        folders = dict.fromkeys((self.path, self.home, self.home.parent))
+        made = next((folder / MANIFEST for folder in folders if (folder / MANIFEST).is_file()), None)
+        found = {} if made is None else read_json(made, MANIFEST_BYTES)
+        return found if isinstance(found, dict) else {}
 
     def allowing(self, keys: Iterable[str]) -> Checkpoint:
         """The same, with more keys of its config.json waived."""

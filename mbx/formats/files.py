@@ -22,6 +22,8 @@ MANIFEST = "mbx_manifest.json"
 MANIFEST_BYTES = 1 << 30
 #: Where among its waivers the unknown keys of config.json stand.
 WAIVED_KEYS = "config_keys"
+#: Its list of tensors that scales of channels are folded into.
+SCALED = "scaled"
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 #: Bytes written at once. Linux gives a longer write larger pages (ext4 since 6.16), which are seldom the ones just
 #: freed: where a hypervisor must find memory for them first, writes of 4 MiB took three times the processor's time.

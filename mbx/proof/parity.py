@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,13 @@ from mbx.models.device import ONE_PROCESS, Spread, alone, is_main
 from mbx.models.prompts import DRAWN, Prompts
 from mbx.proof import config_leg, legs
 from mbx.proof.compare import PLAIN, Reading
-from mbx.proof.comparison import open_sides, pair_sides
+from mbx.proof.comparison import Pair, open_sides, pair_sides
 from mbx.proof.exported import exported_pair
 from mbx.proof.gaps import Gap, open_gaps
 from mbx.proof.legs import Difference, Dtypes, Leg, Status
 from mbx.proof.model_legs import Asked, model_legs
 from mbx.run.export_codec import PLAIN as PLAIN_CODEC
+from mbx.text import plural
 
 if TYPE_CHECKING:
     from mbx.models.forward.divergence import BorderDiff
@@ -142,7 +143,7 @@ def parity(
             str(first),
             str(second),
             "" if table is None else table.name,
-            (cover, config, found.leg, *ran.legs),
+            (cover, config, _told_of_scales(found.leg, held, calibration), *ran.legs),
             found.differences,
             legs.dtype_table(held),
             found.padding,
@@ -153,3 +154,17 @@ def parity(
             tuple(allow_gaps),
             is_main(),
         )
+
+
+def _told_of_scales(weights: Leg, pair: Pair, calibration: Calibration | None) -> Leg:
+    """The weights leg, which says first where tensors differ by design: a side's channels were scaled on export."""
+    scaled = [side for side in (pair.left, pair.right) if side.scaled]
+    if weights.status != "failed" or not scaled or calibration is not None:
+        return weights
+    said = [
+        f"`{side.path.name}` has scales of channels folded into {plural(len(side.scaled), 'tensor')}, which "
+        "differ by design: the forward leg says whether it is the same model, ‹codec› and ‹calibrate› whether "
+        "its codes are right"
+        for side in scaled
+    ]
+    return replace(weights, details=(*said, *weights.details))

@@ -16,7 +16,7 @@ from converters.engine.plan import Plan
 from converters.errors import UsageError
 from converters.planning.calibrated import WEIGHT, input_scales, measured_inputs
 from converters.planning.exporter import HfTensor
-from converters.planning.folds import Fold, folds_in
+from converters.planning.folds import Fold, folds_in, serving
 from converters.planning.fresh import choose
 from converters.rows.config_map import environment
 from converters.rows.expr import Value
@@ -101,9 +101,8 @@ def quantised_now(
     `exclude`: globs of modules that stay plain; `folds`: those whose scales in `calibration` are folded in. Raises
     UsageError where nothing is left to quantise, and for a calibration that is of another model.
     """
-    fresh, measured = FRESH[codec], None
-    if calibration is not None and fresh.inputs is not None:
-        measured = measured_inputs(plan, calibration, folds)
+    fresh, static = FRESH[codec], None if calibration is None else FRESH[codec].inputs
+    measured = None if calibration is None or static is None else measured_inputs(plan, calibration)
     found = choose(fresh, plan, exclude, measured)
     if not found.encode:
         hint = "leave it out, or fewer modules by ‹exclude›" if exclude else "leave it out"
@@ -115,8 +114,9 @@ def quantised_now(
         *_left_plain(codec, "were not measured", found.unmeasured),
     ]
     given: Mapping[str, Vector] = {}
-    if fresh.inputs is not None and measured is not None:
-        given = input_scales(fresh.inputs, [name.removesuffix(WEIGHT) for name in found.encode], measured)
+    if calibration is not None and static is not None:
+        measured = measured_inputs(plan, calibration, serving(folds, found.encode))
+        given = input_scales(static, [name.removesuffix(WEIGHT) for name in found.encode], measured)
         notes.append(f"{codec}: the scales of {len(given):,} inputs are those of the calibration, and fixed")
     written = fresh.config(found.plain, static=bool(given))
     return replace(codes, encode=found.encode, given=given, notes=(*notes, *found.in_vain), written=written)

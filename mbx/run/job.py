@@ -281,10 +281,12 @@ def export_plan(
     if options.exclude and options.codec not in FRESH:
         raise UsageError("‹exclude› is for a ‹codec› that is chosen now", hint=f"one of {', '.join(FRESH)}")
     folds = folds_for(options.codec, options.calibration, table, plan.config, recorded, opened.tensors)
-    scaled = changes_of(plan, folds, options.calibration) if options.calibration is not None and folds else {}
+    plain_plan, encoded = plan, None
     if options.codec in FRESH:
         codes = quantised_now(options.codec, codes, plan, options.exclude, options.calibration, folds)
-        plan, recorded_files = planned(codes), None
+        plan, recorded_files, encoded = planned(codes), None, codes.encode
+    measured = options.calibration
+    scaled = changes_of(plain_plan, folds, measured, encoded) if measured is not None and folds else {}
     plan = calibrated(plan, scaled, codes.given)
     folded = [f"scales of channels are folded into {len(scaled):,} tensors; the model is the same"] if scaled else []
     left_out = [f"not carried: {what}" for what in opened.left_out]

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.checksums import crc32
+from converters.engine.scaling import Scaled
 from converters.errors import StorageError, spelt
 from converters.mcore.keys import EMBEDDING, held_as
 from converters.tensors import StoredTensor, nbytes_of
-from mbx.formats.files import MANIFEST, MANIFEST_BYTES, WAIVED_KEYS
+from mbx.formats.files import MANIFEST, MANIFEST_BYTES, SCALED, WAIVED_KEYS
 from mbx.untrusted.names import is_inside
 from mbx.untrusted.small_files import read_json
 from mbx.version import __version__
@@ -96,6 +97,7 @@ def compose(
         },
         "dropped": list(plan.ledger.dropped),
         "beside": list(plan.ledger.beside),
+        SCALED: sorted(name for (name, _), change in plan.updates.items() if isinstance(change, Scaled)),
         "notes": list(map(spelt, plan.notes)),
         "files": {name: f"{crc:08x}" for name, crc in files.items()},
         "containers": {name: [size, f"{crc:08x}"] for name, (size, crc) in containers.items()},

@@ -152,3 +152,24 @@ def test_what_no_calibration_is_for_is_refused(home: Path, tmp_path: Path) -> No
     (tmp_path / "other.safetensors").write_bytes((home / "hf" / "model.safetensors").read_bytes())
     with pytest.raises(StorageError, match="is no calibration"):
         read_calibration(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said", "why"),
+    [
+        ({"a.max": torch.tensor([1.0, torch.nan])}, "{}", "no magnitudes"),
+        ({"a.mean": torch.tensor([-1.0])}, "{}", "no magnitudes"),
+        ({"a.scale": torch.tensor([0.0, 1.0])}, "{}", "no scales"),
+        ({"a.max": torch.ones(2, dtype=torch.float64)}, "{}", "is no calibration"),
+        ({"a.max": torch.ones(2, 2)}, "{}", "is no calibration"),
+        ({"a.weight": torch.ones(2)}, "{}", "is no calibration"),
+        ({"a.max": torch.ones(2)}, None, "is no calibration"),
+        ({"a.max": torch.ones(2)}, "[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_a_strangers_file_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], said: str | None, why: str
+) -> None:
+    save_file(tensors, tmp_path / "cal", metadata=None if said is None else {"mbx_calibration": said})
+    with pytest.raises(StorageError, match=why):
+        read_calibration(tmp_path / "cal")
