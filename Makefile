@@ -26,7 +26,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 CHECKS = smoke-core types parity-ci site tables contract lint
 TOGETHER = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: checks site pictures notebooks attack codecs mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
+.PHONY: checks site pictures notebooks attack kills codecs mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -75,6 +75,9 @@ mutants: $(READY)  ## try every table one step from a shipped one, and print whi
 
 attack: $(READY)  ## hostile files of every kind, 10000 each (INPUTS=…): refused, accepted, slowest, memory
 	MBX_ATTACK_INPUTS=$(or $(INPUTS),10000) $(BIN)/python -m pytest -s tests/attack
+
+kills: $(READY)  ## a run of four ranks that are killed and stopped, its disk full, its mount gone; KILLS=30, SEED=…
+	MBX_KILLS=$(or $(KILLS),30) MBX_KILLS_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/train/test_kills.py
 
 codecs: $(CODECS)/.ready  ## folders that compressed-tensors, bitsandbytes and Model Optimizer quantise, against what they decode
 	PYTHONPATH=$(CODECS) $(BIN)/python -m pytest -rs tests/formats/test_quantised_by_libraries.py

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from _torchrun import records, workers
+from _torchrun import start as torchrun
 from _trainings import raw
-
-from mbx.train.recipe.parse import parse_recipe
-from mbx.train.recipe.toml import dump_toml
 
 STEPS, RANKS = 30, 2
 
@@ -28,27 +25,7 @@ def start(folder: Path, restarts: int) -> subprocess.Popen[bytes]:
         data={"length": 64},
         run={"save_every": 4, "timeout_s": 20},
     )
-    file = folder / "recipe.toml"
-    file.write_text(dump_toml(parse_recipe(recipe).to_dict()))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    words = ["-m", "mbx", "train", "--recipe", str(file), "--continue", "-q"]
-    log = (folder / "log").open("ab")
-    command = [*torchrun, "--max-restarts", str(restarts), *words]
-    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def records(folder: Path) -> list[tuple[int, float]]:
-    """Step and loss of what the run has said so far, in order."""
-    path = folder / "run" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    read = [json.loads(line) for line in lines if line.endswith("}")]
-    return [(record["step"], record["loss"]) for record in read if record["kind"] == "step"]
-
-
-def workers(agent: int) -> list[int]:
-    """Processes of torchrun's ranks."""
-    children = Path(f"/proc/{agent}/task/{agent}/children")
-    return [int(word) for word in children.read_text().split()] if children.exists() else []
+    return torchrun(folder, recipe, RANKS, restarts)
 
 
 def disturb(folder: Path, process: subprocess.Popen[bytes], signals: list[int], seed: int) -> None:
@@ -63,9 +40,9 @@ def disturb(folder: Path, process: subprocess.Popen[bytes], signals: list[int], 
 def _disturb(folder: Path, process: subprocess.Popen[bytes], signals: list[int], seed: int) -> None:
     stream, until = random.Random(seed), time.monotonic() + 100 + 60 * len(signals)
     for number in signals:
-        seen = len(records(folder))
+        seen = len(records(folder / "run"))
         more = stream.randint(1, 6)
-        while process.poll() is None and len(records(folder)) < seen + more:
+        while process.poll() is None and len(records(folder / "run")) < seen + more:
             assert time.monotonic() < until
             time.sleep(0.02)
         if process.poll() is None and (found := workers(process.pid)):
@@ -75,7 +52,7 @@ def _disturb(folder: Path, process: subprocess.Popen[bytes], signals: list[int],
 
 def ended(folder: Path) -> dict[int, float]:
     """The loss of every step, as last said."""
-    return dict(records(folder))
+    return dict(records(folder / "run"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ metadata.json. An error there would end that rank, and leave the others waiting 
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -98,7 +99,13 @@ class Saving:
             self._process = multiprocessing.get_context("fork").Process(
                 target=request.async_fn, args=given, kwargs=request.async_fn_kwargs
             )
-            self._process.start()
+            collects = gc.isenabled()
+            gc.disable()  # a fork that collects would free what is another process's on the GPU
+            try:
+                self._process.start()
+            finally:
+                if collects:
+                    gc.enable()
         except Exception as error:
             self.failed.append(error)
 
