@@ -47,7 +47,7 @@ ON_A_CPU = (
     "gemma4_26b",
 )
 ELSEWHERE = (
-    *("lfm2", "lfm2_moe"),
+    *("lfm2", "lfm2_moe", "kimi_linear"),
     *("glm_5", "glm_5_2", "deepseek_v32"),
     "sarvam_moe",
     "bailing_moe_v2",
@@ -64,7 +64,7 @@ ELSEWHERE = (
 )
 ALL = (*ON_A_CPU, *ELSEWHERE)
 #: Families without a Transformers class, so without layout v5.
-REMOTE_CODE = ("kimi_k2", "sarvam_moe", "bailing_moe_v2", "deepseek", "step_3_5_flash")
+REMOTE_CODE = ("kimi_k2", "sarvam_moe", "bailing_moe_v2", "deepseek", "step_3_5_flash", "kimi_linear")
 LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
 LAYOUTS += [("step_3_5_flash_with_heads", "v4")]
 
@@ -173,6 +173,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "gemma4_text": ("gemma4_31b", "gemma4_e2b", "gemma4_26b"),
     "sarvam_moe": ("sarvam_moe",),
     "deepseek": ("deepseek",),
+    "kimi_linear": ("kimi_linear",),
     "step3p5": ("step_3_5_flash", "step_3_5_flash_with_heads"),
     "bailing_moe_v2": ("bailing_moe_v2",),
     "qwen3_next": ("qwen3_next",),

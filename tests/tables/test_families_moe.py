@@ -330,6 +330,13 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("gemma4_31b", "use_bidirectional_attention", "all"),
         ("gemma4_31b", "per_layer_config", {"2": {"head_dim": 16}, "5": {"head_dim": 32}}),
         ("mimo_v2_flash", "swa_v_head_dim", 16),
+        ("kimi_linear", "linear_attn_config", {"full_attn_layers": [4], "kda_layers": [1, 2]}),
+        (
+            "kimi_linear",
+            "linear_attn_config",
+            {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "gate_lower_bound": -5},
+        ),
+        ("kimi_linear", "mla_use_nope", False),
         ("step_3_5_flash", "rope_theta", [5000000.0, 10000.0, 10000.0, 500.0]),
         ("step_3_5_flash_with_heads", "layer_types", ["full_attention", *["sliding_attention"] * 3, "full_attention"]),
         ("step_3_5_flash", "moe_layers_enum", "2,3,4"),

@@ -129,6 +129,7 @@ def test_sidecars_are_written_for_all_but_what_neither_tool_builds() -> None:
         "lfm2_moe",
         "mimo_v2_flash",
         "step3p5",
+        "kimi_linear",
     }
     for name in NAMES:
         assert unlike(name, config_of_args(our_args(name))) == []
