@@ -102,7 +102,12 @@ def stale(device: str) -> list[str]:
     from mbx.tables import shipped
 
     kept = read_runs(MEASURED).get(device, {}).get("families", {})
-    return [name for name in scripts() if name not in kept or is_stale(kept[name], shipped(kept[name]["table"]))]
+    measured = {name: one for name, one in kept.items() if "table" in one}  # the others broke before they had one
+    return [
+        name
+        for name in scripts()
+        if name not in measured or is_stale(measured[name], shipped(measured[name]["table"]))
+    ]
 
 
 def scripts() -> dict[str, str]:
