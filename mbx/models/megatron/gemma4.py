@@ -66,7 +66,7 @@ class Gemma4Attention(KindAttention):
             submodules, own = copy(submodules), {**(kinds.windowed if windowed else {})}
             width = cast("int", own.get("kv_channels", config.kv_channels))
             submodules.linear_qkv = sized(submodules.linear_qkv, outputs=config.num_attention_heads * width)
-            submodules.k_layernorm = None
+            submodules.k_layernorm = IdentityOp  # Core 0.19 takes none for its own
         super().__init__(config, submodules, layer_number=layer_number, kinds=kinds, **keywords)
         if self.world_size > self.config.num_query_groups:
             raise UnsupportedError("Gemma 4's attention is built where ranks do not share keys and values")
