@@ -85,13 +85,17 @@ def start_world(
 
 
 def run_to_its_kill(job: dict[str, object], out: Path) -> None:
-    """Run one process until it kills itself, then the writers that it had started, if there are any."""
+    """Run one process until it kills itself, and see that the writers that it had started end with it."""
     (killed,) = start_world(1, [job], out, own_group=True)
     try:
         assert killed.wait(timeout=120) == -signal.SIGKILL
     finally:
         with contextlib.suppress(ProcessLookupError):
+            for _ in range(100):
+                os.killpg(killed.pid, 0)
+                time.sleep(0.1)
             os.killpg(killed.pid, signal.SIGKILL)
+            raise AssertionError("a writer outlives its rank")
 
 
 def run_world(
