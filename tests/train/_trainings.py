@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -84,12 +85,17 @@ def start_world(
 
 
 def run_to_its_kill(job: dict[str, object], out: Path) -> None:
-    """Run one process until it kills itself, then what it had started: writers, and Megatron Core's manager."""
+    """Run one process until it kills itself, and see that the writers that it had started end with it."""
     (killed,) = start_world(1, [job], out, own_group=True)
     try:
         assert killed.wait(timeout=120) == -signal.SIGKILL
     finally:
-        os.killpg(killed.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(100):
+                os.killpg(killed.pid, 0)
+                time.sleep(0.1)
+            os.killpg(killed.pid, signal.SIGKILL)
+            raise AssertionError("a writer outlives its rank")
 
 
 def run_world(

@@ -7,11 +7,14 @@ metadata.json. An error there would end that rank, and leave the others waiting 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import multiprocessing
 import os
 import pickle
 import queue
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +33,26 @@ _ALONE = (
 )
 #: What gives a writer the queue for its results; a release has one of the two.
 _QUEUES = ("_get_write_results_queue", "get_write_results_queue")
+
+
+#: The process whose forks are writers at the moment, 0 while it writes nothing.
+_writing = 0
+#: prctl's PR_SET_PDEATHSIG, of Linux.
+_DIES_WITH_PARENT = 1
+
+
+def _die_with_parent() -> None:
+    """In a writer that was forked: end when the rank does, which may be killed and nobody waits for the rest then."""
+    global _writing
+    if not _writing or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != _writing:  # it has ended before
+        os._exit(1)
+    _writing = os.getpid()  # one that writes in several processes forks them
+
+
+os.register_at_fork(after_in_child=_die_with_parent)
 
 
 class Results:
@@ -87,9 +110,11 @@ class Saving:
 
     def write(self, *, beside: bool) -> None:
         """Write this rank's tensors; `beside`: a forked process does, which holds them as they are now."""
+        global _writing
         request = self._request
         if request.async_fn is None:
             return
+        _writing = os.getpid()
         try:
             rank, buckets, results = request.async_fn_args
             given = (rank, buckets if request.preload_fn is None else request.preload_fn(), results)
@@ -108,6 +133,8 @@ class Saving:
                     gc.enable()
         except Exception as error:
             self.failed.append(error)
+        finally:
+            _writing = 0
 
     @property
     def writes(self) -> bool:
