@@ -217,10 +217,12 @@ def _renumbered(row: Row, layer: int | None, index: int | None, expert: int | No
     moved = replace(row, layer=layer, index=index, expert=expert)
     names = []
     for template, name in zip(row.spec.hf, row.hf, strict=True):
-        prefix = name.removesuffix(filled(template, row))
+        own = filled(template, row)
+        # a name that the table spells in another way, as it may those outside of blocks, stays but for its layer
+        prefix, end = (name.removesuffix(own), filled(template, moved)) if name.endswith(own) else (name, "")
         if layer != row.layer:
-            prefix = re.sub(rf"(?<=\.){row.layer}(?=\.)", str(layer), prefix)
-        names.append(prefix + filled(template, moved))
+            prefix = re.sub(rf"(?<=\.){row.layer}(?=\.)", str(layer), prefix, count=1)
+        names.append(prefix + end)
     return replace(moved, hf=tuple(names))
 
 

@@ -124,7 +124,8 @@ def _parameters(chunks: Sequence[DistributedDataParallel]) -> list[tuple[str, to
 def _export(found: Pass, prepared: Prepared, recipe: Recipe, trainer: Trainer, work: Path, name: str) -> None:
     """Save what the parameters hold as a run's checkpoint, and export it as one."""
     folder = work / name
-    saved = replace(recipe, run=replace(recipe.run, dir=str(folder), save_optimizer=False, save_async=False))
+    run = replace(recipe.run, dir=str(folder), save=True, save_optimizer=False, save_async=False)
+    saved = replace(recipe, run=run)
     state = LoopState(1, 0.0, trainer.base, prepared.ranks.world_size, "", prepared.plan.padded_vocab)
     if prepared.ranks.is_main:
         folder.mkdir(parents=True)

@@ -103,7 +103,7 @@ def _settled(recipe: Recipe, work: Path, lines: Sequence[str]) -> Recipe:
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         data = replace(data, path=str(path))
     model = replace(recipe.model, config={**recipe.model.config, "hidden_dropout": 0.0, "attention_dropout": 0.0})
-    run = replace(recipe.run, dir=str(work / "run"), tensorboard=False, wandb="", save_async=False)
+    run = replace(recipe.run, dir=str(work / "run"), save=False, tensorboard=False, wandb="", save_async=False)
     return replace(
         recipe,
         data=data,
