@@ -242,3 +242,11 @@ def test_scaled_it_is_the_same_model_in_every_family(family: str, tmp_path: Path
     assert len(found.scales) >= 4
     forward = next(leg for leg in parity(hf, same, forward=True).legs if leg.name == "forward")
     assert forward.status == "passed", forward
+
+
+def test_matrices_that_a_codec_cannot_hold_are_the_reason_given(tmp_path: Path) -> None:
+    """Not the norms before them: no channel was even tried."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"number {n} of several"}) + "\n" for n in range(60)))
+    with pytest.raises(UnsupportedError, match="has a shape that the codec holds"):
+        mbx.calibrate(LLAMA, str(data), codec="int4_group", length=64)

@@ -79,6 +79,11 @@ def measure_inputs(
     found = inputs.found()
     if codec is None or scales is None:
         return found
+    if not scales.held and not scales.refused:
+        raise UnsupportedError(
+            f"no channel of `{table.name}` can be scaled for {codec}: no matrix behind a norm or product has a shape "
+            "that the codec holds"
+        )
     if not scales.held:
         raise UnsupportedError(
             f"no channel of `{table.name}` can be scaled for {codec}: in no layer does one norm or product make what "
