@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,12 @@ def test_no_file_is_longer_than_one_reads(package: str) -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / package).rglob("*.py")}
     assert len(lengths) > 50
     assert {str(path): length for path, length in lengths.items() if length > MOST_LINES} == {}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_nothing_lies_about_at_the_top() -> None:
+    """Folders that are tracked: what a trial leaves behind in a checkout is easily added with the rest."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = {name.partition("/")[0] for name in tracked.splitlines() if "/" in name}
+    code = {"mbx", "converters", "mappings", "tests", "fixtures", "benchmarks", "pages"}
+    assert folders == code | {".ci", "docker", "docs", "examples"}
