@@ -103,7 +103,9 @@ def _check_widths(table: Table, before: Fields, after: Fields, kept: Kept) -> No
         raise UnsupportedError(
             "this model takes the norm of its queries and keys over all heads: without some, the others' would change"
         )
-    if before.get("heterogeneous_block_specs"):
+    of_windows = {key: value for key, value in before.items() if key.startswith("windowed_") and value is not None}
+    apart = any(value != before.get(key.removeprefix("windowed_")) for key, value in of_windows.items())
+    if before.get("heterogeneous_block_specs") or apart:
         raise UnsupportedError("layers of this model have widths of their own: only whole layers are pruned")
     env, narrow = environment(before), environment(after)
     sizes, others = table.dims_at(env), table.dims_at(narrow)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from converters.errors import MbxError, UsageError
+from converters.errors import MbxError, UnsupportedError, UsageError
 from converters.mcore.cuts import is_vocab
 from converters.mcore.flavours import flavoured
 from converters.mcore.layout import Layout, count_of
@@ -138,6 +138,9 @@ class Live:
             load_checkpoint(self.model.chunks(), source, self.source.fields, self.source.table, layout)
             return
         stream = self.stream(dtype="model")
+        if stream.spread:
+            fact = f"`{stream.spread}` has one row for several of the model, of which tensors fill the first alone"
+            raise UnsupportedError(fact, hint="load a folder, or a checkpoint")
         filler = Filler(self.model.views(), self.world, stream.specs, stream.boxes, self.left_out)
         for name, tensor in source:
             filler.take(name, tensor)

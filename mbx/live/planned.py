@@ -33,6 +33,12 @@ class Stream:
     specs: tuple[TensorSpec, ...]
     boxes: Mapping[str, tuple[Box, ...]]
 
+    @property
+    def spread(self) -> str:
+        """A tensor that has one row for several of the model's; empty where there is none."""
+        moves = (move for unit in self.plan.units for move in unit.moves)
+        return next((move.target.tensor for move in moves if move.target.slot.times > 1), "")
+
 
 def plan_stream(
     source: Source, held: Mapping[str, StoredTensor], experts: Experts, dtype: str | None, exact_norms: bool

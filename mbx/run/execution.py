@@ -18,7 +18,15 @@ from mbx.formats.files import FileSink, FileSource
 from mbx.run import journal
 from mbx.run.commit import PartialFolder, check_free_space, partial_path
 from mbx.run.ranks import ALONE, Share, Team, World, shares
-from mbx.run.side_files import check_equal, file_names, manifest_text, write_file, write_headers, write_side_files
+from mbx.run.side_files import (
+    check_equal,
+    check_repeated,
+    file_names,
+    manifest_text,
+    write_file,
+    write_headers,
+    write_side_files,
+)
 
 if TYPE_CHECKING:
     from mbx.run.job import Job
@@ -62,6 +70,7 @@ class _Run:
         with PartialFolder(job.target, resume=options.resume, overwrite=options.overwrite) as folder:
             check_free_space(job.target, job.output_bytes)
             check_equal(job, self.source)
+            check_repeated(job, self.source)
             base = _base(job, folder.path)
             header, found = self._open_journal(folder)
             with _sink(job, base) as sink:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from converters.checksums import crc32
 from converters.errors import CoverageError
+from converters.stored import read_rows
 from converters.tensors import StoredTensor
 from mbx.formats import hf, torch_dist
 from mbx.formats.files import FileSink, FileSource, os_failure
@@ -42,6 +43,25 @@ def check_equal(job: Job, source: FileSource) -> None:
                 if not job.plan.direction.startswith("adapter")
                 else "one linear shares one lora_A: leave out ‹fused› to keep them apart",
             )
+
+
+def check_repeated(job: Job, source: FileSource) -> None:
+    """Rows of the source of which the target keeps one must be the same: what the others say would be lost.
+
+    Megatron Core trains a gate for each channel where a model has one for a head.
+    """
+    for move in (move for unit in job.plan.units for move in unit.moves if move.target.slot.times > 1):
+        region, times, tensor = move.source, move.target.slot.times, job.plan.sources[move.source.tensor]
+        for group in range(region.slot.groups):
+            first = group * region.slot.stride + region.slot.start
+            rows = read_rows(tensor, source, region.index, first, region.slot.size)
+            alike = rows.reshape(-1, times, rows.shape[1])
+            if (alike != alike[:, :1]).any():
+                raise CoverageError(
+                    f"`{move.target.tensor}` has one row for {times} of `{tensor.name}`; those from {first} on differ",
+                    hint="another trainer gave each of them a value of its own, which this format cannot hold; "
+                    "`mbx train` keeps them alike",
+                )
 
 
 def _as_stored(job: Job, name: str) -> Mapping[str, StoredTensor]:

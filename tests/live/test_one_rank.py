@@ -289,3 +289,16 @@ def test_megatron_bridges_names(tiny: Path, tmp_path: Path) -> None:
         bridge.load_hf_weights(chunks, allowed_mismatched_params=["output_layer.weight"])
     with pytest.raises(UsageError, match="no adapters"):
         list(bridge.export_adapter_weights(chunks))
+
+
+def test_a_row_that_stands_for_several_is_filled_from_folders(tmp_path: Path) -> None:
+    """A gate a head, which the model holds for each channel: all of them, or none where tensors name one."""
+    folder = make("step_3_5_flash", tmp_path / "hf")
+    chunks, live = loaded(folder)
+    expected = read_folder(folder)
+    given = dict(live.export())
+    assert given.keys() == expected.keys() and all(same_bytes(given[name], expected[name]) for name in expected)
+    gates = chunks[0].get_parameter("decoder.layers.0.self_attention.linear_qkv.weight").view(4, 6, 8, 32)[:, 2:4]
+    assert torch.equal(gates, gates[:, :, :1].expand_as(gates))
+    with pytest.raises(UnsupportedError, match="one row for several of the model"):
+        live.load(iter(expected.items()))

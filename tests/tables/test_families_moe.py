@@ -56,6 +56,7 @@ from converters.planning.importer import plan_import  # noqa: E402
 from converters.rows.expr import Value  # noqa: E402
 from fixtures.index import Header, load_index  # noqa: E402
 from mappings import table_text  # noqa: E402
+from mbx.formats.registry import open_megatron  # noqa: E402
 from mbx.models.megatron.build import build_model  # noqa: E402
 from mbx.models.megatron.config import transformer_config  # noqa: E402
 from mbx.models.megatron.core.cpu import megatron_on_cpu  # noqa: E402
@@ -187,6 +188,20 @@ def test_rows_of_one_gate_are_alike_in_what_is_saved() -> None:
             assert torch.equal(gate, gate[:, :, :1].expand_as(gate)) and not torch.equal(
                 query[:, :, 0], query[:, :, 1]
             )
+
+
+def test_rows_of_one_gate_that_differ_are_not_exported(tmp_path: Path) -> None:
+    """Megatron Core and Megatron-Bridge train each of them; the folder has room for one."""
+    imported(made("step_3_5_flash", tmp_path / "hf"), tmp_path / "mcore")
+    opened = open_megatron(tmp_path / "mcore")
+    (chunk,) = opened.tensors["decoder.layers.1.self_attention.linear_qkv.weight"].chunks
+    row = 3 * 8 + 1  # the second channel of the first head's gate, behind three heads of queries of eight channels
+    with (opened.iteration / chunk.file).open("r+b") as file:
+        file.seek(opened.source.data_start(chunk) + 2 * 32 * row)
+        file.write(b"\x40\x40")
+    with pytest.raises(CoverageError, match="has one row for 8 of .*those from 24 on differ"):
+        run(plan_mcore_to_hf(tmp_path / "mcore", tmp_path / "back", Options(sync=False)))
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_prediction_head_of_its_own_is_refused(tmp_path: Path) -> None:
