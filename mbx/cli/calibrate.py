@@ -48,11 +48,12 @@ def calibration_of(
             f"‹dry-run› measures nothing, and `{asked}` is data",
             hint=f"mbx calibrate {source} {asked} -o my.cal, and ‹calibrate› my.cal",
         )
+    from converters.codecs.fresh import FRESH
     from mbx.run.export_codec import check_calibrated
     from mbx.train.calibration import calibrate as measured
 
     check_calibrated(codec)
-    scaled = codec if codec in ScaledCodec.__members__ else None
+    scaled = codec if FRESH[codec].scaled else None
     out.detail(f"measuring {source} on {asked}")
     return measured(source, asked, codec=scaled, mapping=mapping, hf_config=hf_config)
 

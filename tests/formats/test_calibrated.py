@@ -14,9 +14,13 @@ from test_quantised_now import MODELS
 from transformers import AutoModelForCausalLM
 
 from converters.codecs.calibration import Calibration
+from converters.codecs.fresh import FRESH
 from converters.errors import StorageError, UsageError
+from mbx.cli.calibrate import ScaledCodec
+from mbx.cli.options import CodecChoice
 from mbx.models.transformers.calibration import measure_inputs
 from mbx.proof.parity import parity
+from mbx.run import export_codec
 from mbx.run.calibration_file import calibration_bytes, read_calibration
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import table_for
@@ -173,3 +177,9 @@ def test_a_strangers_file_is_refused(
     save_file(tensors, tmp_path / "cal", metadata=None if said is None else {"mbx_calibration": said})
     with pytest.raises(StorageError, match=why):
         read_calibration(tmp_path / "cal")
+
+
+def test_the_command_line_offers_the_codecs_that_there_are() -> None:
+    """Its lists stand apart, so that asking for help imports none of them."""
+    assert [choice.value for choice in CodecChoice] == list(export_codec.CODECS)
+    assert [choice.value for choice in ScaledCodec] == [name for name, fresh in FRESH.items() if fresh.scaled]
