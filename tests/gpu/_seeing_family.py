@@ -6,6 +6,7 @@ and `+tower`.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found)
 
     with without_kernels():  # a class that is imported with them keeps them
         source = make_wrapped(name.removesuffix(WITH_TOWER), work / "hf")
+    if name.startswith("qwen3_5"):
+        _condition(source / "config.json")
     job = plan_hf_to_mcore(source, work / "mcore", Options(sync=False))
     table = job.plan.table
     found.update(table=table.name, sha256=shipped(table.name).digest)  # of the file, of which a plan may take a part
@@ -41,7 +44,7 @@ def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found)
         {leg: {"status": legs[leg].status, "summary": legs[leg].summary} for leg in ("cover", "config", "weights")}
     )
     forward = legs["forward"]
-    if table.unsupported or forward.status == "not run":
+    if table.unsupported or not forward.figures:
         found["reason"] = table.unsupported or " ".join([forward.summary, *forward.details[:2]])
         return
     if not any(line.startswith("reached") and "pictures" in line for line in forward.details):
@@ -73,6 +76,14 @@ def _figures(leg: Leg) -> Found:
     }
 
 
+def _condition(file: Path) -> None:
+    """A larger epsilon: a drawn delta net's output is next to nothing here and there, where its norm would make the
+    rounding of either library the figure."""
+    config = json.loads(file.read_text("utf-8"))
+    config["text_config"]["rms_norm_eps"] = 0.1
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def _exchange_rows(folder: Path) -> str:
     """Exchange the first two rows of a weight of the text model's first layer in a folder; the weight's name."""
     from safetensors.torch import load_file, save_file
@@ -80,7 +91,8 @@ def _exchange_rows(folder: Path) -> str:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     first = sorted(name for name in tensors if "layers.0." in name)  # a text model's come before its tower's
-    name = next(name for kind in ("gate_proj.weight", "q_proj.weight") for name in first if name.endswith(kind))
+    kinds = ("gate_proj.weight", "q_proj.weight", "in_proj.weight")
+    name = next(name for kind in kinds for name in first if name.endswith(kind))
     tensors[name][[0, 1]] = tensors[name][[1, 0]]
     save_file(tensors, file, metadata={"format": "pt"})
     return name

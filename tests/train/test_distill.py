@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import weakref
 from pathlib import Path
 from typing import TypeAlias
 
@@ -103,6 +104,19 @@ def test_the_likeliest_and_the_rest_are_a_divergence(drawn: tuple[torch.Tensor, 
         gap = rest[0].exp() * (among[0].exp() * (among[0] - among[1]) * ~known).sum(-1)
         torch.testing.assert_close(hidden, gap.detach(), atol=1e-9, rtol=1e-6)
     assert (hidden > -1e-9).all()
+
+
+def test_a_kept_loss_keeps_no_teacher(drawn: tuple[torch.Tensor, ...]) -> None:
+    """Schedules hold a micro-batch's loss while the next one runs forward: the teacher's logits are gone by then."""
+    z, t, _, _ = drawn
+    spoken = t.clone()
+    gone = weakref.ref(spoken)
+    term = Whole(spoken, held(), 1.0, 1.0)
+    found, _ = total_loss(z.clone().requires_grad_() * 1, [term], One())  # type: ignore[arg-type]
+    del spoken, term
+    assert gone() is not None
+    found.sum().backward()
+    assert gone() is None
 
 
 def test_extremes_stay_finite() -> None:

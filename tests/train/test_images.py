@@ -111,6 +111,30 @@ def test_adapters_learn_what_peft_learns_of_transformers_model(
     assert report is not None and not unlike(kind, report.legs)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+def test_what_is_recorded_has_one_shape_and_says_the_same(
+    folder: Callable[[str], Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches with and without images, as a CUDA graph is given them, have the losses of those as they are."""
+    chats = image_chats(tmp_path / "chats", 8)
+    lines = chats.read_text("utf-8").splitlines()
+    text = {"messages": [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "one or two"}]}
+    lines[1] = lines[5] = json.dumps(text)
+    chats.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    own = {"data": {"path": str(chats)}, "train": {"global_batch": 4, "micro_batch": 1}}
+    plain = run_here(recipe(folder, kind, tmp_path / "plain", lora=LORA, **own))
+    shapes, look = set(), sight.Seeing.look
+
+    def recorded(self: sight.Seeing, batch: Any, **_: object) -> Any:
+        found = look(self, batch, recorded=True)
+        shapes.add(tuple((name, value.shape) for name, value in found.items() if value is not None))
+        return found
+
+    monkeypatch.setattr(sight.Seeing, "look", recorded)
+    assert run_here(recipe(folder, kind, tmp_path / "recorded", lora=LORA, **own)) == plain
+    assert len({tuple(one for one in found if one[0] != "padding") for found in shapes}) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "glm4v", "qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize("lora", [{}, LORA], ids=["all", "lora"])

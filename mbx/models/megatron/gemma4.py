@@ -166,8 +166,10 @@ class Gemma4Layer(TransformerLayer):  # type: ignore[misc]  # megatron is untype
         return replace(entry, key=key, **stack)
 
 
-#: Norms that are modules of a linear here and of the layer in the checkpoint.
+#: Norms that are of a linear here, on GPUs those before one too, and modules of the layer in the checkpoint.
 _NORMS: Mapping[str, str] = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
     "self_attention.linear_proj.post_layernorm.": "post_self_attn_layernorm.",
     "mlp.linear_fc2.post_layernorm.": "post_mlp_layernorm.",
 }

@@ -6,7 +6,7 @@ Megatron Core's own GPTModel has none of it; what is added here is hooks, for th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from converters.errors import UnsupportedError
@@ -29,9 +29,10 @@ def seeing(model: nn.Module, config: Mapping[str, Value], batch: Batch, seen: Se
     """
     assert batch.pictures is not None
     here = batch.pictures.places(batch.ids)
-    with merged(model, here, seen), contextlib.ExitStack() as undo:
+    wide = spread(here, seen)
+    with merged(model, here, wide), contextlib.ExitStack() as undo:
         if batch.pictures.under:
-            _put_under(model, here, seen, undo)
+            _put_under(model, here, wide[0], undo)
         if batch.pictures.two_way:
             windowed = batch.pictures.two_way == WINDOWED
             _show_each_other(model, batch.pictures.numbers(batch.ids), undo, windowed_alone=windowed)
@@ -39,20 +40,34 @@ def seeing(model: nn.Module, config: Mapping[str, Value], batch: Batch, seen: Se
         yield
 
 
+def spread(here: torch.Tensor, seen: Seen) -> list[torch.Tensor]:
+    """What a tower has `seen`, at its tokens `here: [b, s]` and 0 elsewhere: [b, s, hidden] of the embeddings, and of
+    each layer that it adds to."""
+    found = []
+    for features in (seen.features, *seen.deepstack):
+        empty = features.new_zeros(*here.shape, features.shape[-1])
+        found.append(empty.masked_scatter(here[..., None].to(features.device), features))
+    return found
+
+
 @contextlib.contextmanager
-def merged(model: nn.Module, here: torch.Tensor, seen: Seen) -> Iterator[None]:
-    """Make a stage of `model` take what a tower has `seen` of the tokens `here: [b, s]`; nothing of it changes where
-    it has neither the embedding nor the first layers. Sequence parallelism gives each rank its part."""
+def merged(model: nn.Module, here: torch.Tensor, wide: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Make a stage of `model` take what a tower has seen of the tokens `here: [b, s]`, `spread` out; nothing of it
+    changes where it has neither the embedding nor the first layers. Sequence parallelism gives each rank its part.
+
+    No shape depends on how many tokens there are, so that a pass can be recorded.
+    """
     with contextlib.ExitStack() as undo:
-        _merge(model, here, seen, undo)
+        _merge(model, here, wide, undo)
         yield
 
 
 def turned(
-    model: nn.Module, config: Mapping[str, Value], positions: torch.Tensor | None
+    model: nn.Module, config: Mapping[str, Value], positions: torch.Tensor | None, count: int | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Make `model` turn by `positions: [3, b, s]` of time, height and width; by its own count where they are None."""
-    return rotated_at(model, positions, () if positions is None else _axes(config))
+    """Make `model` turn by `positions: [3, b, s]` of time, height and width, all below `count`; by its own count where
+    they are None."""
+    return rotated_at(model, positions, () if positions is None else _axes(config), count)
 
 
 def _axes(config: Mapping[str, Value]) -> list[int]:
@@ -62,54 +77,49 @@ def _axes(config: Mapping[str, Value]) -> list[int]:
     return axes_of_pairs(cast("list[int]", sections), bool(config.get("vision.mrope_interleaved")))
 
 
-def _merge(model: nn.Module, here: torch.Tensor, seen: Seen, undo: contextlib.ExitStack) -> None:
+def _merge(model: nn.Module, here: torch.Tensor, wide: Sequence[torch.Tensor], undo: contextlib.ExitStack) -> None:
     """Features in place of embeddings `here: [b, s]`, and deepstack's behind the first layers."""
+    features, *deepstack = wide
 
     def place(module: nn.Module, given: object, embedded: torch.Tensor) -> torch.Tensor:
         del module, given
-        return _placed(embedded, here, seen.features)
+        return _placed(embedded, here, features)
 
     def add(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        deeper = states.clone()
-        mine, numbers = _part(here.to(states.device), states.shape[0])
-        deeper.transpose(0, 1)[mine] += features.to(states)[numbers]
-        return deeper
+        return states + _part(features, states)
 
     if (embedding := getattr(model, "embedding", None)) is not None:
         undo.callback(embedding.register_forward_hook(place).remove)
     layers = {layer.layer_number: layer for layer in cast("Any", model).decoder.layers}
-    for number, features in enumerate(seen.deepstack):
+    for number, deeper in enumerate(deepstack):
         # Before the layer behind: what is recorded behind this one is without them, as in Transformers.
-        def deepen(module: nn.Module, given: Any, named: Any, features: torch.Tensor = features) -> Any:
+        def deepen(module: nn.Module, given: Any, named: Any, deeper: torch.Tensor = deeper) -> Any:
             del module
             if given:
-                return (add(given[0], features), *given[1:]), named
-            return given, {**named, "hidden_states": add(named["hidden_states"], features)}
+                return (add(given[0], deeper), *given[1:]), named
+            return given, {**named, "hidden_states": add(named["hidden_states"], deeper)}
 
         if (layer := layers.get(number + 2)) is not None:
             undo.callback(layer.register_forward_pre_hook(deepen, with_kwargs=True).remove)
 
 
 def _placed(embedded: torch.Tensor, here: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """`embedded: [s, b, hidden]` of this rank's tokens with `features: [n, hidden]` at places `here: [b, s]`."""
-    states = embedded.clone()
-    mine, numbers = _part(here.to(states.device), states.shape[0])
-    states.transpose(0, 1)[mine] = features.to(states)[numbers]
-    return states
+    """`embedded: [s, b, hidden]` of this rank's tokens with `features: [b, s, hidden]` at places `here: [b, s]`."""
+    return _part(features, embedded).where(_part(here[..., None], embedded).bool(), embedded)
 
 
-def _part(here: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `here: [b, s]` the columns of a rank that holds `length` tokens, and the numbers of its tokens among all."""
+def _part(whole: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Of `whole: [b, s, …]` the tokens of a rank whose `states` are [its s, b, hidden], as these lie."""
     from mbx.models.megatron.core.groups import parallel_state
 
-    numbers = here.flatten().long().cumsum(0).view_as(here) - 1
-    first = 0 if length == here.shape[1] else parallel_state.get_tensor_model_parallel_rank() * length
-    mine = here[:, first : first + length]
-    return mine, numbers[:, first : first + length][mine]
+    length = states.shape[0]
+    first = 0 if length == whole.shape[1] else parallel_state.get_tensor_model_parallel_rank() * length
+    return whole[:, first : first + length].transpose(0, 1).to(states).contiguous()
 
 
-def _put_under(model: nn.Module, here: torch.Tensor, seen: Seen, undo: contextlib.ExitStack) -> None:
-    """Let layers that have inputs of their own take, at places `here: [b, s]`, the first token's and the features.
+def _put_under(model: nn.Module, here: torch.Tensor, features: torch.Tensor, undo: contextlib.ExitStack) -> None:
+    """Let layers that have inputs of their own take, at places `here: [b, s]`, the first token's and the features,
+    [b, s, hidden].
 
     What hands these out is a hook of the embedding, behind one that scales it.
     """
@@ -125,7 +135,7 @@ def _put_under(model: nn.Module, here: torch.Tensor, seen: Seen, undo: contextli
 
     def show(module: nn.Module, given: object, embedded: torch.Tensor) -> torch.Tensor:
         del module, given
-        return _placed(embedded, here, seen.features * scale)
+        return _placed(embedded, here, features * scale)
 
     undo.callback(embedding.register_forward_pre_hook(put, with_kwargs=True).remove)
     undo.callback(embedding.register_forward_hook(show, prepend=True).remove)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,22 +22,25 @@ _FULL = "full_attention"
 
 
 @contextlib.contextmanager
-def rotated_at(model: nn.Module, positions: torch.Tensor | None, axes: Sequence[int] = ()) -> Iterator[None]:
+def rotated_at(
+    model: nn.Module, positions: torch.Tensor | None, axes: Sequence[int] = (), count: int | None = None
+) -> Iterator[None]:
     """Make the rotary tables of `model` those of `positions`; mcore itself counts 0, 1, 2, … from the length.
 
     `positions: [s]`, or `[3, b, s]` by time, height and width, of which `axes` names the one that each pair of
-    dimensions turns by. Raises LayoutError where there are not as many axes as pairs.
+    dimensions turns by; all are below `count`, which is found where it is None. Raises LayoutError where there are not
+    as many axes as pairs.
     """
     if positions is None:
         yield
         return
     from mbx.models.megatron.core.rotary import RotaryEmbedding
 
-    count = int(positions.max()) + 1
+    length = int(positions.max()) + 1 if count is None else count
 
     def lengthen(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
         del module
-        return (count, *args[1:])
+        return (length, *args[1:])
 
     def pick(module: nn.Module, args: object, output: object) -> object:
         del args
@@ -63,16 +67,21 @@ def _turned(table: torch.Tensor, positions: torch.Tensor, axes: Sequence[int], i
 
     Dimensions of a pair stand beside each other where `interleaved`, else half the width apart.
     """
-    import torch
-
     width = table.shape[-1]
     if len(axes) * 2 != width:
         raise LayoutError(f"mrope_section names an axis for {len(axes)} rotary pairs; the model turns {width // 2}")
-    by_pair = torch.tensor(axes, device=table.device)
-    by_column = by_pair.repeat_interleave(2) if interleaved else by_pair.repeat(2)
+    by_column = _axis_of_columns(tuple(axes), interleaved, table.device)
     angles = table[:, 0, 0][positions]  # [3, b, s, d]
     picked = angles.gather(0, by_column.expand(1, *angles.shape[1:]))[0]
     return picked.transpose(0, 1)[:, :, None]
+
+
+@cache  # a pass that is recorded as a CUDA graph can copy nothing from the processor
+def _axis_of_columns(axes: tuple[int, ...], interleaved: bool, device: torch.device) -> torch.Tensor:
+    import torch
+
+    by_pair = torch.tensor(axes, device=device)
+    return by_pair.repeat_interleave(2) if interleaved else by_pair.repeat(2)
 
 
 def axes_of_pairs(sections: Sequence[int], interleaved: bool) -> list[int]:

@@ -78,6 +78,8 @@ class _Sum(torch.autograd.Function):
     ) -> tuple[torch.Tensor, None, None]:
         (logits,) = ctx.saved_tensors  # type: ignore[attr-defined]
         terms: Sequence[Term] = ctx.terms  # type: ignore[attr-defined]
+        # a schedule keeps the loss, and so this node, through the next micro-batch's forward pass
+        ctx.terms = ()  # type: ignore[attr-defined]
         for rows, x in _chunks(logits):
             found = torch.zeros_like(x)
             for term in terms:

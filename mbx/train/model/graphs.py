@@ -9,6 +9,7 @@ from mbx.train.model.config import gpu_config
 from mbx.train.model.experts import joins_experts
 from mbx.train.model.kernels import unpacked_layers
 from mbx.train.model.parallel import Ranks
+from mbx.train.model.sight import learns
 from mbx.train.recipe.sections import Recipe
 
 
@@ -34,6 +35,7 @@ def why_not(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> str | 
         and not joins_experts(recipe, config, ranks),
         "prediction layers": config.get("mtp_num_layers"),
         "a teacher's pass lies inside": recipe.distill.teacher,
+        "a tower that learns reads images of any size": learns(recipe),
         "dropout draws anew each time": dropout,
         "recomputation puts random streams back": t.recompute != "none",
         "the loss scale of fp16 changes": t.precision == "fp16",

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mbx.models.transformers.tower import Tower
     from mbx.train.model.parallel import Ranks
 
+    Batch = Mapping[str, torch.Tensor | None]
+
 #: Model types whose training on images is proven: `tests/train/test_images.py`.
 TRAINED = (
     *("gemma3", "glm4v", "glm4v_moe", "qwen2_5_vl", "qwen2_vl"),
@@ -37,8 +39,8 @@ TRAINED = (
 TEXT_ALONE = "text alone is trained: leave other parts out"
 #: What a tower that learns is called in Megatron Core's model.
 PART = TOWER.rstrip(".")
-#: How a micro-batch's tensors begin that the tower takes.
-PIXELS = "pixels "
+#: How a micro-batch's tensors begin that the tower takes, and what it makes of them.
+PIXELS, SEEN = "pixels ", "seen "
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,22 +231,54 @@ class Seeing:
                 parameter.sequence_parallel = True  # type: ignore[attr-defined]
         model.add_module(PART, self.tower)
 
-    @contextlib.contextmanager
-    def passing(self, model: nn.Module, batch: Mapping[str, torch.Tensor | None]) -> Iterator[None]:
-        """A forward pass of one micro-batch through a bare stage of the model."""
-        from mbx.models.megatron.pictures import merged, turned
+    def look(self, batch: Batch, *, recorded: bool = False) -> Batch:
+        """A micro-batch with what the tower makes of its images in the place of their pixels, under SEEN, `here`
+        [b, s] where their tokens are.
 
+        A pass that is `recorded` has that in every micro-batch, 0 where there is no image, and positions by `axes`.
+        """
+        import torch
+
+        from mbx.models.megatron.pictures import spread
+
+        kept: dict[str, torch.Tensor | None] = {
+            name: value for name, value in batch.items() if not name.startswith(PIXELS)
+        }
         tokens, padding = batch["tokens"], batch["padding"]
         assert tokens is not None
+        if recorded and self.sight.turned and batch["axes"] is None:
+            positions = batch["positions"]
+            assert positions is not None
+            kept["axes"] = positions.expand(3, *positions.shape)
         if padding is not None:  # which may hold any token
             tokens = tokens.masked_fill(padding, -1)
+        wide: Sequence[torch.Tensor] = ()
+        if (found := self._seen(tokens, batch)) is not None:
+            wide = spread(tokens == self.sight.token, found)
+        elif recorded and self.tower is not None:
+            hidden = as_int(self.config, "hidden_size")
+            nothing = torch.zeros(*tokens.shape, hidden, dtype=self.tower.dtype, device=tokens.device)
+            wide = [nothing] * (1 + self.sight.deepstack)
+        if wide:
+            kept["here"] = tokens == self.sight.token
+        return kept | {f"{SEEN}{number}": part for number, part in enumerate(wide)}
+
+    @contextlib.contextmanager
+    def passing(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+        """A forward pass of one micro-batch, which was looked at, through a bare stage of the model."""
+        from mbx.models.megatron.pictures import merged, turned
+
+        tokens, here = batch["tokens"], batch.get("here")
+        assert tokens is not None
         with contextlib.ExitStack() as undo:
-            undo.enter_context(turned(model, self.config, batch["axes"]))
-            if hasattr(model, "embedding") and (found := self._seen(tokens, batch)) is not None:
-                undo.enter_context(merged(model, tokens == self.sight.token, found))
+            # no position by time, height or width is behind the token's own
+            undo.enter_context(turned(model, self.config, batch["axes"], tokens.shape[1]))
+            if hasattr(model, "embedding") and here is not None:
+                wide = [value for name, value in batch.items() if name.startswith(SEEN) and value is not None]
+                undo.enter_context(merged(model, here, wide))
             yield
 
-    def _seen(self, tokens: torch.Tensor, batch: Mapping[str, torch.Tensor | None]) -> Seen | None:
+    def _seen(self, tokens: torch.Tensor, batch: Batch) -> Seen | None:
         """What the tower makes of a micro-batch's images; None where there are none."""
         import torch
 

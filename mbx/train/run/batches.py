@@ -70,7 +70,7 @@ class Batches:
 
         t = self.recipe.train
         if self.graph is not None and not forward_only and self.warm >= WARM_STEPS:
-            results = self.graph.step(self._batches(rows, step, size))
+            results = self.graph.step(self._batches(rows, step, size, recorded=True))
         else:
             count = size // (t.micro_batch * self.ranks.dp)
             batches = [self._batches(rows, step, size) for _ in self.chunks]
@@ -115,7 +115,7 @@ class Batches:
             )
         return results
 
-    def _batches(self, rows: Rows, step: int, size: int) -> Iterator[Batch]:
+    def _batches(self, rows: Rows, step: int, size: int, *, recorded: bool = False) -> Iterator[Batch]:
         from mbx.models.megatron.core.groups import parallel_state as ps
 
         t = self.recipe.train
@@ -127,4 +127,5 @@ class Batches:
             dp=self.ranks.dp,
             dp_rank=ps.get_data_parallel_rank(),
         ):
-            yield to_device(micro, self.ranks, self.recipe.parallel.cp, self.eyes, self.seeing)
+            batch = to_device(micro, self.ranks, self.recipe.parallel.cp, self.eyes, self.seeing)
+            yield batch if self.seeing is None else self.seeing.look(batch, recorded=recorded)

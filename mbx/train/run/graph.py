@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from mbx.train.data.batch import Batch
+from mbx.train.model.sight import SEEN
 
 if TYPE_CHECKING:
     from mbx.models.megatron.core.training import DistributedDataParallel
@@ -24,7 +25,7 @@ Results = list[dict[str, torch.Tensor]]
 #: Steps in front of the recording: kernels are compiled and chosen, the optimizer's state is made.
 WARM_STEPS = 2
 #: What a pass reads of a micro-batch, but for what is beside it below.
-_READ = ("tokens", "labels", "mask", "positions")
+_READ = ("tokens", "labels", "mask", "positions", "axes", "here")
 #: Examples of a packed micro-batch that a recording has room for, at least.
 _EXAMPLES = 32
 
@@ -84,7 +85,7 @@ class Graph:
         self._graph, self._results, self._tokens = None, [], None
 
     def _read(self, batch: Batch) -> dict[str, torch.Tensor]:
-        given = {name: value for name in _READ if (value := batch[name]) is not None}
+        given = {n: v for n, v in batch.items() if v is not None and (n in _READ or n.startswith(SEEN))}
         if self.config.num_moe_experts:  # balance losses leave padding out, of which a micro-batch may have none
             padding = batch["padding"]
             given["padding"] = torch.zeros_like(given["tokens"], dtype=torch.bool) if padding is None else padding
@@ -99,7 +100,7 @@ class Graph:
         from mbx.models.megatron.core.capture import recordable
 
         self._inputs = {name: value.clone() for name, value in given.items()}
-        batch: Batch = dict.fromkeys(("padding", "owner", "attention_mask", "cu_seqlens")) | self._inputs
+        batch: Batch = dict.fromkeys(("padding", "owner", "attention_mask", "cu_seqlens", "axes")) | self._inputs
         # kernels are started for what may come: an example as long as all rows
         batch = {**batch, "longest": torch.tensor(given["tokens"].numel())}
         scaled = self.config.grad_scale_func
