@@ -115,6 +115,16 @@ def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
     )
 
 
+def of_language(table: Table) -> Table:
+    """`table` where its models are of language, for all that goes beyond a conversion; else UnsupportedError."""
+    if table.family == "dit":
+        raise UnsupportedError(
+            f"a model of `{table.name}` is a diffusion transformer",
+            hint="those convert and are compared; all that runs, trains, adapts or prunes models is for language",
+        )
+    return table
+
+
 def _of_type(model_type: object) -> list[Table]:
     """Shipped tables of a model type."""
     # Parsing every table would cost more than a small conversion: look for the quoted model type first.

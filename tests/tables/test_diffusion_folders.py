@@ -125,6 +125,25 @@ def test_what_holds_language_models_alone_is_refused(folder: Callable[[str], Pat
         plan_mcore_to_hf(mcore, tmp_path / "hf", Options(codec="fp8_block"))
 
 
+def test_what_goes_beyond_a_conversion_is_refused(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """By name: no adapter, no part of a width, no training, no live model of these is proven."""
+    from converters.pruning.choosing import Pruning
+    from mbx.formats.adapter_folder import open_base
+    from mbx.live.source import source_of
+    from mbx.run.prune import plan_prune
+
+    mcore = imported(folder("wan"), tmp_path / "mcore")
+    beyond: list[Callable[[], object]] = [
+        lambda: open_base(folder("wan")),
+        lambda: open_base(mcore),
+        lambda: source_of(folder("flux")),
+        lambda: plan_prune(folder("wan"), tmp_path / "pruned", Pruning(layers=(0, 1)), Options()),
+    ]
+    for ask in beyond:
+        with pytest.raises(UnsupportedError, match="is a diffusion transformer"):
+            ask()
+
+
 def test_no_forward_pass_is_called_proved(folder: Callable[[str], Path], tmp_path: Path) -> None:
     mcore = imported(folder("flux"), tmp_path / "mcore")
     for left, right in ((folder("flux"), mcore), (folder("flux"), folder("flux"))):
