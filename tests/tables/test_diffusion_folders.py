@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
@@ -56,6 +57,27 @@ def test_without_the_sources_folder_diffusers_loads_what_comes_back(
     kept = source.state_dict()
     assert all(torch.equal(value, kept[key]) for key, value in back.state_dict().items())
     assert summarize(mcore).architecture == tiny_config(name)["_class_name"]
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("wan", "module."), ("wan", ""), ("flux", "")])
+def test_bridges_own_checkpoint_comes_back(
+    folder: Callable[[str], Path], tmp_path: Path, name: str, prefix: str
+) -> None:
+    """Without hf/, with its run_config.yaml; some releases put `module.` before every name of Wan."""
+    mcore = imported(folder(name), tmp_path / "mcore") / "iter_0000000"
+    bridge = tmp_path / "bridge" / "iter_0000007"
+    dtype = torch.float32 if name == "wan" else torch.bfloat16
+    state = {f"{prefix}{key}": tensor.to(dtype) for key, tensor in stored_state(mcore.parent).items()}
+    dcp.save(state, checkpoint_id=bridge, no_dist=True)
+    shutil.copy(mcore / "metadata.json", bridge)
+    kind = {"wan": "wan.wan_provider.WanModelProvider", "flux": "flux.flux_provider.FluxProvider"}[name]
+    said = f"model:\n  _target_: megatron.bridge.diffusion.models.{kind}\n  qk_layernorm: true\n"
+    (bridge / "run_config.yaml").write_text(said, encoding="utf-8")
+    with pytest.raises(MbxError) as error:
+        plan_mcore_to_hf(bridge, tmp_path / "hf", Options())
+    assert "hf-config" in str(error.value.hint)
+    assert parity(folder(name), bridge, hf_config=folder(name)).passed
+    same_files(folder(name), exported(bridge, tmp_path / "hf", folder(name)))
 
 
 def test_a_cast_leaves_config_as_it_is(folder: Callable[[str], Path], tmp_path: Path) -> None:
