@@ -10,7 +10,7 @@ from pathlib import Path
 
 from converters.errors import StorageError, UnsupportedError, UsageError
 from converters.mcore.keys import HEAD, TIED
-from converters.rows.config_spelling import text_key
+from converters.rows.config_spelling import model_type_of, text_key
 from converters.rows.expr import Value
 from converters.rows.parse import parse_table
 from converters.rows.table import RowSpec, Table
@@ -72,14 +72,14 @@ def _with_score(tables: Sequence[Table], architectures: Collection[object]) -> T
 def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
     """The table for a Hugging Face config: `mapping` (a file or a shipped name) or by `model_type`.
 
-    A model around a text model is known by its own type and class, and of several such by the text model's type.
-    UnsupportedError when no table knows the architecture.
+    A model of diffusers is known by its class, a model around a text model by its own type and class, and of several
+    such by the text model's type. UnsupportedError when no table knows the architecture.
     """
     if mapping is not None:
         return from_file(Path(mapping)) if mapping.endswith(".toml") else shipped(mapping)
     text = config.get(text_key(config)) or config.get("thinker_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else None
-    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    model_type, architectures = model_type_of(config), config.get("architectures") or []
     if not isinstance(architectures, list):
         raise UsageError(f"config.json: `architectures` is {architectures!r}, a list was expected")
     fits = _of_type(model_type)
@@ -113,6 +113,16 @@ def table_for(config: Mapping[str, Value], mapping: str | None = None) -> Table:
         if close
         else "`mbx models list` shows what is covered; ‹mapping› FILE uses a table of your own",
     )
+
+
+def of_language(table: Table) -> Table:
+    """`table` where its models are of language, for all that goes beyond a conversion; else UnsupportedError."""
+    if table.family == "dit":
+        raise UnsupportedError(
+            f"a model of `{table.name}` is a diffusion transformer",
+            hint="those convert and are compared; all that runs, trains, adapts or prunes models is for language",
+        )
+    return table
 
 
 def _of_type(model_type: object) -> list[Table]:

@@ -17,9 +17,9 @@ from converters.tensors import Shape
 
 _COLUMN = frozenset(
     """linear_qkv linear_q_proj linear_q_up_proj linear_kv_up_proj linear_fc1 in_proj conv1d eh_proj output_layer
-    word_embeddings""".split()
+    word_embeddings linear_q linear_kv added_linear_qkv""".split()
 )
-_ROW = frozenset("linear_proj linear_fc2 out_proj".split())
+_ROW = frozenset("linear_proj linear_fc2 out_proj added_linear_proj".split())
 _WHOLE = frozenset(
     """router linear_q_down_proj linear_kv_down_proj fc1_latent_proj fc2_latent_proj position_embeddings
     shared_experts tokentype_embeddings linear_wq_b linear_wk linear_weights_proj""".split()
@@ -39,6 +39,13 @@ _NATIVE = {
     "sound_projection.encoder.linear_fc2": 1,
     "multi_modal_projector.proj": 0,
 }
+#: Modules of a diffusion transformer that every rank has whole, by how names within the model or a layer begin; and
+#: those of a layer's modulation that are cut by rows.
+_OF_DIFFUSION = frozenset(
+    """patch_embedding text_embedding time_embedder time_proj head adaLN norm3 img_embed txt_embed timestep_embedding
+    vector_embedding guidance_embedding norm_out proj_out""".split()
+)
+_MODULATION = (("adaln", "linear"), ("adaln_context", "linear"))
 VOCAB = frozenset(("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias"))
 
 
@@ -86,6 +93,10 @@ def cut_of(key: str, gated: bool = False) -> Cut:
         return Cut(0, gated and module == "linear_fc1")
     if module in _ROW and leaf == "weight":
         return Cut(1)
+    if tuple(parts[-3:-1]) in _MODULATION:
+        return Cut(0)
+    if parts[0] in _OF_DIFFUSION:
+        return Cut(None)
     raise UnsupportedError(
         f"`{key}`: how tensor parallelism cuts this parameter is not known",
         hint="a torch_dist checkpoint at ‹tp› 1 needs no cut",

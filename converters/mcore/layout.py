@@ -120,6 +120,8 @@ def check(layout: Layout, config: Mapping[str, Value], parts: Mapping[str, Mappi
         reasons.append(
             "‹pipeline-layout› places every layer: it goes with neither ‹vpp› nor uneven first and last stages"
         )
+    if layout.pp > 1 and config.get("num_joint_layers"):
+        reasons.append(f"‹pp› {layout.pp}: FLUX has no pipeline; each rank of Megatron-Bridge has all blocks")
     if (layers := config.get("num_layers")) and isinstance(layers, int):
         try:
             layout.stages(layers, count_of(config, "mtp_num_layers"))

@@ -146,14 +146,14 @@ RELEASE_0_16 = Release(
     te_linears=frozenset(
         """linear_qkv linear_proj linear_fc1 linear_fc2 linear_q_proj linear_q_down_proj linear_q_up_proj
         linear_kv_down_proj linear_kv_up_proj in_proj out_proj eh_proj fc1_latent_proj fc2_latent_proj
-        linear_wq_b linear_wk linear_weights_proj""".split()
+        linear_wq_b linear_wk linear_weights_proj linear_q linear_kv added_linear_qkv added_linear_proj""".split()
     ),
     torch_norms=("mixer.norm",),
     # Two by accident: prediction layers are first saved by the default rule, so their attention core keeps a state
     # that decoder layers drop, and hybrid models do not drop the output layer's.
     head_core_state=True,
     output_state=frozenset({"hybrid"}),
-    stacked_kinds=frozenset({"gpt"}),
+    stacked_kinds=frozenset({"gpt", "dit"}),
     layer_patterns=("moe_layer_freq", "linear_attention_freq"),
     apart=("heterogeneous_block_specs", "hetereogenous_dist_checkpoint"),  # sic
     checkpoint_version=3.0,

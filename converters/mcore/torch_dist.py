@@ -78,6 +78,8 @@ def homes(row: Row, stacked: bool, num_layers: int, num_experts: int) -> tuple[H
     if row.expert is not None:
         param = param.replace("mlp.experts.", "mlp.experts.experts.").replace("{E}", "")
         index, stack = (*index, row.expert), (*stack, num_experts)
+    if len(params := row.spec.params) > 1:
+        return tuple(Home(prefix + one, index, stack, (i,)) for i, one in enumerate(params))
     key = prefix + param
     if names := ATOM_NAMES.get(row.spec.op):
         return tuple(Home(f"{key}.{name}", index, stack, (i,)) for i, name in enumerate(names))

@@ -16,7 +16,7 @@ from converters.errors import CoverageError
 from converters.mcore.torch_dist import Home, homes, stacks_layers
 from converters.rows.config_map import environment, part_of
 from converters.rows.expr import Env, Value
-from converters.rows.ops import Dims, Form
+from converters.rows.ops import ACROSS, Dims, Form
 from converters.rows.pack import Slot
 from converters.rows.table import Row, Table
 from converters.tensors import Shape, StoredTensor
@@ -143,6 +143,8 @@ class Joiner:
         """
         form = row_form(row, self.at_row(row)[1], rows)
         fold = 2 if form.columns else 1
+        across = row.spec.op in ACROSS
+        flipped = row.spec.transpose or across
 
         def shaped(rows: int) -> Shape:
             return () if columns is None else (rows // fold, *columns)
@@ -154,9 +156,9 @@ class Joiner:
                 name,
                 index,
                 stack,
-                shaped(pack.rows)[:: -1 if row.spec.transpose else 1],
+                shaped(pack.rows)[:: -1 if flipped else 1],
                 dict(zip(members, pack.slots(), strict=True)),
-                row.spec.transpose,
+                flipped,
                 fold,
             )
             for name, pack, (_, members) in zip(row.hf, form.hf_packs(), form.hf, strict=True)
@@ -165,8 +167,8 @@ class Joiner:
         mcore = []
         for home in self.homes(row) if keys is None else keys:
             slots = every if home.atoms is None else {atom: Slot.whole(form.atoms[atom]) for atom in home.atoms}
-            shape = shaped(sum(slot.rows for slot in slots.values()))
-            mcore.append(Place(home.key, home.index, home.stack, shape, slots, fold=fold))
+            shape = shaped(sum(slot.rows for slot in slots.values()))[:: -1 if across else 1]
+            mcore.append(Place(home.key, home.index, home.stack, shape, slots, across, fold))
         return Joined(row, form, shaped(packed.rows), hf, tuple(mcore))
 
     def from_hf(self, row: Row, tensors: Sequence[StoredTensor]) -> Joined:
@@ -189,7 +191,7 @@ class Joiner:
         return ((0,), (1,)) if row.spec.unsqueeze else ((), ())
 
     def _logical(self, row: Row, tensor: StoredTensor) -> Shape:
-        """Rows and columns of one entry."""
+        """Rows and columns of one entry, rows being columns where the row's are the other way round."""
         shape, (_, stack) = tensor.shape, self._before(row)
         if stack:
             if shape[:1] != stack:
@@ -198,7 +200,7 @@ class Joiner:
                     f"`{tensor.name}` has shape {list(shape)}; its first dimension should be {stack[0]}{what}"
                 )
             shape = shape[1:]
-        if row.spec.transpose:
+        if row.spec.transpose or row.spec.op in ACROSS:
             if len(shape) != 2:
                 raise CoverageError(f"`{tensor.name}` has shape {list(tensor.shape)}; a matrix was expected")
             shape = shape[::-1]
@@ -211,8 +213,13 @@ class Joiner:
                 raise CoverageError(
                     f"`{home.key}` has shape {list(tensor.shape)}; the config asks for a stack of {list(home.stack)}"
                 )
-        own = tensors[0].shape[len(keys[0].stack) :]
-        rows = sum(matrix(tensor.shape, len(home.stack))[0] for home, tensor in zip(keys, tensors, strict=True))
+        owns = [tensor.shape[len(home.stack) :] for home, tensor in zip(keys, tensors, strict=True)]
+        if row.spec.op in ACROSS:
+            owns = [own[::-1] for own in owns]
+            if any(own[1:] != owns[0][1:] for own in owns):
+                raise CoverageError(f"`{row.mcore}`: shapes {[t.shape for t in tensors]} do not stand side by side")
+        own = owns[0]
+        rows = sum(matrix(shape, 0)[0] for shape in owns)
         joined = self.join(row, rows, own[1:] if own else None, keys)
         wanted = sum(place.rows for place in joined.mcore)
         if rows < wanted or (rows > wanted and row.spec.op != "vocab"):

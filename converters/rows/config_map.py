@@ -22,7 +22,8 @@ WHOLE_NUMBERS = frozenset(
     moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size mtp_num_layers q_lora_rank kv_lora_rank
     qk_head_dim qk_pos_emb_head_dim v_head_dim mamba_num_heads mamba_head_dim mamba_num_groups mamba_state_dim
     linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
-    moe_router_num_groups moe_router_group_topk model.vocab_size model.max_sequence_length""".split()
+    moe_router_num_groups moe_router_group_topk model.vocab_size model.max_sequence_length num_joint_layers
+    num_single_layers in_channels out_channels text_dim freq_dim context_dim vec_in_dim""".split()
 )
 #: Those without which no model can be built, where a table has them: Megatron Core would take its own default.
 NEEDED = WHOLE_NUMBERS - set(
@@ -32,7 +33,7 @@ NEEDED = WHOLE_NUMBERS - set(
 #: Those that a model with experts needs.
 NEEDED_BY_EXPERTS = ("moe_ffn_hidden_size", "moe_router_topk")
 #: Those that say how often a part repeats; more is a slip of the pen, and would be laid out one by one.
-REPEATS = frozenset({"num_layers", "mtp_num_layers", "num_moe_experts"})
+REPEATS = frozenset({"num_layers", "mtp_num_layers", "num_moe_experts", "num_joint_layers", "num_single_layers"})
 _MAX_REPEATS = 100_000
 #: Those that say which layers do what: every so many, or one flag a layer.
 _PATTERNS = frozenset({"moe_layer_freq", "linear_attention_freq", "window_attn_skip_freq", "no_rope_freq"})

@@ -14,6 +14,8 @@ from types import NoneType
 from converters.errors import UsageError
 from converters.rows.expr import Value
 
+#: Where diffusers says which class a folder is of.
+DIFFUSERS_CLASS = "_class_name"
 #: What rotary parameters say of positions within an image: nothing to a text model alone.
 OF_IMAGES = ("mrope_section", "mrope_interleaved")
 #: Keys of every PretrainedConfig that say nothing about weights or the forward pass.
@@ -43,6 +45,11 @@ PROVENANCE = tuple(
 def is_provenance(key: str) -> bool:
     """Whether a key of config.json says only where a model came from."""
     return any(fnmatchcase(key, pattern) for pattern in PROVENANCE)
+
+
+def model_type_of(config: Mapping[str, object]) -> object:
+    """What a config calls its kind of model: `model_type`, in diffusers' folders the class that reads it."""
+    return config.get("model_type") or config.get(DIFFUSERS_CLASS)
 
 
 def provenance_note(config: Mapping[str, Value]) -> tuple[str, ...]:

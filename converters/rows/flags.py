@@ -11,9 +11,12 @@ _POST = "mlp.linear_fc2.post_layernorm.weight"
 _LATENT = ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.linear_kv_up_proj.layer_norm_weight")
 #: Field → parameters of a decoder layer of which it brings one at least.
 BRINGS: Mapping[str, tuple[str, ...]] = {
-    "add_qkv_bias": ("self_attention.linear_qkv.bias",),
+    "add_qkv_bias": ("self_attention.linear_qkv.bias", "full_self_attention.linear_qkv.bias"),
     "add_bias_linear": ("self_attention.linear_proj.bias", "mlp.linear_fc2.bias", "mlp.experts.linear_fc2.bias{E}"),
-    "qk_layernorm": ("self_attention.q_layernorm.weight", "q_layernorm.weight", *_LATENT),
+    "qk_layernorm": (
+        *("self_attention.q_layernorm.weight", "full_self_attention.q_layernorm.weight", "q_layernorm.weight"),
+        *_LATENT,
+    ),
     "model.qk_layernorm_over_heads": ("self_attention.q_layernorm.weight",),
     "model.post_layernorms": (_POST, "post_mlp_layernorm.weight"),
     "model.post_layernorms_only": (_POST,),

@@ -62,6 +62,12 @@ def _parts(rows: int, count: int) -> tuple[int, ...]:
     return (_share(rows, count),) * count
 
 
+def _side_by_side(first: int, both: int) -> tuple[int, int]:
+    if not 0 < first < both:
+        raise CoverageError(f"{both} columns are not {first} and some more")
+    return first, both - first
+
+
 def _each(count: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
     return tuple((1, (i,)) for i in range(count))
 
@@ -124,6 +130,8 @@ OPS: dict[str, Callable[[Dims, int], Form]] = {
     "glu_zip": lambda d, rows: Form(_parts(rows, 2), ((rows // 2, (0, 1)),), cut=0),
     # attention: Megatron Core repeats [queries of the group | key | value] per query group
     "qkv": lambda d, rows: Form(_qkv_atoms(d), _each(3), d["groups"], cut=0),
+    # attention to a text: queries stand apart
+    "kv": lambda d, rows: Form(_qkv_atoms(d)[1:], _each(2), d["groups"], cut=0),
     "qkv_fused": lambda d, rows: Form(_qkv_atoms(d), ((1, (0, 1, 2)),), d["groups"], cut=0),
     # the same where each layer has its own number of groups (heterogeneous blocks): the rows tell it
     "qkv_own": lambda d, rows: OPS["qkv"]({**d, "groups": (rows // max(1, d["head_dim"]) - d["heads"]) // 2}, rows),
@@ -150,10 +158,14 @@ OPS: dict[str, Callable[[Dims, int], Form]] = {
     # Mamba-2: atoms z, x, B, C, dt; the convolution sees x, B, C
     "mamba_in": lambda d, rows: Form(_mamba_atoms(d), ((1, (0, 1, 2, 3, 4)),), cut=0),
     "mamba_conv": lambda d, rows: Form(_mamba_atoms(d)[1:4], ((1, (0, 1, 2)),), cut=0),
+    # two tensors side by side in one: the columns behind attention's heads, and those behind the MLP (FLUX)
+    "row_pair": lambda d, rows: Form(_side_by_side(d["heads"] * d["head_dim"], rows), ((1, (0, 1)),), cut=1),
     # halves of the columns exchanged, rows cut (MiMo's multi-token-prediction input projection)
     "col_swap": lambda d, rows: Form((rows, rows), ((rows, (0, 1)),), rows, (1, 0), cut=0, columns=True),
 }
 
+#: Ops whose atoms are columns of the tensors on both sides, and whose Megatron Core parameters are one an atom.
+ACROSS = frozenset(("row_pair",))
 #: Names that each fused op gives its atoms where a format stores them apart.
 ATOM_NAMES: dict[str, tuple[str, ...]] = {
     "gdn_in": ("query", "key", "value", "z", "beta", "alpha"),

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from converters.errors import TableError
 from converters.rows.config_map import parse_config
 from converters.rows.inheritance import shipped_text, whole
-from converters.rows.ops import OPS
+from converters.rows.ops import ACROSS, OPS
 from converters.rows.row import NO_STATE
 from converters.rows.table import Arrangement, Kind, RowSpec, Site, Table
 from converters.toml import tomllib
 
 GAMMA = {"zero": 0, "one": 1}
-FAMILIES = ("gpt", "hybrid")
+FAMILIES = ("gpt", "hybrid", "dit")
 _TOP_KEYS = frozenset(
     """model_types architectures mcore notes unsupported extends names experts gamma config text towers kept flavours
     dims kinds sites when rows""".split()
@@ -233,6 +233,8 @@ class _Parser:
             op, hf = ops[0], spec[ops[0]]
         hf = [hf] if isinstance(hf, str) else hf
         names = self.string_list(where, hf)
+        if (" + " in param) != (op in ACROSS):
+            self.fail(where, f"parameters with ` + ` between them are for {', '.join(ACROSS)}, and for nothing else")
         for text in (param, *names):
             if unknown := set(re.findall(r"\{[^}]*\}", text)) - {"{L}", "{I}", "{E}"}:
                 self.fail(where, f"unknown placeholder {', '.join(sorted(unknown))}; known are {{L}}, {{I}}, {{E}}")

@@ -13,6 +13,8 @@ NO_STATE = "none"
 class RowSpec:
     """One row as the table writes it; names are relative to the site and may hold `{L}`, `{I}`, `{E}`.
 
+    `param` names one parameter, or of an op with one an atom several, ` + ` between them.
+
     `shift` is added to values on the way to Megatron Core. `dtype` is what Megatron Core stores whatever the source
     has; `keep_dtype` exempts the row from a requested cast. `same_as` names the Hugging Face tensor this one repeats;
     `drop` marks one that Megatron Core has no place for. `state` marks a module of Megatron Core's own that has an
@@ -35,6 +37,11 @@ class RowSpec:
     drop: bool = False
     state: bool | str = False
     last: Mapping[str, str | int] = field(default_factory=dict)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters of the row."""
+        return tuple(self.param.split(" + "))
 
     @property
     def stacked(self) -> bool:

@@ -140,8 +140,8 @@ class Table:
         return evaluate_int(self.experts, env) if evaluate(self.experts, env) else 0
 
     def num_layers(self, env: Env) -> int:
-        """Decoder layers of the model."""
-        return evaluate_int("num_layers", env)
+        """Decoder layers of the model; 0 where no field counts such."""
+        return evaluate_int("num_layers", env) if "num_layers" in env else 0
 
     def expand(self, env: Env, present: Collection[str] | None, keys: Collection[str] | None = None) -> Iterator[Row]:
         """Every row of the model that `env` describes.

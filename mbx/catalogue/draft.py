@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from converters.errors import UnsupportedError, UsageError
 from converters.rows.config_map import ConfigTable, parse_config
-from converters.rows.config_spelling import GENERIC_KEYS, canonical
+from converters.rows.config_spelling import GENERIC_KEYS, canonical, model_type_of
 from converters.rows.expr import Value
 from converters.rows.flags import idle_flags
 from converters.rows.inheritance import whole
@@ -157,7 +157,7 @@ def _write(
     frame, sources = raw[donor], dict.fromkeys([donor, *(row.table for row in kept)])
     lines = [
         f"# Drafted from `{donor}`; check every row, then `mbx models check`",
-        f"model_types   = {_toml([original.get('model_type')])}",
+        f"model_types   = {_toml([model_type_of(original)])}",
         f"architectures = {_toml(original.get('architectures') or [])}",
         f"mcore         = {_toml(frame.get('mcore', 'gpt'))}",
     ]

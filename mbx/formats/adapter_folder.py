@@ -31,6 +31,7 @@ from mbx.formats.architecture import architecture_of, table_of
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.peft import CONFIG, PICKLE, WEIGHTS
 from mbx.formats.registry import Sniffed, find, instead, sniff
+from mbx.tables import of_language
 from mbx.untrusted.small_files import read_json
 
 #: Folder of an adapter checkpoint for what lay beside PEFT's tensors.
@@ -98,10 +99,10 @@ def open_base(path: Path, mapping: str | None = None, allowed_keys: tuple[str, .
     if found.format.spelling == "hf":
         config = hf.read_config(found.home)
         folder = Checkpoint(path, found.format.name, "hf", found.home, {}, config, allowed_keys=allowed_keys)
-        table = table_of(folder, config, mapping)
+        table = of_language(table_of(folder, config, mapping))
         return Base(path, config, table, table.config.to_mcore(config), found.home / hf.CONFIG)
     model = architecture_of(found.open().allowing(allowed_keys), mapping)
-    fields = model.table.config.to_mcore(model.config)
+    fields = of_language(model.table).config.to_mcore(model.config)
     file = None if model.reference is None else model.reference / hf.CONFIG
     return Base(path, model.config, model.table, fields, file)
 

@@ -14,7 +14,7 @@ from converters.mcore.bridge_config import config_of_run_config
 from converters.mcore.flavours import flavoured
 from converters.mcore.megatron_args import config_of_args
 from converters.mcore.named import NAME_A_FOLDER
-from converters.rows.config_spelling import text_key
+from converters.rows.config_spelling import DIFFUSERS_CLASS, model_type_of, text_key
 from converters.rows.expr import Value
 from converters.rows.table import Table
 from mbx.formats import hf
@@ -162,7 +162,7 @@ def architecture_name(opened: Checkpoint) -> str | None:
 
 def _named(config: Mapping[str, Value]) -> str | None:
     names = config.get("architectures")
-    named = ", ".join(map(str, names)) if isinstance(names, list) and names else config.get("model_type")
+    named = ", ".join(map(str, names)) if isinstance(names, list) and names else model_type_of(config)
     return None if named is None else str(named)
 
 
@@ -220,10 +220,10 @@ def conflicts(stated: Mapping[str, Value], opened: Checkpoint) -> list[str]:
 
 
 def config_text(config: Mapping[str, Value], dtypes: Sequence[str]) -> bytes:
-    """`config.json` of a config that no file holds; its dtype is that of most tensors."""
+    """`config.json` of a config that no file holds; its dtype is that of most tensors, which diffusers never says."""
     common = Counter(dtypes).most_common(1)
-    head = {key: config[key] for key in ("architectures", "model_type") if key in config}
+    head = {key: config[key] for key in ("architectures", "model_type", DIFFUSERS_CLASS) if key in config}
     body = {key: value for key, value in sorted(config.items()) if key not in head}
-    if common and common[0][0] in _TORCH_DTYPES:
+    if common and common[0][0] in _TORCH_DTYPES and DIFFUSERS_CLASS not in config:
         body["torch_dtype"] = _TORCH_DTYPES[common[0][0]]
     return (json.dumps({**head, **body}, indent=2, ensure_ascii=False) + "\n").encode()

@@ -19,6 +19,7 @@ from converters.mcore.keys import inner_prefix
 from converters.mcore.megatron_args import TRAINING
 from converters.mcore.named import NAME_A_FOLDER, Named, named_by
 from converters.planning.exporter import plan_export
+from converters.rows.config_spelling import DIFFUSERS_CLASS
 from converters.rows.expr import Value
 from converters.rows.table import Table
 from mappings import table_names
@@ -159,9 +160,12 @@ def _fit(table: Table, known: Mapping[str, Value], opened: Checkpoint, named: Na
     config: dict[str, Value] = {
         key: _without_none(value) for key, value in made.items() if value is not None or key in _NULL_SAYS_NONE
     }
-    config["model_type"] = table.model_types[0]
-    if table.architectures:
-        config["architectures"] = [table.architectures[0]]
+    if table.family == "dit":
+        config[DIFFUSERS_CLASS] = table.architectures[0]
+    else:
+        config["model_type"] = table.model_types[0]
+        if table.architectures:
+            config["architectures"] = [table.architectures[0]]
     if table.flavours and (model := _provider_of(opened)) is not None and (towers := towers_in(model)) is not None:
         config = towers.whole(model, config)
     back = table.config.to_mcore(config)

@@ -27,8 +27,8 @@ from mbx.formats.files import MANIFEST as MANIFEST
 from mbx.formats.placement import Order, Placement
 from mbx.formats.safetensors import TensorRange, build_header, parse_header, read_header
 from mbx.formats.safetensors_folder import SafetensorsFolder, index_beside_bin, read_folder
+from mbx.formats.shards import DIFFUSERS_STEM, STEM, place
 from mbx.formats.shards import INDEX as INDEX
-from mbx.formats.shards import place
 from mbx.untrusted.names import inside, leads_out
 from mbx.untrusted.small_files import INDEX as INDEX_BYTES
 from mbx.untrusted.small_files import open_regular, read_json
@@ -36,6 +36,8 @@ from mbx.untrusted.small_files import open_regular, read_json
 CONFIG = "config.json"
 #: Where ModelOpt says how it quantised a folder whose config.json does not.
 QUANT_CONFIG = "hf_quant_config.json"
+#: What makes a folder a pipeline of diffusers: models in folders of their own, and what joins them.
+PIPELINE = "model_index.json"
 LAYOUT = "mbx_layout.json"
 #: Tensors without a Megatron Core counterpart (buffers Transformers recomputes), kept for a faithful export.
 KEPT = "mbx_kept.safetensors"
@@ -66,7 +68,9 @@ class HuggingFace:
     spelling: Spelling = "hf"
 
     def find(self, path: Path) -> Path | None:
-        """The folder itself, where it has a config.json or weights."""
+        """The folder itself, where it has a config.json or weights; in a pipeline these are of other tools."""
+        if (path / PIPELINE).is_file() and not (path / CONFIG).is_file():
+            return None
         return path if (path / CONFIG).is_file() or any(path.glob("*.safetensors")) else None
 
     def open(self, path: Path, home: Path) -> Checkpoint:
@@ -75,7 +79,9 @@ class HuggingFace:
 
     def place(self, order: Order) -> Placement:
         """Lay out safetensors files."""
-        return place(order.plan.drafts, order.recorded, order.max_shard_bytes)
+        table = order.plan.table
+        stem = DIFFUSERS_STEM if table is not None and table.family == "dit" else STEM
+        return place(order.plan.drafts, order.recorded, order.max_shard_bytes, stem)
 
 
 def read_config(folder: Path) -> dict[str, Value]:

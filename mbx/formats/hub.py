@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from converters.errors import StorageError, UsageError
-from mbx.formats.hf import TEMPLATES
+from mbx.formats.hf import PIPELINE, TEMPLATES
 from mbx.formats.hub_errors import hub_errors
 from mbx.untrusted.small_files import INDEX, read_json
 
@@ -170,6 +170,11 @@ def _plan(repo_id: str, revision: str | None, cache_dir: Path | None, weights: b
     api = HfApi(library_name="mbx")
     sha = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved
     sizes, whole = _list_files(api, repo_id, sha, cache_dir)
+    if PIPELINE in sizes and CONFIG_FILE not in sizes:
+        raise StorageError(
+            f"`{repo_id}` is a pipeline of diffusers, whose transformers convert one by one",
+            hint=f"`hf download {repo_id} --include 'transformer*/*' --local-dir DIR`, then name DIR/transformer",
+        )
     chosen = select_files(sizes, weights=weights)
     if weights and not any(path.endswith((".safetensors", ".bin")) for path in chosen):
         if not whole:

@@ -11,6 +11,7 @@ from pathlib import Path
 from converters.errors import StorageError
 from converters.tensors import StoredTensor
 from mbx.formats.safetensors import MAX_HEADER_BYTES, load_json, read_header
+from mbx.formats.shards import STEM, STEMS
 from mbx.untrusted.names import is_inside
 from mbx.untrusted.small_files import read_small
 
@@ -41,11 +42,12 @@ class SafetensorsFolder:
 def read_folder(folder: Path) -> SafetensorsFolder:
     """Every tensor of a folder of safetensors files; links are followed.
 
-    Reads the shards of `model.safetensors.index.json` (or the folder's only `*.safetensors.index.json`),
-    else `model.safetensors`, else all `*.safetensors`. The index decides where a tensor is that lies in two shards;
-    one of another cutting is passed over where the shards hold what it lists, each tensor once, and so are further
-    indices, of other forms of the model. Raises StorageError for missing shards, for tensors that index and shards do
-    not agree on, for a name in two shards that no index settles, and when there are no weights.
+    Reads the shards of `model.safetensors.index.json` (or the folder's only `*.safetensors.index.json`), else
+    `model.safetensors`, else all `*.safetensors`; diffusers' names are as good. The index decides where a tensor is
+    that lies in two shards; one of another cutting is passed over where the shards hold what it lists, each tensor
+    once, and so are further indices, of other forms of the model. Raises StorageError for missing shards, for tensors
+    that index and shards do not agree on, for a name in two shards that no index settles, and when there are no
+    weights.
     """
     if not folder.is_dir():
         raise StorageError(f"{folder}: no such folder")
@@ -149,12 +151,12 @@ def _of_another_cutting(folder: Path, weight_map: Mapping[str, str], missing: li
 
 def _find_index(folder: Path) -> Path | None:
     found = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
-    preferred = folder / f"model{_INDEX_SUFFIX}"
-    if preferred in found:
-        return preferred
+    for preferred in (folder / f"{stem}{_INDEX_SUFFIX}" for stem in STEMS):
+        if preferred in found:
+            return preferred
     if len(found) > 1:
         names = [path.name for path in found]
-        raise StorageError(f"{folder}: {len(found)} index files and none is {preferred.name}", details=names)
+        raise StorageError(f"{folder}: {len(found)} index files and none is {STEM}{_INDEX_SUFFIX}", details=names)
     return found[0] if found else None
 
 
@@ -171,7 +173,8 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(shard, str) or not is_inside(shard):
             raise StorageError(f"{path}: tensor '{tensor}' must name a file in this folder, got {shard!r}"[:500])
         weight_map[tensor] = shard
-    single = path.with_name("model.safetensors")
+    stem = next((stem for stem in STEMS if path.name == stem + _INDEX_SUFFIX), STEM)
+    single = path.with_name(f"{stem}.safetensors")
     whole = all((path.parent / name).is_file() for name in set(weight_map.values()))
     if single.is_file() and whole and single.name not in weight_map.values():
         raise StorageError(
@@ -196,8 +199,9 @@ def _unindexed_shards(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise _no_weights(folder)
-    if "model.safetensors" in names:  # the file Transformers reads; others beside it are adapters and copies
-        return ["model.safetensors"]
+    for stem in STEMS:  # the file that the library reads; others beside it are adapters and copies
+        if f"{stem}.safetensors" in names:
+            return [f"{stem}.safetensors"]
     sets: dict[tuple[str, str], set[int]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name):

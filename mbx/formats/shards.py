@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +18,25 @@ from mbx.untrusted.small_files import read_json
 if TYPE_CHECKING:
     from mbx.formats.hf import WeightFile
 
-INDEX = "model.safetensors.index.json"
+#: How names of weight files begin: Transformers', and diffusers'.
+STEM, DIFFUSERS_STEM = STEMS = ("model", "diffusion_pytorch_model")
 _INDEX_SUFFIX = ".safetensors.index.json"
+INDEX = STEM + _INDEX_SUFFIX
 
 
-def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_shard_bytes: int) -> Placement:
-    """Lay out safetensors files: the recorded ones where the names still fit, else shards of a bounded size."""
+def index_name(files: Collection[str]) -> str:
+    """What the index of weight files is called."""
+    of_diffusers = bool(files) and all(name.startswith(DIFFUSERS_STEM) for name in files)
+    return (DIFFUSERS_STEM if of_diffusers else STEM) + _INDEX_SUFFIX
+
+
+def place(
+    drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_shard_bytes: int, stem: str = STEM
+) -> Placement:
+    """Lay out safetensors files: the recorded ones where the names still fit, else shards of a bounded size.
+
+    Names of new ones begin with `stem`.
+    """
     by_name = {draft.name: draft for draft in drafts}
     if recorded is not None and {n for f in recorded for n in f.tensors} >= set(by_name):
         groups: list[tuple[str, list[Draft], WeightFile | None]]
@@ -32,7 +45,7 @@ def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_
         whole = all(f.header is not None for f in recorded)
         same = whole and {n for f in recorded for n in f.tensors} == set(by_name)
     else:
-        shards = _shards(list(by_name.values()), max_shard_bytes)
+        shards = _shards(list(by_name.values()), max_shard_bytes, stem)
         groups = [(name, members, None) for name, members in shards]
         same = False
     tensors: dict[str, StoredTensor] = {}
@@ -52,7 +65,7 @@ def place(drafts: Iterable[Draft], recorded: tuple[WeightFile, ...] | None, max_
         headers[name], sizes[name] = header, at
     texts = {}
     if len(groups) > 1 and not same:
-        texts[INDEX] = _index(tensors.values())
+        texts[index_name([name for name, _, _ in groups])] = _index(tensors.values())
     return Placement(tensors, sizes, headers=headers, texts=texts)
 
 
@@ -63,12 +76,12 @@ def settle_index(placed: Placement, sides: dict[str, Path], texts: dict[str, byt
     is damaged.
     """
     held = {name: tensor.chunks[0].file for name, tensor in placed.tensors.items()}
-    indices = [name for name in sides if name.endswith(_INDEX_SUFFIX)]
+    indices, own = [name for name in sides if name.endswith(_INDEX_SUFFIX)], index_name(placed.file_sizes)
     for name in indices:
-        if INDEX in texts or _listed(sides[name]) != held:
+        if own in texts or _listed(sides[name]) != held:
             del sides[name]
-    if len(placed.file_sizes) > 1 and INDEX not in texts and not any(name in sides for name in indices):
-        texts[INDEX] = _index(placed.tensors.values())
+    if len(placed.file_sizes) > 1 and own not in texts and not any(name in sides for name in indices):
+        texts[own] = _index(placed.tensors.values())
 
 
 def _listed(path: Path) -> object:
@@ -87,7 +100,7 @@ def _index(tensors: Iterable[StoredTensor]) -> bytes:
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def _shards(drafts: list[Draft], max_bytes: int) -> list[tuple[str, list[Draft]]]:
+def _shards(drafts: list[Draft], max_bytes: int, stem: str) -> list[tuple[str, list[Draft]]]:
     if max_bytes < 1:
         raise UsageError(f"a shard cannot be {max_bytes} bytes")
     shards: list[list[Draft]] = [[]]
@@ -100,6 +113,6 @@ def _shards(drafts: list[Draft], max_bytes: int) -> list[tuple[str, list[Draft]]
         shards[-1].append(draft)
         room -= nbytes
     if len(shards) == 1:
-        return [("model.safetensors", shards[0])]
+        return [(f"{stem}.safetensors", shards[0])]
     count = len(shards)
-    return [(f"model-{n:05d}-of-{count:05d}.safetensors", shard) for n, shard in enumerate(shards, 1)]
+    return [(f"{stem}-{n:05d}-of-{count:05d}.safetensors", shard) for n, shard in enumerate(shards, 1)]

@@ -15,7 +15,7 @@ from converters.rows.table import Table
 from mbx.formats import hf
 from mbx.formats.hub import resolve
 from mbx.formats.registry import open_hf
-from mbx.tables import table_for
+from mbx.tables import of_language, table_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,6 @@ def _of(
     mapping: str | None,
     allowed_keys: Collection[str],
 ) -> Source:
-    table = table_for(config, mapping)
+    table = of_language(table_for(config, mapping))
     table = replace(table, config=table.config.waiving(allowed_keys))
     return Source(folder, table, config, table.config.to_mcore(config), recorded)

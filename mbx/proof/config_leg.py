@@ -15,7 +15,7 @@ from converters.mcore.hybrid_form import hybrid_config
 from converters.mcore.keys import parse_key
 from converters.mcore.layout import count_of
 from converters.mcore.megatron_args import TRAINING, config_of_args
-from converters.rows.config_spelling import GENERIC_KEYS, canonical
+from converters.rows.config_spelling import GENERIC_KEYS, canonical, model_type_of
 from converters.rows.expr import Value
 from converters.rows.isos.rope import LLAMA3_FIXED
 from mbx.formats.architecture import stated_config, table_of
@@ -187,7 +187,7 @@ def _fields(side: Checkpoint, pair: Pair) -> tuple[Mapping[str, Value] | None, s
     if (stored := config_file(side)) is not None:
         config, table = pair.left.config, pair.plan.table
         try:
-            if not config or canonical(config).get("model_type") != canonical(stored).get("model_type"):
+            if not config or model_type_of(canonical(config)) != model_type_of(canonical(stored)):
                 table = None
             return (table or table_of(side, stored)).config.to_mcore(stored), ""
         except MbxError as error:

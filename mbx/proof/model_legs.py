@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from converters.errors import DifferenceError, MbxError, StorageError, UnsupportedError
 from converters.mcore.keys import EMBEDDING, bare, held_as, inner_prefix
 from converters.protocols import Source
-from converters.rows.config_spelling import canonical
+from converters.rows.config_spelling import DIFFUSERS_CLASS, canonical
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_rope
 from converters.rows.table import Table
@@ -139,6 +139,8 @@ def _sides(pair: Pair, asked: Asked, mapping: str | None, source: Source) -> _Si
     hf_config, fields = canonical(dict(both[0].config or {})), pair.plan.config or pair.fields or both[0].fields or {}
     spellings = (pair.left.spelling, pair.right.spelling)
     has_megatron = "mcore" in spellings
+    if any(DIFFUSERS_CLASS in side.config for side in both if side.config):
+        return Leg("", "not run", "a diffusion transformer: Megatron Core has none, and it gives no logits to compare")
     if has_megatron:
         inexpressible = set(inexpressible_rope(hf_config))
         if others := [note for note in pair.plan.notes if note not in inexpressible]:

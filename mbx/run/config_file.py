@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from converters.engine.plan import Plan
-from converters.rows.config_spelling import text_key
+from converters.rows.config_spelling import DIFFUSERS_CLASS, text_key
 from converters.rows.expr import Value
 from mbx.formats import hf
 from mbx.formats.architecture import Architecture, config_text
@@ -65,7 +65,7 @@ def edited_config(
             del said["quantization_config"]
     if quantization is not None:
         loaded["quantization_config"] = quantization
-    if dtype is not None:
+    if dtype is not None and DIFFUSERS_CLASS not in loaded:
         loaded["dtype" if "dtype" in loaded else "torch_dtype"] = _DTYPE_NAMES[dtype]
     if loaded == before:
         return config

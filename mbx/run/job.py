@@ -11,7 +11,7 @@ from pathlib import Path
 from converters.codecs.calibration import Calibration
 from converters.codecs.fresh import FRESH
 from converters.engine.plan import Plan, requested_dtype
-from converters.errors import CoverageError, UsageError
+from converters.errors import CoverageError, UnsupportedError, UsageError
 from converters.mcore.flavours import TEXT_ALONE, in_flavour, usual_of
 from converters.mcore.layout import Layout
 from converters.planning.calibrated import calibrated
@@ -256,6 +256,8 @@ def export_plan(
     """The plan of an export; the weight files that the source had, where that is recorded and what is written has the
     same tensors; and the `quantization_config` of a codec that the source had not."""
     reference, config, table = found.reference, found.config, found.table
+    if options.codec in FRESH and table.family == "dit":
+        raise UnsupportedError(f"‹codec› {options.codec}: diffusers reads no folder that is quantised so")
     recorded_files = None if reference is None else hf.recorded_layout(reference)
     codes = codes_of(options.codec, config, recorded_files, opened.iteration, reference)
     plain = recorded_files

@@ -23,6 +23,10 @@ def in_form(plan: Plan, asked: str | None, default: str, format: str) -> Plan:
     """
     if asked is not None and asked not in CLASSES:
         raise UsageError(f"‹model-class› {asked!r} is not known", hint=f"choices: {', '.join(CLASSES)}")
+    if plan.table is not None and plan.table.family == "dit":
+        if asked is not None:
+            raise UnsupportedError(f"‹model-class› {asked}: a diffusion transformer is of neither class")
+        return plan
     if CURRENT.kind_of({draft.name for draft in plan.drafts}) == "hybrid":
         if asked == "gpt":
             raise UnsupportedError("‹model-class› gpt: this model is a HybridModel, and no GPTModel computes the same")

@@ -35,6 +35,7 @@ from mbx.run.export_codec import PLAIN, SAME
 from mbx.run.job import Job, Options, import_job
 from mbx.run.model_class import form_said, in_form
 from mbx.run.reshard import beside, tokenizer_of, vocabulary
+from mbx.tables import of_language
 from mbx.untrusted.small_files import SETTINGS, read_small
 
 KINDS = ("hf", "mcore")
@@ -104,6 +105,7 @@ def _architecture(opened: Checkpoint, options: Options, hf_config: Path | None) 
         found = Architecture(opened.config, table, opened.home, opened.notes, files)
     else:
         found = architecture_of(opened, options.mapping, hf_config)
+    of_language(found.table)
     if found.table.towers or found.table.kept:
         raise UnsupportedError(
             f"a model of `{found.table.name}` has more than a text model, whose widths and layers the rest is made for"

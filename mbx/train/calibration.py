@@ -13,6 +13,7 @@ from mbx.formats.architecture import Architecture, architecture_of, table_of
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.registry import open_checkpoint
 from mbx.run.calibration_file import calibration_bytes
+from mbx.tables import of_language
 from mbx.train.data.token_rows import token_rows
 
 
@@ -68,7 +69,7 @@ def calibrate(
 def _described(opened: Checkpoint, mapping: str | None, hf_config: Path | None) -> Architecture:
     """The architecture of a checkpoint, with the folder of its config.json and tokenizer."""
     if opened.spelling == "hf":
-        return Architecture(opened.config, table_of(opened, opened.config, mapping), opened.home)
+        return Architecture(opened.config, of_language(table_of(opened, opened.config, mapping)), opened.home)
     found = architecture_of(opened, mapping, hf_config)
     if found.reference is None:
         raise UsageError(

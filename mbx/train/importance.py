@@ -10,6 +10,7 @@ from converters.pruning.choosing import Importance
 from mbx.formats.architecture import table_of
 from mbx.formats.registry import open_checkpoint
 from mbx.run.importance_file import importance_text
+from mbx.tables import of_language
 from mbx.train.data.token_rows import token_rows
 
 
@@ -37,7 +38,7 @@ def importance_of(
             f"`{source}` is no Hugging Face folder: importance is measured in Transformers",
             hint=f"mbx convert mcore-to-hf {source} DIR",
         )
-    table = table_of(opened, opened.config, mapping)
+    table = of_language(table_of(opened, opened.config, mapping))
     fields = table.config.to_mcore(opened.config)
     ids = token_rows(source, data, samples, length)
     from mbx.models.transformers.importance import measure_importance

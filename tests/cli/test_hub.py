@@ -57,6 +57,14 @@ class Hub(ThreadingHTTPServer):
             "org/bins": {SHA_1: {"config.json": b"{}", "pytorch_model.bin": b"p" * 10, "model.gguf": b"g"}},
             "org/gguf": {SHA_1: {"config.json": b"{}", "model-q4.gguf": b"g"}},
             "org/gated": {SHA_1: FILES_1},
+            "org/pipeline": {
+                SHA_1: {
+                    "model_index.json": b"{}",
+                    "flux1-dev.safetensors": b"f" * 999,
+                    "transformer/config.json": b"{}",
+                    "transformer/diffusion_pytorch_model.safetensors": b"w" * 999,
+                }
+            },
         }
         self.branches = {"main": SHA_1, "v1": SHA_1}
         self.status: int | None = None
@@ -261,6 +269,13 @@ def test_bin_weights_only_where_there_are_no_safetensors(client):
     none = ask.resolve("org/gguf")
     assert none["error"] == "StorageError" and "no weights" in none["fact"]
     assert none["details"] == ["config.json", "model-q4.gguf"]
+
+
+def test_a_pipeline_of_diffusers_says_what_to_download(client):
+    """Its files at the top are another program's, and its transformer lies a folder down."""
+    found = client().resolve("org/pipeline")
+    assert "pipeline of diffusers" in found["fact"]
+    assert "hf download org/pipeline --include 'transformer*/*'" in found["hint"]
 
 
 def test_offline_uses_the_cache_and_nothing_else(hub: Hub, client, tmp_path: Path):

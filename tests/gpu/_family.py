@@ -78,12 +78,16 @@ def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found)
 
 def checkpoint(name: str, tiny: Path | None, work: Path) -> Path:
     """The tiny checkpoint `name`, in the work folder."""
+    from fixtures.diffusion import NAMES as OF_DIFFUSION
+    from fixtures.diffusion import make_transformer
     from fixtures.make_tiny import make
     from mbx.models.transformers.reference import without_kernels
 
     source = work / "hf"
     if tiny is not None and (tiny / name).is_dir():
         shutil.copytree(tiny / name, source)
+    elif name in OF_DIFFUSION:
+        make_transformer(name, source)
     else:
         with without_kernels():  # a class that is imported with them keeps them
             make(name, source)

@@ -111,12 +111,13 @@ def stale(device: str) -> list[str]:
 
 
 def scripts() -> dict[str, str]:
-    """Every family by name, and what measures it: those of text, and those with a tower."""
+    """Every family by name, and what measures it: those of text and of diffusion, and those with a tower."""
+    from fixtures.diffusion import NAMES as OF_DIFFUSION
     from fixtures.make_tiny import NAMES
     from fixtures.wrapped import TOWERS, WRAPPED
 
     seeing = [f"{kind}{WITH_TOWER}" for kind in (*WRAPPED, *TOWERS)]
-    return dict.fromkeys(NAMES, "_family.py") | dict.fromkeys(seeing, "_seeing_family.py")
+    return dict.fromkeys((*NAMES, *OF_DIFFUSION), "_family.py") | dict.fromkeys(seeing, "_seeing_family.py")
 
 
 def say(text: str) -> None:

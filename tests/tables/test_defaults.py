@@ -1,10 +1,13 @@
-"""What a table puts for an absent config key is what Transformers' class of that model puts."""
+"""What a table puts for an absent config key is what Transformers' or diffusers' class of that model puts."""
 
 from __future__ import annotations
+
+import inspect
 
 import pytest
 
 from converters.rows.config_spelling import canonical
+from converters.rows.expr import Value
 from converters.rows.isos import VALUE
 from mappings import table_names
 from mbx.tables import shipped
@@ -14,8 +17,8 @@ MODELS = [(name, model_type) for name in table_names() for model_type in shipped
 FOREIGN = {"kimi_k2", "nemotron-nas", "mimo", "sarvam_moe", "bailing_moe_v2", "deepseek", "NemotronH_Nano_VL_V2"}
 
 
-@pytest.mark.parametrize(("name", "model_type"), [model for model in MODELS if model[1] not in FOREIGN])
-def test_absent_keys_mean_what_the_class_says(name: str, model_type: str) -> None:
+def of_transformers(model_type: str) -> dict[str, Value]:
+    """A config whose maker says nothing, in the v4 spelling; of a model around a text model, the latter's."""
     from transformers import CONFIG_MAPPING
 
     whole = CONFIG_MAPPING[model_type]()
@@ -23,6 +26,21 @@ def test_absent_keys_mean_what_the_class_says(name: str, model_type: str) -> Non
     defaults = canonical({**config.to_dict(), "architectures": None})
     if config is not whole:  # the model around the text decides whether its head is the embedding
         defaults.pop("tie_word_embeddings", None)
+    return defaults
+
+
+def of_diffusers(name: str) -> dict[str, Value]:
+    """The same of a class of diffusers, whose constructor's arguments are the keys."""
+    import diffusers
+
+    arguments = inspect.signature(getattr(diffusers, name).__init__).parameters.values()
+    held = {one.name: one.default for one in arguments if one.default is not inspect.Parameter.empty}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in held.items()}
+
+
+@pytest.mark.parametrize(("name", "model_type"), [model for model in MODELS if model[1] not in FOREIGN])
+def test_absent_keys_mean_what_the_class_says(name: str, model_type: str) -> None:
+    defaults = of_diffusers(model_type) if shipped(name).family == "dit" else of_transformers(model_type)
     wrong, compared = [], 0
     for row in shipped(name).config.rows:
         value = defaults.get(row.hf)

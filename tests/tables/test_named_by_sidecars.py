@@ -94,7 +94,9 @@ def unlike(name: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def test_every_table_is_here() -> None:
-    assert {table_of(name) for name in NAMES} == {name for name in table_names() if not shipped(name).flavours}
+    """All but those of diffusion: of what Megatron's sidecars say of these, their own tests tell."""
+    text = [name for name in table_names() if shipped(name).family != "dit"]
+    assert {table_of(name) for name in NAMES} == {name for name in text if not shipped(name).flavours}
     known = {name for family in BRIDGE_FAMILIES for name in (family.architecture,)}
     assert len(known) == len(BRIDGE_FAMILIES), "a family a class"
 

@@ -149,7 +149,9 @@ def test_a_wrong_config_misses_the_published_figure() -> None:
     assert num_parameters(hub_headers(config)) != pytest.approx(index.published_parameters("Qwen2.5-7B"), rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["Llama-2-7b-hf", "Qwen3-0.6B", "Qwen3-30B-A3B", "gpt-oss-20b", "sarvam-30b"])
+@pytest.mark.parametrize(
+    "name", ["Llama-2-7b-hf", "Qwen3-0.6B", "Qwen3-30B-A3B", "gpt-oss-20b", "sarvam-30b", "FLUX.1-dev"]
+)
 def test_index_is_what_its_config_gives(name: str) -> None:
     config, headers = index.load_index(name)
     before = json.dumps(config)

@@ -56,6 +56,7 @@ MLA_YARN = st.fixed_dictionaries(
         "mscale_all_dim": FACTORS,
     }
 )
+WIDTHS = st.integers(1, 512)
 PATTERNS = st.text("M*-E", min_size=1, max_size=40)
 LIMITED = st.integers(1, 8).flatmap(lambda n: st.fixed_dictionaries({"n_group": st.just(n), "topk_group": st.just(1)}))
 
@@ -71,6 +72,9 @@ GROUPS: dict[str, st.SearchStrategy[Mapping[str, Value]]] = {
     "neox_rope": st.fixed_dictionaries({"rotary_emb_base": FACTORS, "rotary_pct": st.floats(0.1, 1.0)}),
     "window": st.fixed_dictionaries({"sliding_window": st.none() | st.integers(1, 1 << 17)}),
     "unrotated_full_layers": st.fixed_dictionaries({"sliding_window": st.integers(1, 1 << 17), "layer_types": KINDS}),
+    "dit_heads": st.fixed_dictionaries({"num_attention_heads": WIDTHS, "attention_head_dim": WIDTHS}),
+    "wan_patch": st.tuples(WIDTHS, WIDTHS).map(lambda size: {"patch_size": [size[0], size[1], size[1]]}),
+    "flux_channels": st.fixed_dictionaries({"in_channels": WIDTHS}),
     "gelu_tanh": st.just({"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}),
 }
 VALUES: dict[str, st.SearchStrategy[Value]] = {
@@ -175,6 +179,14 @@ def test_a_window_is_refused_where_none_is_covered(said: Mapping[str, Value]) ->
         FIELDS["full_layers"].to_mcore({"num_hidden_layers": 2, **said})
 
 
+def test_a_width_of_fluxs_mlp_that_is_not_four_models_is_refused() -> None:
+    said: dict[str, Value] = {"num_attention_heads": 3, "attention_head_dim": 8}
+    fields = {**FIELDS["dit_heads"].to_mcore(said), **FIELDS["flux_mlp"].to_mcore(said)}
+    assert fields["ffn_hidden_size"] == 96 and FIELDS["flux_mlp"].to_hf(fields) == {}
+    with pytest.raises(UsageError, match="ffn_hidden_size is 95"):
+        FIELDS["flux_mlp"].to_hf({**fields, "ffn_hidden_size": 95})
+
+
 def test_a_wrong_inverse_would_be_seen() -> None:
     """Negative control: windows that forget the current token do not come back."""
     fields = FIELDS["window"].to_mcore({"sliding_window": 8})
@@ -191,6 +203,10 @@ def test_a_wrong_inverse_would_be_seen() -> None:
         ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}}, "attention_factor"),
         ("longrope", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ("gelu_tanh", {"hidden_act": "silu"}, "silu"),
+        ("wan_patch", {"patch_size": [1, 2, 4]}, "patch_size"),
+        ("wan_patch", {"patch_size": 2}, "patch_size"),
+        ("flux_channels", {"in_channels": 384, "out_channels": 64}, "384"),
+        ("dit_heads", {"num_attention_heads": 24}, "attention_head_dim"),
     ],
 )
 def test_groups_that_megatron_core_cannot_express_are_refused(name: str, hf: Mapping[str, Value], named: str) -> None:

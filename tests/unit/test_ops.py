@@ -5,7 +5,7 @@ import torch
 
 from converters.errors import CoverageError, TableError
 from converters.mcore.layout import boxes
-from converters.rows.ops import ATOM_NAMES, OPS, Form, form
+from converters.rows.ops import ACROSS, ATOM_NAMES, OPS, Form, form
 from converters.rows.pack import runs
 
 H, G, C, F = 8, 4, 6, 20
@@ -91,14 +91,26 @@ ORACLE = {
     "qgkv_by_head": lambda q, k, v: grouped(q, k, v),  # the folder has each query beside its gate
     "mamba_in": lambda w: w,
     "mamba_conv": lambda w: w,
+    "kv": grouped,
+    "row_pair": lambda w: w,  # by columns, which are its rows here; each parameter has its own
     "col_swap": lambda w: w.roll(w.shape[1] // 2, 1),
 }
-ROWS = {"qkv": 96, "qkv_own": 96, "qkv_fused": 96, "qgkv": 144, "qgkv_spread": 144, "qgkv_by_head": 144, "vocab": 24}
+ROWS = {
+    "kv": 48,
+    "row_pair": 60,
+    "qkv": 96,
+    "qkv_own": 96,
+    "qkv_fused": 96,
+    "qgkv": 144,
+    "qgkv_spread": 144,
+    "qgkv_by_head": 144,
+    "vocab": 24,
+}
 
 
 def test_every_op_has_an_oracle() -> None:
     assert set(ORACLE) == set(OPS)
-    assert set(ATOM_NAMES) <= set(OPS)
+    assert set(ATOM_NAMES) | ACROSS <= set(OPS)
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -138,6 +150,12 @@ def test_boxes_of_all_ranks_tile_the_tensor(op: str, tp: int) -> None:
 def test_a_rank_holds_its_share_of_each_half() -> None:
     found = [(b.rank, b.row, b.rows) for b in boxes("fc1", form("glu", DIMS, 40), 40, 8, 2)]
     assert found == [(0, 0, 10), (1, 10, 10), (0, 20, 10), (1, 30, 10)]
+
+
+def test_a_pair_is_cut_where_attention_ends() -> None:
+    assert form("row_pair", DIMS, 60).atoms == (H * C, 12)
+    with pytest.raises(CoverageError, match="48 columns are not 48 and some more"):
+        form("row_pair", DIMS, H * C)
 
 
 def test_a_missing_dim_names_itself() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from converters.rows.isos import experts, gemma4, kimi, layers, lfm2, mimo, rope, step
+from converters.rows.isos import diffusion, experts, gemma4, kimi, layers, lfm2, mimo, rope, step
 from converters.rows.isos.base import FieldsIso, ValueIso, layers_of, plain, positive
 from converters.rows.isos.experts import inexpressible_groups
 from converters.rows.isos.rope import LLAMA3_FIXED, inexpressible_rope
@@ -110,6 +110,10 @@ FIELDS: dict[str, FieldsIso] = {
         rope.longrope_to_mcore,
         rope.longrope_to_hf,
     ),
+    "dit_heads": FieldsIso(diffusion.HEADS, diffusion.heads_to_mcore, diffusion.heads_to_hf),
+    "wan_patch": FieldsIso(("patch_temporal", "patch_spatial"), diffusion.patch_to_mcore, diffusion.patch_to_hf),
+    "flux_channels": FieldsIso(("in_channels",), diffusion.flux_channels_to_mcore, diffusion.flux_channels_to_hf),
+    "flux_mlp": FieldsIso(("ffn_hidden_size",), diffusion.flux_mlp_to_mcore, diffusion.flux_mlp_to_hf),
     "gelu_tanh": FieldsIso(("activation_func",), experts.gelu_tanh_to_mcore, experts.gelu_tanh_to_hf),
 }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from converters.checksums import combine
 from converters.engine.plan import Draft
-from converters.errors import LayoutError
+from converters.errors import LayoutError, UnsupportedError
 from converters.mcore.cuts import cuts_of
 from converters.mcore.keys import EMBEDDING, HEAD, parse_key
 from converters.mcore.layout import Layout, count_of
@@ -25,6 +25,8 @@ from mbx.torchfile.archive_layout import ArchiveLayout, lay_out
 from mbx.torchfile.torch_values import Namespace, TensorStub, row_major
 
 _FINAL_NORMS = tuple(f"{norm}." for norm in CURRENT.final_norm.values())
+#: What a rank's own state_dict has outside its layers.
+_OUTSIDE = ("embedding.", "output_layer.", *_FINAL_NORMS)
 _ATOMS = {name for names in ATOM_NAMES.values() for name in names}
 _ATOM_ORDER = {(op, name): number for op, names in ATOM_NAMES.items() for number, name in enumerate(names)}
 #: A part of a tensor: its key, and the box of it.
@@ -66,12 +68,17 @@ class _Local:
 def place(order: Order) -> RankPlacement:
     """Lay out `mp_rank_*/model_optim_rng.pt` of every rank under the plan's layout.
 
-    Raises LayoutError for a layout whose shards the format has no names for, and UnsupportedError where it is
-    not known how a tensor is cut.
+    Raises LayoutError for a layout whose shards the format has no names for, and UnsupportedError for a tensor that it
+    has no place for, or where it is not known how one is cut.
     """
     sidecars, plan = order.sidecars, order.plan
     assert sidecars is not None
     drafts = {draft.name: draft for draft in plan.drafts}
+    if odd := next((name for name in drafts if not parse_key(name).site and not name.startswith(_OUTSIDE)), None):
+        raise UnsupportedError(
+            f"`{odd}`: files of ranks hold language models alone, as Megatron-LM builds them",
+            hint="‹format› torch_dist holds any model",
+        )
     writer = _Writer(drafts, plan.layout, plan.config, sidecars.spec, order.release)
     return writer.place(sidecars.args, sidecars.iteration)
 

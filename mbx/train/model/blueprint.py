@@ -54,7 +54,7 @@ def as_int(config: Mapping[str, Value], key: str) -> int:
 def blueprint(recipe: Recipe) -> Blueprint:
     """Read the model's config from its folder, or take the recipe's shape; UsageError where they do not fit."""
     from mbx.formats import hf
-    from mbx.tables import table_for
+    from mbx.tables import of_language, table_for
 
     m = recipe.model
     folder = Path(m.path) if m.path else None
@@ -66,7 +66,7 @@ def blueprint(recipe: Recipe) -> Blueprint:
                 f"model.path `{folder}` is no folder", hint="model.path=DIR names a Hugging Face folder"
             )
         raw = hf.read_config(folder)
-        table = table_for(raw, m.mapping or None)
+        table = of_language(table_for(raw, m.mapping or None))
         table = replace(table, config=table.config.waiving(m.waived_keys))
         if unknown := table.config.unknown_keys(raw):
             raise CoverageError(
