@@ -40,6 +40,7 @@ ON_A_CPU = (
     "llama4_maverick",
     "olmoe",
     "minimax_m2",
+    "minimax_m3",
     "ernie4_5_moe",
     "mimo_v2_flash",
     "gemma4_31b",
@@ -113,10 +114,13 @@ FORWARD = [
         for name in """qwen3_moe qwen3_moe_dense_layer qwen3_moe_all_softmax gpt_oss mixtral
         mixtral_window qwen2_moe qwen2_moe_dense_layer deepseek_v2 deepseek_v3
         kimi_k2_by_class moonlight glm4_moe glm_4_7_flash glm_4_7_flash_whole_queries
-        dots1 hy3 exaone_moe_alone ernie4_5_moe mimo_v2_flash
+        minimax_m3 dots1 hy3 exaone_moe_alone ernie4_5_moe mimo_v2_flash
         gemma4_31b gemma4_e2b gemma4_26b llama4_scout_unscaled llama4_maverick""".split()
     ),
-    *((name, "v5") for name in "qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()),
+    *(
+        (name, "v5")
+        for name in "minimax_m3 qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()
+    ),
 ]
 
 
@@ -166,6 +170,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "exaone_moe": ("exaone_moe",),
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
+    "minimax_m3": ("minimax_m3",),
     "ernie4_5_moe": ("ernie4_5_moe",),
     "lfm2": ("lfm2",),
     "lfm2_moe": ("lfm2_moe",),
@@ -224,7 +229,7 @@ def cases(table: str) -> list[Case]:
         plain = headers_of(name)
         found.append(plain)
         if (
-            table not in ("gemma4_text", "gpt_oss", "qwen3_5", "llama4")
+            table not in ("gemma4_text", "gpt_oss", "qwen3_5", "llama4", "minimax_m3")
             and name not in REMOTE_CODE
             and "dense" not in name
         ):

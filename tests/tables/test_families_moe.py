@@ -251,6 +251,16 @@ def test_sparse_attention_is_latent_attention_up_to_as_many_tokens_as_it_chooses
     assert logits_differ(few, tmp_path / "some", WITHOUT_INDEXER) > DEFECT
 
 
+def test_chosen_blocks_of_keys_are_all_keys_up_to_as_many_as_are_chosen(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    few = Path(shutil.copytree(checkpoint("minimax_m3", "v5"), tmp_path / "few"))
+    config = json.loads((few / "config.json").read_text(encoding="utf-8"))
+    config |= {"index_block_size": 4, "index_topk_blocks": 2}
+    (few / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert logits_differ(few, tmp_path / "some", {}) > DEFECT
+
+
 EXPERTS = (
     '"mlp.experts.{E}.gate_proj.weight", "mlp.experts.{E}.up_proj.weight"',
     '"mlp.experts.{E}.up_proj.weight", "mlp.experts.{E}.gate_proj.weight"',
@@ -369,6 +379,12 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("deepseek_v32", "layer_types", ["full_attention"] * 4),
         ("dots1", "layer_types", ["full_attention"] * 3 + ["sliding_attention"]),
         ("minimax_m2", "attn_type_list", [1, 0, 1, 1]),
+        ("minimax_m3", "sparse_attention_config", {"sparse_score_type": "sum"}),
+        ("minimax_m3", "sparse_attention_config", {"unheard_of": 1}),
+        ("minimax_m3", "mlp_layer_types", ["dense", "dense", "sparse", "sparse"]),
+        ("minimax_m3", "layer_types", ["full_attention", *["minimax_m3_sparse"] * 2, "full_attention"]),
+        ("minimax_m3", "hidden_act", "gelu"),
+        ("minimax_m3", "qk_norm_type", "per_layer"),
         ("qwen3_next", "layer_types", ["full_attention", "linear_attention"] * 2),
         ("nemotron_h", "hybrid_override_pattern", "M-M*X*-M"),
         ("nemotron_nano_v3", "n_shared_experts", 2),
