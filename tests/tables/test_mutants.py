@@ -40,6 +40,7 @@ RUN = (
 ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 #: Models whose towers a table arranges by rows of its own; the others travel with their names and bytes as they are.
 WITH_TOWER_ROWS = ("gemma3", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "nemotron_nano_v2_vl")
+WITH_TOWER_ROWS += ("nemotron_nano_omni",)
 _LATENT = "(deepseek_v2|deepseek_v3|moonlight|glm_4_7_flash)"
 _NOT_STRETCHED = "no frequency of the tiny head is one that Llama 3 stretches"
 _IDLE_YARN = "the tiny head turns with two frequencies, of which either length and slope take the same"

@@ -207,7 +207,7 @@ _INNER = {
 #: How names of all else begin.
 _TOWERS = (
     *("vision_tower.", "vision_model.", "multi_modal_projector.", "mm_projector.", "visual.", "model.visual."),
-    "patch_merge_mlp.",
+    *("patch_merge_mlp.", "sound_encoder.", "sound_projection.", "mtp."),
     *("model.vision_tower.", "model.vision_model.", "model.multi_modal_projector."),
     *("model.embed_vision.", "model.audio_tower.", "model.embed_audio.", "mlp1."),
     *("thinker.visual.", "thinker.audio_tower.", "talker.", "token2wav.", "code2wav."),
@@ -275,7 +275,10 @@ TWINS: Mapping[str, Twin] = {
     "qwen3_vl_moe": _text_alone("qwen3_moe", _experts_last),
     "qwen3_omni_moe": _text_alone("qwen3_moe"),
     "glm4v_moe": _text_alone("glm4_moe"),
-    "NemotronH_Nano_VL_V2": _text_alone("nemotron_h"),
+    **dict.fromkeys(
+        ("NemotronH_Nano_VL_V2", "NemotronH_Nano_Omni_Reasoning_V3", "NemotronH_Super_Omni_Reasoning_V3"),
+        _text_alone("nemotron_h"),
+    ),
     "kimi_k25": _text_alone("deepseek_v3"),
     "minimax_m3_vl": _text_alone("minimax_m3_vl_text", _minimax_layer),
 }
