@@ -84,6 +84,7 @@ def parse_table(name: str, text: str) -> Table:
         when=when,
         blocks=blocks,
         wrapped=parser.ways("names", raw.get("names", [])),
+        kept={} if around else parser.strings("kept", raw.get("kept", {})),
     )
     return parser.around(table, raw, gamma) if around else table
 

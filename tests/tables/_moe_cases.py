@@ -48,7 +48,7 @@ ON_A_CPU = (
     "gemma4_26b",
 )
 ELSEWHERE = (
-    *("lfm2", "lfm2_moe", "kimi_linear"),
+    *("lfm2", "lfm2_moe", "kimi_linear", "kimi_k3"),
     *("glm_5", "glm_5_2", "deepseek_v32"),
     "sarvam_moe",
     "bailing_moe_v2",
@@ -66,6 +66,7 @@ ELSEWHERE = (
 ALL = (*ON_A_CPU, *ELSEWHERE)
 #: Families without a Transformers class, so without layout v5.
 REMOTE_CODE = ("kimi_k2", "sarvam_moe", "bailing_moe_v2", "deepseek", "step_3_5_flash", "kimi_linear")
+REMOTE_CODE += ("kimi_k3",)
 LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
 LAYOUTS += [("step_3_5_flash_with_heads", "v4")]
 
@@ -139,6 +140,14 @@ def made(name: str, out: Path, layout: str = "v4") -> Path:
         return make(name, out, layout="v5" if layout == "v5" else "v4", shards=2)
 
 
+def with_key(config: Mapping[str, Any], key: str, value: object) -> dict[str, Any]:
+    """A config with another value of a key, in that of its text model where it has one, and around it too."""
+    text = config.get("text_config")
+    if text is None:
+        return {**config, key: value}
+    return {**config, **({key: value} if key in config else {}), "text_config": {**text, key: value}}
+
+
 def headers_of(name: str) -> Case:
     """Config and hub headers of a family or variant."""
     with pytest.MonkeyPatch.context() as patch:
@@ -179,6 +188,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "sarvam_moe": ("sarvam_moe",),
     "deepseek": ("deepseek",),
     "kimi_linear": ("kimi_linear",),
+    "kimi_k3": ("kimi_k3",),
     "step3p5": ("step_3_5_flash", "step_3_5_flash_with_heads"),
     "bailing_moe_v2": ("bailing_moe_v2",),
     "qwen3_next": ("qwen3_next",),
@@ -235,8 +245,8 @@ def cases(table: str) -> list[Case]:
         ):
             found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))
     config, headers = found[0]
-    found.append(({**config, "tie_word_embeddings": True}, headers))
-    if "lm_head.weight" not in headers:
+    found.append((with_key(config, "tie_word_embeddings", True), headers))
+    if "lm_head.weight" not in headers and "model.embed_tokens.weight" in headers:
         with_head = {**headers, "lm_head.weight": headers["model.embed_tokens.weight"]}
         found += [({**config, "tie_word_embeddings": tied}, with_head) for tied in (True, False)]
     if table == "gemma4_text":

@@ -30,6 +30,7 @@ from _moe_cases import (  # noqa: E402
     headers_in,
     headers_of,
     made,
+    with_key,
 )
 from _scaffold import (  # noqa: E402
     DEFECT,
@@ -67,6 +68,7 @@ from mbx.tables import shipped, table_for  # noqa: E402
 
 #: Plans of more than 70,000 tensors take longer than a default test may.
 LARGE = ("DeepSeek-V3", "DeepSeek-V3.2", "GLM-5", "Kimi-K2-Instruct", "MiniMax-M2", "Qwen3-Next-80B-A3B-Instruct")
+LARGE += ("Kimi-K3",)
 FULL_SIZE = [
     pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
     for name in sorted({family(name).reference for name in ALL})
@@ -362,6 +364,9 @@ def test_a_wrong_config_field_fails_the_forward_check(
             {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "gate_lower_bound": -5},
         ),
         ("kimi_linear", "mla_use_nope", False),
+        ("kimi_k3", "linear_attn_config", {"full_attn_layers": [4], "kda_layers": [1, 2, 3]}),
+        ("kimi_k3", "activation_situ_beta", 1.0),
+        ("kimi_k3", "hidden_act", "silu"),
         ("step_3_5_flash", "rope_theta", [5000000.0, 10000.0, 10000.0, 500.0]),
         ("step_3_5_flash_with_heads", "layer_types", ["full_attention", *["sliding_attention"] * 3, "full_attention"]),
         ("step_3_5_flash", "moe_layers_enum", "2,3,4"),
@@ -396,7 +401,7 @@ def test_a_wrong_config_field_fails_the_forward_check(
 def test_a_config_the_table_does_not_cover_is_refused(name: str, key: str, value: Value) -> None:
     config, headers = headers_of(name)
     with pytest.raises(MbxError, match=key):
-        plan_headers(table_for(config), ({**config, key: value}, headers))
+        plan_headers(table_for(config), (with_key(config, key, value), headers))
 
 
 def test_headers_of_layout_v5_are_those_that_transformers_writes(checkpoint: Callable[..., Path]) -> None:

@@ -131,6 +131,7 @@ def test_sidecars_are_written_for_all_but_what_neither_tool_builds() -> None:
         "step3p5",
         "kimi_linear",
         "minimax_m3",
+        "kimi_k3",
     }
     for name in NAMES:
         assert unlike(name, config_of_args(our_args(name))) == []

@@ -21,7 +21,7 @@ ELSEWHERE = frozenset(
         *("exaone4_1_2b", "gpt_oss_mxfp4", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
         *("nemotron_h", "nemotron_nano_v2", "nemotron_nano_v3", "nemotron_super", "deepseek_v3_fp8"),
         *("glm_5", "glm_5_2", "deepseek_v32", "falcon_h1_0_5b", "exaone_moe"),
-        *("lfm2", "lfm2_moe", "kimi_linear"),
+        *("lfm2", "lfm2_moe", "kimi_linear", "kimi_k3"),
     )
 )
 #: Every tiny family that trains on a CPU.

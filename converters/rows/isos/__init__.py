@@ -56,6 +56,11 @@ FIELDS: dict[str, FieldsIso] = {
         kimi.layers_to_mcore,
         kimi.layers_to_hf,
     ),
+    "k3_layers": FieldsIso(
+        ("linear_attention_freq", "kda_num_heads", "kda_head_dim", "kda_conv_kernel_dim", "kda_gate_lower_bound"),
+        kimi.k3_layers_to_mcore,
+        kimi.k3_layers_to_hf,
+    ),
     "step_layers": FieldsIso(
         ("window_size", "window_attn_skip_freq", "windowed_num_attention_heads", "model.rotary_base")
         + ("model.rotary_base_local", "model.rotary_percent", "model.rotary_percent_local"),
