@@ -82,7 +82,8 @@ def as_it_is(source: str, target: str, stack: Shape, rows: int) -> list[Unit]:
 class Plan:
     """What a run will do. The run executes this object; `dry_run` prints it.
 
-    `equal` are pairs of source tensors that must hold the same values. `objects` are the names of opaque
+    `equal` are pairs of source tensors that must hold the same values, `padded` those that hold zeros from a row on.
+    `objects` are the names of opaque
     payloads (`_extra_state`) the target carries. `kept` are sources that travel beside the target as they are:
     buffers without a counterpart, and values that a shift rounds. `encoded` are the sources that a codec stores in
     parts, `carried` those parts that travel beside the target, for an export that encodes again. `reencoded` are the
@@ -102,6 +103,7 @@ class Plan:
     units: tuple[Unit, ...]
     ledger: Ledger
     equal: tuple[tuple[str, str], ...] = ()
+    padded: tuple[tuple[str, int], ...] = ()
     objects: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

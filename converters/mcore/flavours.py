@@ -126,8 +126,8 @@ def _explained(table: Table, flavour: str, keys: Iterable[str]) -> int:
     own = table.arrangement(flavour)
     exact = [
         re.compile(re.sub(r"\\\{[IL]\\\}\\\.", r"(?:\\d+\\.)?", re.escape(site.mcore + row[0].param)))
-        for site in table.towers
-        if site.name in own.sites
+        for site in (*table.towers, *table.sites)
+        if site.outer or site.name in own.sites and site in table.towers
         for block in site.blocks
         for row in table.blocks[block]
     ]

@@ -94,8 +94,8 @@ _ALIASES = {
 }
 
 
-#: A norm behind the MLP that is the layer's own: nothing is fused in such a layer (Gemma 4 in Megatron-Bridge).
-_APART = "post_mlp_layernorm.weight"
+#: Norms that are the layer's own: nothing is fused in such a layer (Gemma 4 and Kimi K3 in Megatron-Bridge).
+_APART = ("post_mlp_layernorm.weight", "mlp_res_norm.weight")
 
 
 def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[str, str]:
@@ -117,7 +117,7 @@ def canonical_names(keys: Collection[str], release: Release = CURRENT) -> dict[s
         for own, usual in _ALIASES.items():
             if name.startswith(own) and prefix + usual + name[len(own) :] not in present:
                 out[key] = prefix + usual + name[len(own) :]
-        if not prefix or prefix + _APART in present:
+        if not prefix or any(prefix + norm in present for norm in _APART):
             continue
         for norm in apart:
             if name.startswith(norm.fused):

@@ -12,7 +12,7 @@ from converters.engine.regions import matrix
 from converters.errors import CoverageError
 from converters.mcore.layout import Layout
 from converters.mcore.torch_dist import Home
-from converters.planning.join import Joiner, moves
+from converters.planning.join import PADDED, Joiner, moves
 from converters.rows.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, settle
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_groups
@@ -128,7 +128,10 @@ class _Exporter:
         # a tensor that stands twice in a row is read for both atoms, and written from the first
         places = tuple({place.tensor: place for place in reversed(joined.hf)}.values())[::-1]
         for place in places:
-            name, made = place.tensor, (self._dtype(row, place.tensor, stored), (*place.stack, *place.shape))
+            name, shape = place.tensor, (*place.stack, *place.shape)
+            if row.spec.op == PADDED:
+                shape = (self._padded(row, name, shape[0]), *shape[1:])
+            made = self._dtype(row, name, stored), shape
             known = self.targets.setdefault(name, made)
             if known != made:
                 raise CoverageError(f"`{name}` would be {made[1]} {made[0]} and {known[1]} {known[0]} at once")
@@ -141,6 +144,12 @@ class _Exporter:
         unit = Unit(row.mcore, moves(joined.mcore, places), filled, -row.spec.shift, original)
         self.units.append(unit)
         self.makers.update(dict.fromkeys(row.hf, unit))
+
+    def _padded(self, row: Row, name: str, rows: int) -> int:
+        """Rows of a Hugging Face tensor that goes on with zeros: as the folder had it, or as the config says."""
+        recorded = self.origin.recorded or {}
+        known = recorded[name].shape[0] if name in recorded else self.joiner.at_row(row)[1].get("kda_padded", rows)
+        return max(rows, known)
 
     def _dtype(self, row: Row, name: str, stored: str) -> str:
         if stored not in FLOATS or name in self.origin.encode:

@@ -13,7 +13,7 @@ from converters.errors import CoverageError
 from converters.mcore.layout import Layout, RankMap
 from converters.mcore.layout import check as check_layout
 from converters.mcore.torch_dist import extra_states_of, states_of_model
-from converters.planning.join import Joined, Joiner, Place, moves, one_dtype, without_scales
+from converters.planning.join import PADDED, Joined, Joiner, Place, moves, one_dtype, without_scales
 from converters.planning.placing import Target
 from converters.rows.config_spelling import canonical, provenance_note
 from converters.rows.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, settle
@@ -72,6 +72,7 @@ def plan_import(
             beside=beside,
         ),
         equal=tuple(planner.equal),
+        padded=tuple(planner.padded),
         objects=tuple(dict.fromkeys([*planner.objects, *states_of_model(table.family, prefix=table.prefix)])),
         kept=(*planner.dropped, *planner.shifted, *beside),
         notes=(
@@ -113,6 +114,7 @@ class _Importer:
     units: list[Unit] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)
     equal: list[tuple[str, str]] = field(default_factory=list)
+    padded: list[tuple[str, int]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     shifted: list[str] = field(default_factory=list)
     dtype_changes: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -139,6 +141,8 @@ class _Importer:
         self.units.append(Unit(row.mcore, moves(joined.hf, joined.mcore), filled, row.spec.shift))
         if row.spec.shift:
             self.shifted += row.hf
+        if row.spec.op == PADDED:
+            self.padded += [(place.tensor, place.rows) for place in joined.hf]
 
     def _dtype(self, row: Row, origin: str) -> str:
         if origin not in STORABLE:

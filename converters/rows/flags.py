@@ -9,6 +9,8 @@ from converters.rows.table import Table
 
 _POST = "mlp.linear_fc2.post_layernorm.weight"
 _LATENT = ("self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.linear_kv_up_proj.layer_norm_weight")
+#: What Megatron-Bridge calls these in a class of its own (Kimi K3).
+_OWN_LATENT = ("self_attention.kv_a_layernorm.weight", "self_attention.kv_a_proj_with_mqa.weight")
 #: Field → parameters of a decoder layer of which it brings one at least.
 BRINGS: Mapping[str, tuple[str, ...]] = {
     "add_qkv_bias": ("self_attention.linear_qkv.bias", "full_self_attention.linear_qkv.bias"),
@@ -16,11 +18,12 @@ BRINGS: Mapping[str, tuple[str, ...]] = {
     "qk_layernorm": (
         *("self_attention.q_layernorm.weight", "full_self_attention.q_layernorm.weight", "q_layernorm.weight"),
         *_LATENT,
+        *_OWN_LATENT,
     ),
     "model.qk_layernorm_over_heads": ("self_attention.q_layernorm.weight",),
     "model.post_layernorms": (_POST, "post_mlp_layernorm.weight"),
     "model.post_layernorms_only": (_POST,),
-    "multi_latent_attention": ("self_attention.linear_kv_down_proj.weight",),
+    "multi_latent_attention": ("self_attention.linear_kv_down_proj.weight", *_OWN_LATENT),
     "moe_router_enable_expert_bias": ("mlp.router.expert_bias",),
     "moe_shared_expert_gate": ("mlp.shared_experts.gate_weight",),
 }

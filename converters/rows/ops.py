@@ -124,6 +124,8 @@ OPS: dict[str, Callable[[Dims, int], Form]] = {
     "row": _one(1),
     # embeddings and output layers: cut by rows, padded to what the layout asks for
     "vocab": lambda d, rows: Form((d["vocab"],), _each(1), cut=0),
+    # one number a head, behind which the Hugging Face tensor goes on with zeros (Kimi K3)
+    "unpadded": lambda d, rows: Form((d["kda_heads"],), _each(1), cut=0),
     # gated MLP: gate and up apart, stacked in one tensor, or interleaved row by row (GPT-OSS)
     "glu": lambda d, rows: Form(_parts(rows, 2), _each(2), cut=0),
     "glu_fused": lambda d, rows: Form(_parts(rows, 2), ((1, (0, 1)),), cut=0),

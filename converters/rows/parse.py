@@ -28,7 +28,7 @@ _TOP_KEYS = frozenset(
 )
 _ROW_KEYS = frozenset("transpose unsqueeze hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
 _FLAGS = ("transpose", "unsqueeze", "keep_dtype", "optional")
-_SITE_KEYS = frozenset("hf mcore first n rows optional part when".split())
+_SITE_KEYS = frozenset("hf mcore first n rows optional part when outer".split())
 _TEXT_KEYS = frozenset("table names rows".split())
 _FLAVOUR_KEYS = frozenset("text kept sites".split())
 #: What stands before the text model's names in most tools' checkpoints.
@@ -84,6 +84,7 @@ def parse_table(name: str, text: str) -> Table:
         when=when,
         blocks=blocks,
         wrapped=parser.ways("names", raw.get("names", [])),
+        kept={} if around else parser.strings("kept", raw.get("kept", {})),
     )
     return parser.around(table, raw, gamma) if around else table
 
@@ -153,11 +154,11 @@ class _Parser:
             if block not in blocks:
                 self.fail(place, f"block `{block}` has no [rows.{block}]")
         bounds = self.numbers(place, {"first": spec.get("first", 0), "n": spec.get("n", 1)})
-        optional = self.flag(place, "optional", spec.get("optional", False))
+        optional, outer = (self.flag(place, key, spec.get(key, False)) for key in ("optional", "outer"))
         hf, mcore = str(spec.get("hf", "")), str(spec.get("mcore", ""))
         part = str(spec.get("part", ""))
         when = str(spec.get("when", ""))
-        return Site(name, hf, mcore, bounds["first"], bounds["n"], used, optional, part=part, when=when)
+        return Site(name, hf, mcore, bounds["first"], bounds["n"], used, optional, part=part, when=when, outer=outer)
 
     def around(self, own: Table, raw: Mapping[str, object], gamma: Mapping[str, str]) -> Table:
         """The table of a model with towers: `own` has their rows, `[text]` names the table of its text model."""

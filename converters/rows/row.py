@@ -56,7 +56,8 @@ class Site:
     An `optional` one exists where the checkpoint holds any tensor below its prefix, and then whole. A `kept` one is a
     module that Megatron holds as it is: each tensor below one prefix is the same below the other. A native one belongs
     to the `part` whose config fields begin so. One with `when` is at the layers of the `n` where that holds alone, and
-    these are a stack of their own where layers are stacked.
+    these are a stack of their own where layers are stacked. An `outer` one of a text model stands outside of what a
+    model around it calls that.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Site:
     kept: bool = False
     part: str = ""
     when: str = ""
+    outer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,9 @@ def expected_shape(row: Row, env: Env) -> tuple[int | None, ...] | None:
 
     Heterogeneous models set sizes by layer, so none are expected of them.
     """
-    as_it_is = row.spec.op == "copy" and row.spec.param.endswith("A_log")  # Kimi Linear's has dimensions of 1 around
+    as_it_is = row.spec.op in ("copy", "unpadded") and row.spec.param.endswith(
+        "A_log"
+    )  # Kimi Linear's has dimensions of 1 around
     wanted = None if row.kept or as_it_is else EXPECTED.get(row.site + row.spec.param) or EXPECTED.get(row.spec.param)
     if wanted is None or env.get("heterogeneous_block_specs"):
         return None

@@ -107,7 +107,7 @@ class Table:
     def in_flavour(self, name: str) -> Table:
         """The table of the whole model as the flavour `name` arranges it; UsageError where there is none such."""
         chosen = self.arrangement(name)
-        text = tuple(replace(site, mcore=chosen.prefix + site.mcore) for site in self.sites)
+        text = (site if site.outer else replace(site, mcore=chosen.prefix + site.mcore) for site in self.sites)
         kept = (Site(name, self.kept[name], at, 0, 1, (), kept=True) for name, at in chosen.kept.items())
         towers = tuple(site for site in self.towers if site.name in chosen.sites)
         return replace(self, sites=(*text, *kept, *towers), flavour=name)

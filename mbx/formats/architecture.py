@@ -192,7 +192,7 @@ def _as_held(
     Megatron-Bridge writes its provider's default rank for DeepSeek-V2-Lite and Moonlight, which have none.
     """
     rank = known.get("q_lora_rank")
-    if not rank or any(".linear_q_down_proj." in name for name in opened.tensors):
+    if not rank or any(part in name for name in opened.tensors for part in (".linear_q_down_proj.", ".q_a_proj.")):
         return known, ()
     note = f"`q_lora_rank` is {rank!r} by {origin}, and no tensor is of that rank; the weights count"
     return {**known, "q_lora_rank": None}, (note,)

@@ -20,6 +20,7 @@ from mbx.formats.checkpoint import Checkpoint
 from mbx.proof.cause_search import Detective
 from mbx.proof.compare import ComparingSink, Reading, Tally, compare, repeats
 from mbx.proof.comparison import Pair
+from mbx.run.side_files import odd_padding
 
 Status = Literal["passed", "failed", "not run"]
 #: Differing tensors whose cause is looked for; the others are only counted.
@@ -154,7 +155,7 @@ def weights(
     found = [*_differences(sink, targets, detective, order), *odd]
     differences = sorted(found, key=lambda difference: (_depth(difference), order.get(difference.name, len(order))))
     lines = sorted(f"`{d.name}`: {d.what}" for d in differences if d.elements is not None)
-    lines += _unequal_repeats(pair, left, right)
+    lines += [*_unequal_repeats(pair, left, right), *odd_padding(pair.plan, left)]
     if skipped := len(pair.plan.drafts) - len(comparable):
         lines.append(f"{skipped} tensor(s) could not be compared: see cover")
     if not sink.compared_bytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from converters.errors import MbxError
 from converters.rows.expr import Value
+from converters.rows.isos.minimax import keys_chosen
 from converters.rows.table import Table
 from mbx.models.prompts import Passes
 from mbx.proof.gaps import Gap
@@ -116,6 +117,9 @@ def reach(
         _length(found, key, what, config, longest, table if megatron else None, megatron)
     for key, what in _SIZES.items() if transformers else ():
         _size(found, key, what, config, table if megatron else None, megatron)
+    keys, context = keys_chosen(fields), config.get("max_position_embeddings")
+    if keys and isinstance(context, int) and longest <= keys < context:
+        found.gaps.append(Gap("not reached", f"a choice among more than {keys} keys, which Megatron Core lacks"))
     scaling = config.get("rope_scaling")
     if isinstance(scaling, Mapping) and scaling.get("rope_type") != "dynamic":  # which leaves the context as it is
         kind = f"scaled positions ({scaling.get('rope_type')})"

@@ -20,6 +20,7 @@ from mbx.run.commit import PartialFolder, check_free_space, partial_path
 from mbx.run.ranks import ALONE, Share, Team, World, shares
 from mbx.run.side_files import (
     check_equal,
+    check_padded,
     check_repeated,
     file_names,
     manifest_text,
@@ -70,6 +71,7 @@ class _Run:
         with PartialFolder(job.target, resume=options.resume, overwrite=options.overwrite) as folder:
             check_free_space(job.target, job.output_bytes)
             check_equal(job, self.source)
+            check_padded(job, self.source)
             check_repeated(job, self.source)
             base = _base(job, folder.path)
             header, found = self._open_journal(folder)

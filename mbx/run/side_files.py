@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.checksums import crc32
+from converters.engine.plan import Plan
 from converters.errors import CoverageError
+from converters.protocols import Source
 from converters.stored import read_rows
 from converters.tensors import StoredTensor
 from mbx.formats import hf, torch_dist
@@ -43,6 +45,20 @@ def check_equal(job: Job, source: FileSource) -> None:
                 if not job.plan.direction.startswith("adapter")
                 else "one linear shares one lora_A: leave out ‹fused› to keep them apart",
             )
+
+
+def check_padded(job: Job, source: FileSource) -> None:
+    """Rows of the source that the target lacks must be zeros: an export writes such again."""
+    for line in odd_padding(job.plan, source):
+        raise CoverageError(f"{line}, and no place for them")
+
+
+def odd_padding(plan: Plan, source: Source) -> Iterator[str]:
+    """What stands in a plan's sources where zeros should, a line for each such tensor."""
+    for name, first in plan.padded:
+        tensor = plan.sources[name]
+        if (more := tensor.shape[0] - first) and read_rows(tensor, source, (), first, more).any():
+            yield f"`{name}` has {more} rows behind its {first} that are not zeros"
 
 
 def check_repeated(job: Job, source: FileSource) -> None:

@@ -56,7 +56,7 @@ def test_both_libraries_agree_on_pictures(sides: Callable[[str], tuple[Path, Pat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    ["gemma4_e2b", "glm4v", "internvl", "kimi_k25", "llama4", "mistral3", "qwen2_vl", "qwen3_vl_moe"],
+    ["gemma4_e2b", "glm4v", "internvl", "kimi_k25", "llama4", "minimax_m3_vl", "mistral3", "qwen2_vl", "qwen3_vl_moe"],
 )
 def test_both_libraries_agree_on_pictures_everywhere(sides: Callable[[str], tuple[Path, Path]], kind: str) -> None:
     leg = forward(sides(kind))

@@ -38,6 +38,11 @@ def test_mechanisms_are_read_off_the_config_and_its_fields() -> None:
     assert {"a second rotary base", "scaled embeddings"} <= set(reached("gemma3_text").reached)
 
 
+def test_a_choice_of_keys_that_no_prompt_comes_to_is_named() -> None:
+    assert "choice among more than 2048 keys" in gaps(reached("minimax_m3", max_position_embeddings=4096))
+    assert "choice among" not in gaps(reached("minimax_m3")), "no position is behind them"
+
+
 def test_one_token_comes_to_nothing() -> None:
     found = reached("gpt_oss", tokens=1)
     assert "attention to other tokens" in gaps(found) and not found.reached

@@ -40,6 +40,7 @@ ON_A_CPU = (
     "llama4_maverick",
     "olmoe",
     "minimax_m2",
+    "minimax_m3",
     "ernie4_5_moe",
     "mimo_v2_flash",
     "gemma4_31b",
@@ -47,7 +48,7 @@ ON_A_CPU = (
     "gemma4_26b",
 )
 ELSEWHERE = (
-    *("lfm2", "lfm2_moe", "kimi_linear"),
+    *("lfm2", "lfm2_moe", "kimi_linear", "kimi_k3"),
     *("glm_5", "glm_5_2", "deepseek_v32"),
     "sarvam_moe",
     "bailing_moe_v2",
@@ -65,6 +66,7 @@ ELSEWHERE = (
 ALL = (*ON_A_CPU, *ELSEWHERE)
 #: Families without a Transformers class, so without layout v5.
 REMOTE_CODE = ("kimi_k2", "sarvam_moe", "bailing_moe_v2", "deepseek", "step_3_5_flash", "kimi_linear")
+REMOTE_CODE += ("kimi_k3",)
 LAYOUTS = [(name, layout) for name in ALL for layout in ("v4", "v5") if layout == "v4" or name not in REMOTE_CODE]
 LAYOUTS += [("step_3_5_flash_with_heads", "v4")]
 
@@ -113,10 +115,13 @@ FORWARD = [
         for name in """qwen3_moe qwen3_moe_dense_layer qwen3_moe_all_softmax gpt_oss mixtral
         mixtral_window qwen2_moe qwen2_moe_dense_layer deepseek_v2 deepseek_v3
         kimi_k2_by_class moonlight glm4_moe glm_4_7_flash glm_4_7_flash_whole_queries
-        dots1 hy3 exaone_moe_alone ernie4_5_moe mimo_v2_flash
+        minimax_m3 dots1 hy3 exaone_moe_alone ernie4_5_moe mimo_v2_flash
         gemma4_31b gemma4_e2b gemma4_26b llama4_scout_unscaled llama4_maverick""".split()
     ),
-    *((name, "v5") for name in "qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()),
+    *(
+        (name, "v5")
+        for name in "minimax_m3 qwen3_moe mixtral deepseek_v2_lite glm4_moe_air glm_4_7_flash dots1".split()
+    ),
 ]
 
 
@@ -133,6 +138,14 @@ def made(name: str, out: Path, layout: str = "v4") -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, name, family(name))
         return make(name, out, layout="v5" if layout == "v5" else "v4", shards=2)
+
+
+def with_key(config: Mapping[str, Any], key: str, value: object) -> dict[str, Any]:
+    """A config with another value of a key, in that of its text model where it has one, and around it too."""
+    text = config.get("text_config")
+    if text is None:
+        return {**config, key: value}
+    return {**config, **({key: value} if key in config else {}), "text_config": {**text, key: value}}
 
 
 def headers_of(name: str) -> Case:
@@ -166,6 +179,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "exaone_moe": ("exaone_moe",),
     "llama4": ("llama4_maverick", "llama4_scout"),
     "minimax_m2": ("minimax_m2",),
+    "minimax_m3": ("minimax_m3",),
     "ernie4_5_moe": ("ernie4_5_moe",),
     "lfm2": ("lfm2",),
     "lfm2_moe": ("lfm2_moe",),
@@ -174,6 +188,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "sarvam_moe": ("sarvam_moe",),
     "deepseek": ("deepseek",),
     "kimi_linear": ("kimi_linear",),
+    "kimi_k3": ("kimi_k3",),
     "step3p5": ("step_3_5_flash", "step_3_5_flash_with_heads"),
     "bailing_moe_v2": ("bailing_moe_v2",),
     "qwen3_next": ("qwen3_next",),
@@ -224,14 +239,14 @@ def cases(table: str) -> list[Case]:
         plain = headers_of(name)
         found.append(plain)
         if (
-            table not in ("gemma4_text", "gpt_oss", "qwen3_5", "llama4")
+            table not in ("gemma4_text", "gpt_oss", "qwen3_5", "llama4", "minimax_m3")
             and name not in REMOTE_CODE
             and "dense" not in name
         ):
             found.append(per_expert(plain) if table == "qwen3_5_moe" else fused(plain))
     config, headers = found[0]
-    found.append(({**config, "tie_word_embeddings": True}, headers))
-    if "lm_head.weight" not in headers:
+    found.append((with_key(config, "tie_word_embeddings", True), headers))
+    if "lm_head.weight" not in headers and "model.embed_tokens.weight" in headers:
         with_head = {**headers, "lm_head.weight": headers["model.embed_tokens.weight"]}
         found += [({**config, "tie_word_embeddings": tied}, with_head) for tied in (True, False)]
     if table == "gemma4_text":

@@ -15,6 +15,8 @@ from mbx.tables import shipped
 MODELS = [(name, model_type) for name in table_names() for model_type in shipped(name).model_types]
 #: Model types that Transformers has no class for.
 FOREIGN = {"kimi_k2", "nemotron-nas", "mimo", "sarvam_moe", "bailing_moe_v2", "deepseek", "NemotronH_Nano_VL_V2"}
+FOREIGN |= {"kimi_k3"}
+FOREIGN |= {"NemotronH_Nano_Omni_Reasoning_V3", "NemotronH_Super_Omni_Reasoning_V3"}  # by that name
 
 
 def of_transformers(model_type: str) -> dict[str, Value]:

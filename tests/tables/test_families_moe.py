@@ -30,6 +30,7 @@ from _moe_cases import (  # noqa: E402
     headers_in,
     headers_of,
     made,
+    with_key,
 )
 from _scaffold import (  # noqa: E402
     DEFECT,
@@ -67,6 +68,7 @@ from mbx.tables import shipped, table_for  # noqa: E402
 
 #: Plans of more than 70,000 tensors take longer than a default test may.
 LARGE = ("DeepSeek-V3", "DeepSeek-V3.2", "GLM-5", "Kimi-K2-Instruct", "MiniMax-M2", "Qwen3-Next-80B-A3B-Instruct")
+LARGE += ("Kimi-K3",)
 FULL_SIZE = [
     pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
     for name in sorted({family(name).reference for name in ALL})
@@ -251,6 +253,16 @@ def test_sparse_attention_is_latent_attention_up_to_as_many_tokens_as_it_chooses
     assert logits_differ(few, tmp_path / "some", WITHOUT_INDEXER) > DEFECT
 
 
+def test_chosen_blocks_of_keys_are_all_keys_up_to_as_many_as_are_chosen(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    few = Path(shutil.copytree(checkpoint("minimax_m3", "v5"), tmp_path / "few"))
+    config = json.loads((few / "config.json").read_text(encoding="utf-8"))
+    config |= {"index_block_size": 4, "index_topk_blocks": 2}
+    (few / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert logits_differ(few, tmp_path / "some", {}) > DEFECT
+
+
 EXPERTS = (
     '"mlp.experts.{E}.gate_proj.weight", "mlp.experts.{E}.up_proj.weight"',
     '"mlp.experts.{E}.up_proj.weight", "mlp.experts.{E}.gate_proj.weight"',
@@ -352,6 +364,9 @@ def test_a_wrong_config_field_fails_the_forward_check(
             {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "gate_lower_bound": -5},
         ),
         ("kimi_linear", "mla_use_nope", False),
+        ("kimi_k3", "linear_attn_config", {"full_attn_layers": [4], "kda_layers": [1, 2, 3]}),
+        ("kimi_k3", "activation_situ_beta", 1.0),
+        ("kimi_k3", "hidden_act", "silu"),
         ("step_3_5_flash", "rope_theta", [5000000.0, 10000.0, 10000.0, 500.0]),
         ("step_3_5_flash_with_heads", "layer_types", ["full_attention", *["sliding_attention"] * 3, "full_attention"]),
         ("step_3_5_flash", "moe_layers_enum", "2,3,4"),
@@ -369,6 +384,12 @@ def test_a_wrong_config_field_fails_the_forward_check(
         ("deepseek_v32", "layer_types", ["full_attention"] * 4),
         ("dots1", "layer_types", ["full_attention"] * 3 + ["sliding_attention"]),
         ("minimax_m2", "attn_type_list", [1, 0, 1, 1]),
+        ("minimax_m3", "sparse_attention_config", {"sparse_score_type": "sum"}),
+        ("minimax_m3", "sparse_attention_config", {"unheard_of": 1}),
+        ("minimax_m3", "mlp_layer_types", ["dense", "dense", "sparse", "sparse"]),
+        ("minimax_m3", "layer_types", ["full_attention", *["minimax_m3_sparse"] * 2, "full_attention"]),
+        ("minimax_m3", "hidden_act", "gelu"),
+        ("minimax_m3", "qk_norm_type", "per_layer"),
         ("qwen3_next", "layer_types", ["full_attention", "linear_attention"] * 2),
         ("nemotron_h", "hybrid_override_pattern", "M-M*X*-M"),
         ("nemotron_nano_v3", "n_shared_experts", 2),
@@ -380,7 +401,7 @@ def test_a_wrong_config_field_fails_the_forward_check(
 def test_a_config_the_table_does_not_cover_is_refused(name: str, key: str, value: Value) -> None:
     config, headers = headers_of(name)
     with pytest.raises(MbxError, match=key):
-        plan_headers(table_for(config), ({**config, key: value}, headers))
+        plan_headers(table_for(config), (with_key(config, key, value), headers))
 
 
 def test_headers_of_layout_v5_are_those_that_transformers_writes(checkpoint: Callable[..., Path]) -> None:

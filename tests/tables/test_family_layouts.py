@@ -26,6 +26,7 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_expe
 
 def has_experts(name: str) -> bool:
     config = tiny_config(name)
+    config = config.get("text_config", config)
     return any(config.get(key) for key in EXPERTS)
 
 

@@ -34,11 +34,13 @@ RUN = (
     *("starcoder2", "gemma2", "granite", "ministral3", "minimax_m2", "olmo2", "olmo3", "olmoe", "exaone4_1_2b"),
     *("internlm3", "hy3", "exaone_moe", "gpt2", "pythia", "command_r7b", "bailing_moe_v2", "deepseek"),
     *("ernie4_5_moe", "mimo_v2_flash", "gemma4_31b", "gemma4_e2b", "gemma4_26b", "step_3_5_flash"),
+    "minimax_m3",
 )
 #: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
 ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
 #: Models whose towers a table arranges by rows of its own; the others travel with their names and bytes as they are.
 WITH_TOWER_ROWS = ("gemma3", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "nemotron_nano_v2_vl")
+WITH_TOWER_ROWS += ("nemotron_nano_omni",)
 _LATENT = "(deepseek_v2|deepseek_v3|moonlight|glm_4_7_flash)"
 _NOT_STRETCHED = "no frequency of the tiny head is one that Llama 3 stretches"
 _IDLE_YARN = "the tiny head turns with two frequencies, of which either length and slope take the same"
@@ -52,6 +54,7 @@ REASONS = {
     r"fixed moe_grouped_gemm:": "how experts are multiplied, not what they give",
     r"gemma4_26b via gemma4_experts: moe_router_pre_softmax:": "shares of the chosen experts sum to 1 either way",
     r"(config mtp_num_layers:|rows of mtp\.)": "prediction layers, which the report names as not reached",
+    r"(rows of lightning_indexers|minimax_m3 via minimax_layers: index_)": "Megatron Core chooses no keys",
     r"pythia rows of .* attention\.dense\.bias ↔ mlp\.dense_4h": "both are added to the same sum",
     r"internlm3 via yarn: rope_dynamic_factor:": "sets in behind the context's end, where no position is",
     r"via \w+: model\.rope_scaling_factor:": "read with Llama 3's scaling alone",

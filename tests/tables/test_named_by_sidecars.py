@@ -132,6 +132,8 @@ def test_sidecars_are_written_for_all_but_what_neither_tool_builds() -> None:
         "mimo_v2_flash",
         "step3p5",
         "kimi_linear",
+        "minimax_m3",
+        "kimi_k3",
     }
     for name in NAMES:
         assert unlike(name, config_of_args(our_args(name))) == []

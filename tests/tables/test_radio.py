@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converters.mcore.flavours import in_flavour, usual_of
+from converters.mcore.flavours import in_flavour
 from converters.mcore.layout import Layout
 from converters.planning.exporter import HfTensor, Origin, plan_export
 from converters.planning.importer import plan_import
@@ -133,40 +133,65 @@ def test_megatron_core_sees_what_transformers_sees(made: tuple[Path, Path], spoi
     assert bool((seen - wanted).abs().max() < 1e-4) != spoilt
 
 
-def test_every_tensor_of_the_published_tower_has_its_place() -> None:
-    """ViT-H of the size that is published; the text model is the 9B of Nemotron Nano v2, whose config is at hand."""
+#: What is published of Nemotron 3 Nano Omni's `sound_config`.
+_SOUND = {
+    **{"conv_kernel_size": 9, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8},
+    **{"num_hidden_layers": 24, "num_mel_bins": 128, "projection_hidden_size": 4096, "projection_bias": False},
+    **{"subsampling_conv_channels": 256, "subsampling_conv_kernel_size": 3, "subsampling_factor": 8},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text_of", "sound", "flavour"),
+    [
+        ("nemotron_nano_v2_vl", "NVIDIA-Nemotron-Nano-9B-v2", None, "bridge"),
+        ("nemotron_nano_omni", "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", _SOUND, "bridge"),
+        ("nemotron_nano_omni", "NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", _SOUND, "bridge-main"),
+    ],
+)
+def test_every_tensor_of_the_published_towers_has_its_place(
+    kind: str, text_of: str, sound: dict[str, Any] | None, flavour: str
+) -> None:
+    """ViT-H of the size that is published; the text model is of the same size as the whole's, its config at hand."""
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
 
-    text = load_config("NVIDIA-Nemotron-Nano-9B-v2")
-    config = CONFIG_MAPPING["nemotron_h_omni"](text_config=text, projector_hidden_size=20480)
+    text, (name_of_it, without) = load_config(text_of), WITHIN[kind]
+    body = {"text_config": text, "projector_hidden_size": 20480, "audio_config": sound}
+    config = CONFIG_MAPPING["nemotron_h_omni"](**{key: value for key, value in body.items() if value is not None})
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     shapes = {
         name: tuple(tensor.shape)
         for name, tensor in revert_weight_conversion(model, state).items()
-        if not any(part in name for part in WITHIN["nemotron_nano_v2_vl"][1])
+        if not any(part in name for part in without)
     }
-    said = {"architectures": ["NemotronH_Nano_VL_V2"], "model_type": "NemotronH_Nano_VL_V2", "llm_config": text}
-    table = table_for(said)
-    whole = in_flavour(table, usual_of(table))
+    said = {"architectures": [name_of_it], "model_type": name_of_it, "llm_config": text}
+    whole = in_flavour(table_for(said), flavour)
     stored = {name: StoredTensor.whole(name, "BF16", shape, "file", 0) for name, shape in shapes.items()}
     plan = plan_import(whole, said, stored, Layout())
     beside = {name for name in shapes if name.startswith("vision_model.radio_model.") and ".model." not in name}
     assert set(plan.ledger.beside) == beside and plan.ledger.consumed == len(shapes)
     made = {draft.name: StoredTensor.whole(draft.name, draft.dtype, draft.shape, "file", 0) for draft in plan.drafts}
-    assert made[f"{WHERE}decoder.layers.self_attention.linear_qkv.weight"].shape == (32, 3840, 1280)
+    where = WHERE if flavour == "bridge" else "vision_model."
+    assert made[f"{where}decoder.layers.self_attention.linear_qkv.weight"].shape == (32, 3840, 1280)
     recorded = {name: HfTensor("BF16", shape) for name, shape in shapes.items() if name not in beside}
     back = plan_export(whole, plan.config, made, Origin(recorded))
     assert {draft.name: draft.shape for draft in back.drafts} == {n: s for n, s in shapes.items() if n not in beside}
+    if sound is not None:
+        around = where.removesuffix("vision_model.")
+        assert made[f"{around}sound_projection.encoder.linear_fc2.weight"].shape == (2688, 4096)
+        assert made[f"{around}sound_model.encoder.layers.23.self_attn.bias_u"].shape == (8, 128)
+        assert made[f"{where}video_embedder.weight"].shape == (1280, 2 * 3 * 16 * 16)
 
 
-def test_the_text_model_is_nemotron_h(made: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", WITHIN)
+def test_the_text_model_is_nemotron_h(kind: str, tmp_path: Path) -> None:
     """As the comparison of logits reads the folder, and as Transformers reads one of the text model's own."""
     from transformers import AutoModelForCausalLM
 
-    source, _ = made
+    source = make_wrapped(kind, tmp_path / "whole")
     text = {
         name.removeprefix("language_model."): tensor
         for name, tensor in load_file(source / "model.safetensors").items()

@@ -20,7 +20,7 @@ from converters.planning.exporter import HfTensor, Origin, plan_export
 from converters.planning.importer import plan_import
 from converters.tensors import StoredTensor
 from fixtures.index import load_config
-from fixtures.wrapped import TOWERS, WRAPPED, make_wrapped
+from fixtures.wrapped import TOWERS, WITHIN, WRAPPED, make_wrapped
 from mbx.cli import main
 from mbx.formats.hf import MANIFEST
 from mbx.formats.registry import open_megatron
@@ -35,8 +35,11 @@ PLAIN = Options(sync=False)
 #: Tensors of two layers of Gemma 4's tower.
 _EXCHANGED = tuple(f"model.vision_tower.encoder.layers.{n}.self_attn.o_proj.linear.weight" for n in (0, 1))
 _OF_RADIO = tuple(f"vision_model.radio_model.model.blocks.{n}.attn.proj.weight" for n in (0, 1))
+_HEARD = tuple(f"sound_encoder.encoder.layers.{n}.conv.norm.running_mean" for n in (0, 1))
+_CHOOSERS = tuple(f"language_model.model.layers.{n}.self_attn.index_k_proj.weight" for n in (1, 2))
 #: What is no part of any Megatron model.
 _APART = ("talker.", "token2wav.", "code2wav.", "vision_model.radio_model.summary", "vision_model.radio_model.input_")
+_APART += ("sound_encoder.encoder.feature_extractor.",)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +49,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return cache(lambda kind: make_wrapped(kind, root / kind))
 
 
+_ELSEWHERE = ("gemma4", "gemma4_26b", "nemotron_super_omni")
+
+
 def _once(kind: str) -> object:
     """A kind, but for those whose table another kind tries."""
-    return pytest.param(kind, marks=pytest.mark.slow) if kind in ("gemma4", "gemma4_26b") else kind
+    return pytest.param(kind, marks=pytest.mark.slow) if kind in _ELSEWHERE else kind
 
 
 def same_files(source: Path, back: Path) -> bool:
@@ -80,7 +86,7 @@ def test_a_round_trip_is_byte_identical_in_every_flavour(
 @pytest.mark.parametrize("kind", [*WRAPPED, *TOWERS])
 @pytest.mark.parametrize("layout", ["v4", "v5"])
 def test_a_round_trip_is_byte_identical_at_every_layout(tmp_path: Path, kind: str, layout: str) -> None:
-    if layout == "v5" and kind in ("kimi_k25", "nemotron_nano_v2_vl", "qwen2_5_omni", "qwen3_omni_moe"):
+    if layout == "v5" and (kind in WITHIN or kind in ("kimi_k25", "qwen2_5_omni", "qwen3_omni_moe")):
         pytest.skip("Transformers saves none under the names that it holds")
     source = make_wrapped(kind, tmp_path / "hf", layout="v5" if layout == "v5" else "v4")
     for tp, pp in ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)):
@@ -152,7 +158,11 @@ def test_gemma_3_of_before_is_told_from_gemma_3_of_today(checkpoint: Callable[[s
         ("qwen2_5_vl", ("visual.blocks.0.norm1.weight", "visual.blocks.1.norm2.weight")),
         ("gemma3", ("multi_modal_projector.mm_input_projection_weight", "")),
         ("nemotron_nano_v2_vl", ("mlp1.1.weight", "")),
+        ("minimax_m3_vl", ("patch_merge_mlp.linear_1.weight", "")),
+        ("minimax_m3_vl", _CHOOSERS),
         pytest.param("nemotron_nano_v2_vl", _OF_RADIO, marks=pytest.mark.slow),
+        pytest.param("nemotron_nano_omni", _HEARD, marks=pytest.mark.slow),
+        ("nemotron_nano_omni", ("sound_projection.linear1.weight", "")),
         ("gemma4_e2b", ("model.embed_vision.embedding_projection.weight", "")),
         pytest.param("gemma4_e2b", _EXCHANGED, marks=pytest.mark.slow),
     ],
@@ -332,3 +342,34 @@ def test_inspect_shows_the_towers_and_what_is_kept_beside(
     assert main(["inspect", str(tmp_path / "mcore")]) == 0
     shown = capsys.readouterr().out
     assert all(f"{name}: " in shown for name in towers | kept) and ("kept in hf/" in shown) == bool(kept)
+
+
+#: What of MiniMax-M3's published config.json says how large its tower is.
+_M3_VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "num_hidden_layers": 32}
+
+
+def test_minimax_m3_is_covered_at_full_size_to_the_published_byte() -> None:
+    """Its repository has 23,416 tensors, by whose headers the payload is 854,172,958,720 bytes."""
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    text = load_config("MiniMax-M3")
+    body = {"vision_config": _M3_VISION, "projector_hidden_size": 6144}
+    with torch.device("meta"):
+        config = transformers.CONFIG_MAPPING["minimax_m3_vl"].from_dict({**body, "text_config": dict(text)})
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    wide = ("block_sparse_moe.gate.weight", "e_score_correction_bias", "patch_embedding.weight")
+    stored = {
+        name: StoredTensor.whole(name, "F32" if name.endswith(wide) else "BF16", tuple(tensor.shape), "none", 0)
+        for name, tensor in revert_weight_conversion(model, model.state_dict()).items()
+    }
+    assert len(stored) == 23_416
+    assert sum(tensor.nbytes for tensor in stored.values()) == 854_172_958_720
+    whole = {**body, "model_type": "minimax_m3_vl", "text_config": text, "tie_word_embeddings": False}
+    plan = plan_import(in_flavour(shipped("minimax_m3_vl"), "bridge"), whole, stored, Layout(tp=4, pp=4, ep=32))
+    assert plan.ledger.consumed == len(stored) and not plan.ledger.beside
+    names = {draft.name for draft in plan.drafts}
+    assert {f"lightning_indexers.{layer}.q_norm.weight" for layer in range(3, 60)} <= names
+    assert "patch_merge_mlp.linear_2.bias" in names and "lightning_indexers.2.q_norm.weight" not in names
+    router = next(draft for draft in plan.drafts if draft.name.endswith("layers.3.mlp.router.weight"))
+    assert router.name.startswith("language_model.decoder.") and router.dtype == "F32"

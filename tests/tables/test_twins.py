@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from fixtures.make_tiny import make
-from fixtures.wrapped import TOWERS, WRAPPED, make_wrapped
+from fixtures.wrapped import TOWERS, WITHIN, WRAPPED, make_wrapped
 from mappings import table_text
 from mbx.models.prompts import Batch
 from mbx.models.transformers.equivalents import TWINS
@@ -97,5 +97,5 @@ def test_the_text_model_alone_computes_what_the_whole_model_does(tmp_path: Path,
 def test_every_twin_that_a_cpu_runs_is_tried() -> None:
     """A model around a text model is its own reference (`test_pictures.py`), and trains as that text model."""
     types = {"llama_nemotron": "nemotron-nas", "step_3_5_flash": "step3p5"}
-    known = {types.get(name, name) for name, _, _ in CASES} | {"NemotronH_Nano_VL_V2"}  # `test_radio.py`
+    known = {types.get(name, name) for name, _, _ in CASES} | {name for name, _ in WITHIN.values()}  # `test_radio.py`
     assert known | (set(TWINS) & {*TOWERS, *WRAPPED}) == set(TWINS)

@@ -222,7 +222,8 @@ def test_counts_are_those_of_every_table(family: str, tmp_path: Path) -> None:
     """Against the tensors that an import writes, mixers and pattern layers included."""
     config = tiny_config(family)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    recipe = parse_recipe(raw(tmp_path / "run", model={"path": str(tmp_path)}))
+    adapters = {"lora": {"rank": 4, "alpha": 8}} if family == "minimax_m3" else {}  # which alone are trained of it
+    recipe = parse_recipe(raw(tmp_path / "run", model={"path": str(tmp_path)}, **adapters))
     plan = blueprint(recipe)
     if plan.table is not None and plan.table.unsupported:
         pytest.skip("not trained")
@@ -230,12 +231,32 @@ def test_counts_are_those_of_every_table(family: str, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match="two kinds"):
             predict(recipe, plan, 1)
         return
-    stored, ahead = 0, bool(shape_of(plan.config).ahead)  # where the config says so, the model has them
+    # Where the config says so, the model has prediction layers; none has what chooses keys.
+    stored, absent = 0, ("lightning_indexers.", *(() if shape_of(plan.config).ahead else ("mtp.",)))
     for line in (GOLDEN / f"{family}.txt").read_text().splitlines():
         name, shape, dtype = (*line.split(" ", 1)[:1], *line.split(" ", 1)[1].rpartition(" ")[::2])
-        if dtype != "object" and not name.endswith("expert_bias") and (ahead or not name.startswith("mtp.")):
+        if dtype != "object" and not name.endswith("expert_bias") and not name.startswith(absent):
             stored += math.prod(json.loads(shape))
     assert count(recipe, plan, 0).base == stored
+
+
+def test_a_choice_of_keys_that_megatron_core_has_not_is_no_training(tmp_path: Path) -> None:
+    """MiniMax-M3's text: as long as it chooses among no more keys than it takes, and by adapters alone."""
+    config = tiny_config("minimax_m3")
+    sizes = {"sparse_block_size": 16, "sparse_topk_blocks": 2}
+    config["sparse_attention_config"] = {**config["sparse_attention_config"], **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def planned(length: int, **sections: object) -> Blueprint:
+        asked = raw(tmp_path / "run", model={"path": str(tmp_path)}, **sections)
+        return blueprint(parse_recipe({**asked, "data": {**asked["data"], "length": length}}))
+
+    adapters = {"lora": {"rank": 4, "alpha": 8}}
+    assert planned(32, **adapters).config["lightning_indexer_layers"] == [1, 2, 3]
+    with pytest.raises(UnsupportedError, match="32 keys that it chooses"):
+        planned(33, **adapters)
+    with pytest.raises(UnsupportedError, match="adapters alone"):
+        planned(32)
 
 
 def test_models_it_does_not_cover_are_named() -> None:

@@ -20,7 +20,7 @@ from fixtures.quantized import is_scale, num_parameters
 
 IN_TRANSFORMERS = [n for n in NAMES if has_class(tiny_config(n)) and "quantization_config" not in tiny_config(n)]
 OTHERS = [n for n in NAMES if n not in IN_TRANSFORMERS]
-ROUNDED_IN_V5 = {"minimax_m2": 0.05}
+ROUNDED_IN_V5 = {"minimax_m2": 0.05, "minimax_m3": 0.05}
 """Allowed logit difference where layout v5 rounds an fp32 router to bf16."""
 
 
@@ -112,6 +112,7 @@ def test_no_tensor_is_constant_and_no_two_are_equal(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_divide_by_tensor_and_expert_parallelism_of_four(name: str) -> None:
     config = tiny_config(name)
+    config = config.get("text_config", config)
     for key in ("num_attention_heads", "num_key_value_heads", "num_experts", "n_routed_experts", "num_local_experts"):
         assert (config.get(key) or 4) % 4 == 0, key
     for key in ("intermediate_size", "moe_intermediate_size", "mamba_num_heads", "n_groups", "linear_num_key_heads"):
@@ -140,7 +141,8 @@ def test_fp8_blocks_have_their_scales() -> None:
 @pytest.mark.parametrize("name", index.NAMES)
 def test_parameters_agree_with_the_published_figure(name: str) -> None:
     _, headers = index.load_index(name)
-    assert num_parameters(headers) == pytest.approx(index.published_parameters(name), rel=2e-3)  # three digits
+    digits = 1e-2 if name == "Kimi-K3" else 2e-3  # published with two digits, and with three
+    assert num_parameters(headers) == pytest.approx(index.published_parameters(name), rel=digits)
     assert (index.FOLDER / f"{name}.json").stat().st_size < 30_000
 
 

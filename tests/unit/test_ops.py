@@ -14,6 +14,7 @@ DIMS = {
     "groups": G,
     "head_dim": C,
     "vocab": 24,
+    "kda_heads": 24,
     "gdn_k_heads": 4,
     "gdn_v_heads": 8,
     "gdn_k_dim": 6,
@@ -74,6 +75,7 @@ ORACLE = {
     "col": lambda w: w,
     "row": lambda w: w,
     "vocab": lambda w: w,
+    "unpadded": lambda w: w,
     "glu": lambda gate, up: torch.cat([gate, up]),
     "glu_fused": lambda both: both,
     "glu_zip": lambda both: torch.cat([both[::2], both[1::2]]),
@@ -105,6 +107,7 @@ ROWS = {
     "qgkv_spread": 144,
     "qgkv_by_head": 144,
     "vocab": 24,
+    "unpadded": 24,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from converters.rows.isos import diffusion, experts, gemma4, kimi, layers, lfm2, mimo, rope, step
+from converters.rows.isos import diffusion, experts, gemma4, kimi, layers, lfm2, mimo, minimax, rope, step
 from converters.rows.isos.base import FieldsIso, ValueIso, layers_of, plain, positive
 from converters.rows.isos.experts import inexpressible_groups
 from converters.rows.isos.rope import LLAMA3_FIXED, inexpressible_rope
@@ -50,10 +50,16 @@ FIELDS: dict[str, FieldsIso] = {
     ),
     "window": FieldsIso(("window_size",), layers.window_to_mcore, layers.window_to_hf),
     "mimo_layers": FieldsIso(("window_size", "window_attn_skip_freq"), mimo.layers_to_mcore, mimo.layers_to_hf),
+    "minimax_layers": FieldsIso(minimax.FIELDS, minimax.layers_to_mcore, minimax.layers_to_hf),
     "kda_layers": FieldsIso(
         ("linear_attention_freq", "kda_num_heads", "kda_head_dim", "kda_conv_kernel_dim"),
         kimi.layers_to_mcore,
         kimi.layers_to_hf,
+    ),
+    "k3_layers": FieldsIso(
+        ("linear_attention_freq", "kda_num_heads", "kda_head_dim", "kda_conv_kernel_dim", "kda_gate_lower_bound"),
+        kimi.k3_layers_to_mcore,
+        kimi.k3_layers_to_hf,
     ),
     "step_layers": FieldsIso(
         ("window_size", "window_attn_skip_freq", "windowed_num_attention_heads", "model.rotary_base")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from converters.errors import UsageError
 from converters.rows.expr import Value
-from converters.rows.isos.base import Fields, layers_of, whole
+from converters.rows.isos.base import Fields, layers_of, number, whole
 from converters.rows.isos.layers import FULL
 
 _LINEAR = "linear_attention"
@@ -50,6 +50,23 @@ def layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
         raise UsageError(f"linear_attention_freq is {flags!r}; a flag for each layer was expected")
     layers = {key: [n for n, flag in enumerate(flags, 1) if flag == one] for key, one in _KINDS.items()}
     return {"linear_attn_config": {**layers, **{own: mcore.get(field) for field, (own, _, _) in _WIDTHS.items()}}}
+
+
+def k3_layers_to_mcore(hf: Mapping[str, Value]) -> Fields:
+    """The same of Kimi K3, whose decay is bounded from below and whose gate has a matrix of full rank."""
+    said = hf.get("linear_attn_config")
+    if not isinstance(said, Mapping) or said.get("use_full_rank_gate") is not True:
+        raise UsageError(f"config: linear_attn_config is {said!r}; Kimi K3 has a gate of full rank there")
+    bound = number(said.get("gate_lower_bound"), "linear_attn_config.gate_lower_bound")
+    rest = {key: value for key, value in said.items() if key not in ("use_full_rank_gate", "gate_lower_bound")}
+    return {**layers_to_mcore({**hf, "linear_attn_config": rest}), "kda_gate_lower_bound": bound}
+
+
+def k3_layers_to_hf(mcore: Mapping[str, Value]) -> Fields:
+    said = layers_to_hf(mcore)["linear_attn_config"]
+    assert isinstance(said, Mapping)
+    more = {"use_full_rank_gate": True, "gate_lower_bound": mcore.get("kda_gate_lower_bound")}
+    return {"linear_attn_config": {**said, **more}}
 
 
 _KINDS = {"full_attn_layers": 0, "kda_layers": 1}

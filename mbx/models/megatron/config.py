@@ -50,7 +50,8 @@ OWN_FIELDS = """attn_logit_softcapping final_logit_softcapping embedding_multipl
 logit_scale llama_4_scaling_beta rope_dynamic_factor attention_value_scale
 rope_proportion attention_k_eq_v num_kv_shared_layers use_double_wide_mlp per_layer_input_size
 per_layer_vocab_size short_conv_layers short_conv_kernel_size swiglu_limits swiglu_limits_shared
-kda_num_heads kda_head_dim kda_conv_kernel_dim""".split()
+kda_num_heads kda_head_dim kda_conv_kernel_dim kda_gate_lower_bound attn_res_block_size
+lightning_indexer_layers index_n_heads index_head_dim index_block_size index_topk_blocks index_local_blocks""".split()
 OWN_FIELDS += [f"windowed_{name}" for name in WINDOWED_FIELDS]
 # Any of these lets stages hold different numbers of layers; mcore checks those itself.
 _UNEVEN_STAGES = """num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout

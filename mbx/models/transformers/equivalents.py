@@ -148,6 +148,28 @@ def _step_layer(config: Config, number: int, layer: Weights) -> Weights:
     return {**layer, "mlp.experts.gate_up_proj": torch.cat((gate, up), 1), "mlp.experts.down_proj": down}
 
 
+def _minimax_layer(config: Config, number: int, layer: Weights) -> Weights:
+    """Halves of gated MLPs in one tensor, and experts too, which the repository has apart."""
+    import torch
+
+    del config, number
+    spelt = {"block_sparse_moe.e_score": "mlp.gate.e_score", "block_sparse_moe.": "mlp.", ".index_": ".indexer."}
+    out: Weights = {}
+    for name, tensor in layer.items():
+        for theirs, ours in spelt.items():
+            name = name.replace(theirs, ours)
+        out[name] = tensor
+    for name in [name for name in out if name.endswith("gate_proj.weight")]:
+        halves = (out.pop(name), out.pop(name.replace("gate_proj", "up_proj")))
+        out[name.replace("gate_proj", "gate_up_proj")] = torch.cat(halves)
+    experts = range(sum(name.startswith("mlp.experts.") and name.endswith(".w2.weight") for name in out))
+    if experts:
+        w1, w2, w3 = ([out.pop(f"mlp.experts.{e}.w{part}.weight") for e in experts] for part in (1, 2, 3))
+        out["mlp.experts.gate_up_proj"] = torch.cat((torch.stack(w1), torch.stack(w3)), 1)
+        out["mlp.experts.down_proj"] = torch.stack(w2)
+    return out
+
+
 def _experts_last(config: Config, number: int, layer: Weights) -> Weights:
     """Experts [expert, out, in], which Qwen3-VL's repositories hold the other way round."""
     del number
@@ -185,6 +207,7 @@ _INNER = {
 #: How names of all else begin.
 _TOWERS = (
     *("vision_tower.", "vision_model.", "multi_modal_projector.", "mm_projector.", "visual.", "model.visual."),
+    *("patch_merge_mlp.", "sound_encoder.", "sound_projection.", "mtp."),
     *("model.vision_tower.", "model.vision_model.", "model.multi_modal_projector."),
     *("model.embed_vision.", "model.audio_tower.", "model.embed_audio.", "mlp1."),
     *("thinker.visual.", "thinker.audio_tower.", "talker.", "token2wav.", "code2wav."),
@@ -252,8 +275,12 @@ TWINS: Mapping[str, Twin] = {
     "qwen3_vl_moe": _text_alone("qwen3_moe", _experts_last),
     "qwen3_omni_moe": _text_alone("qwen3_moe"),
     "glm4v_moe": _text_alone("glm4_moe"),
-    "NemotronH_Nano_VL_V2": _text_alone("nemotron_h"),
+    **dict.fromkeys(
+        ("NemotronH_Nano_VL_V2", "NemotronH_Nano_Omni_Reasoning_V3", "NemotronH_Super_Omni_Reasoning_V3"),
+        _text_alone("nemotron_h"),
+    ),
     "kimi_k25": _text_alone("deepseek_v3"),
+    "minimax_m3_vl": _text_alone("minimax_m3_vl_text", _minimax_layer),
 }
 #: Types of models around one of several text models.
 _AROUND = ("mistral3", "internvl")

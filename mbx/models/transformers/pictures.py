@@ -39,7 +39,8 @@ def _patches(config: Any, generator: torch.Generator) -> Drawn:
     import torch
 
     vision = config.vision_config
-    merge, size = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    channels = getattr(vision, "in_channels", None) or vision.num_channels
+    merge, size = vision.spatial_merge_size, channels * vision.temporal_patch_size * vision.patch_size**2
     grids = torch.tensor([[1, high * merge, wide * merge] for high, wide in _GRIDS])
     pixels = torch.randn(int(grids.prod(-1).sum()), size, generator=generator)
     return [high * wide for high, wide in _GRIDS], {"pixel_values": pixels, "image_grid_thw": grids}
@@ -120,6 +121,7 @@ KINDS: Mapping[str, Kind] = {
     "internvl": Kind(_squares(_shuffled(lambda config: config.downsample_ratio))),
     "kimi_k25": Kind(_cut_patches),
     "llama4": Kind(_squares(_shuffled(lambda config: config.vision_config.pixel_shuffle_ratio))),
+    "minimax_m3_vl": _PATCHES,
     "mistral3": Kind(_sized),
     "qwen2_vl": _PATCHES,
     "qwen2_5_vl": _PATCHES,

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.errors import CoverageError, LayoutError, StorageError, UsageError, spelt
+from converters.errors import CoverageError, LayoutError, StorageError, UnsupportedError, UsageError, spelt
 from converters.mcore.layout import Layout
 from converters.mcore.layout import check as check_layout
 from converters.rows.config_map import environment
 from converters.rows.expr import Value, names
+from converters.rows.isos.minimax import keys_chosen
 from converters.rows.table import Table
 from mbx.train.recipe.sections import Recipe
 
@@ -90,6 +91,8 @@ def blueprint(recipe: Recipe) -> Blueprint:
     positions = as_int(config, "model.max_sequence_length")
     if recipe.data.length > positions:
         raise UsageError(f"data.length {recipe.data.length} exceeds the model's {positions} positions")
+    if keys := keys_chosen(config):
+        _check_choice(recipe, keys)
     if recipe.data.length % recipe.parallel.tp and recipe.parallel.sequence_parallel:
         raise LayoutError(
             f"data.length {recipe.data.length} does not divide by tp {recipe.parallel.tp} (sequence parallel)"
@@ -99,13 +102,30 @@ def blueprint(recipe: Recipe) -> Blueprint:
     return Blueprint(config, table, folder, layout)
 
 
+def _check_choice(recipe: Recipe, keys: int) -> None:
+    """UnsupportedError where it shows that Megatron Core has nothing to choose `keys` with, and attends to all."""
+    if recipe.data.length > keys:
+        raise UnsupportedError(
+            f"data.length is {recipe.data.length}: this model attends to {keys} keys that it chooses, and Megatron "
+            "Core to all",
+            hint=f"data.length={keys} is the most that both compute alike",
+        )
+    if not recipe.lora.rank:
+        raise UnsupportedError(
+            "of this model adapters alone are trained: Megatron Core has no module that chooses keys, and a "
+            "checkpoint of every weight would lack what chooses them",
+            hint="lora.rank=16",
+        )
+
+
 def _read_by(table: Table) -> set[str]:
     """Fields that a table's expressions read: TOML has no null, so a shape leaves out those that are."""
     rows = [spec for block in table.blocks.values() for alternatives in block for spec in alternatives]
-    texts = [*(site.n for site in table.sites), table.experts, *table.dims.values(), *table.when.values()]
+    texts = [table.experts, *table.dims.values(), *table.when.values()]
+    texts += [text for site in table.sites for text in (site.n, site.when)]
     texts += [text for kind in table.kinds.values() for text in (kind.when, *kind.fields.values())]
     texts += [spec.when for spec in rows if spec.when]
-    return {name for text in texts if isinstance(text, str) for name in names(text)} - set("LIE")
+    return {name for text in texts if text and isinstance(text, str) for name in names(text)} - set("LIE")
 
 
 def _layout(recipe: Recipe, config: Mapping[str, Value]) -> Layout:
