@@ -18,6 +18,7 @@ from converters.codecs.decode import Encoded
 from converters.codecs.fp8 import Fp8Block, Fp8Scaled
 from converters.codecs.int4 import Int4Packed
 from converters.codecs.int8 import Int8
+from converters.codecs.mx import GROUP, Mxfp4Packed, Mxfp8
 from converters.codecs.nvfp4 import Nvfp4
 from converters.errors import LayoutError
 from converters.rows.expr import Value
@@ -38,7 +39,8 @@ class StaticInputs:
 class Fresh:
     """A codec, the safetensors dtype of each part, and `quantization_config` but for the list, under `plain_key`, of
     the modules that stay plain. `multiple`: what a row's length divides by. `inputs`: how a calibration's maxima are
-    stored. `scaled`: whether scales of channels are chosen for it, as its own are of a part of a row."""
+    stored. `scaled`: whether scales of channels are chosen for it; its codes are of 4 bits, its own scales of a part
+    of a row."""
 
     codec: Codec
     dtypes: Mapping[str, str]
@@ -70,10 +72,18 @@ class Fresh:
 
 
 def _compressed(
-    storage: str, bits: int, kind: str, strategy: str, group: int | None, inputs: Mapping[str, Value] | None
+    storage: str,
+    bits: int,
+    kind: str,
+    strategy: str,
+    group: int | None,
+    inputs: Mapping[str, Value] | None,
+    exponents: bool = False,
 ) -> dict[str, Value]:
-    """compressed-tensors' config; `inputs`: how activations are quantised, if they are."""
+    """compressed-tensors' config; `inputs`: how activations are quantised, if they are; `exponents`: scales are."""
     common: dict[str, Value] = {"num_bits": bits, "type": kind, "symmetric": True, "actorder": None}
+    if exponents:
+        common["scale_dtype"] = "torch.uint8"
     weights: Value = {**common, "strategy": strategy, "group_size": group, "dynamic": False}
     activations: Value = None if inputs is None else {**common, "group_size": None, **inputs}
     groups: Value = {
@@ -96,6 +106,7 @@ def _compressed(
 #: Activations are quantised as the model runs, a token or a tensor at a time.
 _BY_TOKEN: Mapping[str, Value] = {"strategy": "token", "dynamic": True}
 _BY_TENSOR: Mapping[str, Value] = {"strategy": "tensor", "dynamic": True}
+_BY_BLOCK: Mapping[str, Value] = {"strategy": "group", "group_size": GROUP, "dynamic": True}
 #: The scale of a tensor is stored; a block's own is found as the model runs.
 _BLOCKS_IN_TENSOR: Mapping[str, Value] = {"strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
 _BLOCKS: Mapping[str, Value] = {
@@ -123,6 +134,12 @@ FRESH: Mapping[str, Fresh] = MappingProxyType(
                 _compressed("float-quantized", 8, "float", "tensor", None, {**_BY_TENSOR, "dynamic": False}),
             ),
         ),
+        "mxfp8": Fresh(
+            Mxfp8(),
+            {"codes": "F8_E4M3", "scale": "U8"},
+            _compressed("mxfp8-quantized", 8, "float", "group", GROUP, _BY_BLOCK, exponents=True),
+            multiple=GROUP,
+        ),
         "int8_channel": Fresh(
             Int8(),
             {"codes": "I8", "scale": "BF16"},
@@ -133,6 +150,13 @@ FRESH: Mapping[str, Fresh] = MappingProxyType(
             {"packed": "I32", "scale": "BF16", "shape": "I64"},
             _compressed("pack-quantized", 4, "int", "group", 128, None),
             multiple=128,
+            scaled=True,
+        ),
+        "mxfp4": Fresh(
+            Mxfp4Packed(),
+            {"codes": "U8", "scale": "U8"},
+            _compressed("mxfp4-pack-quantized", 4, "float", "group", GROUP, None, exponents=True),
+            multiple=GROUP,
             scaled=True,
         ),
         "nvfp4": Fresh(

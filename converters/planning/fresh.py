@@ -10,6 +10,7 @@ from converters.codecs.decode import Encoded
 from converters.codecs.fresh import Fresh
 from converters.engine.plan import FLOATS, Plan
 from converters.mcore.keys import bare
+from converters.rows.config_map import environment
 from converters.rows.coverage import idle_patterns, matches
 
 #: Rows of the products of a decoder's layers; routers, norms, embeddings, heads and towers stay as they are.
@@ -20,10 +21,12 @@ _WEIGHT = ".weight"
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """Tensors to encode, modules that stay plain, of those the ones whose shape the codec does not hold and the ones
-    whose inputs were not measured, and what `exclude` named in vain."""
+    whose inputs were not measured, and what `exclude` named in vain. `tied`: modules without a tensor of their own,
+    which are as plain as the one that they repeat."""
 
     encode: Mapping[str, Encoded]
     plain: tuple[str, ...]
+    tied: tuple[str, ...]
     unfit: tuple[str, ...]
     unmeasured: tuple[str, ...]
     in_vain: tuple[str, ...]
@@ -55,6 +58,9 @@ def choose(fresh: Fresh, plan: Plan, exclude: Collection[str] = (), measured: Co
         plain.append(module)
         if wanted:
             (unfit if whole is None else unmeasured).append(module)
-    modules = [*plain, *(name.removesuffix(_WEIGHT) for name in encode)]
+    written = {draft.name for draft in plan.drafts}
+    repeats = () if plan.table is None else plan.table.tied(environment(plan.config), written)
+    tied = tuple(name.removesuffix(_WEIGHT) for name in repeats if name not in written)
+    modules = [*plain, *tied, *(name.removesuffix(_WEIGHT) for name in encode)]
     in_vain = idle_patterns("‹exclude›", [*globs, *sorted(names.difference(modules))], modules, "a module")
-    return Chosen(encode, tuple(plain), tuple(unfit), tuple(unmeasured), tuple(in_vain))
+    return Chosen(encode, tuple(plain), tied, tuple(unfit), tuple(unmeasured), tuple(in_vain))

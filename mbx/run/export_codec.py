@@ -118,7 +118,7 @@ def quantised_now(
         measured = measured_inputs(plan, calibration, serving(folds, found.encode))
         given = input_scales(static, [name.removesuffix(WEIGHT) for name in found.encode], measured)
         notes.append(f"{codec}: the scales of {len(given):,} inputs are those of the calibration, and fixed")
-    written = fresh.config(found.plain, static=bool(given))
+    written = fresh.config((*found.plain, *found.tied), static=bool(given))
     return replace(codes, encode=found.encode, given=given, notes=(*notes, *found.in_vain), written=written)
 
 
