@@ -43,17 +43,21 @@ def choose(fresh: Fresh, plan: Plan, exclude: Collection[str] = (), measured: Co
     rows = {entry.tensor: unit.row for unit in plan.units for entry in unit.entries}
     globs = [pattern for pattern in exclude if set(pattern) & set("*?[")]
     names = frozenset(exclude).difference(globs)  # a folder's own list has thousands
-    encode, plain, unfit, unmeasured = {}, list[str](), list[str](), list[str]()
+    encode, coded, plain, unfit, unmeasured = {}, list[str](), list[str](), list[str](), list[str]()
     for draft in plan.drafts:
-        name, module = draft.name, draft.name.removesuffix(_WEIGHT)
-        if module == name or len(draft.shape) < 2 or draft.dtype not in FLOATS:
+        name, module = draft.name, fresh.module(draft.name, draft.shape)
+        product = draft.dtype in FLOATS and is_product(rows.get(name, ""))
+        if module is None or draft.dtype not in FLOATS:
+            if product and len(draft.shape) > 2:
+                unfit.append(name)
             continue
         spared = module in names or matches(module, globs)
-        wanted = is_product(rows.get(name, "")) and not spared
+        wanted = product and not spared and len(draft.shape) > 1 + fresh.stacked
         whole = fresh.encoded(name, draft.dtype, draft.shape) if wanted else None
         known = measured is None or module in measured
         if whole is not None and known:
             encode[name] = whole
+            coded.append(module)
             continue
         plain.append(module)
         if wanted:
@@ -61,6 +65,6 @@ def choose(fresh: Fresh, plan: Plan, exclude: Collection[str] = (), measured: Co
     written = {draft.name for draft in plan.drafts}
     repeats = () if plan.table is None else plan.table.tied(environment(plan.config), written)
     tied = tuple(name.removesuffix(_WEIGHT) for name in repeats if name not in written)
-    modules = [*plain, *tied, *(name.removesuffix(_WEIGHT) for name in encode)]
+    modules = [*plain, *tied, *coded]
     in_vain = idle_patterns("‹exclude›", [*globs, *sorted(names.difference(modules))], modules, "a module")
     return Chosen(encode, tuple(plain), tied, tuple(unfit), tuple(unmeasured), tuple(in_vain))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,19 @@ def test_what_no_codec_is_for_is_refused(model: Path, tmp_path: Path) -> None:
         plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(exclude=("*",)))
     with pytest.raises(UsageError, match="is not known"):
         plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec="fp5"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", FRESH)
+def test_what_rounding_costs_is_stated_and_the_import_computes_the_same(
+    model: Path, codec: str, tmp_path: Path
+) -> None:
+    run(plan_mcore_to_hf(model / "mcore", tmp_path / "q", Options(codec=codec)))
+    run(plan_hf_to_mcore(tmp_path / "q", tmp_path / "mcore", Options()))
+    cost, same = (
+        next(leg for leg in parity(left, right, forward=True).legs if leg.name == "forward")
+        for left, right in ((model / "hf", tmp_path / "q"), (tmp_path / "q", tmp_path / "mcore"))
+    )
+    assert same.status == "passed", same
+    nats = re.search(r"KL ([\d.e+-]+) nats", cost.summary)
+    assert cost.status == "failed" and nats is not None and 1e-7 < float(nats[1]) < 0.01, cost
