@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from _codec_models import MODELS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import mbx
 from converters.codecs.calibration import Calibration
 from converters.codecs.fresh import FRESH
 from converters.errors import StorageError, UsageError
@@ -180,6 +182,16 @@ def test_a_strangers_file_is_refused(
     save_file(tensors, tmp_path / "cal", metadata=None if said is None else {"mbx_calibration": said})
     with pytest.raises(StorageError, match=why):
         read_calibration(tmp_path / "cal")
+
+
+def test_the_docs_list_the_codecs_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "quantise-for-vllm.md").read_text()
+    listed = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in page.splitlines() if line.startswith("| `")]
+    names = [name for cell in listed for name in cell]
+    usable = [name for name, fresh in FRESH.items() if fresh.inputs is not None or fresh.scaled]
+    assert names[: len(FRESH)] == list(FRESH) and sorted(names[len(FRESH) :]) == sorted(usable)
+    scaled = [name for name, fresh in FRESH.items() if fresh.scaled]
+    assert all(f"`{name}`" in (mbx.calibrate.__doc__ or "") for name in scaled)
 
 
 def test_the_command_line_offers_the_codecs_that_there_are() -> None:
