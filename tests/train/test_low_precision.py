@@ -115,17 +115,20 @@ def test_the_config_is_what_megatron_core_takes(name: str, monkeypatch: pytest.M
     """Built as on a GPU that has it: TransformerConfig's own checks pass, and a wrong word does not."""
     monkeypatch.setattr(megatron_config, "_check_te", lambda *_: None)
     ends = ("first_last_layers_bf16=true", "num_layers_at_start_in_bf16=1", "num_layers_at_end_in_bf16=4")
-    recipe = recipe_of(f"fp8.recipe={name}", *(f"model.config.{one}" for one in ends))
+    kept = [f"model.config.{one}" for one in ends] if name in ("mxfp8", "nvfp4") else []
+    recipe = recipe_of(f"fp8.recipe={name}", *kept)
     plan = blueprint(recipe)
     flat = {**train_config(recipe, plan, GPU), "apply_rope_fusion": False}  # whose kernel is not installed here
     built = megatron_config.transformer_config(flat, spread_of(recipe, GPU), use_te=True)
     if name == "nvfp4":
         assert (built.fp4, built.fp4_recipe, built.fp8) == ("e2m1", "nvfp4", None)
         with pytest.raises(UnsupportedError, match="cannot be used simultaneously"):
-            megatron_config.transformer_config({**flat, "fp8": "hybrid"}, spread_of(recipe, GPU), use_te=True)
+            megatron_config.transformer_config(
+                {**flat, "fp8": "hybrid", "fp8_recipe": "mxfp8"}, spread_of(recipe, GPU), use_te=True
+            )
     else:
         assert (built.fp8, built.fp8_recipe, built.fp4) == ("hybrid", name, None)
-    assert built.bf16 and (built.num_layers_at_start_in_bf16, built.num_layers_at_end_in_bf16) == (1, 4)
+    assert built.bf16 and built.num_layers_at_end_in_bf16 == (4 if kept else 1)
     assert fp8_config(Fp8()) == {}
 
 
