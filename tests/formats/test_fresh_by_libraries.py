@@ -22,7 +22,7 @@ from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 pytest.importorskip("compressed_tensors", reason="it is not installed: `make codecs` brings it")
 
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 #: All but Transformers' own FP8.
@@ -83,6 +83,25 @@ def test_every_part_is_what_compressed_tensors_stores(home: Path, codec: str, tm
         mine = {part: stored[stem + part] for part in parts}
         wrong = [part for part in parts if not torch.equal(mine[part], parts[part].to(mine[part].dtype))]
         assert not wrong and len([n for n in stored if n.startswith(f"{stem}weight")]) == len(parts), (name, wrong)
+
+
+def test_blocks_are_those_of_compressed_tensors_too(home: Path, tmp_path: Path) -> None:
+    """Transformers' FP8, whose own encoder rounds the scale twice; DeepSeek's does not, nor does this."""
+    run(plan_mcore_to_hf(home / "mcore", tmp_path / "q", Options(codec="fp8_block")))
+    weights = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[128, 128])
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format="float-quantized")
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_scale_inv")]:
+        weight, scale = load_file(home / "hf" / "model.safetensors")[name.removesuffix("_scale_inv")], stored[name]
+        high, wide = scale.shape
+        padded = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % 128, 0, -weight.shape[0] % 128))
+        blocks = padded.reshape(high, 128, wide, 128)
+        found, zero = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), weights)
+        state = {"weight": weight.float(), "weight_scale": found, "weight_zero_point": zero}
+        codes = BaseCompressor.get_value_from_registry(scheme.format).compress(state, scheme)["weight"]
+        assert torch.equal(found, scale) and torch.equal(
+            codes.float(), stored[name.removesuffix("_scale_inv")].float()
+        )
 
 
 @pytest.mark.parametrize("codec", CODECS)
