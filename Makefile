@@ -9,7 +9,7 @@ MODEL = fixtures/tiny/llama
 CORE = 0.19.2
 OVERLAY = $(VENV)/core-$(CORE)
 # The libraries that quantise, and what importing them takes, beside the environment that is there already.
-QUANTISERS = compressed-tensors==0.20.1 bitsandbytes==0.50.2 nvidia-modelopt==0.47.0 \
+QUANTISERS = compressed-tensors==0.20.1 bitsandbytes==0.50.2 nvidia-modelopt==0.47.0 torchao==0.18.0 \
   loguru nvidia-ml-py omegaconf pulp requests urllib3 idna certifi charset-normalizer scipy
 CODECS = $(VENV)/codecs
 # What touches Megatron Core, its names or its checkpoints.
@@ -79,8 +79,9 @@ attack: $(READY)  ## hostile files of every kind, 10000 each (INPUTS=…): refus
 kills: $(READY)  ## a run of four ranks that are killed and stopped, its disk full, its mount gone; KILLS=30, SEED=…
 	MBX_KILLS=$(or $(KILLS),30) MBX_KILLS_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/train/test_kills.py
 
-codecs: $(CODECS)/.ready  ## folders that compressed-tensors, bitsandbytes and Model Optimizer quantise, against what they decode
-	PYTHONPATH=$(CODECS) $(BIN)/python -m pytest -rs tests/formats/test_quantised_by_libraries.py
+codecs: $(CODECS)/.ready  ## folders that compressed-tensors, bitsandbytes and Model Optimizer quantise, against what they decode; and ours
+	PYTHONPATH=$(CODECS) $(BIN)/python -m pytest -rs tests/formats/test_quantised_by_libraries.py \
+	  tests/formats/test_fresh_by_libraries.py tests/formats/test_calibrated.py tests/formats/test_channel_scales.py
 
 train-matrix: $(READY)  ## `verify training` for every family that trains on a CPU, with adapters and without, TP 1, TP 2, PP 2
 	$(BIN)/python -m pytest -v tests/train/test_proof_families.py tests/train/test_modules_to_save.py \

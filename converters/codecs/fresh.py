@@ -9,7 +9,7 @@ read them: Transformers' own FP8 by blocks, the rest as compressed-tensors (`qua
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from converters.codecs.base import Codec
@@ -18,10 +18,14 @@ from converters.codecs.decode import Encoded
 from converters.codecs.fp8 import Fp8Block, Fp8Scaled
 from converters.codecs.int4 import Int4Packed
 from converters.codecs.int8 import Int8
+from converters.codecs.mx import GROUP, Mxfp4Packed, Mxfp8
+from converters.codecs.mxfp4 import Mxfp4
 from converters.codecs.nvfp4 import Nvfp4
 from converters.errors import LayoutError
 from converters.rows.expr import Value
 from converters.tensors import Shape, StoredTensor
+
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,9 @@ class StaticInputs:
 class Fresh:
     """A codec, the safetensors dtype of each part, and `quantization_config` but for the list, under `plain_key`, of
     the modules that stay plain. `multiple`: what a row's length divides by. `inputs`: how a calibration's maxima are
-    stored. `scaled`: whether scales of channels are chosen for it, as its own are of a part of a row."""
+    stored. `scaled`: whether scales of channels are chosen for it; its codes are of 4 bits, its own scales of a part
+    of a row. `stacked`: it is of tensors [expert, in, out] and no others. `own`: what stands for it in models of a
+    type that engines read in a form of its own."""
 
     codec: Codec
     dtypes: Mapping[str, str]
@@ -47,16 +53,28 @@ class Fresh:
     multiple: int = 1
     inputs: StaticInputs | None = None
     scaled: bool = False
+    stacked: bool = False
+    own: Mapping[str, Fresh] = field(default_factory=dict)
+
+    def of(self, model_types: Iterable[str]) -> Fresh:
+        """This, or what stands for it in a model of one of `model_types`."""
+        return next((self.own[name] for name in model_types if name in self.own), self)
+
+    def module(self, name: str, shape: Shape) -> str | None:
+        """The module of a tensor that may be stored so, or is listed as plain; None where it is none."""
+        if self.stacked and len(shape) == 3:
+            return name.rpartition(".")[0]
+        return name.removesuffix(_WEIGHT) if name.endswith(_WEIGHT) and len(shape) > 1 else None
 
     def config(self, plain: Iterable[str], *, static: bool = False) -> dict[str, Value]:
         """`quantization_config` of a model whose modules `plain` are not quantised; `static`: scales of inputs are
         stored."""
         settings = self.inputs.settings if static and self.inputs is not None else self.settings
-        return {**settings, self.plain_key: sorted(plain)}
+        return {**settings, self.plain_key: sorted(set(plain))}
 
     def encoded(self, name: str, dtype: str, shape: Shape) -> Encoded | None:
         """A tensor in this codec's parts; None where it has a shape that they do not hold."""
-        if len(shape) != 2 or shape[1] % self.multiple:
+        if len(shape) != 2 + self.stacked or shape[1] % self.multiple:
             return None
         try:
             shapes = self.codec.stored_shapes(shape)
@@ -70,10 +88,18 @@ class Fresh:
 
 
 def _compressed(
-    storage: str, bits: int, kind: str, strategy: str, group: int | None, inputs: Mapping[str, Value] | None
+    storage: str,
+    bits: int,
+    kind: str,
+    strategy: str,
+    group: int | None,
+    inputs: Mapping[str, Value] | None,
+    exponents: bool = False,
 ) -> dict[str, Value]:
-    """compressed-tensors' config; `inputs`: how activations are quantised, if they are."""
+    """compressed-tensors' config; `inputs`: how activations are quantised, if they are; `exponents`: scales are."""
     common: dict[str, Value] = {"num_bits": bits, "type": kind, "symmetric": True, "actorder": None}
+    if exponents:
+        common["scale_dtype"] = "torch.uint8"
     weights: Value = {**common, "strategy": strategy, "group_size": group, "dynamic": False}
     activations: Value = None if inputs is None else {**common, "group_size": None, **inputs}
     groups: Value = {
@@ -96,6 +122,7 @@ def _compressed(
 #: Activations are quantised as the model runs, a token or a tensor at a time.
 _BY_TOKEN: Mapping[str, Value] = {"strategy": "token", "dynamic": True}
 _BY_TENSOR: Mapping[str, Value] = {"strategy": "tensor", "dynamic": True}
+_BY_BLOCK: Mapping[str, Value] = {"strategy": "group", "group_size": GROUP, "dynamic": True}
 #: The scale of a tensor is stored; a block's own is found as the model runs.
 _BLOCKS_IN_TENSOR: Mapping[str, Value] = {"strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
 _BLOCKS: Mapping[str, Value] = {
@@ -104,6 +131,15 @@ _BLOCKS: Mapping[str, Value] = {
     "activation_scheme": "dynamic",
     "weight_block_size": [128, 128],
 }
+#: As Transformers, vLLM and SGLang read it (`integrations/mxfp4.py`): experts alone, [expert, in, out].
+_GPT_OSS = Fresh(
+    Mxfp4(),
+    {"blocks": "U8", "scale": "U8"},
+    {"quant_method": "mxfp4"},
+    "modules_to_not_convert",
+    multiple=GROUP,
+    stacked=True,
+)
 #: By the name that an export is given.
 FRESH: Mapping[str, Fresh] = MappingProxyType(
     {
@@ -123,6 +159,12 @@ FRESH: Mapping[str, Fresh] = MappingProxyType(
                 _compressed("float-quantized", 8, "float", "tensor", None, {**_BY_TENSOR, "dynamic": False}),
             ),
         ),
+        "mxfp8": Fresh(
+            Mxfp8(),
+            {"codes": "F8_E4M3", "scale": "U8"},
+            _compressed("mxfp8-quantized", 8, "float", "group", GROUP, _BY_BLOCK, exponents=True),
+            multiple=GROUP,
+        ),
         "int8_channel": Fresh(
             Int8(),
             {"codes": "I8", "scale": "BF16"},
@@ -134,6 +176,14 @@ FRESH: Mapping[str, Fresh] = MappingProxyType(
             _compressed("pack-quantized", 4, "int", "group", 128, None),
             multiple=128,
             scaled=True,
+        ),
+        "mxfp4": Fresh(
+            Mxfp4Packed(),
+            {"codes": "U8", "scale": "U8"},
+            _compressed("mxfp4-pack-quantized", 4, "float", "group", GROUP, None, exponents=True),
+            multiple=GROUP,
+            scaled=True,
+            own={"gpt_oss": _GPT_OSS},
         ),
         "nvfp4": Fresh(
             Nvfp4(inverse=True),

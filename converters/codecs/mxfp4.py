@@ -33,6 +33,11 @@ class Mxfp4(Codec):
     name = "mxfp4"
     suffixes = {"blocks": "_blocks", "scale": "_scales"}
 
+    @property
+    def keeps_scales(self) -> bool:
+        """True: a block whose largest code is 3 or less would get a smaller exponent."""
+        return True
+
     def stored_shapes(self, shape: Shape) -> dict[str, Shape]:
         if len(shape) != 3 or shape[1] % GROUP:
             raise LayoutError(f"mxfp4 needs [experts, in, out] with `in` a multiple of {GROUP}; got {list(shape)}")

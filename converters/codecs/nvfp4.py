@@ -21,8 +21,8 @@ class Nvfp4(Codec):
     """ModelOpt's: `W` uint8 [out, in/2], the low nibble first, `W_scale` E4M3 [out, in/16], `W_scale_2` fp32 [].
 
     Value = code * (scale * scale_2), products in fp32, rounded once. Fresh block scales are amax / 6 / scale_2; the
-    tensor's own is the source's, else amax / (6 * 448). compressed-tensors' (`inverse`): `W_packed`, `W_scale`, and
-    `W_global_scale` fp32 [1], by which the block's is divided. Source: NVIDIA Model Optimizer,
+    tensor's own is the source's, else amax / (6 * 448). compressed-tensors' (`inverse`): `W_packed`, `W_scale`, fresh
+    0.125 for 0, and `W_global_scale` fp32 [1], by which the block's is divided. Source: NVIDIA Model Optimizer,
     `quantization/qtensor/nvfp4_tensor.py`; compressed-tensors, `compressors/nvfp4/base.py`.
     """
 

@@ -10,6 +10,7 @@ from converters.codecs.base import Codec
 from converters.codecs.fp8 import SCALE_SUFFIXES, Fp8Block, Fp8Scaled
 from converters.codecs.int4 import Int4Packed
 from converters.codecs.int8 import Int8
+from converters.codecs.mx import GROUP, Mxfp4Packed, Mxfp8
 from converters.codecs.mxfp4 import Mxfp4
 from converters.codecs.nf4 import Nf4
 from converters.codecs.nvfp4 import Nvfp4
@@ -28,7 +29,7 @@ MODEL_DTYPE = "model_dtype"
 
 _HINT = (
     "dequantise it with the library that wrote it, in Transformers `model.dequantize()` and `save_pretrained`, and "
-    "convert that folder; read here are FP8 (Transformers, fbgemm, compressed-tensors, ModelOpt), MXFP4, ModelOpt's "
+    "convert that folder; read here are FP8 (Transformers, fbgemm, compressed-tensors, ModelOpt), MXFP8, MXFP4, "
     "NVFP4, INT4 and INT8 of compressed-tensors, GPTQ, AWQ and bitsandbytes of 4 bits"
 )
 
@@ -102,6 +103,8 @@ def _modelopt(config: Mapping[str, object]) -> tuple[Codec, ...]:
         return (Fp8Scaled(strategy="tensor"),)
     if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
         return (Fp8Scaled(strategy="channel"),)
+    if algorithm == "MXFP8":
+        return (Mxfp8(),)
     if algorithm == "NVFP4" and isinstance(group, int):
         return (Nvfp4(group),)
     raise UnsupportedError(f"no codec for ModelOpt's `quant_algo: {algorithm}`", hint=_HINT)
@@ -155,6 +158,11 @@ def _compressed_tensors(config: Mapping[str, object]) -> tuple[Codec, ...]:
     return tuple(codecs)
 
 
+#: Blocks with an exponent, by their bits and how they are stored.
+_MX: Mapping[tuple[object, object], Codec] = {
+    (8, "mxfp8-quantized"): Mxfp8(),
+    (4, "mxfp4-pack-quantized"): Mxfp4Packed(),
+}
 #: Orders in which a quantiser may have worked, and that show nowhere in what it stored.
 _STATIC_ORDERS = (None, False, "weight", "static")
 
@@ -180,6 +188,8 @@ def _weights_codec(name: str, storage: object, weights: Mapping[str, object]) ->
             return Fp8Block(_block(weights.get("block_structure")), scale_suffix="_scale")
     elif (bits, kind, symmetric, strategy) == (4, "float", True, "tensor_group") and storage == "nvfp4-pack-quantized":
         return Nvfp4(group if isinstance(group, int) else 16, inverse=True)
+    elif (kind, symmetric, columns) == ("float", True, GROUP) and (bits, storage) in _MX:
+        return _MX[bits, storage]
     raise UnsupportedError(
         f"no codec for compressed-tensors group `{name}`: format {storage}, {bits}-bit {kind}, strategy {strategy}, "
         f"symmetric {symmetric}, group_size {group}, actorder {order}",

@@ -176,6 +176,16 @@ class Table:
                         if usable and (spec := place.chosen(usable, present, here)) is not None:
                             yield from place.rows(spec, experts)
 
+    def tied(self, env: Env, present: Collection[str]) -> Iterator[str]:
+        """Tensors outside of layers that repeat another in the model `env` describes, whether or not a folder that
+        holds `present` stores them."""
+        beginnings = self.beginnings(present)
+        for site in [site for site in self.sites if "{" not in site.hf + site.mcore]:
+            blocks = [name for name in site.blocks if name not in self.when or evaluate(self.when[name], env)]
+            for spec in [spec for name in blocks for alternatives in self.blocks[name] for spec in alternatives]:
+                if spec.same_as and (spec.when is None or evaluate(spec.when, env)):
+                    yield from (respelt(site.hf + name, beginnings) for name in spec.hf)
+
     def place(
         self, site: Site, number: int, layer: int, beginnings: Mapping[str, str], count: int, env: Env
     ) -> tuple[_Place, Env]:

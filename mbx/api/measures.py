@@ -60,9 +60,9 @@ def calibrate(
 ) -> Calibration:
     """Measure what flows into the products of a model of either kind, on `samples` rows of `length` tokens of a file.
 
-    `Options(calibration=…)` of an export takes the result; `target` is the file to write. For `codec`, `int4_group` or
-    `nvfp4`, scales of channels are chosen too. One decoder layer is in memory at a time; `progress` is called with the
-    layers that are done since the last call.
+    `Options(calibration=…)` of an export takes the result; `target` is the file to write. For `codec`, `int4_group`,
+    `mxfp4` or `nvfp4`, scales of channels are chosen too. One decoder layer is in memory at a time; `progress` is
+    called with the layers that are done since the last call.
     """
     from mbx.train.calibration import calibrate as measured
 

@@ -24,9 +24,10 @@ EPILOG = epilog(
 
 
 class ScaledCodec(str, Enum):
-    """Codecs whose scales are of a part of a row."""
+    """Codecs of 4 bits, whose scales are of a part of a row."""
 
     int4_group = "int4_group"
+    mxfp4 = "mxfp4"
     nvfp4 = "nvfp4"
 
 

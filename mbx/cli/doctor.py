@@ -43,8 +43,10 @@ _JOBS = {
     "prove by forward pass": ("verify", ("megatron-core", "transformers")),
     "train": ("train", ("psutil",)),
     "train in FP8": ("gpu", ("transformer-engine",)),
+    "train in MXFP8 and NVFP4": ("gpu", ()),
 }
-_FP8_CAPABILITY = (8, 9)
+#: Job → the recipe that a GPU has to run, and what that is called.
+_SCALINGS = {"train in FP8": ("tensorwise", "FP8"), "train in MXFP8 and NVFP4": ("mxfp8", "MXFP8 and NVFP4")}
 _VARIABLES = (
     *("MBX_DEBUG", "MBX_NO_PROGRESS", "MBX_NO_CONFIG", "NO_COLOR", "FORCE_COLOR", "MBX_CACHE_DIR", "MBX_CACHE_MAX"),
     *("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES"),
@@ -95,15 +97,18 @@ def _examine() -> dict[str, Any]:
 
 def _verdicts(installed: set[str], gpu: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Of each job: whether it can be done here, what lacks, and what brings it."""
+    from mbx.train.model.fp8 import runs_on, span
+
     verdicts: dict[str, dict[str, Any]] = {}
     lacks: list[str] = []
     for job, (extra, names) in _JOBS.items():
         lacks = lacks + [name for name in names if name not in installed]
         hint = install_line(extra) if lacks and extra else "install mbx again" if lacks else None
         verdicts[job] = {"ok": not lacks, "lacks": list(lacks), "hint": hint}
-    fp8 = verdicts["train in FP8"]
-    if not any(tuple(device["capability"]) >= _FP8_CAPABILITY for device in gpu["devices"]):
-        fp8.update(ok=False, lacks=[*fp8["lacks"], "a GPU with FP8 (compute capability 8.9)"])
+    for job, (recipe, kind) in _SCALINGS.items():
+        if not any(runs_on(recipe, tuple(device["capability"])) for device in gpu["devices"]):
+            lacks = [*verdicts[job]["lacks"], f"a GPU with {kind} (compute capability {span(recipe)})"]
+            verdicts[job].update(ok=False, lacks=lacks)
     return verdicts
 
 

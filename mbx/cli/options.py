@@ -112,8 +112,10 @@ class CodecChoice(str, Enum):
     fp8_block = "fp8_block"
     fp8_channel = "fp8_channel"
     fp8_tensor = "fp8_tensor"
+    mxfp8 = "mxfp8"
     int8_channel = "int8_channel"
     int4_group = "int4_group"
+    mxfp4 = "mxfp4"
     nvfp4 = "nvfp4"
 
 

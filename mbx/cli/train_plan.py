@@ -24,7 +24,11 @@ def show_plan(prepared: Prepared) -> None:
     said = [
         prepared.start.why,
         f"{t.steps} steps of {t.global_batch} x {recipe.data.length} tokens in {t.precision}"
-        + ("" if recipe.fp8.recipe == "none" else f", FP8 {recipe.fp8.recipe}"),
+        + (
+            ""
+            if recipe.fp8.recipe == "none"
+            else f", {'FP4' if recipe.fp8.recipe == 'nvfp4' else 'FP8'} {recipe.fp8.recipe}"
+        ),
         *data_lines(prepared),
         f"{ranks.world_size} process(es) on {ranks.device}: {axes}, dp {ranks.dp}",
     ]

@@ -101,7 +101,8 @@ def quantised_now(
     `exclude`: globs of modules that stay plain; `folds`: those whose scales in `calibration` are folded in. Raises
     UsageError where nothing is left to quantise, and for a calibration that is of another model.
     """
-    fresh, static = FRESH[codec], None if calibration is None else FRESH[codec].inputs
+    fresh = FRESH[codec].of(() if plan.table is None else plan.table.model_types)
+    static = None if calibration is None else fresh.inputs
     measured = None if calibration is None or static is None else measured_inputs(plan, calibration)
     found = choose(fresh, plan, exclude, measured)
     if not found.encode:
@@ -118,7 +119,7 @@ def quantised_now(
         measured = measured_inputs(plan, calibration, serving(folds, found.encode))
         given = input_scales(static, [name.removesuffix(WEIGHT) for name in found.encode], measured)
         notes.append(f"{codec}: the scales of {len(given):,} inputs are those of the calibration, and fixed")
-    written = fresh.config(found.plain, static=bool(given))
+    written = fresh.config((*found.plain, *found.tied), static=bool(given))
     return replace(codes, encode=found.encode, given=given, notes=(*notes, *found.in_vain), written=written)
 
 

@@ -44,6 +44,18 @@ def test_the_way_back_gives_the_same_recipe() -> None:
     assert again.result == first.result and again.unknown == ()
 
 
+def test_fp4_has_flags_of_its_own() -> None:
+    found = to_recipe("--bf16 --fp4-format e2m1 --fp4-recipe nvfp4")
+    assert found.result["fp8"] == {"recipe": "nvfp4"} and found.unknown == ()
+    assert to_recipe("--bf16 --fp4-format e2m1").result == found.result
+    flags = from_recipe(load_recipe("llama3_8b_pretrain", ["fp8.recipe=nvfp4"]).to_dict()).flags
+    at = flags.index("--fp4-format")
+    assert flags[at : at + 4] == ("--fp4-format", "e2m1", "--fp4-recipe", "nvfp4")
+    assert not any(flag.startswith("--fp8") for flag in flags)
+    assert to_recipe("--fp4-format e2m1 --fp4-recipe custom").unknown == ("--fp4-recipe custom",)
+    assert "--fp8-recipe" in from_recipe(load_recipe("llama3_8b_pretrain", ["fp8.recipe=mxfp8"]).to_dict()).flags
+
+
 def test_the_text_is_toml_of_the_same_values() -> None:
     import sys
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from _codec_models import MODELS
 from safetensors.torch import load_file, save_file
-from test_quantised_now import MODELS
 from transformers import AutoModelForCausalLM
 
+import mbx
 from converters.codecs.calibration import Calibration
 from converters.codecs.fresh import FRESH
 from converters.errors import StorageError, UsageError
@@ -25,6 +27,8 @@ from mbx.run.calibration_file import calibration_bytes, read_calibration
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
 from mbx.tables import table_for
 
+#: Products of two layers that are not both dense: of four experts; of a dense one, and one with a shared expert too.
+PRODUCTS = {"qwen3_moe": 2 * (4 + 4 * 3), "deepseek_v3": 2 * 5 + 3 + 4 * 3 + 3}
 CODECS = {"fp8_tensor": ".input_scale", "nvfp4": ".input_global_scale"}
 
 
@@ -92,7 +96,8 @@ def test_scales_of_inputs_are_stored_held_and_carried(home: Path, codec: str, tm
     products = [name.removesuffix("_scale") for name in stored if name.endswith(".weight_scale")]
     scales = [name for name in stored if name.endswith(CODECS[codec])]
     assert set(scales) == {name.removesuffix(".weight") + CODECS[codec] for name in products}
-    assert len(scales) in (2 * 7, 2 * (4 + 4 * 3)), "products of two layers, dense or of four experts"
+    family = json.loads((home / "hf" / "config.json").read_text())["model_type"]
+    assert len(scales) == PRODUCTS.get(family, 2 * 7)
 
     assert parity(tmp_path / "q", home / "mcore", codec=codec, calibration=found).proved
     assert not parity(tmp_path / "q", home / "mcore", codec=codec).proved, "scales that such an export has not"
@@ -136,7 +141,7 @@ def test_a_folder_loads_in_transformers(home: Path, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(home / "hf", dtype=torch.float32)
     with torch.no_grad():
         theirs, ours = model(ids).logits, plain(ids).logits
-    assert 0 < (theirs - ours).norm() / ours.norm() < 0.1
+    assert 0 < (theirs - ours).norm() / ours.norm() < 0.2
 
 
 def test_what_no_calibration_is_for_is_refused(home: Path, tmp_path: Path) -> None:
@@ -177,6 +182,16 @@ def test_a_strangers_file_is_refused(
     save_file(tensors, tmp_path / "cal", metadata=None if said is None else {"mbx_calibration": said})
     with pytest.raises(StorageError, match=why):
         read_calibration(tmp_path / "cal")
+
+
+def test_the_docs_list_the_codecs_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "quantise-for-vllm.md").read_text()
+    listed = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in page.splitlines() if line.startswith("| `")]
+    names = [name for cell in listed for name in cell]
+    usable = [name for name, fresh in FRESH.items() if fresh.inputs is not None or fresh.scaled]
+    assert names[: len(FRESH)] == list(FRESH) and sorted(names[len(FRESH) :]) == sorted(usable)
+    scaled = [name for name, fresh in FRESH.items() if fresh.scaled]
+    assert all(f"`{name}`" in (mbx.calibrate.__doc__ or "") for name in scaled)
 
 
 def test_the_command_line_offers_the_codecs_that_there_are() -> None:

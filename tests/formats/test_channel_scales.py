@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _codec_models import MODELS
 from safetensors.torch import load_file, save_file
 from test_calibrated import measured
-from test_quantised_now import MODELS
 from transformers import AutoModelForCausalLM
 
 import mbx
@@ -102,20 +102,23 @@ def test_before_rounding_it_is_the_same_model(home: Path, tmp_path: Path) -> Non
     assert leg.status == "failed" and "differ by design" in leg.details[0]
 
 
-def test_after_rounding_it_is_nearer_on_tokens_not_seen(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["int4_group", pytest.param("mxfp4", marks=pytest.mark.slow)])
+def test_after_rounding_it_is_nearer_on_tokens_not_seen(home: Path, codec: str, tmp_path: Path) -> None:
     found, plain = read_calibration(home / "scales"), logits(home / "hf")
+    if codec != found.codec:
+        found = measured(home / "hf", SEEN, codec)
     apart = {}
     for name, calibration in (("nearest", None), ("scaled", found)):
         (work := tmp_path / name).mkdir()
-        run(plan_mcore_to_hf(home / "mcore", work / "q", Options(codec="int4_group", calibration=calibration)))
+        run(plan_mcore_to_hf(home / "mcore", work / "q", Options(codec=codec, calibration=calibration)))
         apart[name] = divergence(work / "q", plain, work)
     assert 0 < apart["scaled"] < 0.7 * apart["nearest"], apart
 
     scaled = tmp_path / "scaled" / "q"
     said = json.loads((scaled / "config.json").read_text())
     assert said["quantization_config"]["config_groups"]["group_0"]["input_activations"] is None
-    assert parity(scaled, home / "mcore", codec="int4_group", calibration=found).proved
-    assert not parity(scaled, home / "mcore", codec="int4_group").proved
+    assert parity(scaled, home / "mcore", codec=codec, calibration=found).proved
+    assert not parity(scaled, home / "mcore", codec=codec).proved
 
 
 def test_a_scale_in_the_wrong_norm_is_found(home: Path, tmp_path: Path) -> None:

@@ -58,6 +58,13 @@ COMPRESSED: dict[str, tuple[str, int, str, dict[str, object]]] = {
     "FP8 tensor": ("float-quantized", 8, "float", {"strategy": "tensor"}),
     "FP8 channel": ("float-quantized", 8, "float", {"strategy": "channel"}),
     "FP8 block": ("float-quantized", 8, "float", {"strategy": "block", "block_structure": [GROUP, GROUP]}),
+    "MXFP8": ("mxfp8-quantized", 8, "float", {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}),
+    "MXFP4": (
+        "mxfp4-pack-quantized",
+        4,
+        "float",
+        {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    ),
 }
 
 
@@ -91,6 +98,11 @@ def test_compressed_tensors(tmp_path: Path, name: str, dtype: torch.dtype) -> No
 
     def store(weight: torch.Tensor) -> Stored:
         scale = scales(weight, str(weights["strategy"]), largest)
+        if "scale_dtype" in weights:  # powers of two, one a 32 of a row, some under which codes saturate
+            blocks = weight.float().reshape(len(weight), -1, 32)
+            scale = torch.exp2((blocks.abs().amax(-1) / (largest if bits == 8 else 6.0)).log2().round()).to(
+                weight.dtype
+            )
         parts = codec.compress({"weight": weight, "weight_scale": scale}, scheme)
         return parts, codec.decompress(parts, scheme)["weight"]
 
@@ -128,6 +140,16 @@ def test_model_optimizer_nvfp4(tmp_path: Path) -> None:
         return parts, value
 
     check(store, {"quant_algo": "NVFP4", "group_size": 16}, tmp_path, apart=True)
+
+
+def test_model_optimizer_mxfp8(tmp_path: Path) -> None:
+    kind = library("modelopt.torch.quantization.qtensor", "nvidia-modelopt").MXFP8QTensor
+
+    def store(weight: torch.Tensor) -> Stored:
+        coded, scale = kind.quantize(weight)
+        return {"weight": coded._quantized_data, "weight_scale": scale}, coded.dequantize(weight.dtype, scale=scale)
+
+    check(store, {"quant_algo": "MXFP8", "group_size": 32}, tmp_path, apart=True)
 
 
 def test_model_optimizer_fp8(tmp_path: Path) -> None:

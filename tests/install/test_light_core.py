@@ -73,7 +73,7 @@ def test_what_lacks_is_named_with_the_line_that_brings_it(
 def test_doctor_ends_in_a_verdict_for_each_job(light: dict[str, str], tmp_path: Path) -> None:
     said = mbx(light, "doctor", cwd=tmp_path).stdout
     assert "\nconvert: yes\n" in said
-    for job in ("cast and decode", "prove by forward pass", "train", "train in FP8"):
+    for job in ("cast and decode", "prove by forward pass", "train", "train in FP8", "train in MXFP8 and NVFP4"):
         assert f"\n{job}: no: lacks torch" in said
 
 

@@ -81,6 +81,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, chats: str, capsys: pytest.Captu
         (["train", *RECIPE, "--resume"], 4, "no checkpoint"),
         (["train", *RECIPE, "fp8.recipe=delayed", "train.precision=bf16"], 5, "needs a GPU"),
         (["train", *RECIPE, "fp8.recipe=mxfp8", "train.precision=bf16"], 5, "fp8.recipe=mxfp8"),
+        (["train", *RECIPE, "fp8.recipe=nvfp4", "train.precision=bf16", "--dry-run"], 5, "capability 10.0 to 11.0"),
         (["train", *RECIPE, "data.length=1024"], 2, "exceeds the model's 512 positions"),
         (["train", *RECIPE, "parallel.tp=3"], 2, "parallel.tp 3 does not divide num_attention_heads"),
         (["train", *RECIPE, "parallel.pp=2", "parallel.vpp=8"], 2, "layers"),

@@ -37,6 +37,7 @@ def reason(name: str, *overrides: str, ranks: Ranks = GPU) -> str | None:
         ("qwen3_8b_lora", ("train.recompute=full",), "recomputation"),
         ("qwen3_8b_lora", ("train.precision=fp16",), "fp16"),
         ("qwen3_8b_lora", ("fp8.recipe=delayed",), "delayed"),
+        ("qwen3_8b_lora", ("fp8.recipe=nvfp4",), "at random"),
         ("vanilla_gpt", (), "dropout"),
     ],
 )

@@ -15,9 +15,7 @@ from _trainings import QWEN3, raw, run_here
 from converters.errors import DeviceError, DifferenceError, LayoutError, MbxError, UsageError
 from mbx.train.data.rows import Pattern, Row
 from mbx.train.model.build import first_microbatch
-from mbx.train.model.fp8 import check_capability, fp8_config
 from mbx.train.recipe.parse import parse_recipe
-from mbx.train.recipe.sections import Fp8
 from mbx.train.run.dataset import Dataset
 from mbx.train.run.log import METRICS, Log, Step, chart, line
 from mbx.train.run.loop import train
@@ -164,36 +162,6 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     sections = {"model": {"path": str(tmp_path / "hf")}, "data": {"kind": "chat", "path": str(tmp_path / "d.jsonl")}}
     with pytest.raises(UsageError, match="no tokenizer"):
         prepare(parse_recipe(raw(tmp_path / "run", **sections)))
-
-
-@pytest.mark.parametrize(
-    ("name", "capability", "fits"),
-    [
-        ("delayed", (9, 0), True),
-        ("delayed", (8, 9), True),
-        ("delayed", (8, 0), False),
-        ("tensorwise", (9, 0), True),
-        ("blockwise", (9, 0), True),
-        ("blockwise", (8, 9), False),
-        ("mxfp8", (9, 0), False),
-        ("mxfp8", (10, 0), True),
-    ],
-)
-def test_fp8_by_gpu(name: str, capability: tuple[int, int], fits: bool) -> None:
-    if fits:
-        check_capability(name, capability)
-    else:
-        with pytest.raises(DeviceError, match=rf"fp8.recipe={name} needs compute capability"):
-            check_capability(name, capability)
-
-
-def test_fp8_fields() -> None:
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
-        assert set(fp8_config(Fp8(recipe))) <= known
-    assert fp8_config(Fp8()) == {}
 
 
 def test_cached_fp8_weights_are_renewed_at_each_step() -> None:

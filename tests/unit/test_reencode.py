@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.codecs import Codec, Fp8Block, Fp8Scaled, Int4Packed, Mxfp4
+from converters.codecs import Codec, Fp8Block, Fp8Scaled, Int4Packed, Mxfp4, Mxfp4Packed, Mxfp8
 from converters.codecs.arithmetic.common import scale_to_fp32
 from converters.codecs.arithmetic.reencode import reencode
 from converters.engine.pieces import DECODE_SCRATCH, ENCODED_COPIES
@@ -21,6 +21,8 @@ CODECS: dict[str, Codec] = {
     "fp8_tensor": Fp8Scaled(strategy="tensor", scale_suffix="_scale_inv"),
     "mxfp4": Mxfp4(),
     "int4": Int4Packed(),
+    "mxfp8_rows": Mxfp8(),
+    "mxfp4_rows": Mxfp4Packed(),
 }
 named = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 seeds = st.integers(0, 2**31 - 1)
@@ -30,7 +32,9 @@ laws = settings(max_examples=15, deadline=None)
 def weight(codec: Codec, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Values of very different sizes; not a multiple of a block where the codec allows that."""
     g = torch.Generator().manual_seed(seed)
-    shape = (3, 64, 24) if isinstance(codec, Mxfp4) else (40, 80)
+    shape = (
+        (3, 64, 24) if isinstance(codec, Mxfp4) else (40, 96) if isinstance(codec, (Mxfp8, Mxfp4Packed)) else (40, 80)
+    )
     values = torch.randn(shape, generator=g) * torch.rand(*shape[:-1], 1, generator=g)
     return values.to(dtype)
 
@@ -46,6 +50,8 @@ def step(codec: Codec, x: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch
     scale = scale_to_fp32(parts["scale"])
     if isinstance(codec, Mxfp4):  # codes up to 6, at most 2 apart
         spread, half = scale.transpose(1, 2).repeat_interleave(32, 1), 1.0
+    elif isinstance(codec, (Mxfp8, Mxfp4Packed)):
+        spread, half = scale.repeat_interleave(32, 1), 1.0 if isinstance(codec, Mxfp4Packed) else 2.0**-10
     elif isinstance(codec, Int4Packed):  # 7.5 scales, rounded to bf16, and 7 is the last code
         spread, half = scale.repeat_interleave(32, 1)[:, : x.shape[1]], 0.55
     elif isinstance(codec, Fp8Block):
@@ -53,7 +59,7 @@ def step(codec: Codec, x: torch.Tensor, parts: dict[str, torch.Tensor]) -> torch
         spread, half = wide[: x.shape[0], : x.shape[1]], 2.0**-10
     else:
         spread, half = scale.reshape(-1, 1).expand(x.shape), 2.0**-10
-    relative = 0.0 if isinstance(codec, (Mxfp4, Int4Packed)) else 1 / 16
+    relative = 0.0 if isinstance(codec, (Mxfp4, Mxfp4Packed, Int4Packed)) else 1 / 16
     return half * spread + (relative + 2.0**-8) * x.abs()
 
 

@@ -40,7 +40,7 @@ def decode_block(codec: Fp8Block, parts: Parts, dtype: torch.dtype | None) -> to
     grids = scale_to_fp32(scale).reshape(-1, *scale.shape[-2:])
     for w, s, o in zip(_matrices(weight), grids, _matrices(out), strict=True):
         for rows, cols in _tiles(w.shape[0], w.shape[1], codec.block):
-            blocks = _blocks(_to_fp32(w[rows, cols]), codec.block)
+            blocks = _blocks(fp8_to_fp32(w[rows, cols]), codec.block)
             blocks.mul_(s[_grid(rows, codec.block[0]), None, _grid(cols, codec.block[1]), None])
             o[rows, cols].copy_(_unblock(blocks, o[rows, cols]))
     return out
@@ -99,7 +99,7 @@ def decode_scaled(codec: Fp8Scaled, parts: Parts, dtype: torch.dtype | None) -> 
     out = torch.empty(weight.shape, dtype=dtype or torch.bfloat16)
     column = scale.to(torch.float32).reshape(-1, 1).expand(weight.shape[0], 1)
     for rows in row_chunks(*weight.shape):
-        out[rows].copy_(_to_fp32(weight[rows]).mul_(column[rows]))
+        out[rows].copy_(fp8_to_fp32(weight[rows]).mul_(column[rows]))
     return out
 
 
@@ -146,7 +146,7 @@ def _unblock(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return blocks.flatten(2, 3).flatten(0, 1)[: like.shape[0], : like.shape[1]]
 
 
-def _to_fp32(codes: torch.Tensor) -> torch.Tensor:
+def fp8_to_fp32(codes: torch.Tensor) -> torch.Tensor:
     """E4M3 as fp32 through a table: torch's own cast is scalar on a CPU, 2.7 ns an element against 0.5."""
     if codes.device.type != "cpu":
         return codes.to(torch.float32)

@@ -23,6 +23,9 @@ from converters.tensors import Shape
 if TYPE_CHECKING:
     from converters.codecs.nvfp4 import Nvfp4
 
+#: Scale of blocks that round to one of zero.
+_LEAST = 0.125
+
 
 def decode_nvfp4(codec: Nvfp4, parts: Parts, dtype: torch.dtype | None) -> torch.Tensor:
     """`Nvfp4.decode`."""
@@ -43,6 +46,15 @@ def _under(codec: Nvfp4, scale: torch.Tensor, whole: torch.Tensor) -> torch.Tens
     return scale / whole if codec.inverse else scale * whole
 
 
+def _whole_of(codec: Nvfp4, largest: torch.Tensor) -> torch.Tensor:
+    """A tensor's own scale by its largest magnitude, as each library finds it; 1 if compressed-tensors' overflows."""
+    tiny = torch.finfo(torch.float32).tiny
+    if not codec.inverse:
+        return (largest / (MAGNITUDES[-1] * FP8_MAX)).clamp(min=tiny)
+    whole = MAGNITUDES[-1] * FP8_MAX / largest.clamp(min=tiny)
+    return torch.where(torch.isfinite(whole), whole, torch.ones_like(whole))
+
+
 def encode_nvfp4(
     codec: Nvfp4, tensor: torch.Tensor, scale: torch.Tensor | None, _shape: Shape | None
 ) -> dict[str, torch.Tensor]:
@@ -53,11 +65,13 @@ def encode_nvfp4(
     require_finite(amax, codec.name)
     whole = codec.held.get("whole")
     if whole is None:
-        whole = (amax.amax() / (MAGNITUDES[-1] * FP8_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
-        whole = 1 / whole if codec.inverse else whole
+        whole = _whole_of(codec, amax.amax())
     if scale is None:
         own = amax / MAGNITUDES[-1]
         scale = (own * whole if codec.inverse else own / whole).clamp(max=FP8_MAX).to(FP8)
+        if codec.inverse:  # compressed-tensors' `calculate_qparams` leaves no scale of zero
+            wide = scale.to(torch.float32)
+            scale = torch.where(wide == 0, torch.full_like(wide, _LEAST), wide).to(FP8)
     factor = _under(codec, scale.reshape(amax.shape).to(torch.float32), whole.reshape(())).unsqueeze(-1)
     scaled = torch.where(factor == 0, torch.copysign(torch.zeros_like(groups), groups), groups / factor)
     return {

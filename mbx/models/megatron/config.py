@@ -107,8 +107,10 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
         )
     if values.get("moe_latent_size") is not None and not use_te:
         raise UnsupportedError(f"{mcore_version()} builds `moe_latent_size` with Transformer Engine only")
-    if on_cpu and values.get("fp8") is not None:
-        raise UnsupportedError(f"fp8={values['fp8']!r} needs a GPU with Transformer Engine", hint="build without fp8")
+    if on_cpu and (low := next((name for name in ("fp8", "fp4") if values.get(name) is not None), None)):
+        raise UnsupportedError(
+            f"{low}={values[low]!r} needs a GPU with Transformer Engine", hint=f"build without {low}"
+        )
 
     arguments: dict[str, object] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **spread.sizes, **values}
     if "activation_func" in values:

@@ -44,7 +44,7 @@ class Pairs:
 
 
 @dataclass(frozen=True, slots=True)
-class _Sizes:
+class Sizes:
     """A linear of a layer on a rank: its name, columns, rows by atom, and what `Pairs` says of it."""
 
     module: str
@@ -67,7 +67,7 @@ def pairs_of(
     if not recipe.lora.rank or layer.index < 0:  # prediction layers take none
         return ()
     found = []
-    for sizes in _linears(recipe, s, layer):
+    for sizes in sizes_of(recipe, s, layer):
         module = f"decoder.layers.{layer.index}.{sizes.module}"
         weight = f"{module}.weight" + ("0" if ".experts." in module else "")
         linear = known.get(weight) if plan.table else plain(module, recipe.lora, plan)
@@ -88,47 +88,47 @@ def pairs_of_output(recipe: Recipe, plan: Blueprint, s: Shape, known: Mapping[st
     return Pairs("output_layer", s.hidden, ((part.rank, plan.padded_vocab // recipe.parallel.tp),))
 
 
-def _linears(recipe: Recipe, s: Shape, layer: Layer) -> Iterator[_Sizes]:
+def sizes_of(recipe: Recipe, s: Shape, layer: Layer) -> Iterator[Sizes]:
     """Linears of a layer. A is whole and B cut under a column-parallel one, the other way round under a row-parallel
     one; projections to the latents are whole."""
     tp, ep, etp = recipe.parallel.tp, recipe.parallel.ep, recipe.parallel.etp
     if layer.mixer == "delta" and (d := s.delta):
         atoms = (d.key, d.key, d.value, d.value, d.heads, d.heads)
-        yield _Sizes("self_attention.in_proj", s.hidden, tuple(atom // tp for atom in atoms))
-        yield _Sizes("self_attention.out_proj", d.value // tp, (s.hidden,), row_parallel=True)
+        yield Sizes("self_attention.in_proj", s.hidden, tuple(atom // tp for atom in atoms))
+        yield Sizes("self_attention.out_proj", d.value // tp, (s.hidden,), row_parallel=True)
     elif layer.mixer == "mamba" and (m := s.mamba):
         state = m.groups * m.state
         parts = (m.inner, m.inner, state, state, m.heads)
-        yield _Sizes("mixer.in_proj", s.hidden, tuple(atom // tp for atom in parts))
-        yield _Sizes("mixer.out_proj", m.inner // tp, (s.hidden,), row_parallel=True)
+        yield Sizes("mixer.in_proj", s.hidden, tuple(atom // tp for atom in parts))
+        yield Sizes("mixer.out_proj", m.inner // tp, (s.hidden,), row_parallel=True)
     elif layer.mixer:
         yield from _attention(s, layer, tp)
 
-    def mlp(module: str, width: int, ffn: int, cut: int, experts: int = 1, topk: int = 1) -> Iterator[_Sizes]:
-        yield _Sizes(f"{module}.linear_fc1", width, (ffn // cut,) * s.up, experts=experts, topk=topk)
-        yield _Sizes(f"{module}.linear_fc2", ffn // cut, (width,), True, experts, topk)
+    def mlp(module: str, width: int, ffn: int, cut: int, experts: int = 1, topk: int = 1) -> Iterator[Sizes]:
+        yield Sizes(f"{module}.linear_fc1", width, (ffn // cut,) * s.up, experts=experts, topk=topk)
+        yield Sizes(f"{module}.linear_fc2", ffn // cut, (width,), True, experts, topk)
 
     if layer.mlp == "dense":
         yield from mlp("mlp", s.hidden, layer.ffn, tp)
     elif layer.mlp:
-        yield _Sizes("mlp.router", s.hidden, (s.experts,))
+        yield Sizes("mlp.router", s.hidden, (s.experts,))
         yield from mlp("mlp.experts", s.expert_hidden, s.expert_ffn, etp, s.experts // ep, s.topk)
         if s.shared_ffn:
             yield from mlp("mlp.shared_experts", s.hidden, s.shared_ffn, tp)
 
 
-def _attention(s: Shape, layer: Layer, tp: int) -> Iterator[_Sizes]:
+def _attention(s: Shape, layer: Layer, tp: int) -> Iterator[Sizes]:
     if m := s.latent:
         up = s.heads * (m.head + m.value) // tp
         if m.q:
-            yield _Sizes("self_attention.linear_q_down_proj", s.hidden, (m.q,))
-            yield _Sizes("self_attention.linear_q_up_proj", m.q, (s.q // tp,))
+            yield Sizes("self_attention.linear_q_down_proj", s.hidden, (m.q,))
+            yield Sizes("self_attention.linear_q_up_proj", m.q, (s.q // tp,))
         else:
-            yield _Sizes("self_attention.linear_q_proj", s.hidden, (s.q // tp,))
-        yield _Sizes("self_attention.linear_kv_down_proj", s.hidden, (m.kv + m.rotary,))
-        yield _Sizes("self_attention.linear_kv_up_proj", m.kv, (up,))
+            yield Sizes("self_attention.linear_q_proj", s.hidden, (s.q // tp,))
+        yield Sizes("self_attention.linear_kv_down_proj", s.hidden, (m.kv + m.rotary,))
+        yield Sizes("self_attention.linear_kv_up_proj", m.kv, (up,))
     else:
         queries = (s.q // tp,) * (2 if s.output_gate else 1)
-        yield _Sizes("self_attention.linear_qkv", s.hidden, (*queries, *(layer.groups * s.head // tp,) * 2))
+        yield Sizes("self_attention.linear_qkv", s.hidden, (*queries, *(layer.groups * s.head // tp,) * 2))
     inputs = (s.heads * m.value if m else s.q) // tp
-    yield _Sizes("self_attention.linear_proj", inputs, (s.hidden,), row_parallel=True)
+    yield Sizes("self_attention.linear_proj", inputs, (s.hidden,), row_parallel=True)

@@ -90,4 +90,4 @@ def peak_tflops(recipe: Recipe) -> float:
         return math.inf
     device = seen_as(torch.cuda.get_device_name())
     peak = device.tflops if device else math.inf
-    return peak * (2 if recipe.fp8.recipe != "none" else 1)
+    return peak * {"none": 1, "nvfp4": 4}.get(recipe.fp8.recipe, 2)

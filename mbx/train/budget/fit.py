@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from converters.errors import DeviceError, LayoutError, UnsupportedError, UsageError
+from converters.errors import LayoutError, UnsupportedError, UsageError
+from mbx.train.budget.blocks import check_blocks
 from mbx.train.budget.devices import Device
 from mbx.train.budget.host import host_memory, page_cache, total
 from mbx.train.budget.predict import CONTEXT, Budget, predict
 from mbx.train.budget.speed import tokens_per_s
 from mbx.train.model.blueprint import Blueprint, blueprint
-from mbx.train.model.fp8 import check_capability
+from mbx.train.model.fp8 import check_capability, runs_on
 from mbx.train.recipe.sections import Recipe
 from mbx.train.recipe.world import check_world, smallest_world
 
@@ -41,7 +42,13 @@ class Fit:
 
 
 def fit(recipe: Recipe, plan: Blueprint, device: Device, dp: int, changes: Sequence[str] = ()) -> Fit:
-    """What a recipe needs of `device` and whether it is there."""
+    """What a recipe needs of `device` and whether it is there.
+
+    DeviceError for FP8 or FP4 that it has not, UsageError for products that these do not divide.
+    """
+    if recipe.fp8.recipe != "none" and device.capability is not None:
+        check_capability(recipe.fp8.recipe, device.capability)
+    check_blocks(recipe, plan)
     budget = predict(recipe, plan, dp)
     needed, cache = budget.total + CONTEXT, 0
     if device.unified:
@@ -135,8 +142,4 @@ def casts(device: Device, recipe: Recipe) -> list[str]:
 def _runs(name: str, device: Device, recipe: Recipe) -> bool:
     if device.capability is None or recipe.train.precision != "bf16" or recipe.lora.dora:
         return False
-    try:
-        check_capability(name, device.capability)
-    except DeviceError:
-        return False
-    return True
+    return runs_on(name, device.capability)

@@ -13,8 +13,11 @@ from mbx.train.model.kernels import fuses_convolution
 from mbx.train.recipe.sections import Recipe
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-#: Bytes of an element cast to FP8, with its scales: one a 128 elements (fp32) in blocks, one a 32 (one byte) in MXFP8.
-_CAST = {"delayed": 1.0, "tensorwise": 1.0, "blockwise": 1 + 4 / 128, "mxfp8": 1 + 1 / 32}
+#: Bytes of an element cast to FP8, with its scales: one a 128 elements (fp32) in blocks, one a 32 (one byte) in MXFP8,
+#: and of one cast to FP4, one a 16 (one byte) in NVFP4.
+_CAST = {"delayed": 1.0, "tensorwise": 1.0, "blockwise": 1 + 4 / 128, "mxfp8": 1 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
+#: The same of a weight, whose blocks are 128 x 128 where inputs' are 1 x 128.
+WEIGHT_CAST = {**_CAST, "blockwise": 1.0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from mbx.train.budget.activations import OUTPUT, in_flight, phases
 from mbx.train.budget.adapters import chosen
 from mbx.train.budget.counts import Counts, count
 from mbx.train.budget.images import Looks
-from mbx.train.budget.load import BYTES, Load
+from mbx.train.budget.load import BYTES, WEIGHT_CAST, Load
 from mbx.train.budget.shape import shape_of
 from mbx.train.budget.teaching import TEACHER
 from mbx.train.model.adapted import Linear
@@ -114,7 +114,7 @@ def _stage(
 
 
 def _copies(recipe: Recipe, c: Counts) -> int:
-    """FP8 weights: the cast and its transpose, which backward passes read; frozen ones have no other form.
+    """FP8 and FP4 weights: the cast and its transpose, which backward passes read; frozen ones have no other form.
 
     Recomputed layers run first without gradients. Products with their norm in front cast for that pass alone, and by
     blocks that drops the transpose until their layer is computed again, behind the largest moment
@@ -122,8 +122,9 @@ def _copies(recipe: Recipe, c: Counts) -> int:
     """
     if recipe.fp8.recipe == "none":
         return 0
-    dropped = recipe.fp8.recipe in ("blockwise", "mxfp8") and recipe.train.recompute == "full"
-    return 2 * c.linears - (c.normed if dropped and not holds_casts(recipe) else 0)
+    dropped = recipe.fp8.recipe in ("blockwise", "mxfp8", "nvfp4") and recipe.train.recompute == "full"
+    casts = 2 * c.linears - (c.normed if dropped and not holds_casts(recipe) else 0)
+    return round(casts * WEIGHT_CAST[recipe.fp8.recipe])
 
 
 def suggestions(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = None) -> list[tuple[str, int]]:

@@ -40,5 +40,6 @@ def why_not(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> str | 
         "recomputation puts random streams back": t.recompute != "none",
         "the loss scale of fp16 changes": t.precision == "fp16",
         "delayed scaling of FP8 keeps a history outside": recipe.fp8.recipe == "delayed",
+        "NVFP4 rounds at random, and no GPU has recorded it": recipe.fp8.recipe == "nvfp4",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

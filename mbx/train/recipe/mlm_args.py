@@ -109,6 +109,8 @@ _WHOLE = tuple(flag.key for flag in FLAGS if flag.kind == "files")
 _BY_NAME = {flag.name: flag for flag in FLAGS}
 #: Flags that set several keys or none of their own, handled one by one below.
 _SPECIAL = ("--bf16", "--fp16", "--swiglu", "--squared-relu", "--mock-data", "--group-query-attention")
+#: What a recipe's `nvfp4` is there.
+_NVFP4 = {"--fp4-format": "e2m1", "--fp4-recipe": "nvfp4"}
 #: Keys that say "not at all" by 0, where Megatron-LM leaves the flag out.
 _ZERO_IS_NONE = (("optim", "decay_steps"), ("run", "save_every"), ("train", "eval_every"))
 #: What Megatron-LM moves the router's expert bias by where the model has one, and a recipe does when asked.
@@ -171,7 +173,7 @@ def to_recipe(text: str) -> Translation:
             _put(out, flag.key, _read(flag, values))
         elif name in SKIPPED:
             skipped.append(" ".join([name, *values]))
-        elif name not in _SPECIAL:
+        elif name not in _SPECIAL and [_NVFP4.get(name)] != values:
             unknown.append(" ".join([name, *values]))
     has_shape = isinstance(model := out.get("model"), dict) and "shape" in model
     for flag in FLAGS:
@@ -189,6 +191,8 @@ def to_recipe(text: str) -> Translation:
         _put(out, ("data", "kind"), "mock" if "--mock-data" in seen else "indexed")
     if "--fp8-format" in seen and "--fp8-recipe" not in seen:
         _put(out, ("fp8", "recipe"), "delayed")
+    if "--fp4-format" in seen:
+        _put(out, ("fp8", "recipe"), "nvfp4")
     if "--expert-tensor-parallel-size" not in seen and "--tensor-model-parallel-size" in seen:
         parallel = out["parallel"]
         assert isinstance(parallel, dict)
@@ -259,7 +263,9 @@ def from_recipe(recipe: Mapping[str, object]) -> Translation:
             continue
         if value == 0 and flag.key in _ZERO_IS_NONE:
             continue
-        if flag.key[0] == "fp8" and recipe.get("fp8", {}) and left.get(("fp8", "recipe"), value) == "none":
+        if flag.key[0] == "fp8" and left.get(("fp8", "recipe"), value) in ("none", "nvfp4"):
+            if value == "nvfp4":
+                flags += [word for pair in _NVFP4.items() for word in pair]
             continue
         if flag.kind in ("on", "off"):
             flags += [flag.name] if bool(value) is (flag.kind == "on") else []

@@ -235,9 +235,10 @@ class Distill:
 
 @dataclass(frozen=True, slots=True)
 class Fp8:
-    """Transformer Engine's FP8: `none`, `delayed`, `tensorwise` (current scaling), `blockwise`, `mxfp8`."""
+    """Transformer Engine's FP8: `none`, `delayed`, `tensorwise` (current scaling), `blockwise`, `mxfp8`; its FP4:
+    `nvfp4`."""
 
-    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8"] = "none"
+    recipe: Literal["none", "delayed", "tensorwise", "blockwise", "mxfp8", "nvfp4"] = "none"
     format: Literal["hybrid", "e4m3"] = "hybrid"
 
 

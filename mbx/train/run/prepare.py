@@ -10,6 +10,7 @@ from converters.errors import DeviceError, MbxError, StorageError, UnsupportedEr
 from mbx.formats import hf
 from mbx.formats.adapter_folder import is_adapter
 from mbx.formats.torch_dist import TRACKER
+from mbx.train.budget.blocks import check_blocks
 from mbx.train.budget.images import Looks, looks_of
 from mbx.train.checkpoints.state import (
     check_continues,
@@ -190,6 +191,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
             hint="conversions of this family carry its weights; no training does",
         )
     check_fp8(recipe, ranks)
+    check_blocks(recipe, plan)
     check_writers(recipe)
     check_rewind(recipe)
     check_axes(recipe, plan, ranks, dry)
