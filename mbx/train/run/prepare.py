@@ -26,6 +26,7 @@ from mbx.train.lora.attach import check_lora
 from mbx.train.lora.peft_folder import check_adapter, like_adapter, open_for
 from mbx.train.model.blueprint import Blueprint, blueprint
 from mbx.train.model.fp8 import check_fp8
+from mbx.train.model.hidden import check_hidden
 from mbx.train.model.kernels import check_kernels, unpacked_layers
 from mbx.train.model.parallel import Ranks, planned_ranks
 from mbx.train.model.sight import check_images, learns
@@ -198,6 +199,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
     if not dry:
         check_kernels(plan.config)
     teacher = _teacher(recipe, plan, ranks, dry)
+    check_hidden(recipe, plan, teacher)
     if plan.config.get("gradient_accumulation_fusion") and not find_spec("fused_weight_gradient_mlp_cuda"):
         raise DeviceError(
             "gradient_accumulation_fusion=true needs Apex, which is not installed",
