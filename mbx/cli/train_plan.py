@@ -8,7 +8,6 @@ from converters.errors import UnsupportedError
 from mbx.cli.data_view import data_document, data_lines
 from mbx.cli.output import out
 from mbx.text import human_count
-from mbx.train.model.hidden import pairs_of
 
 if TYPE_CHECKING:
     from mbx.train.run.prepare import Prepared
@@ -76,6 +75,8 @@ def _word_on_teacher(prepared: Prepared) -> str:
 
 def _word_on_hidden(prepared: Prepared) -> str:
     """Whose hidden states are compared, the student's layer in front of the teacher's."""
+    from mbx.train.model.hidden import pairs_of
+
     teacher, d = prepared.teacher, prepared.recipe.distill
     if teacher is None or not (pairs := pairs_of(prepared.recipe, prepared.plan, teacher)):
         return ""

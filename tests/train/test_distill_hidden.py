@@ -264,7 +264,7 @@ def test_a_batch_is_the_sum_of_its_micro_batches(tmp_path: Path) -> None:
         assert few == pytest.approx(many, rel=1e-4)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_same_run(tmp_path: Path, rank: int) -> None:
     """Projections and their optimizer state come back to the bit; no export has them."""
 

@@ -256,8 +256,8 @@ class Run:
     `keep_best`: the checkpoint of the best validation loss stays as well. `export_every`: the checkpoint of every so
     many steps, and the last, is also written as a Hugging Face folder or a PEFT adapter, in `export/` of the run.
     `save_async`: a process beside the training writes them; the tracker moves when it is done. `profile`: so many
-    steps, behind the first five, are traced to `profile/` of the run. `timeout_s`: how long a rank waits for another
-    before the run ends.
+    steps, behind the first five, are traced to `profile/` of the run. `stragglers`: a report every so many steps on
+    ranks that are slow at their own work. `timeout_s`: how long a rank waits for another before the run ends.
     """
 
     dir: str = "runs/{recipe}"
@@ -270,6 +270,7 @@ class Run:
     save_optimizer: bool = True
     tensorboard: bool = False
     profile: Number = 0
+    stragglers: Number = 0
     wandb: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "te", "local"] = "auto"

@@ -107,3 +107,13 @@ def taught(prepared: Prepared, chunks: Sequence[DistributedDataParallel], log: L
         if pairs := pairs_of(recipe, plan, prepared.teacher):
             hidden = Hidden(recipe, pairs, chunks, teacher.chunks)
     return Teaching(recipe, plan, chunks, teacher, hidden)
+
+
+def flops_of(prepared: Prepared) -> float:
+    """Floating-point operations of a run's token, its teacher's pass included."""
+    plan, length = prepared.plan, prepared.recipe.data.length
+    own = models.flops_per_token(plan.config, length, plan.padded_vocab, prepared.recipe.lora.rank > 0)
+    if prepared.teacher is None:
+        return own
+    its = prepared.teacher.plan
+    return own + models.flops_per_token(its.config, length, its.padded_vocab, False) / 3  # a forward pass alone

@@ -38,6 +38,7 @@ from mbx.train.run.hooks import NO_HOOKS, Hooks
 from mbx.train.run.layers import check_axes, check_local
 from mbx.train.run.log import check_writers, only_begun
 from mbx.train.run.rewind import check_rewind
+from mbx.train.run.stragglers import check_stragglers
 
 #: Hints of the conversion, in a recipe's words.
 _KEYS = {
@@ -193,6 +194,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
     check_fp8(recipe, ranks)
     check_writers(recipe)
     check_rewind(recipe)
+    check_stragglers(recipe, dry)
     check_axes(recipe, plan, ranks, dry)
     if not ranks.te and not dry:
         check_local(plan.config, adapters=recipe.lora.rank > 0, tp=recipe.parallel.tp)
