@@ -73,8 +73,9 @@ parity-ci: $(READY)  ## the conversion checks of mbx-ci.toml, as a user's own CI
 defects: $(READY)  ## plant every defect of the catalogue and print which leg found it
 	$(BIN)/python -m pytest -v tests/parity/test_defects.py
 
-resiliency: $(RESILIENCY)/.ready  ## the report on slow ranks, by NVIDIA's resiliency extension
-	PYTHONPATH=$(RESILIENCY) $(BIN)/python -m pytest -rs tests/train/test_stragglers.py
+resiliency: $(RESILIENCY)/.ready  ## slow ranks and restarts in process, by NVIDIA's resiliency extension
+	PYTHONPATH=$(RESILIENCY) $(BIN)/python -m pytest -rs tests/train/test_stragglers.py \
+	  tests/train/test_in_process.py
 
 mutants: $(READY)  ## try every table one step from a shipped one, and print which no leg finds
 	$(BIN)/python -m pytest -v tests/tables/test_mutants.py

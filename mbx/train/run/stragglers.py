@@ -41,14 +41,14 @@ _T = TypeVar("_T")
 def check_stragglers(recipe: Recipe, dry: bool = False) -> None:
     """UsageError where the extension is asked for and not installed, or does not suit the Megatron Core that is;
     `dry`: nothing will be trained."""
-    if dry:
-        return
+    if not dry and (recipe.run.stragglers or find_spec(PACKAGE) is not None):
+        check_extension("run.stragglers is set")
+
+
+def check_extension(why: str) -> None:
+    """UsageError where the extension is not installed, `why` it should be, or does not suit Megatron Core."""
     if find_spec(PACKAGE) is None:
-        if recipe.run.stragglers:
-            raise UsageError(
-                f"run.stragglers is set, but {_DISTRIBUTION} is not installed", hint=install_line("resiliency")
-            )
-        return
+        raise UsageError(f"{why}, but {_DISTRIBUTION} is not installed", hint=install_line("resiliency"))
     core = find_spec("megatron.core")
     strict = core is not None and core.origin is not None and (Path(core.origin).parent / _STRICT).is_file()
     if strict and (found := _release()) < _TAKEN:
