@@ -12,6 +12,9 @@ OVERLAY = $(VENV)/core-$(CORE)
 QUANTISERS = compressed-tensors==0.20.1 bitsandbytes==0.50.2 nvidia-modelopt==0.47.0 torchao==0.18.0 \
   loguru nvidia-ml-py omegaconf pulp requests urllib3 idna certifi charset-normalizer scipy
 CODECS = $(VENV)/codecs
+# NVIDIA's resiliency extension, which Megatron Core 0.19 does not import beside, and so apart as well.
+RESILIENCY = $(VENV)/resiliency
+NVRX = nvidia-resiliency-ext==0.4.1 defusedxml nvidia-ml-py pynvml
 # What touches Megatron Core, its names or its checkpoints.
 CORE_TESTS = tests/unit/test_releases.py tests/parity tests/train tests/adapters tests/tables tests/api \
   tests/formats/test_layouts.py tests/formats/test_legacy.py tests/formats/test_fsdp_dtensor.py \
@@ -26,7 +29,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 CHECKS = smoke-core types parity-ci site tables contract lint
 TOGETHER = $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: checks site pictures notebooks attack kills codecs mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
+.PHONY: checks site pictures notebooks attack kills codecs resiliency mutants demo test test-all test-core smoke-core lint types contract tables measure parity-ci defects train-matrix layouts bench bench-conversion bench-engine docs clean
 
 demo: $(READY)  ## convert the shipped checkpoint both ways and prove it
 	@rm -rf $(DEMO)
@@ -69,6 +72,10 @@ parity-ci: $(READY)  ## the conversion checks of mbx-ci.toml, as a user's own CI
 
 defects: $(READY)  ## plant every defect of the catalogue and print which leg found it
 	$(BIN)/python -m pytest -v tests/parity/test_defects.py
+
+resiliency: $(RESILIENCY)/.ready  ## slow ranks and restarts in process, by NVIDIA's resiliency extension
+	PYTHONPATH=$(RESILIENCY) $(BIN)/python -m pytest -rs tests/train/test_stragglers.py \
+	  tests/train/test_in_process.py
 
 mutants: $(READY)  ## try every table one step from a shipped one, and print which no leg finds
 	$(BIN)/python -m pytest -v tests/tables/test_mutants.py
@@ -136,6 +143,10 @@ $(OVERLAY)/.ready: $(READY) tests/another_core.py
 
 $(CODECS)/.ready: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CODECS) $(QUANTISERS)
+	@touch $@
+
+$(RESILIENCY)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(RESILIENCY) $(NVRX)
 	@touch $@
 
 clean:

@@ -27,6 +27,7 @@ EXTRA_OF = {
     "datasets": "data",
     "pyarrow": "data",
     "transformer_engine": "gpu",
+    "nvidia_resiliency_ext": "resiliency",
     "fla": "gated-delta-net",
     "mamba_ssm": "mamba",
     "causal_conv1d": "mamba",

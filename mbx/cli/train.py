@@ -84,6 +84,9 @@ class Asked:
         Path | None,
         typer.Option("--hooks", metavar="FILE", help="Python functions of your own: loss, each step, each save."),
     ] = None
+    in_process_restarts: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Start again in the same processes after a fault, N times at most.")
+    ] = 0
     list: Annotated[bool, typer.Option("--list", help="List the shipped recipes.")] = False
     show: Annotated[bool, typer.Option("--show", help="Print the recipe with overrides applied.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan; train nothing.")] = (
@@ -249,12 +252,16 @@ def _launch(asked: Asked, launch: Launch, words: list[str]) -> None:
     name, overrides = named(asked.recipe, words)
     begins = ["--init-from", asked.init_from] if asked.init_from else []
     begins += ["--hooks", str(asked.hooks)] if asked.hooks else []
+    begins += ["--in-process-restarts", str(asked.in_process_restarts)] if asked.in_process_restarts else []
     begins += ["--resume" if asked.resume else "--continue"]
     show_launch(load_recipe(name, overrides), launch, ["--recipe", str(name), *overrides, *begins])
 
 
 def _train(asked: Asked, words: list[str]) -> None:
     from mbx.train.recipe.catalogue import load_recipe
+
+    if asked.in_process_restarts:  # torch would report each second that a rank waits for a fault
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     recipe = load_recipe(*named(asked.recipe, words))
     if asked.show:
@@ -264,12 +271,14 @@ def _train(asked: Asked, words: list[str]) -> None:
         return
     require("train", "`mbx train`")
     from mbx.train.run.hooks import NO_HOOKS, load_hooks
-    from mbx.train.run.loop import train
+    from mbx.train.run.loop import Outcome, train
     from mbx.train.run.prepare import prepare
+    from mbx.train.run.restarts import check_restarts, restarted
 
     warn_of_unknown_core()
     recipe = fetched(recipe)
-    dry = asked.dry_run or asked.show_data is not None
+    dry, restarts = asked.dry_run or asked.show_data is not None, asked.in_process_restarts
+    check_restarts(0 if dry else restarts)
     hooks = load_hooks(asked.hooks) if asked.hooks else NO_HOOKS
     prepared = prepare(recipe, asked.init_from, asked.resume, anew=asked.continue_, hooks=hooks, dry=dry)
     if asked.show_data is not None:
@@ -280,7 +289,12 @@ def _train(asked: Asked, words: list[str]) -> None:
         return
     for line in data_lines(prepared):
         out.message(line)
-    done = train(prepared, live=out.shows_progress, messages=out.verbosity > -1)
+
+    def once(start: int) -> Outcome:
+        again = prepare(recipe, asked.init_from, anew=True, hooks=hooks) if start else prepared
+        return train(again, live=out.shows_progress, messages=out.verbosity > -1)
+
+    done = restarted(recipe, restarts, once) if restarts else once(0)
     last = done.losses[-1] if done.losses else None
     out.result(
         {"run": str(done.run_dir), "stopped": done.stopped, "steps": done.first_step + len(done.losses), "loss": last},

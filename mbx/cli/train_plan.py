@@ -74,7 +74,20 @@ def _word_on_teacher(prepared: Prepared) -> str:
     heard = f"its {kept} likeliest tokens and the rest as one" if kept else "its whole distribution"
     heard += f", at temperature {d.temperature:g}, weighs {d.weight:g}"
     own = f", the data's own loss {1 - d.weight:g}" if d.weight < 1 else ""
-    return f"{d.teacher}{where}; {heard}{own}"
+    return f"{d.teacher}{where}; {heard}{own}{_word_on_hidden(prepared)}"
+
+
+def _word_on_hidden(prepared: Prepared) -> str:
+    """Whose hidden states are compared, the student's layer in front of the teacher's."""
+    from mbx.train.model.hidden import pairs_of
+
+    teacher, d = prepared.teacher, prepared.recipe.distill
+    if teacher is None or not (pairs := pairs_of(prepared.recipe, prepared.plan, teacher)):
+        return ""
+    which = ", ".join(f"{pair.student}:{pair.teacher}" for pair in pairs)
+    own, its = pairs[0].widths
+    learned = f", by learned projections from {own} to {its}" if own != its else ""
+    return f"; hidden states ({d.hidden_loss}) of layers {which} weigh {d.hidden_weight:g}{learned}"
 
 
 def _word_on_fp8(prepared: Prepared) -> list[str]:

@@ -37,9 +37,11 @@ _LARGEST_CHUNK = 1 << 30
 _LARGEST_FILE = 1 << 30
 
 
+#: How the projections begin by which a student compared its hidden states with its teacher's (`mbx train`).
+_PROJECTIONS = "distill."
 #: Names of a checkpoint that are an optimizer's, and of all that is no weight.
 _OPTIMIZER = ("optimizer.", "chained_")
-_STATE = (*_OPTIMIZER, "rng_state", "rerun_state", "opt_param_scheduler", "common_state")
+_STATE = (*_OPTIMIZER, "rng_state", "rerun_state", "opt_param_scheduler", "common_state", _PROJECTIONS)
 #: What NeMo 2 puts before every name: its module around the model.
 _WRAPPER = "module."
 #: Files of an iteration's folder, one of which every Megatron format has; or one of these folders and files.
@@ -138,6 +140,8 @@ def open_torch_dist(path: Path, iteration: Path) -> Checkpoint:
     if state:
         size = sum(tensor.nbytes for tensor in state.values())
         left_out.append(f"optimizer state: {len(state)} tensors, {size} bytes")
+    if projections := [tensor for tensor in rest if tensor.name.startswith(_PROJECTIONS)]:
+        left_out.append(f"projections to a teacher's width: {len(projections)} tensors")
     if any(name.startswith(("rng_state", "rerun_state")) for name in dcp.objects):
         left_out.append("random-number state")
     run_config = read_run_config(iteration)

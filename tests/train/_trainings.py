@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from tests.forks import Fork, start
 
@@ -150,10 +151,25 @@ def stall_writers() -> None:
     os.fsync = stalled
 
 
+def slow_down(seconds: float) -> Any:
+    """What lets every forward pass of a model take longer, once it is started."""
+    from megatron.core.models.gpt import GPTModel
+
+    plain = GPTModel.forward
+
+    def forward(*args: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return plain(*args, **named)
+
+    return patch.object(GPTModel, "forward", forward)
+
+
 def main(out: Path) -> None:
     """One process of a world.
 
-    A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, faults?, verify?, logits?, hooks?, delta?}`.
+    A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, faults?, verify?, logits?, hooks?, delta?,
+    slow?, beside?}`. `slow`: [rank, step, seconds]: from this step on, a forward pass of the rank takes longer.
+    `beside`: a folder of packages that are not in the environment.
 
     `delta`: gated delta nets train, as `delta_on_cpu` has them, in all jobs. `verify`: the recipe's training is
     compared rather than run; its result is the legs. `stall_from`: the writers of asynchronous checkpoints hang from
@@ -186,7 +202,13 @@ def carry_out(jobs: list[dict[str, Any]], out: Path) -> None:
     for number, job in enumerate(jobs):
         store = meet(int(os.environ["RANK"]), out.with_suffix(f".port{number}"))
 
+        if folder := job.get("beside"):
+            sys.path.append(folder)
+
         def watch(step: Step, job: dict[str, Any] = job) -> None:
+            rank, last, seconds = job.get("slow", (-1, -1, 0.0))
+            if rank == int(os.environ["RANK"]) and step.step == last - 1:
+                slow_down(seconds).start()
             if job.get("stall_from") == step.step:
                 stall_writers()
             rank, place = job.get("faults", {}).get(str(step.step), (-1, None))
@@ -213,6 +235,7 @@ def carry_out(jobs: list[dict[str, Any]], out: Path) -> None:
         own = load_hooks(Path(job["hooks"])) if job.get("hooks") else NO_HOOKS
         prepared = prepare(parse_recipe(job["recipe"]), resume=job.get("resume", False), hooks=own)
         results.append(list(train(prepared, live=False, on_step=watch).losses))
+        patch.stopall()
         del store
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(results))

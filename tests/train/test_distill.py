@@ -12,6 +12,7 @@ from typing import TypeAlias
 import pytest
 import torch
 import torch.nn.functional as F
+from _distilled import drawn_rows
 from _trainings import QWEN3, ROOT, Raw, raw, run_here, run_world, start_world
 
 from converters.errors import LayoutError, StorageError, UnsupportedError, UsageError
@@ -247,6 +248,12 @@ LAYOUTS: dict[str, dict[str, dict[str, object]]] = {
     },
     "pp": {"parallel": {"pp": 2}, "distill": {"teacher": str(MISTRAL)}},
     "vpp_packed": {"parallel": {"pp": 2, "vpp": 2}, "distill": {"temperature": 2.0}, "data": {"kind": "chat"}},
+    "tp_states": {
+        "parallel": {"tp": 2},
+        "distill": {"teacher": str(MISTRAL), "hidden_weight": 0.5},
+        "data": {"kind": "chat", "pack": False},
+    },
+    "pp_states": {"parallel": {"pp": 2}, "distill": {"hidden_weight": 0.5, "hidden_loss": "cosine"}},
 }
 
 
@@ -403,7 +410,7 @@ def test_words_that_answer_another_question_are_refused(tmp_path: Path, records:
 def test_layouts_agree(records: Records, name: str) -> None:
     one, two = (records[1][where][name] for where in ("one", "two"))
     assert len(one) == len(two) == STEPS
-    for key in ("loss", "distill_kl", "grad_norm"):
+    for key in ("loss", "distill_kl", "grad_norm", *(["distill_hidden"] if "states" in name else [])):
         assert [step[key] for step in two] == pytest.approx([step[key] for step in one], rel=2e-4)
     assert one[0]["distill_kl"] > 0.01  # the teacher is another
 
@@ -427,31 +434,3 @@ def test_a_student_learns_more_of_a_teacher_than_of_its_few_words(tmp_path: Path
         lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         found[name] = next(record["loss"] for record in lines if record["kind"] == "eval")
     assert found["taught"] < found["alone"] - 0.1
-
-
-def drawn_rows(folder: Path, *, train: int, held: int) -> tuple[Path, Path, str]:
-    """A teacher with a sharp mind, a student of its first two layers, and documents of 32 tokens that it drew."""
-    import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
-
-    weights = {key: value for file in sorted(LLAMA.glob("*.safetensors")) for key, value in load_file(file).items()}
-    weights["lm_head.weight"] = 4 * weights["lm_head.weight"]
-    halves = {key: value for key, value in weights.items() if ".layers.2." not in key and ".layers.3." not in key}
-    config = json.loads((LLAMA / "config.json").read_text())
-    for name, held_weights, layers in (("teacher", weights, 4), ("student", halves, 2)):
-        (folder / name).mkdir()
-        save_file(held_weights, folder / name / "model.safetensors", {"format": "pt"})
-        (folder / name / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
-    model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float32)
-    torch.manual_seed(0)
-    drawn = torch.randint(0, 251, (train + held, 1))
-    with torch.no_grad():
-        while drawn.shape[1] < 32:
-            drawn = torch.cat((drawn, torch.multinomial(model(drawn).logits[:, -1].softmax(-1), 1)), 1)
-    builder = IndexedDatasetBuilder(str(folder / "rows.bin"), dtype=np.int32)
-    for row in drawn.numpy().astype(np.int32):
-        builder.add_document(row, [len(row)])
-    builder.finalize(str(folder / "rows.idx"))
-    return folder / "teacher", folder / "student", str(folder / "rows")

@@ -101,7 +101,8 @@ def process_group(
     finally:
         forget_tables()
         parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():  # a run that is interrupted to start again has no group by then
+            torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

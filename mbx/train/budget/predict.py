@@ -84,6 +84,8 @@ def _stage(
     trained = c.adapters + c.whole if recipe.lora.rank else c.base
     learns = looks is not None and t.tower == "trained"
     trained += looks.parameters if looks is not None and learns else 0
+    projections = teaching.projections(recipe, plan, teacher, stage)
+    trained += projections
     shared = dp * p.cp if p.distributed_optimizer else 1
     experts = 0 if recipe.lora.rank else c.experts
     expert_shared = max(1, dp * p.cp * p.tp // (p.ep * p.etp)) if p.distributed_optimizer else 1
@@ -91,7 +93,8 @@ def _stage(
     s = shape_of(plan.config)
     load = Load(recipe, plan, s, t.micro_batch * recipe.data.length // p.cp, known)
     lasting = {
-        "weights": (c.base + c.adapters - (c.linears if holds_casts(recipe) else 0)) * BYTES[t.precision],
+        "weights": (c.base + c.adapters + projections - (c.linears if holds_casts(recipe) else 0))
+        * BYTES[t.precision],
         "gradients": trained * 4,
         "optimizer": math.ceil((trained - experts) * state / shared + experts * state / expert_shared),
         "fp8 copies": _copies(recipe, c),

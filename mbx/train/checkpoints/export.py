@@ -104,12 +104,14 @@ def export_beside(
         there = target.is_dir()
     if there:  # whole: it gets its name last, when all ranks have looked
         return f"{target} is there already"
-    # the stored checkpoint has the layers that are trained whole, and a live model needs all its weights to be read
-    if recipe.lora.rank and (recipe.lora.modules_to_save or holds_casts(recipe)):
+    # the stored checkpoint has the layers that are trained whole, and tells a student's weights from what it compares
+    # itself with its teacher by; a live model needs all its weights to be read
+    stored = recipe.lora.rank and (recipe.lora.modules_to_save or holds_casts(recipe))
+    if stored or recipe.distill.hidden_weight:
         with agreed():
             if torch.distributed.get_rank() == 0:
                 export_run(recipe.run_dir, target)
-        return f"{target}: PEFT adapter"
+        return f"{target}: {'PEFT adapter' if recipe.lora.rank else 'Hugging Face model'}"
     m = recipe.model
     live = attach(chunks, plan.hf, mapping=m.mapping or None, allowed_keys=m.waived_keys)
     if recipe.lora.rank:

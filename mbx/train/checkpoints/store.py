@@ -36,6 +36,7 @@ from mbx.train.checkpoints.random_streams import random_streams, restore_random
 from mbx.train.checkpoints.state import LoopState
 from mbx.train.checkpoints.whole import write_whole
 from mbx.train.data.templates import named_template
+from mbx.train.distill.hidden import only_projections
 from mbx.train.lora.attach import only_trained
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.build import unwrap
@@ -254,13 +255,15 @@ class Store:
         return self.recipe.train.precision != "fp32"
 
     def _content(self, chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> dict[str, object]:
-        content = self._weights(chunks, trained=bool(self.recipe.lora.rank))
+        content: dict[str, object] = {**self._weights(chunks, trained=bool(self.recipe.lora.rank))}
         if self.recipe.run.save_optimizer:
             content["optimizer"] = stored(optimizer, self._weights(chunks), half=self._half)
             content |= self._random()
         return content
 
-    def _weights(self, chunks: Sequence[DistributedDataParallel], *, trained: bool = False) -> dict[str, object]:
+    def _weights(
+        self, chunks: Sequence[DistributedDataParallel], *, trained: bool = False
+    ) -> dict[str, dict[str, object]]:
         """The chunks' sharded state dicts, those of what a run of adapters trains where `trained`."""
         from mbx.models.megatron.weights import sharding_metadata
 
@@ -268,7 +271,9 @@ class Store:
             name: unwrap(chunk).sharded_state_dict(metadata=sharding_metadata())  # type: ignore[operator]
             for name, chunk in _named(chunks)
         }
-        return {name: only_trained(part, self.whole) if trained else part for name, part in weights.items()}
+        if not trained:
+            return weights
+        return {name: only_trained(part, self.whole) | only_projections(part) for name, part in weights.items()}
 
     def _random(self) -> dict[str, object]:
         from mbx.models.megatron.core.sharding import ShardedObject

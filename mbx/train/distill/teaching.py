@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from mbx.train.data.batch import HEARD, Batch
+from mbx.train.distill.hidden import Hidden
 from mbx.train.distill.live import LiveTeacher
 from mbx.train.distill.loss import likeliest, total_loss
 from mbx.train.distill.side_by_side import SideBySide
@@ -29,14 +30,19 @@ if TYPE_CHECKING:
 
 
 class Teaching:
-    """A student's `chunks` and their teacher, None where its words are in the rows."""
+    """A student's `chunks` and their teacher, None where its words are in the rows; `hidden` compares their states."""
 
     def __init__(
-        self, recipe: Recipe, plan: Blueprint, chunks: Sequence[DistributedDataParallel], teacher: LiveTeacher | None
+        self,
+        recipe: Recipe,
+        plan: Blueprint,
+        chunks: Sequence[DistributedDataParallel],
+        teacher: LiveTeacher | None,
+        hidden: Hidden | None = None,
     ) -> None:
         from mbx.models.megatron.core.groups import parallel_state as ps
 
-        self.distill, self.vocabulary, self.teacher = recipe.distill, plan.vocab, teacher
+        self.distill, self.vocabulary, self.teacher, self.hidden = recipe.distill, plan.vocab, teacher, hidden
         self.group = ps.get_tensor_model_parallel_group()
         self.students = [unwrap(chunk) for chunk in chunks]
         self.states: SideBySide | None = None
@@ -52,16 +58,17 @@ class Teaching:
     @contextlib.contextmanager
     def passing(self, student: nn.Module, batch: Batch) -> Iterator[None]:
         """The student's pass of one micro-batch, behind the teacher's."""
-        if self.teacher is not None:
-            self._heard = self.teacher.passed(self.students.index(student), batch)
-        if not student.post_process:
-            yield
-            return
-        self._batch = batch
-        with patch.object(student, "compute_language_model_loss", self._loss):
-            yield
-        self._heard = None
-        del self._batch
+        with contextlib.nullcontext() if self.hidden is None else self.hidden.passing(batch):
+            if self.teacher is not None:
+                self._heard = self.teacher.passed(self.students.index(student), batch)
+            if not student.post_process:
+                yield
+                return
+            self._batch = batch
+            with patch.object(student, "compute_language_model_loss", self._loss):
+                yield
+            self._heard = None
+            del self._batch
 
     def handed_on(self, student: nn.Module, output: torch.Tensor) -> torch.Tensor:
         """What a stage sends: losses, or the states of the student and, where it has layers, the teacher."""
@@ -96,7 +103,8 @@ class Teaching:
         return Whole(logits, held, factor, d.temperature)
 
     def read(self) -> dict[str, float]:
-        """The mean divergence of the step's tokens, in nats, and forget it; collective, the same on every rank."""
+        """The mean divergence of the step's tokens, in nats, and where hidden states are learned their distance, and
+        forget both; collective, the same on every rank."""
         from mbx.models.megatron.core.groups import parallel_state as ps
 
         device = next(self.students[0].parameters()).device
@@ -104,7 +112,8 @@ class Teaching:
         self._sums.clear()
         torch.distributed.all_reduce(total, group=ps.get_data_parallel_group(with_context_parallel=True))
         torch.distributed.all_reduce(total, group=ps.get_pipeline_model_parallel_group())
-        return {"distill_kl": float(total[0] / total[1].clamp(min=1))}
+        beside = {} if self.hidden is None else self.hidden.read()
+        return {"distill_kl": float(total[0] / total[1].clamp(min=1)), **beside}
 
 
 def _told(batch: Batch) -> Top:

@@ -36,6 +36,7 @@ def why_not(recipe: Recipe, config: Mapping[str, Value], ranks: Ranks) -> str | 
         "prediction layers": config.get("mtp_num_layers"),
         "a teacher's pass lies inside": recipe.distill.teacher,
         "a tower that learns reads images of any size": learns(recipe),
+        "passes are timed (run.stragglers)": recipe.run.stragglers,
         "dropout draws anew each time": dropout,
         "recomputation puts random streams back": t.recompute != "none",
         "the loss scale of fp16 changes": t.precision == "fp16",

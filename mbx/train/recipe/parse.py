@@ -262,9 +262,15 @@ def _check(recipe: Recipe) -> None:
             "distill.teacher=DIR",
         ),
         (
-            recipe.distill.teacher and not recipe.distill.weight,
+            recipe.distill.teacher and not recipe.distill.weight and not recipe.distill.hidden_weight,
             "distill.weight 0 leaves nothing to learn from the teacher",
             "distill.weight=0.5",
+        ),
+        (
+            not recipe.distill.hidden_weight
+            and (recipe.distill.hidden_layers or recipe.distill.hidden_loss != Distill().hidden_loss),
+            "how hidden states are compared is said, and distill.hidden_weight is 0",
+            "distill.hidden_weight=1",
         ),
         (not recipe.run.dir, "`run.dir` is empty", "run.dir=runs/NAME"),
         (

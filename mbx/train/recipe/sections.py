@@ -225,12 +225,19 @@ class Distill:
     `teacher`: a Hugging Face folder or a Megatron Core checkpoint, which computes beside the student. `weight`: the
     divergence's share of the loss; the data's own has the rest. `temperature`: logits of both are divided by it, and
     the divergence counts its square. `top_k`: the teacher's so many likeliest tokens, and all others as one; 0 all.
+
+    `hidden_weight`: what the distance between hidden states adds to that loss, its mean over pairs of layers; 0 hears
+    logits alone. `hidden_loss`: the distance. `hidden_layers`: the teacher's layer by the student's, both from 1;
+    every layer of the student hears the one as deep where it is empty.
     """
 
     teacher: str = ""
     weight: Share = 0.5
     temperature: Annotated[float, Range(0.01, 100.0)] = 1.0
     top_k: Number = 0
+    hidden_weight: Amount = 0.0
+    hidden_loss: Literal["mse", "cosine"] = "mse"
+    hidden_layers: Mapping[str, Size] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +257,8 @@ class Run:
     `keep_best`: the checkpoint of the best validation loss stays as well. `export_every`: the checkpoint of every so
     many steps, and the last, is also written as a Hugging Face folder or a PEFT adapter, in `export/` of the run.
     `save_async`: a process beside the training writes them; the tracker moves when it is done. `profile`: so many
-    steps, behind the first five, are traced to `profile/` of the run. `timeout_s`: how long a rank waits for another
-    before the run ends.
+    steps, behind the first five, are traced to `profile/` of the run. `stragglers`: a report every so many steps on
+    ranks that are slow at their own work. `timeout_s`: how long a rank waits for another before the run ends.
     """
 
     dir: str = "runs/{recipe}"
@@ -264,6 +271,7 @@ class Run:
     save_optimizer: bool = True
     tensorboard: bool = False
     profile: Number = 0
+    stragglers: Number = 0
     wandb: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     kernels: Literal["auto", "te", "local"] = "auto"

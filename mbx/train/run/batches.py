@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from mbx.train.data.pictures import Eyes
     from mbx.train.distill.teaching import Teaching
     from mbx.train.model.sight import Seeing
+    from mbx.train.run.stragglers import Stragglers
 
 
 class Batches:
     """What turns rows into losses and gradients of a model's `chunks`; `beside` takes the losses that are not the
     label's, `eyes` read images and `seeing` has the tower for them, `teaching` a teacher; `hooks` say what is learned.
+    `stragglers` time how long micro-batches take.
     """
 
     def __init__(
@@ -42,12 +44,13 @@ class Batches:
         eyes: Eyes | None = None,
         seeing: Seeing | None = None,
         teaching: Teaching | None = None,
+        stragglers: Stragglers | None = None,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
         from mbx.models.megatron.core.training import get_forward_backward_func
 
         self.recipe, self.ranks, self.chunks, self.beside = recipe, ranks, chunks, beside
-        self.eyes, self.seeing, self.teaching = eyes, seeing, teaching
+        self.eyes, self.seeing, self.teaching, self.stragglers = eyes, seeing, teaching, stragglers
         self.learn = partial(learned, hooks) if hooks.token_losses else None
         self.forward_backward = get_forward_backward_func()
         one = partial(self._pass, count=1, forward_only=False)
@@ -74,6 +77,8 @@ class Batches:
         else:
             count = size // (t.micro_batch * self.ranks.dp)
             batches = [self._batches(rows, step, size) for _ in self.chunks]
+            if self.stragglers is not None and not forward_only:
+                batches = [self.stragglers.rows(one) for one in batches]
             results = self._pass(batches, count=count, forward_only=forward_only)
             self.warm += not forward_only
         exact = torch.float64 if self.ranks.device == "cpu" else torch.float32

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbx.train.checkpoints.state import LoopState, read_state
+from mbx.train.distill.hidden import Hidden, project
 from mbx.train.distill.live import LiveTeacher
 from mbx.train.distill.teaching import Teaching
 from mbx.train.lora.attach import attach, base_of
 from mbx.train.lora.peft_folder import by_weight, load_peft, open_for
 from mbx.train.lora.whole import load_whole
 from mbx.train.model import build as models
+from mbx.train.model.hidden import pairs_of
 from mbx.train.model.sight import Seeing
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.model.warmup import warm_up
@@ -60,6 +62,8 @@ def begin(prepared: Prepared, log: Log) -> Begun:
             log.message(load_weights(bare, plan, source))
         if recipe.lora.rank:
             _adapt(bare, prepared, resumed, log)
+        if prepared.teacher is not None:
+            project(bare, pairs_of(recipe, plan, prepared.teacher), recipe.train.seed)
         models.settle_frozen(recipe, bare, ranks)
     return Begun(networks, beside, _seeing(prepared, networks, resumed, base), resumed, base)
 
@@ -95,9 +99,21 @@ def taught(prepared: Prepared, chunks: Sequence[DistributedDataParallel], log: L
     """What joins the chunks of a student with its teacher; None without one. Collective."""
     if not prepared.recipe.distill.teacher:
         return None
-    teacher = None
+    recipe, plan, teacher, hidden = prepared.recipe, prepared.plan, None, None
     if prepared.teacher is not None:
         teacher = LiveTeacher(prepared.teacher, prepared.ranks)
         for line in teacher.said:
             log.message(line)
-    return Teaching(prepared.recipe, prepared.plan, chunks, teacher)
+        if pairs := pairs_of(recipe, plan, prepared.teacher):
+            hidden = Hidden(recipe, pairs, chunks, teacher.chunks)
+    return Teaching(recipe, plan, chunks, teacher, hidden)
+
+
+def flops_of(prepared: Prepared) -> float:
+    """Floating-point operations of a run's token, its teacher's pass included."""
+    plan, length = prepared.plan, prepared.recipe.data.length
+    own = models.flops_per_token(plan.config, length, plan.padded_vocab, prepared.recipe.lora.rank > 0)
+    if prepared.teacher is None:
+        return own
+    its = prepared.teacher.plan
+    return own + models.flops_per_token(its.config, length, its.padded_vocab, False) / 3  # a forward pass alone

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 METRICS = "metrics.jsonl"
+#: The kind of a record on ranks that are slow.
+STRAGGLERS = "stragglers"
 #: The folder of a run that has a trace of some of its steps.
 PROFILE = "profile"
 #: What a run leaves in its folder beside checkpoints, drafts included.

@@ -31,7 +31,7 @@ from mbx.train.model.kernels import compiling
 from mbx.train.model.parallel import on_any_rank, session
 from mbx.train.run import memory
 from mbx.train.run.batches import Batches
-from mbx.train.run.begin import begin, taught
+from mbx.train.run.begin import begin, flops_of, taught
 from mbx.train.run.failing import explained
 from mbx.train.run.graph import one_stream
 from mbx.train.run.keeping import Keeper
@@ -42,6 +42,7 @@ from mbx.train.run.rewind import Rewind
 from mbx.train.run.schedule import learning_rate
 from mbx.train.run.stepping import Stepper, finalize
 from mbx.train.run.stop import Stop
+from mbx.train.run.stragglers import Stragglers
 from mbx.train.run.validation import validation_loss
 
 if TYPE_CHECKING:
@@ -124,6 +125,9 @@ class Trainer:
             config.finalize_model_grads_func = finalize
             if self.chunks[0].ddp_config.overlap_grad_reduce:
                 config.no_sync_func = waits if len(waits) > 1 else waits[0]
+        watched = self.recipe.run.stragglers
+        cuda = self.ranks.device == "cuda"
+        self.stragglers = Stragglers(self.recipe, self.chunks, log, cuda=cuda) if watched else None
         self.batches = Batches(
             self.recipe,
             self.ranks,
@@ -133,6 +137,7 @@ class Trainer:
             eyes=prepared.data.eyes,
             seeing=self.seeing,
             teaching=self.teaching,
+            stragglers=self.stragglers,
             hooks=prepared.hooks,
         )
         self.mark_first = models.first_microbatch(*self.chunks)
@@ -159,14 +164,7 @@ class Trainer:
                     f"the layout changed: random streams, which dropout draws from, start anew at {source.name}"
                 )
             self.step, self.mean_loss = resumed.step, resumed.mean_loss
-        self.flops = models.flops_per_token(
-            self.plan.config, self.recipe.data.length, self.plan.padded_vocab, self.recipe.lora.rank > 0
-        )
-        if (teacher := prepared.teacher) is not None:  # a third of training is the forward pass
-            its = models.flops_per_token(
-                teacher.plan.config, self.recipe.data.length, teacher.plan.padded_vocab, False
-            )
-            self.flops += its / 3
+        self.flops = flops_of(prepared)
 
     def close(self) -> None:
         """Let go of what would outlive the run: recorded passes, and what modules keep of the last one."""
@@ -205,6 +203,8 @@ class Trainer:
                 if self.ranks.is_main and self.prepared.hooks.on_step:
                     self.prepared.hooks.on_step(figures)
                 self.profile.step(self.step)
+                if self.stragglers is not None:
+                    self.stragglers.step(self.step)
                 if self._went_back(figures):
                     del losses[self.step - first :]
                     continue

@@ -27,6 +27,7 @@ from mbx.train.lora.attach import check_lora
 from mbx.train.lora.peft_folder import check_adapter, like_adapter, open_for
 from mbx.train.model.blueprint import Blueprint, blueprint
 from mbx.train.model.fp8 import check_fp8
+from mbx.train.model.hidden import check_hidden
 from mbx.train.model.kernels import check_kernels, unpacked_layers
 from mbx.train.model.parallel import Ranks, planned_ranks
 from mbx.train.model.sight import check_images, learns
@@ -38,6 +39,7 @@ from mbx.train.run.hooks import NO_HOOKS, Hooks
 from mbx.train.run.layers import check_axes, check_local
 from mbx.train.run.log import check_writers, only_begun
 from mbx.train.run.rewind import check_rewind
+from mbx.train.run.stragglers import check_stragglers
 
 #: Hints of the conversion, in a recipe's words.
 _KEYS = {
@@ -194,12 +196,14 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
     check_blocks(recipe, plan)
     check_writers(recipe)
     check_rewind(recipe)
+    check_stragglers(recipe, dry)
     check_axes(recipe, plan, ranks, dry)
     if not ranks.te and not dry:
         check_local(plan.config, adapters=recipe.lora.rank > 0, tp=recipe.parallel.tp)
     if not dry:
         check_kernels(plan.config)
     teacher = _teacher(recipe, plan, ranks, dry)
+    check_hidden(recipe, plan, teacher)
     if plan.config.get("gradient_accumulation_fusion") and not find_spec("fused_weight_gradient_mlp_cuda"):
         raise DeviceError(
             "gradient_accumulation_fusion=true needs Apex, which is not installed",

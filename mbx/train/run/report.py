@@ -11,7 +11,7 @@ from pathlib import Path
 
 from converters.errors import StorageError, UsageError
 from mbx.page import Dot, curve, document, write
-from mbx.train.run.log import METRICS, PROFILE
+from mbx.train.run.log import METRICS, PROFILE, STRAGGLERS
 from mbx.untrusted.names import writable
 from mbx.untrusted.small_files import INDEX, read_small
 
@@ -53,6 +53,14 @@ def _rewinds(run_dir: Path) -> dict[tuple[int, int], str]:
     return {(int(one["step"]), int(one["to"])): str(one["why"]) for one in records}
 
 
+def _slow(run_dir: Path) -> list[str]:
+    """Which ranks were slow, by the last report on them; empty where none was, or nobody asked."""
+    lines = read_small(run_dir / METRICS, INDEX).splitlines()
+    marked = f'"kind": "{STRAGGLERS}"'.encode()
+    found = [json.loads(line) for line in lines if marked in line and line.endswith(b"}")]
+    return [f"step {int(found[-1]['step'])}: {text}" for text in found[-1]["slow"]] if found else []
+
+
 def write_report(run_dir: Path, target: Path | None = None) -> Path:
     """Write the report to `target`, by its suffix .html (the default, in the run's folder) or .png."""
     steps, evals = read_metrics(run_dir)
@@ -69,6 +77,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
         head = f"<h1>{escape(run_dir.name)}</h1><p>{int(last['step'])} steps, last loss {last['loss']:.4f}</p>"
         traced = sorted(path.name for path in (run_dir / PROFILE).glob("*") if path.is_file())
         head += "".join(f"<p>Step {s}: {escape(why)}; back to step {to}</p>" for (s, to), why in went.items())
+        head += "".join(f"<p>Slow, {escape(text)}</p>" for text in _slow(run_dir))
         head += f"<p>Profile: {', '.join(escape(f'{PROFILE}/{name}') for name in traced)}</p>" if traced else ""
         write(target, document(run_dir.name, [head, *(_drawn(*panel) for panel in panels)]))
     else:
