@@ -129,14 +129,14 @@ def _copies(recipe: Recipe, c: Counts) -> int:
 def suggestions(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = None) -> list[tuple[str, int]]:
     """Single changes that would lower the peak by 0.01 GiB or more, with the bytes each saves, most first."""
     here, p, t = predict(recipe, plan, dp, looks).total, recipe.parallel, recipe.train
-    groups = plan.config.get("num_query_groups") or plan.config.get("num_attention_heads")
+    groups = {layer.heads.groups for layer in shape_of(plan.config).layers}
     options: list[tuple[str, str, str | int, bool]] = [
         ("train", "recompute", "full", t.recompute != "full"),
         ("train", "micro_batch", t.micro_batch // 2, t.micro_batch > 1),
         ("lora", "rank", 16, not recipe.lora.rank),
         ("fp8", "recipe", "none", recipe.fp8.recipe != "none"),
         ("distill", "top_k", 64, bool(recipe.distill.teacher) and not recipe.distill.top_k),
-        ("parallel", "tp", 2 * p.tp, isinstance(groups, int) and groups % (2 * p.tp) == 0),
+        ("parallel", "tp", 2 * p.tp, all(n % (2 * p.tp) == 0 for n in groups)),
     ]
     found = []
     for section, key, value, possible in options:
