@@ -21,7 +21,7 @@ class Counts:
     are those of the base that are trained beside them.
 
     `experts`: those that belong to experts, which are shared out over other ranks than the rest; `normed`: products
-    with a norm in front of them in one module; both are part of the others.
+    with a norm in front of them in one module; `matrices`: what Muon steps; all are part of the others.
     """
 
     embedding: int
@@ -32,6 +32,7 @@ class Counts:
     experts: int = 0
     normed: int = 0
     whole: int = 0
+    matrices: int = 0
 
     @property
     def base(self) -> int:
@@ -79,7 +80,15 @@ def count(recipe: Recipe, plan: Blueprint, stage: int, known: Mapping[str, Linea
     normed = sum(_normed(s, layer, p.tp) for layer in (*mine, *ahead))
     saved = whole_layers(recipe.lora, plan)
     whole = (rows if embedding and saved.holds(EMBEDDING) else 0) + (output if saved.holds(HEAD) else 0)
-    return Counts(embedding, output, linears, others, adapters, experts, normed, whole)
+    matrices = linears + sum(_small(s, layer) for layer in (*mine, *ahead))
+    matrices += s.layer_input * len(s.layers) * s.hidden if s.layer_input and first else 0
+    return Counts(embedding, output, linears, others, adapters, experts, normed, whole, matrices)
+
+
+def _small(s: Shape, layer: Layer) -> int:
+    """Matrices of a layer that are no products: a router, the gate of a shared expert, those of the layer's input."""
+    router = s.experts * s.hidden + (s.hidden if s.shared_gate else 0) if layer.mlp == "experts" else 0
+    return router + 2 * s.layer_input * s.hidden
 
 
 def _normed(s: Shape, layer: Layer, tp: int) -> int:

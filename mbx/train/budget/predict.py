@@ -35,8 +35,9 @@ WORKSPACES = 64 << 20
 GROUPED_WORKSPACES = 128 << 20
 #: The phase in which a tower works on a micro-batch's images.
 TOWER = "the tower"
-#: fp32 state a weight: Adam's two moments; one momentum buffer, which the fused SGD keeps even at momentum 0.
-_STATE = {"adam": 8, "sgd": 4}
+#: fp32 state a weight: Adam's two moments; one momentum buffer, which the fused SGD keeps even at momentum 0. Muon has
+#: one a matrix, and Adam steps the rest.
+_STATE = {"adam": 8, "sgd": 4, "muon": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,8 @@ def _stage(
     lasting = {
         "weights": (c.base + c.adapters - (c.linears if holds_casts(recipe) else 0)) * BYTES[t.precision],
         "gradients": trained * 4,
-        "optimizer": math.ceil((trained - experts) * state / shared + experts * state / expert_shared),
+        "optimizer": math.ceil((trained - experts) * state / shared + experts * state / expert_shared)
+        - (4 * c.matrices if recipe.optim.optimizer == "muon" else 0),
         "fp8 copies": _copies(recipe, c),
         "workspaces": WORKSPACES + (GROUPED_WORKSPACES if s.experts else 0),
         "tower": 0 if looks is None else looks.weights(recipe),

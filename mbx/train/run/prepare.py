@@ -29,6 +29,7 @@ from mbx.train.lora.peft_folder import check_adapter, like_adapter, open_for
 from mbx.train.model.blueprint import Blueprint, blueprint
 from mbx.train.model.fp8 import check_fp8
 from mbx.train.model.kernels import check_kernels, unpacked_layers
+from mbx.train.model.muon import check_muon
 from mbx.train.model.parallel import Ranks, planned_ranks
 from mbx.train.model.sight import check_images, learns
 from mbx.train.model.teacher import Teacher, check_student, check_teacher, logits_of, of_teacher, teacher_of
@@ -192,6 +193,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
             hint="conversions of this family carry its weights; no training does",
         )
     check_fp8(recipe, ranks)
+    check_muon(recipe, plan, ranks.dp * recipe.parallel.cp, dry=dry)
     check_writers(recipe)
     check_rewind(recipe)
     check_axes(recipe, plan, ranks, dry)
