@@ -45,7 +45,12 @@ def left_out(
     )
 
 
-def is_ahead(table: Table, fields: Mapping[str, Value], names: Iterable[str]) -> frozenset[str]:
-    """Those of `names` that are of prediction layers."""
-    present = frozenset(names)
+def lie_beside(table: Table, fields: Mapping[str, Value], kept: Iterable[str], keys: Iterable[str]) -> frozenset[str]:
+    """Those of `kept`, which travel beside a Megatron checkpoint of `keys`, that are of prediction layers.
+
+    None where it has such layers: norms of these travel as they were stored.
+    """
+    present = frozenset(kept)
+    if not present or any(bare(key).startswith("mtp.") for key in keys):
+        return frozenset()
     return frozenset(name for row in rows_ahead(table, fields, present) for name in row.hf) & present

@@ -17,7 +17,7 @@ from mbx.formats.adapter_facts import AdapterFacts, describe
 from mbx.formats.architecture import architecture_of
 from mbx.formats.beside import with_config
 from mbx.formats.checkpoint import Checkpoint
-from mbx.formats.prediction import is_ahead
+from mbx.formats.prediction import lie_beside
 from mbx.formats.registry import Sniffed, sniff
 from mbx.formats.safetensors_folder import read_folder
 from mbx.formats.torch_dist import count_by, is_weight
@@ -194,7 +194,8 @@ def _kept(opened: Checkpoint, table: Table | None) -> dict[str, tuple[int, int]]
     try:
         kept = hf.kept_tensors(opened.home, opened.hf)
         config = hf.config_file(opened)
-        ahead = is_ahead(table, table.config.to_mcore(config), kept) if kept and table and config else frozenset()
+        fields = table.config.to_mcore(config) if kept and table and config else {}
+        ahead = lie_beside(table, fields, kept, opened.tensors) if table and fields else frozenset()
     except MbxError:  # a damaged one is reported by what reads it
         return {}
     found = _by_module(tensor for name, tensor in kept.items() if name not in ahead)

@@ -14,11 +14,13 @@ import pytest
 from _trainings import Raw, raw, run_here
 from safetensors.torch import load_file, save_file
 
-from converters.errors import StorageError
+from converters.errors import StorageError, UnsupportedError
+from converters.pruning.choosing import Pruning
 from fixtures.make_tiny import make
 from mbx.formats.registry import open_hf
 from mbx.formats.summary import summarize
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from mbx.run.prune import plan_prune
 from mbx.train.checkpoints.export import export_run
 from mbx.train.recipe.parse import parse_recipe
 from mbx.train.run.prepare import prepare
@@ -136,6 +138,17 @@ def test_a_megatron_checkpoint_and_a_run_give_theirs(tmp_path: Path) -> None:
     run_here(asked(source, tmp_path / "second"), init_from=str(tmp_path / "first"))
     for name in ("first", "second"):
         whole(source, export_run(tmp_path / name, tmp_path / f"{name}-out")[0], AHEAD["mimo"])
+
+
+def test_pruning_goes_by_the_folder(tmp_path: Path) -> None:
+    source = make("deepseek_v3", tmp_path / "source")
+    run_here(asked(source, tmp_path / "run"))
+    with pytest.raises(UnsupportedError, match="lie beside it") as raised:
+        plan_prune(tmp_path / "run", tmp_path / "pruned", Pruning(layers=(0, 2)), Options())
+    assert raised.value.hint and "mbx convert mcore-to-hf" in raised.value.hint
+    out, _ = export_run(tmp_path / "run", tmp_path / "out")
+    pruned = run(plan_prune(out, tmp_path / "pruned", Pruning(layers=(0, 2)), Options())).target
+    assert stored(pruned)["model.layers.2.enorm.weight"] == stored(source)["model.layers.4.enorm.weight"]
 
 
 def test_adapters_merged_into_their_base(tmp_path: Path) -> None:
