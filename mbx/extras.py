@@ -29,11 +29,12 @@ EXTRA_OF = {
     "transformer_engine": "gpu",
     "nvidia_resiliency_ext": "resiliency",
     "fla": "gated-delta-net",
+    "emerging_optimizers": "muon",
     "mamba_ssm": "mamba",
     "causal_conv1d": "mamba",
 }
 #: Extras that bring torch.
-_WITH_TORCH = ("torch", "verify", "train", "vision", "gpu", "gated-delta-net", "mamba", "all")
+_WITH_TORCH = ("torch", "verify", "train", "vision", "gpu", "gated-delta-net", "muon", "mamba", "all")
 _LIBRARIES = ("torch", "megatron", "transformers")
 #: Extras that compile against the torch that is installed.
 _COMPILED = ("mamba",)

@@ -65,6 +65,8 @@ class Release:
 
     Memory: `wide_balance` says that an auxiliary loss holds sigmoid scores in fp32, `fla_convolution` that a gated
     delta net's convolution is flash-linear-attention's, and not causal-conv1d's where that is installed.
+
+    Optimizers: `muon` says that its Muon calls emerging-optimizers as the published ones (0.2 and newer) are called.
     """
 
     version: str
@@ -92,6 +94,7 @@ class Release:
     model_class: str
     wide_balance: bool
     fla_convolution: bool
+    muon: bool
     async_save: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -172,6 +175,7 @@ RELEASE_0_16 = Release(
     model_class="gpt",
     wide_balance=False,
     fla_convolution=False,
+    muon=False,
 )
 #: Hybrid models got heads, and with them the module another name; the keys of GPT models kept theirs. Heads are saved
 #: by their own rule alone. The argument of asynchronous saving is new.
@@ -193,6 +197,7 @@ RELEASE_0_18 = replace(
     hybrid_spec="hybrid_stack_spec",
     hybrid_without_te=True,
     fla_convolution=True,
+    muon=True,
 )
 #: The common state moved among the tensors. GPTModel warns that it is deprecated; Megatron-LM still trains it.
 RELEASE_0_19 = replace(RELEASE_0_18, version="0.19", common_file=None)

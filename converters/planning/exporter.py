@@ -64,8 +64,10 @@ def plan_export(
     origin = origin or Origin()
     joiner = Joiner.at(table, config)
     rows = [row for row in table.expand(joiner.env, origin.recorded, sources) if not row.spec.drop]
+    rows = rows + _repeats_beside(joiner, rows, sources, origin)
     planner = _Exporter(joiner, sources, origin, dtype, exact_norms)
     own = [(row, joiner.homes(row, sources)) for row in rows if row.same_as is None]
+    own = [(row, homes) for row, homes in own if not _is_beside(row, homes, sources, origin)]
     missing, unused = settle(
         table.name, "checkpoint", sources, [home.key for _, homes in own for home in homes], waivers
     )
@@ -101,6 +103,26 @@ def plan_export(
         scales={name: known for name, known in origin.scales.items() if name in planner.reencoded},
         notes=tuple(inexpressible_groups(config)),
     )
+
+
+def _is_beside(row: Row, homes: tuple[Home, ...], sources: Mapping[str, StoredTensor], origin: Origin) -> bool:
+    """Whether a row is of a layer that the model was built without, whose tensors travelled beside it."""
+    return all(name in origin.kept for name in row.hf) and not any(home.key in sources for home in homes)
+
+
+def _repeats_beside(joiner: Joiner, rows: list[Row], sources: Mapping[str, StoredTensor], origin: Origin) -> list[Row]:
+    """Copies in layers that travelled beside the model: they follow what they repeat, and did not travel."""
+    if not origin.kept or origin.recorded is None:
+        return []
+    every = [row for row in joiner.table.expand(joiner.env, origin.recorded) if not (row.spec.drop or row.kept)]
+    away = {
+        (row.site.partition("{")[0], row.index)
+        for row in every
+        if row.same_as is None and _is_beside(row, joiner.homes(row, sources), sources, origin)
+    }
+    known = {name for row in rows for name in row.hf} | origin.kept.keys()
+    copies = [row for row in every if row.same_as is not None and row.hf[0] not in known]
+    return [row for row in copies if (row.site.partition("{")[0], row.index) in away]
 
 
 @dataclass(slots=True)

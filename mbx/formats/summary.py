@@ -17,12 +17,15 @@ from mbx.formats.adapter_facts import AdapterFacts, describe
 from mbx.formats.architecture import architecture_of
 from mbx.formats.beside import with_config
 from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.prediction import lie_beside
 from mbx.formats.registry import Sniffed, sniff
 from mbx.formats.safetensors_folder import read_folder
 from mbx.formats.torch_dist import count_by, is_weight
 from mbx.tables import table_for
 from mbx.torchfile.dcp import METADATA_NAME, read_dcp
 
+#: What is said of prediction layers that the source had and the model has not.
+AHEAD = "prediction layers"
 #: What names of whole models begin with, before a module's own (`thinker` is the part of an Omni model that answers).
 _CONTAINERS = re.compile(r"^(model\.|thinker\.)+")
 
@@ -46,8 +49,8 @@ class Summary:
     `tensors` are the model's weights; `other_state` counts the rest by kind, as (tensors, bytes). `files` holds the
     data files with their sizes, `layout` the parallel sizes as far as they show. `flavour` is the tool whose keys the
     towers of a Megatron checkpoint have, for a model with any; `towers` counts the tensors of each by the way its
-    names begin, `kept` those that travel beside the model in hf/. `adapter` is set where the tensors are those of an
-    adapter.
+    names begin, `kept` those that travel beside the model in hf/, prediction layers that it was built without among
+    them. `adapter` is set where the tensors are those of an adapter.
     """
 
     path: Path
@@ -136,7 +139,7 @@ def summarize(path: Path, hf_config: Path | None = None) -> Summary:
         table=None if table is None else table.name,
         flavour=(table.flavour or TEXT_ALONE) if table and table.flavours and opened.spelling == "mcore" else None,
         towers=_towers(opened, table),
-        kept=_kept(opened),
+        kept=_kept(opened, table),
         layout=_layout(opened, listed),
         tensors=listed,
         other_state=opened.other_state,
@@ -184,14 +187,19 @@ def _towers(opened: Checkpoint, table: Table | None) -> dict[str, tuple[int, int
     return _by_module(tensor for name, tensor in opened.tensors.items() if text and not name.startswith(text))
 
 
-def _kept(opened: Checkpoint) -> dict[str, tuple[int, int]]:
+def _kept(opened: Checkpoint, table: Table | None) -> dict[str, tuple[int, int]]:
     """Tensors of the source that no Megatron module holds, and that an export gives back."""
     if opened.hf is None or opened.spelling != "mcore":
         return {}
     try:
-        return _by_module(hf.kept_tensors(opened.home, opened.hf).values())
+        kept = hf.kept_tensors(opened.home, opened.hf)
+        config = hf.config_file(opened)
+        fields = table.config.to_mcore(config) if kept and table and config else {}
+        ahead = lie_beside(table, fields, kept, opened.tensors) if table and fields else frozenset()
     except MbxError:  # a damaged one is reported by what reads it
         return {}
+    found = _by_module(tensor for name, tensor in kept.items() if name not in ahead)
+    return found | count_by((AHEAD, kept[name].nbytes) for name in kept if name in ahead)
 
 
 def _by_module(tensors: Iterable[StoredTensor]) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from converters.mcore.layout import Layout
 from converters.planning.exporter import Origin, plan_export
 from converters.planning.importer import plan_import
 from converters.planning.pairing import pair_by_name
+from converters.protocols import Source
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.formats import hf
 from mbx.formats.architecture import architecture_of, table_of
@@ -94,6 +96,14 @@ def hf_view(opened: Checkpoint, mapping: str | None = None) -> View:
     kept = {} if found.reference is None else hf.kept_tensors(opened.home, found.reference)
     fields = found.table.config.to_mcore(found.config)
     return View(plan_export(found.table, fields, opened.tensors, Origin(recorded, kept)), opened)
+
+
+def hf_tensors(opened: Checkpoint, mapping: str | None = None) -> tuple[Mapping[str, StoredTensor], Source]:
+    """A checkpoint's tensors under Hugging Face's names, decoded, and what reads them; raises what `hf_view` does."""
+    if opened.spelling == "hf" and quantization_of(opened.config) is None:
+        return opened.tensors, opened.source
+    view = ViewSource(hf_view(opened, mapping))
+    return view.tensors, view
 
 
 def mcore_view(opened: Checkpoint, mapping: str | None = None) -> View:

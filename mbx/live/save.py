@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +15,17 @@ from converters.checksums import crc32
 from converters.codecs import quantization_of
 from converters.engine.plan import Draft
 from converters.errors import MbxError
+from converters.protocols import Source
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
 from mbx.formats import hf
 from mbx.formats.architecture import config_text
 from mbx.formats.files import FileSink, FileSource
 from mbx.formats.placement import Order
+from mbx.formats.prediction import LeftOut, left_out
 from mbx.formats.registry import format_named, open_hf
 from mbx.formats.shards import settle_index
+from mbx.formats.views import hf_tensors
 from mbx.live.adapters import Adapters, Factors
 from mbx.live.codes import Codec, Coding
 from mbx.live.exchange import agreed, gather_objects
@@ -51,6 +54,17 @@ class How:
     overwrite: bool
     bucket: int
     exact_norms: bool
+    beside: Beside | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Tensors that the model has none of, copied as they are from `source`, and `copies` of those that it has, with
+    the name of each."""
+
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
+    source: Source | None = None
 
 
 def save(live: Live, target: Path, how: How, values: Values | None, files: Mapping[str, bytes]) -> None:
@@ -59,12 +73,13 @@ def save(live: Live, target: Path, how: How, values: Values | None, files: Mappi
     with agreed():
         if how.codec is not None:
             coding = live.coding(how.codec, dtype=how.dtype, exact_norms=how.exact_norms)
-        job, carried = _job(live, stream, coding, target, how, files)
+        beside = _beside(live, how) if how.beside is None else how.beside
+        job = _job(live, stream, coding, target, how, files, beside)
     if coding is not None:
         tensors = coding.each_at_one(how.bucket, values)
     else:
         tensors = live.sender.each_at_one(stream.boxes, stream.specs, how.bucket, values)
-    write(job, tensors, carried)
+    write(job, tensors, beside)
 
 
 def save_adapters(adapters: Adapters, target: Path, config: Mapping[str, Value], *, overwrite: bool) -> None:
@@ -72,11 +87,11 @@ def save_adapters(adapters: Adapters, target: Path, config: Mapping[str, Value],
     with agreed():
         job = adapters.job(target, config, Options(overwrite=overwrite))
     found = Factors.of(job.plan)
-    write(job, adapters.sender.each_at_one(found.boxes, found.specs), {})
+    write(job, adapters.sender.each_at_one(found.boxes, found.specs), Beside())
 
 
-def write(job: Job, tensors: Iterable[tuple[TensorSpec, torch.Tensor]], carried: Mapping[str, StoredTensor]) -> None:
-    """Carry out a job whose tensors each reach one rank; `carried` are copied from its source.
+def write(job: Job, tensors: Iterable[tuple[TensorSpec, torch.Tensor]], beside: Beside) -> None:
+    """Carry out a job whose tensors each reach one rank; what lies `beside` the model is copied.
 
     What fails on one rank fails on all, and leaves nothing. Collective.
     """
@@ -96,18 +111,20 @@ def write(job: Job, tensors: Iterable[tuple[TensorSpec, torch.Tensor]], carried:
             if main:
                 write_headers(job, sink)
         crcs: dict[str, list[int]] = {}
+        names = {of: [name for name, one in beside.copies.items() if one == of] for of in beside.copies.values()}
         with agreed():
             failure: MbxError | None = None
             for spec, tensor in tensors:
                 try:  # to the end whatever happens: the others wait for what this rank has to give
                     if failure is None:
-                        crcs[spec.name] = [_write(job, sink, spec.name, tensor)]
+                        for name in (spec.name, *names.get(spec.name, ())):
+                            crcs[name] = [_write(job, sink, name, tensor)]
                 except MbxError as error:
                     failure = error
             if failure is not None:
                 raise failure
             if main:
-                crcs |= {name: [_copy(job, sink, source, tensor)] for name, tensor in carried.items()}
+                crcs |= {n: [_copy(job, sink, beside.source or source, one)] for n, one in beside.tensors.items()}
             sink.close(sync=job.options.sync)
         every = {name: own for part in gather_objects(crcs) for name, own in part.items()}
         with agreed():
@@ -126,8 +143,8 @@ def _write(job: Job, sink: FileSink, name: str, tensor: torch.Tensor) -> int:
     return crc32(data)
 
 
-def _copy(job: Job, sink: FileSink, source: FileSource, tensor: StoredTensor) -> int:
-    """Copy a tensor of the folder; returns its CRC-32."""
+def _copy(job: Job, sink: FileSink, source: Source, tensor: StoredTensor) -> int:
+    """Copy a tensor that the model has not; returns its CRC-32."""
     (into,) = job.tensors[tensor.name].chunks
     (chunk,) = tensor.chunks
     start, crc = source.data_start(chunk), 0
@@ -139,20 +156,38 @@ def _copy(job: Job, sink: FileSink, source: FileSource, tensor: StoredTensor) ->
     return crc
 
 
+def _beside(live: Live, how: How) -> Beside:
+    """What the folder attached to has and the model has not: modules around it and, of a plain folder, prediction
+    layers that it was built without."""
+    s = live.source
+    if s.folder is None or s.recorded is None:
+        return Beside()
+    opened, ahead = open_hf(s.folder), LeftOut()
+    tensors, source = (opened.tensors, opened.source) if how.codec else hf_tensors(opened)
+    if not how.codec:
+        ahead = left_out(s.table, s.table.config.to_mcore(s.config), s.fields, tensors)
+    names = [*(n for n in live.left_out if n in tensors and n.startswith(s.table.beside)), *ahead.tensors]
+    return Beside({name: tensors[name] for name in names}, ahead.copies, source)
+
+
 def _job(
-    live: Live, stream: Stream, coding: Coding | None, target: Path, how: How, files: Mapping[str, bytes]
-) -> tuple[Job, dict[str, StoredTensor]]:
-    """What a conversion would plan, and the tensors that the folder has and the model has not."""
+    live: Live,
+    stream: Stream,
+    coding: Coding | None,
+    target: Path,
+    how: How,
+    files: Mapping[str, bytes],
+    beside: Beside,
+) -> Job:
+    """What a conversion would plan, with what lies `beside` the model."""
     folder, codec = live.source.folder, how.codec or PLAIN
     options = Options(overwrite=how.overwrite, codec=codec)
-    carried: dict[str, StoredTensor] = {}
     recorded, sides = None, dict[str, Path]()
     if folder is not None and live.source.recorded is not None:
-        opened = open_hf(folder)
-        behind = live.source.table.beside
-        carried = {n: opened.tensors[n] for n in live.left_out if n in opened.tensors and n.startswith(behind)}
         recorded = _files_before(folder, live.source.config, codec)
-    drafts = [*stream.plan.drafts, *(Draft.whole(t.name, t.dtype, t.shape) for t in carried.values())]
+    own = {draft.name: draft for draft in stream.plan.drafts}
+    drafts = [*own.values(), *(Draft.whole(t.name, t.dtype, t.shape) for t in beside.tensors.values())]
+    drafts += [replace(own[of], name=name) for name, of in beside.copies.items()]
     if coding is not None:
         drafts = [part for draft in drafts for part in coding.drafts(draft)]
     plan = replace(stream.plan, drafts=tuple(drafts))
@@ -173,7 +208,7 @@ def _job(
     texts |= files
     sides = {name: path for name, path in sides.items() if name not in texts}
     root = folder or Path()
-    return Job(plan, root, target, root, sides, texts, options, placed), carried
+    return Job(plan, root, target, root, sides, texts, options, placed)
 
 
 def _files_before(folder: Path, config: Mapping[str, Value], codec: str) -> tuple[hf.WeightFile, ...] | None:

@@ -26,6 +26,7 @@ from mbx.formats import hf
 from mbx.formats.architecture import Architecture, architecture_of, config_text, table_of
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.placement import Order
+from mbx.formats.prediction import lie_beside
 from mbx.formats.registry import format_named, open_hf, open_model, sniff
 from mbx.formats.shards import place, settle_index
 from mbx.formats.sidecars import megatron_sidecars
@@ -110,6 +111,13 @@ def _architecture(opened: Checkpoint, options: Options, hf_config: Path | None) 
         raise UnsupportedError(
             f"a model of `{found.table.name}` has more than a text model, whose widths and layers the rest is made for"
         )
+    if opened.spelling == "mcore" and found.reference is not None:
+        kept = hf.kept_tensors(opened.iteration, found.reference)
+        if lie_beside(found.table, found.table.config.to_mcore(found.config), kept, opened.tensors):
+            raise UnsupportedError(
+                f"the prediction layers of `{opened.path}` lie beside it, as a run left them out",
+                hint="prune the Hugging Face folder that `mbx convert mcore-to-hf` makes of it, which has them",
+            )
     return found
 
 

@@ -56,6 +56,20 @@ def test_fp4_has_flags_of_its_own() -> None:
     assert "--fp8-recipe" in from_recipe(load_recipe("llama3_8b_pretrain", ["fp8.recipe=mxfp8"]).to_dict()).flags
 
 
+def test_muon_is_megatron_lm_s_where_it_does_not_say_otherwise() -> None:
+    """`--muon-momentum` is 0.9 there without the flag, and ranks step their own blocks (its arguments.py, 0.19.2)."""
+    found = to_recipe(f"{COMMAND} --optimizer muon --muon-nesterov --muon-no-split-qkv --muon-num-ns-steps 6")
+    optim = parse_recipe(found.result).optim
+    assert (optim.muon_momentum, optim.muon_tp, optim.muon_steps) == (0.9, "blockwise", 6)
+    assert optim.muon_nesterov and not optim.muon_split_qkv
+    assert to_recipe(" ".join(from_recipe(found.result).flags)).result == found.result
+    whole = parse_recipe(found.result).to_dict()
+    assert "--muon-tp-mode" in from_recipe(whole).flags
+    whole["optim"]["optimizer"] = "adam"  # type: ignore[index]
+    back = from_recipe(whole)
+    assert not any("muon" in word for word in (*back.flags, *back.skipped))
+
+
 def test_the_text_is_toml_of_the_same_values() -> None:
     import sys
 

@@ -19,6 +19,7 @@ from converters.errors import MbxError, UnsupportedError, UsageError
 from fixtures.seeing import EYES, image_chats, make_seeing
 from fixtures.wrapped import make_wrapped
 from mbx.formats.registry import open_hf
+from mbx.models.stored import read_whole
 from mbx.proof.legs import Leg
 from mbx.train.budget.predict import predict, stages
 from mbx.train.checkpoints.export import export_run
@@ -427,16 +428,31 @@ def test_what_images_cannot_have_is_said(
         prepare(parse_recipe(recipe(folder, "qwen3_vl", tmp_path, **sections)), dry=True)
 
 
-def test_prediction_layers_that_are_left_out_are_exported_from_a_checkpoint(
-    folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_prediction_layers_are_left_out_where_rows_show_images(folder: Callable[[str], Path], tmp_path: Path) -> None:
     asked = recipe(folder, "qwen3_5", tmp_path, run={"export_every": 1})
-    with pytest.raises(UnsupportedError, match="checkpoint's export alone"):
-        prepare(parse_recipe(asked), dry=True)
+    assert "prediction layers are left out" in prepare(parse_recipe(asked), dry=True).start.why
     prepare(parse_recipe({**asked, "lora": LORA}), dry=True)
     del asked["model"]["config"]
     with pytest.raises(UnsupportedError, match="not what the tower makes of them"):
         prepare(parse_recipe(asked), dry=True)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5"])
+def test_an_export_on_the_way_is_whole(folder: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    """Its tower and the prediction layers that were left out are those of the folder, as in a checkpoint's export."""
+    data: dict[str, object] = {"kind": "pattern", "path": "", "length": 32}
+    train: dict[str, object] = {"steps": 1, "global_batch": 2, "micro_batch": 2}
+    run_here(recipe(folder, kind, tmp_path / "run", data=data, train=train, run={"export_every": 1}))
+    source = open_hf(folder(kind))
+    for at in (tmp_path / "run" / "export" / "step_0000001", export_run(tmp_path / "run", tmp_path / "out")[0]):
+        found = open_hf(at)
+        assert found.tensors.keys() == source.tensors.keys()
+        kept = [name for name in source.tensors if "visual" in name or "mtp" in name]
+        assert len(kept) > 20 and any("mtp" in name for name in kept)
+        for name in kept:
+            assert read_whole(found.tensors[name], found.source).equal(
+                read_whole(source.tensors[name], source.source)
+            ), name
 
 
 @pytest.mark.slow

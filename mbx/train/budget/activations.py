@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from converters.mcore.keys import EMBEDDING, HEAD
 from mbx.train.budget.adapters import pairs_of, pairs_of_output
 from mbx.train.budget.counts import layers_of
+from mbx.train.budget.layers import Layer
 from mbx.train.budget.load import Load
 from mbx.train.budget.mixers import mixer
 from mbx.train.budget.mlps import fused, mlp, routed
-from mbx.train.budget.shape import Layer
 from mbx.train.model.config import gpu_config
 from mbx.train.model.trained_whole import whole_layers
 
@@ -26,7 +26,15 @@ def kept(load: Load, layer: Layer) -> int:
     s, load = load.shape, load.at(layer)
     sublayers = bool(layer.mixer) + bool(layer.mlp)
     dropped = sublayers * s.hidden / load.cut if s.dropout else 0.0  # masks, one byte an element
-    return round(load.tokens * (mixer(load, layer) + mlp(load, layer) + dropped)) + _adapters(load, layer)
+    own = mixer(load, layer) + mlp(load, layer) + dropped + _layer_input(load)
+    return round(load.tokens * own) + _adapters(load, layer)
+
+
+def _layer_input(load: Load) -> float:
+    """What a layer that takes something of each token keeps of it: the gate's input, its output before and behind the
+    activation, the layer's share of all such inputs before and behind their norm, the product, a norm's input."""
+    s, b = load.shape, load.b
+    return (2 * s.hidden + 5 * s.layer_input) * b / load.cut if s.layer_input else 0.0
 
 
 def _adapters(load: Load, layer: Layer) -> int:
@@ -80,7 +88,7 @@ def _within_mlp(load: Load, layer: Layer) -> int:
         return round(load.tokens * (width * layer.ffn * b / p.tp + 2 * part)) + round(
             s.up * layer.ffn * s.hidden / p.tp * trained
         )
-    rows = s.q + 2 * layer.groups * s.head
+    rows = layer.heads.rows
     if s.mamba is not None and layer.mixer == "mamba":
         rows = s.mamba.rows
     return round(load.tokens * (2 * rows * b / p.tp + 2 * part) + rows * s.hidden / p.tp * trained)
@@ -125,6 +133,8 @@ def phases(load: Load, stage: int, dp: int) -> dict[str, Mapping[str, int]]:
     }
     if stage == 0 and embedding_trained:
         rows = load.plan.padded_vocab // p.tp * s.hidden * b
+        if not load.frozen:
+            rows += s.layer_vocab // p.tp * s.layer_input * len(s.layers) * b
         others = max(0, stored - one)
         found["the embedding"] = {"activations": others + part, "embedding": rows, "communication": gathered + handed}
     return found
@@ -141,7 +151,8 @@ def in_flight(load: Load, stage: int, dp: int) -> int:
 
 def _last(mine: Sequence[Layer], full: bool) -> Sequence[Layer]:
     """Layers whose backward pass may be the largest moment: any that is computed again, else the last of each kind."""
-    return mine if full else tuple({(layer.mixer, layer.mlp, layer.ffn): layer for layer in mine[-2:]}.values())
+    kinds = {(layer.mixer, layer.mlp, layer.ffn, layer.heads): layer for layer in mine[-2:]}
+    return mine if full else tuple(kinds.values())
 
 
 def logits(load: Load) -> int:

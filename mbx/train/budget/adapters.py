@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from converters.mcore.keys import HEAD
-from mbx.train.budget.shape import Layer, Shape
+from mbx.train.budget.layers import Heads, Layer
+from mbx.train.budget.shape import Shape
 from mbx.train.model.adapted import Linear, adapted, plain
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.recipe.sections import Recipe
@@ -102,7 +103,7 @@ def sizes_of(recipe: Recipe, s: Shape, layer: Layer) -> Iterator[Sizes]:
         yield Sizes("mixer.in_proj", s.hidden, tuple(atom // tp for atom in parts))
         yield Sizes("mixer.out_proj", m.inner // tp, (s.hidden,), row_parallel=True)
     elif layer.mixer:
-        yield from _attention(s, layer, tp)
+        yield from _attention(s, layer.heads, tp)
 
     def mlp(module: str, width: int, ffn: int, cut: int, experts: int = 1, topk: int = 1) -> Iterator[Sizes]:
         yield Sizes(f"{module}.linear_fc1", width, (ffn // cut,) * s.up, experts=experts, topk=topk)
@@ -117,18 +118,18 @@ def sizes_of(recipe: Recipe, s: Shape, layer: Layer) -> Iterator[Sizes]:
             yield from mlp("mlp.shared_experts", s.hidden, s.shared_ffn, tp)
 
 
-def _attention(s: Shape, layer: Layer, tp: int) -> Iterator[Sizes]:
+def _attention(s: Shape, h: Heads, tp: int) -> Iterator[Sizes]:
     if m := s.latent:
-        up = s.heads * (m.head + m.value) // tp
+        up = h.count * (m.head + m.value) // tp
         if m.q:
             yield Sizes("self_attention.linear_q_down_proj", s.hidden, (m.q,))
-            yield Sizes("self_attention.linear_q_up_proj", m.q, (s.q // tp,))
+            yield Sizes("self_attention.linear_q_up_proj", m.q, (h.q // tp,))
         else:
-            yield Sizes("self_attention.linear_q_proj", s.hidden, (s.q // tp,))
+            yield Sizes("self_attention.linear_q_proj", s.hidden, (h.q // tp,))
         yield Sizes("self_attention.linear_kv_down_proj", s.hidden, (m.kv + m.rotary,))
         yield Sizes("self_attention.linear_kv_up_proj", m.kv, (up,))
     else:
-        queries = (s.q // tp,) * (2 if s.output_gate else 1)
-        yield Sizes("self_attention.linear_qkv", s.hidden, (*queries, *(layer.groups * s.head // tp,) * 2))
-    inputs = (s.heads * m.value if m else s.q) // tp
-    yield Sizes("self_attention.linear_proj", inputs, (s.hidden,), row_parallel=True)
+        queries = (h.q // tp,) * (2 if s.output_gate else 1)
+        own = () if h.shares else (h.k // tp, h.v // tp)
+        yield Sizes("self_attention.linear_qkv", s.hidden, (*queries, *own))
+    yield Sizes("self_attention.linear_proj", h.out // tp, (s.hidden,), row_parallel=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from converters.mcore.keys import EMBEDDING, HEAD
 from mbx.train.budget.adapters import chosen, pairs_of, pairs_of_output
-from mbx.train.budget.shape import Layer, Shape, shape_of
+from mbx.train.budget.layers import Heads, Layer
+from mbx.train.budget.shape import Shape, shape_of
 from mbx.train.model.adapted import Linear
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.trained_whole import whole_layers
@@ -20,7 +21,7 @@ class Counts:
     are those of the base that are trained beside them.
 
     `experts`: those that belong to experts, which are shared out over other ranks than the rest; `normed`: products
-    with a norm in front of them in one module; both are part of the others.
+    with a norm in front of them in one module; `matrices`: what Muon steps; all are part of the others.
     """
 
     embedding: int
@@ -31,6 +32,7 @@ class Counts:
     experts: int = 0
     normed: int = 0
     whole: int = 0
+    matrices: int = 0
 
     @property
     def base(self) -> int:
@@ -62,6 +64,12 @@ def count(recipe: Recipe, plan: Blueprint, stage: int, known: Mapping[str, Linea
         mlp, rest, own = _mlp(s, layer, recipe)
         linears, others, experts = linears + mixing + mlp, others + beside + rest, experts + own
     norm = s.norm_terms * s.hidden
+    if s.layer_input:  # gates and projections of layers, and what makes all of their inputs of tokens
+        whole_width = s.layer_input * len(s.layers)
+        others += len(mine) * (2 * s.layer_input * s.hidden + norm)
+        if first:
+            embedding += s.layer_vocab // p.tp * whole_width
+            others += whole_width * s.hidden + s.norm_terms * s.layer_input
     linears += len(ahead) * 2 * s.hidden * s.hidden // p.tp  # eh_proj
     others += (norm if last else 0) + 3 * norm * len(ahead)
     known = chosen(recipe, plan) if known is None else known
@@ -72,7 +80,15 @@ def count(recipe: Recipe, plan: Blueprint, stage: int, known: Mapping[str, Linea
     normed = sum(_normed(s, layer, p.tp) for layer in (*mine, *ahead))
     saved = whole_layers(recipe.lora, plan)
     whole = (rows if embedding and saved.holds(EMBEDDING) else 0) + (output if saved.holds(HEAD) else 0)
-    return Counts(embedding, output, linears, others, adapters, experts, normed, whole)
+    matrices = linears + sum(_small(s, layer) for layer in (*mine, *ahead))
+    matrices += s.layer_input * len(s.layers) * s.hidden if s.layer_input and first else 0
+    return Counts(embedding, output, linears, others, adapters, experts, normed, whole, matrices)
+
+
+def _small(s: Shape, layer: Layer) -> int:
+    """Matrices of a layer that are no products: a router, the gate of a shared expert, those of the layer's input."""
+    router = s.experts * s.hidden + (s.hidden if s.shared_gate else 0) if layer.mlp == "experts" else 0
+    return router + 2 * s.layer_input * s.hidden
 
 
 def _normed(s: Shape, layer: Layer, tp: int) -> int:
@@ -80,7 +96,7 @@ def _normed(s: Shape, layer: Layer, tp: int) -> int:
     if s.one_norm:  # it stays a module of its own
         return 0
     inputs = {
-        "attention": s.q * (2 if s.output_gate else 1) + 2 * layer.groups * s.head,
+        "attention": _qkv(s, layer.heads),
         "delta": s.delta.rows if s.delta else 0,
         "mamba": s.mamba.rows if s.mamba else 0,
     }
@@ -88,7 +104,7 @@ def _normed(s: Shape, layer: Layer, tp: int) -> int:
     latents = 0
     if layer.mixer == "latent" and s.latent is not None and s.qk_norm:
         m = s.latent
-        latents = m.kv * s.heads * (m.head + m.value) + m.q * s.q
+        latents = m.kv * layer.heads.count * (m.head + m.value) + m.q * layer.heads.q
     return (first * s.hidden + latents) // tp
 
 
@@ -96,7 +112,7 @@ def _mixer(s: Shape, layer: Layer, tp: int) -> tuple[int, int]:
     """Products and other parameters of a layer's mixer on a rank, the norm in front of it included."""
     if not layer.mixer:
         return 0, 0
-    norm = s.norm_terms * s.hidden
+    norm, h = s.norm_terms * s.hidden, layer.heads
     if layer.mixer == "mamba":
         assert s.mamba is not None
         mixed = 5 * s.mamba.mixed + 3 * s.mamba.heads + s.mamba.inner
@@ -110,16 +126,21 @@ def _mixer(s: Shape, layer: Layer, tp: int) -> tuple[int, int]:
     if layer.mixer == "latent":
         assert s.latent is not None
         m = s.latent
-        queries = s.heads * (m.head + m.rotary)
+        queries = h.q
         linears = m.q * s.hidden + queries * m.q // tp if m.q else queries * s.hidden // tp
         linears += (m.kv + m.rotary) * s.hidden  # projections to the latents are whole on every rank
-        linears += s.heads * (m.head + m.value) * m.kv // tp + s.heads * m.value * s.hidden // tp
+        linears += h.count * (m.head + m.value) * m.kv // tp + h.out * s.hidden // tp
         return linears, norm + (s.norm_terms * (m.q + m.kv) if s.qk_norm else 0)
-    rows = s.q * (2 if s.output_gate else 1) + 2 * layer.groups * s.head
-    normed = (s.q + layer.groups * s.head) // tp if s.qk_norm_wide else 2 * s.head
+    rows = _qkv(s, h)
+    normed = (h.q + h.k) // tp if s.qk_norm_wide else (1 if h.shares else 2) * h.width
     others = (s.norm_terms * normed if s.qk_norm else 0) + (rows // tp if s.qkv_bias else 0)
-    others += (s.hidden if s.bias else 0) + (s.heads // tp if s.sinks else 0)
-    return (rows + s.q) * s.hidden // tp, norm + others
+    others += (s.hidden if s.bias else 0) + (h.count // tp if h.sinks else 0)
+    return (rows + h.out) * s.hidden // tp, norm + others
+
+
+def _qkv(s: Shape, heads: Heads) -> int:
+    """Rows of the product that makes queries, their gates, keys and values."""
+    return heads.rows + (heads.q if s.output_gate else 0)
 
 
 def _mlp(s: Shape, layer: Layer, recipe: Recipe) -> tuple[int, int, int]:
@@ -137,4 +158,6 @@ def _mlp(s: Shape, layer: Layer, recipe: Recipe) -> tuple[int, int, int]:
     latent = 2 * s.expert_hidden * s.hidden if s.expert_hidden != s.hidden else 0
     router = s.experts * s.hidden + (s.experts if s.bias else 0) + (s.hidden if s.shared_gate else 0)
     beside = norm * (2 if s.post_norms else 1)
+    if s.norms_beside:  # the experts' own, the MLP's own, behind each and behind both; scales of the router
+        beside, router = 5 * norm, router + s.hidden + s.experts
     return products + shared + latent, router + biases + beside, products + biases

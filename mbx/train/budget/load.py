@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from mbx.train.budget.adapters import pairs_of
-from mbx.train.budget.shape import Layer, Shape
+from mbx.train.budget.layers import Layer
+from mbx.train.budget.shape import Shape
 from mbx.train.model.adapted import Linear
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.kernels import fuses_convolution

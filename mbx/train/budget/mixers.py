@@ -7,8 +7,8 @@ their sources. Bytes a token of a micro-batch; b is bytes an element.
 from __future__ import annotations
 
 from mbx.installed import core_release
+from mbx.train.budget.layers import Layer
 from mbx.train.budget.load import Load
-from mbx.train.budget.shape import Layer
 
 #: Tokens of a chunk of the gated delta rule, whose inverted triangles it keeps (fla/ops/gated_delta_rule/chunk.py).
 _DELTA_CHUNK = 64
@@ -22,15 +22,16 @@ def mixer(load: Load, layer: Layer) -> float:
 
 def _attention(load: Load, layer: Layer) -> float:
     """A norm's input and output; rotated q and k, v, the attention's output and softmax statistics."""
-    s, b = load.shape, load.b
-    q, kv = s.q, layer.groups * s.head
+    s, b, h = load.shape, load.b, layer.heads
     norms = s.hidden * (b + load.seen("linear_qkv", normed=True))
-    core = (2 * q + 2 * kv) * b + 4.0 * s.heads + ((q + kv) * b if layer.qk_norm else 0)
-    core += _behind(load, q, gated=s.output_gate)
+    key, value = (0, 0) if h.shares else (h.k, h.v)  # keys that are another layer's are rotated again
+    core = (h.q + h.k + value + h.out) * b + 4.0 * h.count + ((h.q + key) * b if layer.qk_norm else 0)
+    core += _behind(load, h.out, gated=s.output_gate)
+    core += 4 * (h.v + h.groups) if value and s.norms_beside else 0  # a norm of values, in fp32
     if load.recipe.train.recompute == "selective":  # its inputs, v as a view of the whole product; no statistics
-        core += (q + kv) * b - 4 * s.heads
+        core += (h.q + key) * b - 4 * h.count
         if not s.output_gate and not load.seen("linear_proj"):
-            core -= q * b  # nobody else keeps the output
+            core -= h.out * b  # nobody else keeps the output
     return norms / load.cut + core / load.tp + _post_norm(load)
 
 
@@ -61,11 +62,11 @@ def _latent(load: Load, layer: Layer) -> float:
     norms += (m.kv + m.rotary) * kept + m.kv * load.seen("linear_kv_up_proj", normed=True)
     if m.q:
         norms += m.q * (kept + load.seen("linear_q_up_proj", normed=True))
-    q, value = s.heads * (m.head + m.rotary), s.heads * m.value
+    h = layer.heads
     norms += 4 * m.rotary * b  # cosines and sines that rotated q and k, which is not one kernel here
-    core = (2 * q + 2 * value) * b + 4.0 * s.heads + _behind(load, value, gated=False)
+    core = (2 * h.q + 2 * h.out) * b + 4.0 * h.count + _behind(load, h.out, gated=False)
     if load.recipe.train.recompute == "selective":
-        core -= 4 * s.heads + (0 if load.seen("linear_proj") else value * b)
+        core -= 4 * h.count + (0 if load.seen("linear_proj") else h.out * b)
     return norms / load.cut + core / load.tp
 
 

@@ -35,8 +35,9 @@ WORKSPACES = 64 << 20
 GROUPED_WORKSPACES = 128 << 20
 #: The phase in which a tower works on a micro-batch's images.
 TOWER = "the tower"
-#: fp32 state a weight: Adam's two moments; one momentum buffer, which the fused SGD keeps even at momentum 0.
-_STATE = {"adam": 8, "sgd": 4}
+#: fp32 state a weight: Adam's two moments; one momentum buffer, which the fused SGD keeps even at momentum 0. Muon has
+#: one a matrix, and Adam steps the rest.
+_STATE = {"adam": 8, "sgd": 4, "muon": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ def _stage(
         "weights": (c.base + c.adapters + projections - (c.linears if holds_casts(recipe) else 0))
         * BYTES[t.precision],
         "gradients": trained * 4,
-        "optimizer": math.ceil((trained - experts) * state / shared + experts * state / expert_shared),
+        "optimizer": math.ceil((trained - experts) * state / shared + experts * state / expert_shared)
+        - (4 * c.matrices if recipe.optim.optimizer == "muon" else 0),
         "fp8 copies": _copies(recipe, c),
         "workspaces": WORKSPACES + (GROUPED_WORKSPACES if s.experts else 0),
         "tower": 0 if looks is None else looks.weights(recipe),
@@ -133,14 +135,14 @@ def _copies(recipe: Recipe, c: Counts) -> int:
 def suggestions(recipe: Recipe, plan: Blueprint, dp: int, looks: Looks | None = None) -> list[tuple[str, int]]:
     """Single changes that would lower the peak by 0.01 GiB or more, with the bytes each saves, most first."""
     here, p, t = predict(recipe, plan, dp, looks).total, recipe.parallel, recipe.train
-    groups = plan.config.get("num_query_groups") or plan.config.get("num_attention_heads")
+    groups = {layer.heads.groups for layer in shape_of(plan.config).layers}
     options: list[tuple[str, str, str | int, bool]] = [
         ("train", "recompute", "full", t.recompute != "full"),
         ("train", "micro_batch", t.micro_batch // 2, t.micro_batch > 1),
         ("lora", "rank", 16, not recipe.lora.rank),
         ("fp8", "recipe", "none", recipe.fp8.recipe != "none"),
         ("distill", "top_k", 64, bool(recipe.distill.teacher) and not recipe.distill.top_k),
-        ("parallel", "tp", 2 * p.tp, isinstance(groups, int) and groups % (2 * p.tp) == 0),
+        ("parallel", "tp", 2 * p.tp, all(n % (2 * p.tp) == 0 for n in groups)),
     ]
     found = []
     for section, key, value, possible in options:

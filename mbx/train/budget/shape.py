@@ -1,40 +1,14 @@
-"""Sizes of a decoder and what each of its layers is made of, read from a flat config."""
+"""Sizes of a decoder, read from a flat config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
 
 from converters.errors import UnsupportedError
 from converters.rows.expr import Value
+from mbx.train.budget.layers import Heads, Layer, layers_of_config, number
 from mbx.train.model.blueprint import as_int
-
-Mixer: TypeAlias = Literal["attention", "latent", "delta", "mamba", ""]
-Mlp: TypeAlias = Literal["dense", "experts", ""]
-#: Letters of Megatron Core's hybrid pattern (megatron/core/ssm/mamba_hybrid_layer_allocation.py).
-_LETTERS: Mapping[str, tuple[Mixer, Mlp]] = {
-    "M": ("mamba", ""),
-    "*": ("attention", ""),
-    "-": ("", "dense"),
-    "E": ("", "experts"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What a layer holds: its mixer of tokens and its MLP, either may be missing; query groups and width are its own.
-
-    `index` is its number in the decoder, -1 of a layer of multi-token prediction. `qk_norm`: queries and keys are
-    normed, with weights (`Shape.qk_norm`) or without.
-    """
-
-    mixer: Mixer
-    mlp: Mlp
-    groups: int
-    ffn: int
-    qk_norm: bool = False
-    index: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +83,14 @@ class Routing:
 class Shape:
     """Sizes of a decoder. `layers`: what each holds; `ahead`: layers of multi-token prediction, of which each has a
     norm and a projection more and the output layer's logits once more. `clamped`: a gated activation bounds its input.
-    `qk_norm_wide`: that of queries and keys has a weight a column of theirs, cut as they are.
+    `qk_norm_wide`: that of queries and keys has a weight a column of theirs, cut as they are. `norms_beside`: values,
+    and experts beside an MLP, have norms of their own (Gemma 4). `layer_input`: width of what each layer takes of a
+    token, from a table of `layer_vocab` rows.
     """
 
     hidden: int
     layers: tuple[Layer, ...]
     ahead: tuple[Layer, ...]
-    heads: int
-    head: int
     gated: bool
     activation: str
     clamped: bool
@@ -138,15 +112,12 @@ class Shape:
     positions: int
     post_norms: bool
     one_norm: bool
-    sinks: bool
+    norms_beside: bool
+    layer_input: int
+    layer_vocab: int
     latent: Latent | None
     delta: Delta | None
     mamba: Mamba | None
-
-    @property
-    def q(self) -> int:
-        """Columns of the query."""
-        return self.heads * self.head
 
     @property
     def up(self) -> int:
@@ -159,21 +130,17 @@ def shape_of(config: Mapping[str, Value]) -> Shape:
     variant = config.get("experimental_attention_variant")
     if variant not in (None, "gated_delta_net"):
         raise UnsupportedError(f"the budget does not cover {variant} attention")
-    if any(field.startswith("windowed_") for field, value in config.items() if value is not None):
-        raise UnsupportedError("the budget does not cover layers of two kinds, whose heads differ")
-    heads, hidden = as_int(config, "num_attention_heads"), as_int(config, "hidden_size")
+    hidden = as_int(config, "hidden_size")
     latent = _latent(config)
-    experts, ffn = _number(config, "num_moe_experts", 0), _number(config, "ffn_hidden_size", 4 * hidden)
-    layers = _layers(config)
+    experts, ffn = number(config, "num_moe_experts", 0), number(config, "ffn_hidden_size", 4 * hidden)
+    layers = layers_of_config(config, _heads(config, latent))
     balanced = config.get("moe_router_load_balancing_type", "aux_loss")
     # behind layers that are listed Megatron Core builds no prediction layers: such a run is refused
     listed = any(isinstance(config.get(key), list | tuple) for key in ("window_attn_skip_freq", "no_rope_freq"))
     return Shape(
         hidden=hidden,
-        layers=tuple(replace(layer, index=number) for number, layer in enumerate(layers)),
-        ahead=() if listed else layers[-1:] * _number(config, "mtp_num_layers", 0),
-        heads=heads,
-        head=latent.head + latent.rotary if latent else _number(config, "kv_channels", hidden // heads),
+        layers=layers,
+        ahead=() if listed else (replace(layers[-1], index=-1),) * number(config, "mtp_num_layers", 0),
         gated=bool(config.get("gated_linear_unit")),
         activation=str(config.get("activation_func", "gelu")),
         clamped=config.get("activation_func_clamp_value") is not None,
@@ -186,14 +153,15 @@ def shape_of(config: Mapping[str, Value]) -> Shape:
         # one norm for attention and MLP is Cohere's, which has no bias
         norm_terms=1 if config.get("normalization") == "RMSNorm" or config.get("model.one_layernorm") else 2,
         experts=experts,
-        expert_ffn=_number(config, "moe_ffn_hidden_size", ffn),
-        expert_hidden=_number(config, "moe_latent_size", hidden),
-        topk=_number(config, "moe_router_topk", 2),
-        shared_ffn=_number(config, "moe_shared_expert_intermediate_size", 0),
+        expert_ffn=number(config, "moe_ffn_hidden_size", ffn),
+        expert_hidden=number(config, "moe_latent_size", hidden),
+        topk=number(config, "moe_router_topk", 2),
+        shared_ffn=number(config, "moe_shared_expert_intermediate_size", 0),
         shared_gate=bool(config.get("moe_shared_expert_gate")),
         routing=Routing(
             sigmoid=config.get("moe_router_score_function") == "sigmoid",
-            pre_softmax=bool(config.get("moe_router_pre_softmax")),
+            # Gemma 4's, a softmax over all whose chosen shares sum to 1, is one over the chosen
+            pre_softmax=bool(config.get("moe_router_pre_softmax")) and not config.get("model.layer_scalars"),
             auxiliary=balanced not in ("none", "sinkhorn") and bool(config.get("moe_aux_loss_coeff")),
             fp32=config.get("moe_router_dtype") == "fp32",
             on_input=bool(config.get("moe_apply_probs_on_input")),
@@ -204,91 +172,41 @@ def shape_of(config: Mapping[str, Value]) -> Shape:
         else 0,
         post_norms=bool(config.get("model.post_layernorms")),
         one_norm=bool(config.get("model.one_layernorm")),
-        sinks=config.get("softmax_type") == "learnable",
+        norms_beside=bool(config.get("model.layer_scalars")),
+        layer_input=number(config, "per_layer_input_size", 0),
+        layer_vocab=number(config, "per_layer_vocab_size", 0),
         latent=latent,
         delta=_delta(config) if variant else None,
         mamba=_mamba(config) if any(layer.mixer == "mamba" for layer in layers) else None,
     )
 
 
-def _number(config: Mapping[str, Value], key: str, otherwise: int) -> int:
-    value = config.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
+def _heads(config: Mapping[str, Value], latent: Latent | None) -> Heads:
+    count = as_int(config, "num_attention_heads")
+    if latent:
+        return Heads(count, count, latent.head + latent.rotary, latent.value)
+    width = number(config, "kv_channels", as_int(config, "hidden_size") // count)
+    sinks = config.get("softmax_type") == "learnable"
+    return Heads(count, number(config, "num_query_groups", count), width, number(config, "v_head_dim", width), sinks)
 
 
 def _latent(config: Mapping[str, Value]) -> Latent | None:
     if not config.get("multi_latent_attention"):
         return None
     head, rotary, value = (
-        _number(config, k, d) for k, d in (("qk_head_dim", 128), ("qk_pos_emb_head_dim", 64), ("v_head_dim", 128))
+        number(config, k, d) for k, d in (("qk_head_dim", 128), ("qk_pos_emb_head_dim", 64), ("v_head_dim", 128))
     )
-    return Latent(_number(config, "q_lora_rank", 0), _number(config, "kv_lora_rank", 512), head, rotary, value)
+    return Latent(number(config, "q_lora_rank", 0), number(config, "kv_lora_rank", 512), head, rotary, value)
 
 
 def _delta(config: Mapping[str, Value]) -> Delta:
-    heads, keys = (_number(config, f"linear_num_{k}_heads", d) for k, d in (("value", 32), ("key", 16)))
-    key, value = (_number(config, f"linear_{k}_head_dim", 128) for k in ("key", "value"))
-    return Delta(keys * key, heads * value, keys, heads, _number(config, "linear_conv_kernel_dim", 4))
+    heads, keys = (number(config, f"linear_num_{k}_heads", d) for k, d in (("value", 32), ("key", 16)))
+    key, value = (number(config, f"linear_{k}_head_dim", 128) for k in ("key", "value"))
+    return Delta(keys * key, heads * value, keys, heads, number(config, "linear_conv_kernel_dim", 4))
 
 
 def _mamba(config: Mapping[str, Value]) -> Mamba:
-    head = _number(config, "mamba_head_dim", 64)
-    heads = _number(config, "mamba_num_heads", 2 * as_int(config, "hidden_size") // head)
-    groups, state = _number(config, "mamba_num_groups", 8), _number(config, "mamba_state_dim", 128)
+    head = number(config, "mamba_head_dim", 64)
+    heads = number(config, "mamba_num_heads", 2 * as_int(config, "hidden_size") // head)
+    groups, state = number(config, "mamba_num_groups", 8), number(config, "mamba_state_dim", 128)
     return Mamba(heads * head, heads, groups, state)
-
-
-def _layers(config: Mapping[str, Value]) -> tuple[Layer, ...]:
-    count, heads = as_int(config, "num_layers"), as_int(config, "num_attention_heads")
-    hidden = as_int(config, "hidden_size")
-    latent = bool(config.get("multi_latent_attention"))
-    groups = heads if latent else _number(config, "num_query_groups", heads)
-    ffn, qk_norm = _number(config, "ffn_hidden_size", 4 * hidden), bool(config.get("qk_layernorm"))
-    pattern = config.get("model.hybrid_override_pattern")
-    if config.get("model.mcore_model") == "hybrid" and isinstance(pattern, str):
-        letters = [letter for letter in pattern if letter in _LETTERS]
-        return tuple(Layer(*_LETTERS[letter], groups, ffn, qk_norm) for letter in letters)
-    blocks = config.get("block_configs")
-    if config.get("heterogeneous_block_specs") and isinstance(blocks, list | tuple):
-        return tuple(_block(block, heads, hidden) for block in blocks)
-    mixers: list[Mixer] = ["latent" if latent else "attention"] * count
-    if config.get("experimental_attention_variant"):  # every so many layers, the last of them, attend to everything
-        every = config.get("linear_attention_freq")
-        flags = every if isinstance(every, list | tuple) else [(n + 1) % int(str(every)) != 0 for n in range(count)]
-        mixers = ["delta" if flag else "attention" for flag in flags]
-    frequency = config.get("moe_layer_freq", 1)
-    if not config.get("num_moe_experts"):
-        routed = [False] * count
-    elif isinstance(frequency, list | tuple):
-        routed = [bool(flag) for flag in frequency]
-    else:
-        routed = [layer % int(str(frequency)) == 0 for layer in range(count)]
-    normed = [qk_norm] * count
-    if config.get("qk_l2_norm"):  # where positions are rotated
-        unrotated = config.get("no_rope_freq")
-        normed = [not flag for flag in unrotated] if isinstance(unrotated, list | tuple) else [True] * count
-    return tuple(
-        Layer(mixer, "experts" if flag else "dense", groups, ffn, norm)
-        for mixer, flag, norm in zip(mixers, routed, normed, strict=True)
-    )
-
-
-def _block(block: Value, heads: int, hidden: int) -> Layer:
-    """A layer of unequal width (megatron/core/transformer/heterogeneous/heterogeneous_config.py)."""
-    if not isinstance(block, Mapping):
-        raise UnsupportedError(f"a layer's block config is no table: {block!r}")
-    attention, mlp = block.get("attention"), block.get("ffn")
-    if not isinstance(attention, Mapping) or not isinstance(mlp, Mapping):
-        raise UnsupportedError("a layer's block config lacks `attention` or `ffn`")
-    if attention.get("replace_with_linear") or mlp.get("replace_with_linear"):
-        raise UnsupportedError("the budget does not cover blocks that are replaced with a linear")
-    share, factor = attention.get("n_heads_in_group"), mlp.get("ffn_mult")
-    width = mlp.get("intermediate_size")
-    if isinstance(factor, int | float):
-        width = -(-int(2 * factor * hidden / 3) // 256) * 256
-    return Layer(
-        "" if attention.get("no_op") else "attention",
-        "" if mlp.get("no_op") else "dense",
-        heads // share if isinstance(share, int) and share else heads,
-        width if isinstance(width, int) else 0,
-    )

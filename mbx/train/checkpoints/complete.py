@@ -15,12 +15,11 @@ from converters.errors import StorageError
 from mbx.formats import hf
 from mbx.models.stored import read_whole
 from mbx.torchfile.dcp import read_dcp
+from mbx.train.checkpoints.beside import Beside, beside_of
 from mbx.train.checkpoints.state import RECIPE, STATE, LoopState, finished
 from mbx.train.checkpoints.whole import sync, write_whole
 from mbx.train.data.templates import TEMPLATE_FILE
 from mbx.train.model.blueprint import Blueprint
-from mbx.train.model.sight import tower_folder
-from mbx.train.model.weights import left_out
 from mbx.train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -39,11 +38,12 @@ def complete(
     template: str,
     state: LoopState,
     tower: Mapping[str, torch.Tensor],
+    last: Path | None,
 ) -> None:
     """Add what is beside the tensors, look whether all ranks' files are there, and have all of it on the disk.
 
     The loop's state is written last of all. StorageError or OSError where something is missing or does not fit.
-    `tower`: the tensors of one that is trained.
+    `tower`: the tensors of one that is trained. `last`: the run's checkpoint before this one.
     """
     (target / RECIPE).write_text(json.dumps(recipe.to_dict(), indent=1), encoding="utf-8")
     if plan.hf is not None:
@@ -56,8 +56,9 @@ def complete(
         if hf.has_weights(plan.hf):  # a random start needs none
             layout = hf.record_layout(hf.open_hf(plan.hf))
             (target / "hf" / hf.LAYOUT).write_text(layout, encoding="utf-8")
-            if not recipe.lora.rank:
-                _keep_towers(target / "hf" / hf.KEPT, plan, state.base, tower)
+        if not recipe.lora.rank:
+            with beside_of(plan, state.base, last) as found:
+                _keep(target / "hf" / hf.KEPT, plan, found, tower)
     read_dcp(target)
     for path in target.rglob("*"):
         sync(path)
@@ -84,28 +85,22 @@ def is_ours(folder: Path) -> bool:
     return all(_OURS.fullmatch(path.name) for path in folder.iterdir())
 
 
-def _keep_towers(file: Path, plan: Blueprint, base: str, tower: Mapping[str, torch.Tensor]) -> None:
+def _keep(file: Path, plan: Blueprint, found: Beside | None, tower: Mapping[str, torch.Tensor]) -> None:
     """Write what lies beside the text model, as it is in the folder that the weights came from or, of a tower that
     is trained, in the model, and prediction layers that were left out: an export is whole again."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    table = plan.table
-    if plan.hf is None or table is None or not table.beside:
+    if found is None:
         return
-    folder = hf.open_hf(tower_folder(plan.hf, base))
-    source = folder.source
     try:
-        beside = [name for name in folder.tensors if name.startswith(table.beside)]
-        ahead = left_out(plan, folder.tensors)
         if tower:
-            live = live_spelling(table, folder.tensors)
-            tensors = {name: tower[live.said(name)].contiguous() for name in beside}
-            save_file(tensors | {name: read_whole(folder.tensors[name], source) for name in ahead}, file)
-        elif beside or ahead:
+            assert plan.table is not None and plan.hf is not None
+            live = live_spelling(plan.table, found.names)
+            tensors = {name: tower[live.said(name)].contiguous() for name in found.towers}
+            save_file(tensors | {name: read_whole(one, found.source) for name, one in found.ahead.items()}, file)
+        elif found.tensors:
             with file.open("wb") as out:
-                out.writelines(hf.pack_kept([folder.tensors[name] for name in (*beside, *ahead)], source))
+                out.writelines(hf.pack_kept([*found.tensors.values()], found.source))
     except SafetensorError as error:
         raise StorageError(f"`{file}`: {error}") from error
-    finally:
-        source.close()

@@ -16,6 +16,7 @@ from mbx.formats.adapter_folder import open_base, trained
 from mbx.run.adapters import plan_adapter_to_hf
 from mbx.run.job import Options, plan_mcore_to_hf, run
 from mbx.run.merge import plan_merge
+from mbx.train.checkpoints.beside import beside_of
 from mbx.train.checkpoints.best import read_best
 from mbx.train.checkpoints.own_method import export_tuned
 from mbx.train.checkpoints.state import finished, latest, read_recipe, read_state
@@ -89,12 +90,13 @@ def export_beside(
 ) -> str:
     """Write what a running model is to `export/` of its run, where it is not there yet; a line to log. Collective.
 
-    `base` is where an adapter's base was read, `template` the chat template that was trained with, if it was named.
+    `base` is where the run's first weights were read, `template` the chat template that was trained with, if named.
     """
     import torch
 
     from mbx.live import attach
     from mbx.live.exchange import agreed
+    from mbx.live.save import Beside
 
     assert plan.hf is not None  # the recipe was refused without
     with agreed():
@@ -120,7 +122,9 @@ def export_beside(
         live.save_adapters(target, trained(lora, base))
         return f"{target}: PEFT adapter"
     files = {TEMPLATE_FILE: template.encode()} if template else {}
-    live.save(target, "model", files=files, exact_norms=True)
+    with beside_of(plan, base, recipe.run_dir / f"iter_{step:07d}") as found:
+        carried = Beside() if found is None else Beside(found.tensors, found.copies, found.source)
+        live.save(target, "model", files=files, exact_norms=True, beside=carried)
     return f"{target}: Hugging Face model"
 
 

@@ -21,8 +21,8 @@ from mbx.train.model.parallel import on_any_rank
 if TYPE_CHECKING:
     from mbx.models.megatron.core.training import MegatronOptimizer
 
-#: The fp32 copy of a 16-bit weight, and Adam's moments.
-_MAIN, _MOMENTS = "param", ("exp_avg", "exp_avg_sq")
+#: The fp32 copy of a 16-bit weight, Adam's moments, Muon's.
+_MAIN, _MOMENTS, _MOMENTUM = "param", ("exp_avg", "exp_avg_sq"), "momentum_buffer"
 #: In the common state, by which readers tell this form from Megatron Core's.
 BY_PARAMETER = {"by": "parameter"}
 
@@ -36,7 +36,7 @@ def stored(optimizer: MegatronOptimizer, weights: Mapping[str, object], *, half:
     state = {
         f"{number}.{kind}.{index}": _sharded(shards, parameter, kind, whole, cut=hasattr(one, "gbuf_ranges"))
         for number, one in enumerate(_inner(optimizer))
-        for kind in _kinds(half)
+        for kind in _kinds(one, half)
         for index, (parameter, whole) in enumerate(_whole(one, kind))
     }
     plain = {**BY_PARAMETER, "step": _step(optimizer), "grad_scaler": _scaler_state(optimizer)}
@@ -49,7 +49,7 @@ def wanted(optimizer: MegatronOptimizer, weights: Mapping[str, object], *, half:
     return {
         f"{number}.{kind}.{index}": _sharded(shards, parameter, kind, torch.empty(parameter.shape), cut=False)
         for number, one in enumerate(_inner(optimizer))
-        for kind in _kinds(half)
+        for kind in _kinds(one, half)
         for index, (parameter, _, _) in enumerate(_held(one, kind))
     }
 
@@ -59,7 +59,7 @@ def restore(optimizer: MegatronOptimizer, state: Mapping[str, torch.Tensor], com
     step, scaling = _common(common)
     with torch.no_grad():
         for number, one in enumerate(_inner(optimizer)):
-            for kind in _kinds(half):
+            for kind in _kinds(one, half):
                 for index, (_, held, part) in enumerate(_held(one, kind)):
                     held.copy_(state[f"{number}.{kind}.{index}"].flatten()[part].view(held.shape))
             _set_step(one, step)
@@ -81,19 +81,26 @@ def _common(common: object) -> tuple[float, dict[str, float]]:
 
 
 def allocate(optimizer: MegatronOptimizer) -> None:
-    """Give Adam the moments that a first step would."""
+    """Give Adam and Muon the moments that a first step would."""
     for one in _inner(optimizer):
         inner = one.optimizer
         for group in inner.param_groups:
             for parameter in group["params"]:
-                if type(inner).__name__.lower().endswith(("adam", "adamw")) and not inner.state[parameter]:
+                if _is_muon(one):
+                    inner.state[parameter].setdefault(_MOMENTUM, torch.zeros_like(parameter, dtype=torch.float32))
+                elif type(inner).__name__.lower().endswith(("adam", "adamw")) and not inner.state[parameter]:
                     moments = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in _MOMENTS}
                     plain = {"step": torch.tensor(0.0)} if isinstance(inner, torch.optim.AdamW) else {}
                     inner.state[parameter] = {**plain, **moments}
 
 
-def _kinds(half: bool) -> tuple[str, ...]:
-    return (_MAIN, *_MOMENTS) if half else _MOMENTS
+def _kinds(one: Any, half: bool) -> tuple[str, ...]:
+    own = (_MOMENTUM,) if _is_muon(one) else _MOMENTS
+    return (_MAIN, *own) if half else own
+
+
+def _is_muon(one: Any) -> bool:
+    return type(one.optimizer).__name__.endswith("Muon")
 
 
 def _inner(optimizer: MegatronOptimizer) -> list[Any]:
@@ -165,7 +172,7 @@ def _whole(one: Any, kind: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     group = one.data_parallel_group
     ranks = torch.distributed.get_process_group_ranks(group)
     for number, (bucket, range_map, places) in enumerate(_buckets(one)):
-        target = ranks[(number + _kinds(True).index(kind)) % len(ranks)]
+        target = ranks[(number + _kinds(one, True).index(kind)) % len(ranks)]
         local = torch.zeros(bucket.grad_data.numel() // len(ranks), device=bucket.grad_data.device)
         has = False
         for model, ranges in range_map["param_map"].items():

@@ -140,7 +140,7 @@ class Store:
                 if self._claim is not None:
                     self._claim.check()
                 if self.ranks.is_main:
-                    complete(draft, self.recipe, self.plan, self.template, state, self._tower)
+                    complete(draft, self.recipe, self.plan, self.template, state, self._tower, self.last)
                     if target.exists():  # of a start that ended before it moved the tracker
                         shutil.rmtree(target)
                     draft.rename(target)

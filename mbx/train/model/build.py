@@ -12,6 +12,7 @@ from mbx.train.model.blueprint import Blueprint, as_int
 from mbx.train.model.config import train_config
 from mbx.train.model.experts import joins_experts
 from mbx.train.model.fp8 import holds_casts
+from mbx.train.model.muon import MUON, mark_tables, muon_fields
 from mbx.train.model.parallel import Ranks, spread_of
 from mbx.train.recipe.sections import Recipe
 
@@ -111,7 +112,7 @@ def _distributed(recipe: Recipe, ranks: Ranks) -> bool:
 
 
 def optimizer(recipe: Recipe, chunks: Sequence[DistributedDataParallel], ranks: Ranks) -> MegatronOptimizer:
-    """Megatron Core's Adam over the trainable parameters; biases and norms take no weight decay."""
+    """Megatron Core's optimizer over the trainable parameters; biases and norms take no weight decay."""
     from mbx.models.megatron.core.training import OptimizerConfig, get_megatron_optimizer
 
     o, t, precision = recipe.optim, recipe.train, recipe.train.precision
@@ -132,7 +133,10 @@ def optimizer(recipe: Recipe, chunks: Sequence[DistributedDataParallel], ranks: 
         params_dtype=next(chunks[0].parameters()).dtype,
         use_distributed_optimizer=_distributed(recipe, ranks),
         initial_loss_scale=2.0**16 / tokens,
+        **muon_fields(o),
     )
+    if o.optimizer == MUON:
+        mark_tables(chunks)
     return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=ranks.device == "cpu")
 
 

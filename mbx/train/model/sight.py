@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from converters.adapters.megatron import TOWER
 from converters.adapters.peft_keys import live_spelling
 from converters.errors import UnsupportedError, UsageError
-from mbx.formats.hf import CONFIG, has_weights, read_config
+from mbx.formats.hf import CONFIG, read_config
 from mbx.formats.registry import open_hf
 from mbx.text import near_miss
 from mbx.train.model.adapted import ALL, matches, settings_of
 from mbx.train.model.blueprint import Blueprint, as_int
-from mbx.train.model.weights import left_out
 from mbx.train.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -127,21 +126,11 @@ def check_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, sight: Sight) ->
             "a tower that learns is exported from a checkpoint",
             "run.export_every=0, and `mbx train export`",
         ),
-        (
-            recipe.run.export_every and not recipe.lora.rank and _leaves_out(plan, sight.folder),
-            "prediction layers that are left out come back with a checkpoint's export alone",
-            "run.export_every=0, and `mbx train export`",
-        ),
         (recipe.fp8.recipe != "none", "images are not trained under FP8", "fp8.recipe=none"),
     )
     for broken, fact, hint in rules:
         if broken:
             raise UnsupportedError(fact, hint=hint)
-
-
-def _leaves_out(plan: Blueprint, folder: Path) -> bool:
-    """Whether the folder has prediction layers that the run has not."""
-    return has_weights(folder) and bool(left_out(plan, open_hf(folder).tensors))
 
 
 def learns(recipe: Recipe) -> bool:

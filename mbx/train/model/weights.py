@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.errors import UnsupportedError
 from converters.mcore.keys import inner_prefix
-from converters.rows.config_map import environment
 from mbx.formats.checkpoint import Checkpoint
-from mbx.formats.hf import read_config
 from mbx.formats.registry import open_checkpoint
 from mbx.live.load import load_checkpoint, plan_folder
 from mbx.train.model.blueprint import Blueprint
@@ -46,14 +43,3 @@ def check_source(plan: Blueprint, path: Path) -> None:
     opened = _opened(path)
     if opened.spelling == "hf":
         plan_folder(opened, plan.table, plan.layout)
-
-
-def left_out(plan: Blueprint, tensors: Collection[str]) -> list[str]:
-    """Which `tensors` of the model's folder are those of prediction layers that its config has and the run has not."""
-    assert plan.table is not None and plan.hf is not None
-    own = plan.table.config.to_mcore(read_config(plan.hf)).get("mtp_num_layers")
-    whole, held = (
-        {name for row in plan.table.expand(environment(config), tensors) for name in row.hf}
-        for config in ({**plan.config, "mtp_num_layers": own}, plan.config)
-    )
-    return [name for name in tensors if name in whole - held]

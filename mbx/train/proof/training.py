@@ -21,6 +21,7 @@ from mbx.train.data.rows import Row, Rows
 from mbx.train.data.sources import open_sources
 from mbx.train.model.blueprint import load_tokenizer
 from mbx.train.model.kernels import unpacked_layers
+from mbx.train.model.muon import MUON
 from mbx.train.model.parallel import session
 from mbx.train.model.trained_whole import whole_layers
 from mbx.train.proof import rows as made
@@ -93,6 +94,11 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.parallel.cp > 1:
         raise UnsupportedError("rows that context parallelism cuts are not compared", hint="parallel.cp=1")
+    if recipe.optim.optimizer == MUON:
+        raise UnsupportedError(
+            "steps are compared with those of PyTorch's Adam and SGD, not with Muon's",
+            hint="optim.optimizer=adam compares all that is in front of the step, which is the same",
+        )
 
 
 def _settled(recipe: Recipe, work: Path, lines: Sequence[str]) -> Recipe:

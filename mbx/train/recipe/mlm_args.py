@@ -103,7 +103,18 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--save", ("run", "dir"), "str"),
     Flag("--save-interval", ("run", "save_every"), "int"),
     Flag("--no-save-optim", ("run", "save_optimizer"), "off", True),
+    Flag("--muon-momentum", ("optim", "muon_momentum"), "float"),
+    Flag("--muon-nesterov", ("optim", "muon_nesterov"), "on"),
+    Flag("--muon-num-ns-steps", ("optim", "muon_steps"), "int"),
+    Flag("--muon-coefficient-type", ("optim", "muon_coefficients"), "str"),
+    Flag("--muon-scale-mode", ("optim", "muon_scale"), "str"),
+    Flag("--muon-extra-scale-factor", ("optim", "muon_extra_scale"), "float"),
+    Flag("--muon-no-split-qkv", ("optim", "muon_split_qkv"), "off"),
+    Flag("--muon-tp-mode", ("optim", "muon_tp"), "str"),
+    Flag("--muon-fp32-matmul-prec", ("optim", "muon_precision"), "str"),
 )
+#: What Megatron-LM takes where a run with Muon does not say it, and a recipe does otherwise.
+_MUON = {"--muon-momentum": 0.9, "--muon-tp-mode": "blockwise"}
 #: Keys whose tables are values.
 _WHOLE = tuple(flag.key for flag in FLAGS if flag.kind == "files")
 _BY_NAME = {flag.name: flag for flag in FLAGS}
@@ -180,8 +191,10 @@ def to_recipe(text: str) -> Translation:
         if flag.name not in seen and flag.absent is not None and (flag.key[1] != "shape" or has_shape):
             _put(out, flag.key, flag.absent)
     _put(out, ("train", "precision"), "bf16" if "--bf16" in seen else "fp16" if "--fp16" in seen else "fp32")
-    if _BIAS in seen and _BIAS_RATE not in seen:
-        _put(out, _BY_NAME[_BIAS_RATE].key, 1e-3)
+    optim = out.get("optim")
+    unsaid = {**({_BIAS_RATE: 1e-3} if _BIAS in seen else {}), **(_MUON if _steps_by_muon(optim) else {})}
+    for name in unsaid.keys() - seen:
+        _put(out, _BY_NAME[name].key, unsaid[name])
     if "--swiglu" in seen:
         _put(out, (*_SHAPE, "gated_linear_unit"), True)
         _put(out, (*_SHAPE, "activation_func"), "silu")
@@ -259,6 +272,8 @@ def from_recipe(recipe: Mapping[str, object]) -> Translation:
         if flag.key not in left:
             continue
         value = left.pop(flag.key)
+        if flag.key[-1].startswith("muon_") and not _steps_by_muon(recipe.get("optim")):
+            continue
         if value is None or value == "" or (flag.key == ("train", "recompute") and value == "none"):
             continue
         if value == 0 and flag.key in _ZERO_IS_NONE:
@@ -292,6 +307,10 @@ def from_recipe(recipe: Mapping[str, object]) -> Translation:
     left.pop(("model", "init"), None)
     rest = [f"{'.'.join(key)} = {value!r}" for key, value in left.items() if value not in (None, "", (), 0, False)]
     return Translation({}, tuple(flags), tuple(rest), ())
+
+
+def _steps_by_muon(optim: object) -> bool:
+    return isinstance(optim, Mapping) and optim.get("optimizer") == "muon"
 
 
 def _leaves(value: Mapping[str, object], path: tuple[str, ...]) -> list[tuple[tuple[str, ...], object]]:

@@ -148,13 +148,13 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class Optim:
-    """Adam with decoupled weight decay (or plain SGD), and the learning rate over steps.
+    """Adam with decoupled weight decay (or plain SGD, or Muon), and the learning rate over steps.
 
     Warm-up takes `warmup_fraction` of the run's steps, so that a shortened run still fits; `warmup_steps` from 0 on
-    counts them instead.
+    counts them instead. Keys that begin with `muon_` are of Muon, which steps matrices; Adam steps all else.
     """
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "muon"] = "adam"
     lr: Amount = 1e-5
     min_lr: Amount = 0.0
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -166,6 +166,15 @@ class Optim:
     beta2: ShareBelowOne = 0.95
     eps: Amount = 1e-8
     clip: Amount = 1.0
+    muon_momentum: ShareBelowOne = 0.95
+    muon_nesterov: bool = False
+    muon_steps: Size = 5
+    muon_coefficients: Literal["quintic", "simple", "polar_express", "cans", "aol", "deepseekv4"] = "quintic"
+    muon_scale: Literal["spectral", "shape_scaling", "unit_rms_norm"] = "spectral"
+    muon_extra_scale: Amount = 1.0
+    muon_split_qkv: bool = True
+    muon_tp: Literal["duplicated", "distributed", "blockwise"] = "duplicated"
+    muon_precision: Literal["medium", "high", "highest"] = "medium"
 
 
 @dataclass(frozen=True, slots=True)

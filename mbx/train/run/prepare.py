@@ -12,6 +12,7 @@ from mbx.formats.adapter_folder import is_adapter
 from mbx.formats.torch_dist import TRACKER
 from mbx.train.budget.blocks import check_blocks
 from mbx.train.budget.images import Looks, looks_of
+from mbx.train.checkpoints.beside import said_of
 from mbx.train.checkpoints.state import (
     check_continues,
     check_same_rows,
@@ -19,6 +20,7 @@ from mbx.train.checkpoints.state import (
     finished,
     latest,
     read_recipe,
+    read_state,
 )
 from mbx.train.data.examples import resolved
 from mbx.train.data.rows import Rows
@@ -29,6 +31,7 @@ from mbx.train.model.blueprint import Blueprint, blueprint
 from mbx.train.model.fp8 import check_fp8
 from mbx.train.model.hidden import check_hidden
 from mbx.train.model.kernels import check_kernels, unpacked_layers
+from mbx.train.model.muon import check_muon
 from mbx.train.model.parallel import Ranks, planned_ranks
 from mbx.train.model.sight import check_images, learns
 from mbx.train.model.teacher import Teacher, check_student, check_teacher, logits_of, of_teacher, teacher_of
@@ -194,6 +197,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
         )
     check_fp8(recipe, ranks)
     check_blocks(recipe, plan)
+    check_muon(recipe, plan, ranks.dp * recipe.parallel.cp, dry=dry)
     check_writers(recipe)
     check_rewind(recipe)
     check_stragglers(recipe, dry)
@@ -226,9 +230,20 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
     start, data = replace(start, why=start.why + why), read_data(recipe, plan) if why else data
     if resumed:
         check_same_rows(resumed, data.identity)
+    start = _with_left_out(recipe, plan, start)
     recipe = with_steps(recipe, data)
     logits = _logits(recipe, plan, data)
     return Prepared(recipe, start, ranks, plan, data, teacher, logits)
+
+
+def _with_left_out(recipe: Recipe, plan: Blueprint, start: Start) -> Start:
+    """The start, and what it says of prediction layers that are left out: the checkpoints of a run carry them."""
+    if not recipe.run.save or recipe.lora.rank:
+        return start
+    resumed = start.path if start.how == "resume" else None
+    base = read_state(resumed).base if resumed else str(start.path or "")
+    left = said_of(plan, base, resumed)
+    return replace(start, why=f"{start.why}; {left}") if left else start
 
 
 def _logits(recipe: Recipe, plan: Blueprint, data: Dataset) -> Logits | None:

@@ -10,7 +10,10 @@ from html import escape
 from pathlib import Path
 
 from converters.errors import StorageError, UsageError
+from mbx.formats.summary import AHEAD, summarize
 from mbx.page import Dot, curve, document, write
+from mbx.text import human_bytes, plural
+from mbx.train.checkpoints.state import latest
 from mbx.train.run.log import METRICS, PROFILE, STRAGGLERS
 from mbx.untrusted.names import writable
 from mbx.untrusted.small_files import INDEX, read_small
@@ -76,6 +79,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
         last = steps[-1]
         head = f"<h1>{escape(run_dir.name)}</h1><p>{int(last['step'])} steps, last loss {last['loss']:.4f}</p>"
         traced = sorted(path.name for path in (run_dir / PROFILE).glob("*") if path.is_file())
+        head += _left_out(run_dir)
         head += "".join(f"<p>Step {s}: {escape(why)}; back to step {to}</p>" for (s, to), why in went.items())
         head += "".join(f"<p>Slow, {escape(text)}</p>" for text in _slow(run_dir))
         head += f"<p>Profile: {', '.join(escape(f'{PROFILE}/{name}') for name in traced)}</p>" if traced else ""
@@ -83,6 +87,15 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
     else:
         raise UsageError(f"a report is .html or .png, got `{target}`")
     return target
+
+
+def _left_out(run_dir: Path) -> str:
+    """What the run's last checkpoint carries of the source's prediction layers; empty where it carries none."""
+    found = latest(run_dir)
+    count, size = summarize(found).kept.get(AHEAD, (0, 0)) if found else (0, 0)
+    if not count:
+        return ""
+    return f"<p>Prediction layers were left out: {plural(count, 'tensor')}, {human_bytes(size)}, kept as they were</p>"
 
 
 def _drawn(title: str, points: Points, second: Points) -> str:
