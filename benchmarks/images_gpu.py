@@ -119,6 +119,7 @@ def run_mbx(folder: Path, length: int, steps: int, tiny: bool) -> Record:
     import torch
 
     from mbx.train.budget.predict import predict
+    from mbx.train.model.graphs import why_not
     from mbx.train.run.loop import train
 
     ready = prepared(folder, length, steps, tiny)
@@ -131,8 +132,10 @@ def run_mbx(folder: Path, length: int, steps: int, tiny: bool) -> Record:
         "first_step_s": took[0],
         "losses": [round(loss, 4) for loss in outcome.losses],
         "finite": all(map(math.isfinite, outcome.losses)),
+        "recorded": why_not(ready.recipe, ready.plan.config, ready.ranks) or "yes",
+        "step_s": [round(one, 3) for one in took],
         "peak_gib": None if tiny else torch.cuda.max_memory_allocated() / GIB,
-        "predicted_gib": predict(ready.recipe, ready.plan, ready.ranks.dp).total / GIB,
+        "predicted_gib": predict(ready.recipe, ready.plan, ready.ranks.dp, ready.looks).total / GIB,
     }
 
 
@@ -206,6 +209,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--sides", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a row")
     parser.add_argument("--side", type=int, default=1024, help="pixels of the image's sides")
@@ -246,7 +250,7 @@ def turns(options: argparse.Namespace) -> int:
             torch.cuda.empty_cache()
         sys.stdout.write(f"folder made in {time.monotonic() - began:.0f} s\n")
         for _ in range(options.rounds):
-            for side in RUNS:
+            for side in options.sides:
                 found = alone(side, folder, options)
                 finite &= bool(found["finite"])
                 sys.stdout.write(json.dumps({"side": side, **found}) + "\n")
