@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return cache(lambda kind: make_wrapped(kind, root / kind))
 
 
-_ELSEWHERE = ("gemma4", "gemma4_26b", "nemotron_super_omni")
+_ELSEWHERE = ("gemma4", "gemma4_26b", "nemotron_nano_omni")
 
 
 def _once(kind: str) -> object:
@@ -348,6 +348,7 @@ def test_inspect_shows_the_towers_and_what_is_kept_beside(
 _M3_VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16, "num_hidden_layers": 32}
 
 
+@pytest.mark.slow
 def test_minimax_m3_is_covered_at_full_size_to_the_published_byte() -> None:
     """Its repository has 23,416 tensors, by whose headers the payload is 854,172,958,720 bytes."""
     import transformers
