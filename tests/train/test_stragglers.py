@@ -37,6 +37,7 @@ def place() -> str:
     return str(Path(found.__path__[0]).resolve().parent)
 
 
+@pytest.mark.slow
 def test_the_slow_rank_is_named(tmp_path: Path) -> None:
     """Rank 1 slows down behind the first report. Beside a rank of its stage it is slow; alone on its stage it is only
     slower than it was. What is learned is what was."""
