@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,9 +29,6 @@ from mbx.live.routing import TensorSpec
 from mbx.live.sending import BUCKET, Bucket, Sender, To, in_shape
 from mbx.live.shards import Model, Values, unwrap
 from mbx.live.source import Source, source_of
-
-if TYPE_CHECKING:
-    from mbx.live.save import Beside
 
 #: Tensors to take: a pattern, names, or a predicate of names.
 Only = str | Iterable[str] | Callable[[str], bool]
@@ -239,19 +235,18 @@ class Live:
         overwrite: bool = False,
         bucket: int = BUCKET,
         exact_norms: bool = False,
-        beside: Beside | None = None,
     ) -> None:
         """Write the model as a Hugging Face folder, all ranks a share of it; it appears whole, or not at all.
 
         Collective; all ranks see one file system. The folder that this was attached to gives side files, shards and
-        what the model has none of (a vision tower and, without a codec, prediction layers that were not built), unless
-        it is given as `beside`; `files` are texts to put beside, or in place of its own.
+        what the model has none of (a vision tower and, without a codec, prediction layers that were not built);
+        `files` are texts to put beside, or in place of its own.
         `exact_norms` writes norms that are stored as gamma in 16 bits, and in the folder as 1 + gamma, in fp32.
         `codec` stores products as codes and scales, as `mbx convert mcore-to-hf --codec` does.
         """
         from mbx.live.save import How, save
 
-        how = How(dtype, codec, overwrite=overwrite, bucket=bucket, exact_norms=exact_norms, beside=beside)
+        how = How(dtype, codec, overwrite=overwrite, bucket=bucket, exact_norms=exact_norms)
         save(self, Path(folder), how, values, files or {})
 
     def save_adapters(self, folder: str | Path, config: Mapping[str, Value], *, overwrite: bool = False) -> None:

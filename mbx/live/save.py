@@ -47,7 +47,7 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """What is asked for of a folder; see `Live.save`."""
+    """What is asked for of a folder; see `Live.save`. `beside`: in place of what the folder has and the model not."""
 
     dtype: str | None
     codec: Codec | None

@@ -56,11 +56,14 @@ def whole(source: Path, exported: Path, ahead: str) -> None:
     assert before.keys() == after.keys()
     layers = {name for name in before if name.startswith(ahead) and not name.endswith(COPIES)}
     assert layers and all(before[name] == after[name] for name in layers)
+    for copy, of in zip(COPIES, ("model.embed_tokens.weight", "lm_head.weight"), strict=True):
+        for name in before.keys() & {f"{ahead}{copy}"}:  # DeepSeek-V3 stores both again: they follow the trained ones
+            assert before[name] == before[of] and after[name] == after[of] != before[of]
     weights = {name for name in before if name.endswith("o_proj.weight")} - layers
     assert weights and all(before[name][2] != after[name][2] for name in weights)
 
 
-@pytest.mark.parametrize("family", sorted(AHEAD))
+@pytest.mark.parametrize("family", ["deepseek_v3", "mimo", pytest.param("glm4_moe", marks=pytest.mark.slow)])
 def test_what_is_left_out_comes_back(family: str, tmp_path: Path) -> None:
     source = make(family, tmp_path / "source")
     run_here(asked(source, tmp_path / "run", run={"export_every": 1}))
@@ -87,17 +90,6 @@ def test_a_run_says_what_it_leaves_out(tmp_path: Path) -> None:
     adapters = asked(source, tmp_path / "run", lora={"rank": 4})
     for one in (with_them, adapters):  # an adapter's base keeps its own
         assert "left out" not in prepare(parse_recipe(one), dry=True).start.why
-
-
-def test_copies_in_them_follow_what_they_repeat(tmp_path: Path) -> None:
-    """DeepSeek-V3 stores the embedding and the head again: those of a trained model are its own."""
-    source = make("deepseek_v3", tmp_path / "source")
-    run_here(asked(source, tmp_path / "run", run={"export_every": 1}))
-    for folder in (export_run(tmp_path / "run", tmp_path / "out")[0], tmp_path / "run" / "export" / "step_0000001"):
-        before, after = stored(source), stored(folder)
-        for copy, of in zip(COPIES, ("model.embed_tokens.weight", "lm_head.weight"), strict=True):
-            assert before[f"model.layers.4.{copy}"] == before[of]
-            assert after[f"model.layers.4.{copy}"] == after[of] != before[of]
 
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:

@@ -146,6 +146,28 @@ def test_ranks_step_the_whole_matrix(tmp_path: Path) -> None:
 
 
 @there
+@pytest.mark.slow
+def test_experts_are_stepped_where_they_are(tmp_path: Path) -> None:
+    """Shared out over ranks, whole or cut like the rest, as on one alone."""
+    folder = str(make("qwen3_moe", tmp_path / "model"))
+
+    def recipe(name: str, divisor: int = 2, **parallel: object) -> Raw:
+        optim = {"optimizer": "muon", "lr": 1e-2, "muon_extra_scale": 0.2, "muon_precision": "highest"}
+        train: dict[str, object] = {"steps": 4, "global_batch": 4}
+        model: dict[str, object] = {"path": folder, "vocab_divisor": divisor, "config": {"moe_aux_loss_coeff": 0.0}}
+        return asked(tmp_path / name, optim, train=train, model=model, parallel=parallel)
+
+    alone = run_here(recipe("alone"))
+    jobs: list[dict[str, object]] = [{"recipe": recipe("shared", ep=2, distributed_optimizer=False)}]
+    jobs += [
+        {"recipe": recipe("cut", divisor=1, tp=2, etp=2)},
+        {"recipe": recipe("both", divisor=1, tp=2, ep=2, etp=1)},
+    ]
+    for found in run_world(2, jobs, tmp_path / "out.json"):
+        assert found == pytest.approx(alone, rel=1e-5)
+
+
+@there
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_is_the_same_run(precision: str, tmp_path: Path) -> None:
     def recipe(name: str, steps: int) -> Raw:

@@ -49,7 +49,7 @@ def beside_of(plan: Blueprint, base: str, last: Path | None = None) -> Iterator[
     Where that folder is gone, it is what the run's `last` checkpoint carries; StorageError where that has none.
     """
     table = plan.table
-    if plan.hf is None or table is None:
+    if plan.hf is None or table is None or not (table.beside or _may_leave_out(plan)):
         yield None
         return
     folder = tower_folder(plan.hf, base) if table.beside else Path(base)
@@ -60,13 +60,13 @@ def beside_of(plan: Blueprint, base: str, last: Path | None = None) -> Iterator[
             return
         with open_checkpoint(folder) as opened:
             yield _found(plan, opened)
-    elif _may_leave_out(plan):
+    elif not _may_leave_out(plan):
+        yield None
+    else:
         kept = _again(plan, folder, last)
         assert last is not None
         with contextlib.closing(FileSource(last)) as source:
             yield Beside({}, kept, {}, kept, source)
-    else:
-        yield None
 
 
 def said_of(plan: Blueprint, base: str, last: Path | None) -> str:

@@ -96,7 +96,8 @@ def export_beside(
 
     from mbx.live import attach
     from mbx.live.exchange import agreed
-    from mbx.live.save import Beside
+    from mbx.live.save import Beside, How, save
+    from mbx.live.sending import BUCKET
 
     assert plan.hf is not None  # the recipe was refused without
     with agreed():
@@ -124,7 +125,7 @@ def export_beside(
     files = {TEMPLATE_FILE: template.encode()} if template else {}
     with beside_of(plan, base, recipe.run_dir / f"iter_{step:07d}") as found:
         carried = Beside() if found is None else Beside(found.tensors, found.copies, found.source)
-        live.save(target, "model", files=files, exact_norms=True, beside=carried)
+        save(live, target, How("model", None, False, BUCKET, exact_norms=True, beside=carried), None, files)
     return f"{target}: Hugging Face model"
 
 
