@@ -9,7 +9,6 @@ from pathlib import Path
 from converters.errors import DeviceError, MbxError, StorageError, UnsupportedError, UsageError
 from mbx.formats import hf
 from mbx.formats.adapter_folder import is_adapter
-from mbx.formats.torch_dist import TRACKER
 from mbx.train.budget.blocks import check_blocks
 from mbx.train.budget.images import Looks, looks_of
 from mbx.train.checkpoints.beside import said_of
@@ -17,8 +16,6 @@ from mbx.train.checkpoints.state import (
     check_continues,
     check_same_rows,
     check_vocabulary,
-    finished,
-    latest,
     read_recipe,
     read_state,
 )
@@ -38,9 +35,10 @@ from mbx.train.model.teacher import Teacher, check_student, check_teacher, logit
 from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import LORA, Lora, Recipe
 from mbx.train.run.dataset import Dataset, read_data, with_steps
+from mbx.train.run.first_weights import Start, continued_at, decide
 from mbx.train.run.hooks import NO_HOOKS, Hooks
 from mbx.train.run.layers import check_axes, check_local
-from mbx.train.run.log import check_writers, only_begun
+from mbx.train.run.log import check_writers
 from mbx.train.run.rewind import check_rewind
 from mbx.train.run.stragglers import check_stragglers
 
@@ -51,67 +49,6 @@ _KEYS = {
 }
 #: Rows that a teacher's words are looked up for ahead of a run, which takes a second.
 _LOOKED_AT = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where a run begins: `how` is `init` (weights from `path`), `random`, or `resume` (everything from `path`)."""
-
-    how: str
-    path: Path | None
-    why: str
-
-
-def decide(recipe: Recipe, init_from: str | None, resume: bool, anew: bool = False) -> Start:
-    """Where this run starts, and why; UsageError or StorageError where that is not possible or not clear.
-
-    `anew`: what a start left that ended before its first checkpoint is in nobody's way.
-    """
-    run, found = recipe.run_dir, _continued_at(recipe.run_dir) if anew else latest(recipe.run_dir)
-    used = run.is_dir() and any(run.iterdir()) and not (anew and only_begun(run))
-    again = "it holds no checkpoint: remove it, or run.dir=NAME starts another"
-    if not found and (lost := finished(run)):
-        number = int(lost[-1].name.removeprefix("iter_"))
-        again = f"its tracker is gone: echo {number} > {run / TRACKER} makes ‹resume› continue from {lost[-1].name}"
-    if init_from and resume:
-        raise UsageError("‹init-from› starts a new run and ‹resume› continues one: give one of them")
-    if resume:
-        if found is None:
-            hint = again if used else "leave ‹resume› out to start the run"
-            raise StorageError(f"‹resume›: `{run}` has no checkpoint that its tracker names", hint=hint)
-        return Start("resume", found, f"resuming {run} at {found.name}")
-    if used:
-        hint = "‹resume› continues it; run.dir=NAME starts another" if found else again
-        raise UsageError(f"the run folder `{run}` is not empty", hint=hint)
-    if init_from:
-        if not Path(init_from).is_dir():
-            what = "is no folder" if Path(init_from).exists() else "does not exist"
-            raise StorageError(f"‹init-from›: `{init_from}` {what}")
-        if is_adapter(init_from):
-            raise UsageError(
-                f"‹init-from›: `{init_from}` holds adapters, and lora.rank 0 trains every weight",
-                hint="lora.rank=N continues them on model.path; `mbx convert merge` makes a base that includes them",
-            )
-        return Start("init", Path(init_from), f"new run in {run}, weights from {init_from}")
-    if recipe.model.init == "random":
-        if recipe.lora.rank and recipe.run.save:
-            raise UsageError(
-                "adapters on random weights cannot be resumed or merged: no checkpoint holds their base",
-                hint="model.init=pretrained, or ‹init-from› DIR; run.save=false trains without checkpoints",
-            )
-        return Start("random", None, f"new run in {run}, random weights (seed {recipe.train.seed})")
-    if not recipe.model.path:
-        raise UsageError(
-            f"recipe `{recipe.name}` trains pretrained weights, and no model is named",
-            hint="model=DIR names a Hugging Face folder; model.init=random draws new weights",
-        )
-    adapter = f", adapters from {recipe.lora.adapter}" if recipe.lora.adapter else ""
-    return Start("init", Path(recipe.model.path), f"new run in {run}, weights from {recipe.model.path}{adapter}")
-
-
-def _continued_at(run: Path) -> Path | None:
-    """The checkpoint that a run goes on from: its tracker's, or a whole one that a start left without a tracker."""
-    return latest(run) or next(reversed(finished(run)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +96,7 @@ def prepare(
     they say what is learned, passes are not recorded. `dry`: nothing will be trained, so the processes, the GPU and
     the weights need not be there.
     """
-    if anew and _continued_at(recipe.run_dir):
+    if anew and continued_at(recipe.run_dir):
         init_from, resume = None, True
     if recipe.lora.rank:
         hooks.method(recipe.lora.method)
@@ -290,6 +227,8 @@ def _with_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, data: Dataset) -
     if recipe.distill.teacher:
         raise UnsupportedError("a teacher reads text alone, and rows show images", hint="leave out distill.teacher")
     check_images(recipe, plan, ranks, data.eyes.sight)
+    if recipe.train.cuda_graph == "auto":  # until a GPU has recorded a row with images
+        recipe = replace(recipe, train=replace(recipe.train, cuda_graph="off"))
     if learns(recipe):  # which a micro-batch without images would not reach
         recipe = replace(recipe, parallel=replace(recipe.parallel, overlap_grad_reduce=False))
     if not (recipe.data.packs and ranks.te):  # whose packed rows turn by a count of their own
