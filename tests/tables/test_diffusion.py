@@ -49,8 +49,10 @@ FULL_SIZE = (
     *("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.2-T2V-A14B", "Wan2.2-TI2V-5B"),
     "FLUX.1-dev",
 )
+#: Of the tables' two models each, those whose rows another one has all of.
+ALIKE = ("wan2_2", "flux_schnell")
 LAYOUTS = [
-    pytest.param(name, tp, pp, id=f"{name}-tp{tp}-pp{pp}")
+    pytest.param(name, tp, pp, id=f"{name}-tp{tp}-pp{pp}", marks=[pytest.mark.slow] if name in ALIKE else [])
     for name in NAMES
     for tp in (1, 2, 4)
     for pp in ((1,) if name.startswith("flux") else (1, 2))
