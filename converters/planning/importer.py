@@ -69,16 +69,17 @@ def plan_import(
             waived_unused=unused,
             dropped=tuple(planner.dropped),
             repeated=tuple(name for name, _ in planner.equal),
-            beside=beside,
+            beside=(*beside, *planner.beside),
         ),
         equal=tuple(planner.equal),
         padded=tuple(planner.padded),
         objects=tuple(dict.fromkeys([*planner.objects, *states_of_model(table.family, prefix=table.prefix)])),
-        kept=(*planner.dropped, *planner.shifted, *beside),
+        kept=(*planner.dropped, *planner.shifted, *beside, *planner.beside),
         notes=(
             *inexpressible_rope(canonical(hf_config)),
             *inexpressible_groups(config),
             *_idle_quantization(hf_config, encoded),
+            *_without_place(planner.beside),
             *provenance_note(hf_config),
         ),
         dtype_changes=planner.dtype_changes + Counter((e.codec.name, e.tensor.dtype) for e in encoded.values()),
@@ -95,6 +96,14 @@ def _idle_quantization(config: Mapping[str, Value], encoded: Mapping[str, Encode
         return ()
     method = quantization.get("quant_method")
     return (f"config.json says quantised by {method}, and no tensor is: all are read as they stand",)
+
+
+def _without_place(names: list[str]) -> tuple[str, ...]:
+    """What to say of parts of a model that its Megatron twin lacks."""
+    if not names:
+        return ()
+    what = f"{len(names)} tensors, first `{names[0]}`, have no place in the Megatron model"
+    return (f"{what}, which computes without them: they are kept in hf/ and come back",)
 
 
 def _claim(row: Row, name: str) -> str:
@@ -116,12 +125,13 @@ class _Importer:
     equal: list[tuple[str, str]] = field(default_factory=list)
     padded: list[tuple[str, int]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
     shifted: list[str] = field(default_factory=list)
     dtype_changes: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(self, row: Row) -> None:
         if row.spec.drop:
-            self.dropped += row.hf
+            (self.beside if row.spec.beside else self.dropped).extend(row.hf)
             return
         if row.same_as is not None:
             self.equal.append((row.hf[0], row.same_as))

@@ -76,7 +76,8 @@ def pair_by_table(
     same = {name for name in left if name in right and left[name].shape == right[name].shape}
     joiner = Joiner.at(table, config)
     mine, other = (list(table.expand(joiner.env, names)) for names in (left, right))
-    spare = {name for row in (*mine, *other) if row.spec.drop or row.same_as for name in row.hf}
+    copies = (row for row in (*mine, *other) if row.spec.drop and not row.spec.beside or row.same_as)
+    spare = {name for row in copies for name in row.hf}
     by_name, respelt = _pairs(mine, other, left, right, same)
     same |= by_name
     units = [unit for name in left if name in same for unit in same_units(left[name], right[name], 0)]

@@ -131,5 +131,5 @@ def _over(own: Raw, other: Raw) -> dict[str, object]:
 
 def _is_entry(table: Raw) -> bool:
     """Whether a table of TOML is one row, one field of the config or one site."""
-    told = OPS.keys() | {"hf", "drop", "rows"}
+    told = OPS.keys() | {"hf", "drop", "beside", "rows"}
     return any(key in told and not isinstance(value, Mapping) for key, value in table.items())

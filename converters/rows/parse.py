@@ -26,7 +26,9 @@ _TOP_KEYS = frozenset(
     """model_types architectures mcore notes unsupported extends names experts gamma config text towers kept flavours
     dims kinds sites when rows""".split()
 )
-_ROW_KEYS = frozenset("transpose unsqueeze hf_gamma dtype keep_dtype when optional same_as drop hf state last".split())
+_ROW_KEYS = frozenset(
+    "transpose unsqueeze hf_gamma dtype keep_dtype when optional same_as drop beside hf state last".split()
+)
 _FLAGS = ("transpose", "unsqueeze", "keep_dtype", "optional")
 _SITE_KEYS = frozenset("hf mcore first n rows optional part when outer".split())
 _TEXT_KEYS = frozenset("table names rows".split())
@@ -223,10 +225,11 @@ class _Parser:
         spec: dict[str, object] = {"copy": value} if isinstance(value, str) else self.mapping(where, value)
         ops = [key for key in spec if key in OPS]
         self.keys(where, spec, _ROW_KEYS | frozenset(OPS))
-        if "same_as" in spec or "drop" in spec:
+        left_out = next((key for key in ("drop", "beside") if key in spec), "")
+        if "same_as" in spec or left_out:
             if ops:
                 self.fail(where, "a repeated or dropped tensor takes no op")
-            hf: object = spec.get("hf", spec.get("drop"))
+            hf: object = spec.get("hf", spec.get(left_out))
             op = "copy"
         elif len(ops) != 1:
             self.fail(where, f"exactly one op is needed, got {ops or 'none'}; ops are {', '.join(sorted(OPS))}")
@@ -239,7 +242,7 @@ class _Parser:
         for text in (param, *names):
             if unknown := set(re.findall(r"\{[^}]*\}", text)) - {"{L}", "{I}", "{E}"}:
                 self.fail(where, f"unknown placeholder {', '.join(sorted(unknown))}; known are {{L}}, {{I}}, {{E}}")
-        if any("{E}" in name for name in names) and "{E}" not in param and "drop" not in spec:
+        if any("{E}" in name for name in names) and "{E}" not in param and not left_out:
             self.fail(where, "a tensor per expert needs `{E}` in the Megatron Core name")
         hf_gamma = str(spec.get("hf_gamma", gamma.get("hf", "one")))
         if hf_gamma not in GAMMA:
@@ -259,9 +262,10 @@ class _Parser:
             dtype="F32" if dtype else None,
             keep_dtype=flags["keep_dtype"],
             when=str(spec["when"]) if "when" in spec else None,
-            optional=flags["optional"] or "drop" in spec,
+            optional=flags["optional"] or bool(left_out),
             same_as=str(spec["same_as"]) if "same_as" in spec else None,
-            drop="drop" in spec,
+            drop=bool(left_out),
+            beside=left_out == "beside",
             state=NO_STATE if (said := spec.get("state", False)) == NO_STATE else self.flag(where, "state", said),
             last=self.numbers(f"{where}.last", spec.get("last", {})),
         )

@@ -17,7 +17,8 @@ class RowSpec:
 
     `shift` is added to values on the way to Megatron Core. `dtype` is what Megatron Core stores whatever the source
     has; `keep_dtype` exempts the row from a requested cast. `same_as` names the Hugging Face tensor this one repeats;
-    `drop` marks one that Megatron Core has no place for. `state` marks a module of Megatron Core's own that has an
+    `drop` marks one that Megatron Core has no place for; where it is no buffer but a part of the model, it is also
+    `beside`. `state` marks a module of Megatron Core's own that has an
     `_extra_state` where its name does not say so, or has none where it does (`NO_STATE`). `unsqueeze` marks a Hugging
     Face tensor with a first dimension of 1 before the parameter's own. `last` are sizes of last dimensions of Hugging
     Face tensors, which tell spellings under one name apart.
@@ -35,6 +36,7 @@ class RowSpec:
     optional: bool = False
     same_as: str | None = None
     drop: bool = False
+    beside: bool = False
     state: bool | str = False
     last: Mapping[str, str | int] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -90,6 +91,17 @@ class Table:
             own = [name for name in own if not any(at.startswith(name) or name.startswith(at) for at in held)]
         ways: tuple[Mapping[str, str], ...] = self.wrapped or ({},)
         return tuple(dict.fromkeys(respelt(name, way) for way in ways for name in own))
+
+    def travels(self, name: str) -> bool:
+        """Whether a tensor of a folder is no part of what this table converts, and travels beside it."""
+        return name.startswith(self.beside) or any(pattern.fullmatch(name) for pattern in self._beside_rows())
+
+    def _beside_rows(self) -> Iterator[re.Pattern[str]]:
+        """Names of rows that travel so, whatever their numbers."""
+        for site in self.sites:
+            for spec in (spec for block in site.blocks for row in self.blocks[block] for spec in row if spec.beside):
+                for name in spec.hf:
+                    yield re.compile(re.sub(r"\\{[LI]\\}", r"\\d+", re.escape(site.hf + name)))
 
     @property
     def prefix(self) -> str:

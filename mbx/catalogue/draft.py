@@ -130,7 +130,7 @@ def _rows(name: str, table: Raw) -> Iterable[_Row]:
             for param, value in blocks[block].items():
                 for option in value if isinstance(value, list) else [value]:
                     names = _names(option)
-                    if names and "drop" not in (option if isinstance(option, dict) else {}):
+                    if names and {"drop", "beside"}.isdisjoint(option if isinstance(option, dict) else ()):
                         yield _Row(name, site, block, param, option, tuple(spec.get("hf", "") + n for n in names))
 
 

@@ -186,11 +186,11 @@ def _beside_of(checkpoint: Checkpoint, mapping: str | None) -> dict[str, StoredT
     if config is None or checkpoint.hf is None:
         return {}
     try:
-        beside = table_for(config, mapping).beside
+        table = table_for(config, mapping)
     except MbxError:
         return {}
-    kept = kept_tensors(checkpoint.home, checkpoint.hf) if beside else {}
-    return {name: tensor for name, tensor in kept.items() if name.startswith(beside)}
+    kept = kept_tensors(checkpoint.home, checkpoint.hf)
+    return {name: tensor for name, tensor in kept.items() if table.travels(name)}
 
 
 def _arranged_otherwise(first: Checkpoint, second: Checkpoint, mapping: str | None) -> bool:

@@ -49,8 +49,10 @@ FULL_SIZE = (
     *("Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.1-I2V-14B-480P", "Wan2.2-T2V-A14B", "Wan2.2-TI2V-5B"),
     "FLUX.1-dev",
 )
+#: Of the tables' two models each, those whose rows another one has all of.
+ALIKE = ("wan2_2", "flux_schnell")
 LAYOUTS = [
-    pytest.param(name, tp, pp, id=f"{name}-tp{tp}-pp{pp}")
+    pytest.param(name, tp, pp, id=f"{name}-tp{tp}-pp{pp}", marks=[pytest.mark.slow] if name in ALIKE else [])
     for name in NAMES
     for tp in (1, 2, 4)
     for pp in ((1,) if name.startswith("flux") else (1, 2))
@@ -88,10 +90,11 @@ def test_table_covers_the_full_size_model_both_ways(reference: str) -> None:
     plan = plan_import(table, config, stored(headers), Layout(tp=4))
     assert plan.ledger.consumed == len(headers)
     back = plan_export(table, plan.config, stored({d.name: (d.dtype, d.shape) for d in plan.drafts}))
-    expected = {name: header for name, header in headers.items() if name not in plan.ledger.dropped}
+    expected = {name: header for name, header in headers.items() if name not in plan.ledger.beside}
     assert {draft.name: (draft.dtype, draft.shape) for draft in back.drafts} == expected
-    assert bool(plan.ledger.dropped) == ("-I2V" in reference), "the image branch travels beside the checkpoint"
-    assert set(plan.ledger.dropped) == set(plan.kept)
+    assert bool(plan.ledger.beside) == ("-I2V" in reference), "the image branch travels beside the checkpoint"
+    assert set(plan.ledger.beside) == set(plan.kept) and not plan.ledger.dropped
+    assert [note for note in plan.notes if "computes without them" in note] == list(plan.notes[: "-I2V" in reference])
 
 
 def shortened(reference: str) -> Case:
@@ -245,6 +248,24 @@ def test_a_changed_value_is_found(folder: Callable[[str], Path], tmp_path: Path,
     assert [leg.name for leg in report.legs if leg.status == "failed"] == ["weights"]
     found = diff(folder(name), changed)
     assert [change.name for change in found.changes] == [last] and not found.config
+
+
+def test_what_travels_beside_is_compared(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The image branch, between a folder and a checkpoint and between two checkpoints."""
+    from safetensors.torch import load_file, save_file
+
+    mcore = imported(folder("wan_i2v"), tmp_path / "mcore")
+    changed = Path(shutil.copytree(folder("wan_i2v"), tmp_path / "changed"))
+    for file in changed.glob("*.safetensors"):
+        tensors = load_file(file)
+        for key in (key for key in tensors if "1.attn2.add_k_proj.weight" in key or key.endswith("pos_embed")):
+            tensors[key].view(-1)[-1] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+    for right in (changed, imported(changed, tmp_path / "other")):
+        weights = next(leg for leg in parity(right, mcore).legs if leg.name == "weights")
+        assert weights.status == "failed"
+        assert {"add_k_proj", "pos_embed"} <= {part for line in weights.details for part in re.split(r"\W+", line)}
+    assert parity(imported(folder("wan_i2v"), tmp_path / "again", Layout(tp=2)), mcore).passed
 
 
 @pytest.mark.parametrize(("name", "layout"), [("wan", Layout(tp=2, pp=2)), ("flux", Layout(tp=4))])

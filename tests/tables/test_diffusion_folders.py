@@ -85,6 +85,19 @@ def test_a_cast_leaves_config_as_it_is(folder: Callable[[str], Path], tmp_path: 
     assert (made / "config.json").read_bytes() == (folder("wan") / "config.json").read_bytes()
 
 
+def test_what_diffusers_saves_in_16_bits_comes_back(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Wan's class keeps some modules in fp32 whatever is asked for, and saves them so."""
+    import diffusers
+
+    kept = diffusers.WanTransformer3DModel.from_pretrained(folder("wan"), torch_dtype=torch.bfloat16)
+    kept.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
+    opened = open_checkpoint(tmp_path / "saved")
+    assert {tensor.dtype for tensor in opened.tensors.values()} == {"BF16", "F32"} and len(opened.weight_files) > 1
+    mcore = imported(tmp_path / "saved", tmp_path / "mcore", Layout(tp=2, pp=2))
+    same_files(tmp_path / "saved", exported(mcore, tmp_path / "hf"))
+    assert parity(tmp_path / "saved", mcore).passed
+
+
 def test_both_transformers_of_a_pipeline_convert(tmp_path: Path) -> None:
     pipeline = make_pipeline(tmp_path / "pipeline")
     with pytest.raises(StorageError, match=r"`transformer`, `transformer_2`") as error:
