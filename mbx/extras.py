@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import cache
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -68,7 +69,8 @@ def install_line(extra: str) -> str:
 def _installer() -> str:
     """`pip install`, so said that the packages come to the Python that runs, and by uv where it alone is there."""
     python = quote(sys.executable)
-    if find_spec("pip") is None and which("uv"):
+    # by its path alone: setuptools' hook takes a question for pip as a sign that pip runs, and lets go of distutils
+    if PathFinder.find_spec("pip") is None and which("uv"):
         return f"uv pip install --python {python}"
     found = which("pip")
     beside = found is not None and Path(found).parent == Path(sys.executable).parent

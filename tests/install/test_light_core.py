@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from _without import mbx, run_all, without
@@ -120,8 +123,15 @@ def test_what_installs_is_of_the_python_that_runs(
     places = {"pip": python.with_name("pip") if pip == "beside" else pip and tmp_path / "bin" / "pip", "uv": uv}
     monkeypatch.setattr(extras.sys, "executable", str(python))
     monkeypatch.setattr(extras, "which", lambda name: places[name] and str(places[name]))
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if pip == "not importable" else object())
+    found = None if pip == "not importable" else object()
+    monkeypatch.setattr(extras, "PathFinder", SimpleNamespace(find_spec=lambda name: found))
     assert extras._installer.__wrapped__() == installer.format(python=python)
+
+
+def test_setuptools_is_imported_behind_a_line_that_installs() -> None:
+    """Its hook lets go of its own distutils once it is asked for pip, and then it cannot be imported."""
+    code = "from mbx.extras import install_line; install_line('verify'); import setuptools"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_one_place_knows_the_name_and_every_extra_exists() -> None:
