@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mbx.train.run.prepare import Prepared
 
 RECIPE, LENGTH, RANK = "qwen35_9b_lora", 2048, 64
+#: What mbx is told of CUDA graphs, `off` in the environment's MBX_GRAPH runs kernel by kernel.
+GRAPH = os.environ.get("MBX_GRAPH", "on")
 _SENTENCE = "The quick brown fox jumps over the lazy dog; the dog does not mind at all. "
 
 
@@ -104,7 +106,7 @@ def prepared(folder: Path, length: int, steps: int = 2, tiny: bool = False) -> P
     raw: dict[str, dict[str, Any]] = {
         "model": {"path": str(folder), "config": {"mtp_num_layers": 0}},
         "data": {"kind": "auto", "path": str(folder / "chats" / "chats.jsonl"), "length": length, "pack": False},
-        "train": {"steps": steps, "micro_batch": 1, "global_batch": 1},
+        "train": {"steps": steps, "micro_batch": 1, "global_batch": 1, "cuda_graph": GRAPH},
         "optim": {"lr": 1e-4, "warmup_steps": 0},
         "lora": {"rank": RANK, "alpha": 2.0 * RANK},
         "run": {"dir": str(run), "save": False, "device": "cpu" if tiny else "auto"},
