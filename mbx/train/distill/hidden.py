@@ -84,6 +84,8 @@ class Hidden:
             student = unwrap(chunk)
             layers, others = _layers(student), _layers(teacher)
             for pair in _held(student, pairs):
+                if pair.projected:
+                    _keep_output(layers[pair.student])
                 layers[pair.student].register_forward_hook(self._hears(chunk, pair))
             for number in {pair.teacher for pair in _held(student, pairs)}:
                 others[number].register_forward_hook(self._says(number))
@@ -197,6 +199,13 @@ def _states(output: Any) -> torch.Tensor:
 def _layers(model: nn.Module) -> dict[int, nn.Module]:
     """The decoder layers of a bare chunk by their number in the whole model, from 1."""
     return {int(layer.layer_number): layer for layer in model.decoder.layers}  # type: ignore[union-attr]
+
+
+def _keep_output(layer: nn.Module) -> None:
+    """Let a layer that is computed again compute its output too: a projection reads it for its weight's gradient."""
+    for module in layer.modules():
+        if getattr(module, "ends_checkpoint", False):
+            module.ends_checkpoint = False  # type: ignore[assignment]
 
 
 def _held(model: nn.Module, pairs: Sequence[Pair]) -> list[Pair]:
