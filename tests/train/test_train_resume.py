@@ -128,3 +128,27 @@ def test_only_the_last_checkpoints_stay(tmp_path: Path) -> None:
     job["train"] = {**job["train"], "steps": 4}
     run_here(job)
     assert sorted(p.name for p in (tmp_path / "run").glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+
+
+def test_adapters_keep_the_base_that_they_began_on(tmp_path: Path) -> None:
+    """A run that others started from goes on; their frozen weights stay those of the iteration that it had."""
+
+    def plain(steps: int) -> Raw:
+        return raw(tmp_path / "first", train={"steps": steps, "global_batch": 2}, run={"keep": 0})
+
+    def adapters(name: str, steps: int) -> Raw:
+        train = {"steps": steps, "global_batch": 2}
+        return raw(tmp_path / name, train=train, optim={"schedule": "constant"}, lora={"rank": 2})
+
+    run_here(plain(1))
+    expected = run_here(adapters("whole", 2), init_from=str(tmp_path / "first"))
+    run_here(adapters("run", 1), init_from=str(tmp_path / "first"))
+    run_here(plain(2), resume=True)
+    state = tmp_path / "run" / "iter_0000001" / "mbx_train.json"
+    assert json.loads(state.read_text())["base"] == str(tmp_path / "first" / "iter_0000001")
+    assert run_here(adapters("run", 2), resume=True) == expected[1:]
+    older = {**json.loads(state.read_text()), "base": str(tmp_path / "first")}  # as older releases recorded it
+    shutil.rmtree(tmp_path / "run" / "iter_0000002")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("1")
+    state.write_text(json.dumps(older))
+    assert run_here(adapters("run", 2), resume=True) != expected[1:]
