@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.errors import StorageError
+from converters.errors import StorageError, UnsupportedError, UsageError
 from converters.mcore.keys import bare
 from converters.protocols import Source
 from converters.tensors import StoredTensor
 from mbx.formats import hf
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.files import FileSource
-from mbx.formats.prediction import LeftOut, left_out, rows_ahead
+from mbx.formats.prediction import HEADS, LeftOut, left_out, rows_ahead
 from mbx.formats.registry import open_checkpoint
 from mbx.formats.views import hf_tensors
 from mbx.text import human_bytes, plural
@@ -78,6 +78,27 @@ def said_of(plan: Blueprint, base: str, last: Path | None) -> str:
         return (
             f"prediction layers are left out: their {plural(len(found.ahead), 'tensor')} ({size}) are kept beside the "
             "checkpoints, and exported as they are"
+        )
+
+
+def check_predictions(before: Blueprint, now: Blueprint) -> None:
+    """UsageError where a resumed run would have another number of prediction layers than before: those that it
+    trained would be lost, or new ones begin anew."""
+    had, has = (plan.config.get(HEADS) or 0 for plan in (before, now))
+    if had != has:
+        raise UsageError(
+            f"‹resume›: the run trained with {had} prediction layers, now it would have {has}",
+            hint=f"model.config.{HEADS}={had} continues it; ‹init-from› with run.dir=NAME starts another run",
+        )
+
+
+def check_random(plan: Blueprint) -> None:
+    """UnsupportedError where a model of random weights leaves out prediction layers that its config.json names."""
+    if plan.hf is not None and plan.table is not None and _may_leave_out(plan):
+        raise UnsupportedError(
+            f"prediction layers are left out that `{plan.hf / hf.CONFIG}` has: random weights have none to keep, and "
+            "an export would lack them",
+            hint=f"leave model.config.{HEADS} as config.json has it, or name a folder whose config.json has none",
         )
 
 
