@@ -14,7 +14,7 @@ import pytest
 from _trainings import Raw, raw, run_here
 from safetensors.torch import load_file, save_file
 
-from converters.errors import StorageError, UnsupportedError
+from converters.errors import StorageError, UnsupportedError, UsageError
 from converters.pruning.choosing import Pruning
 from fixtures.make_tiny import make
 from mbx.formats.registry import open_hf
@@ -153,3 +153,40 @@ def test_adapters_merged_into_their_base(tmp_path: Path) -> None:
 
 def _imported(source: Path, work: Path) -> Path:
     return run(plan_hf_to_mcore(source, work / "imported", replace(Options(), overwrite=True))).target
+
+
+def test_a_resumed_run_keeps_its_prediction_layers(tmp_path: Path) -> None:
+    """Those that it trained are not replaced by the source's, nor do left-out ones begin to learn."""
+    source = make("mimo", tmp_path / "source")
+    for had, has in ((1, 0), (0, 1)):
+        before, after = (asked(source, tmp_path / f"run{had}") for _ in range(2))
+        before["model"]["config"], after["model"]["config"] = {"mtp_num_layers": had}, {"mtp_num_layers": has}
+        run_here(before)
+        with pytest.raises(UsageError, match=f"with {had} prediction layers, now it would have {has}") as raised:
+            prepare(parse_recipe(after), resume=True)
+        assert raised.value.hint and f"mtp_num_layers={had} " in raised.value.hint
+        assert "‹init-from›" in raised.value.hint
+        prepare(parse_recipe(before), resume=True)
+    del after["model"]["config"]  # what config.json says is no change
+    with pytest.raises(UsageError, match="prediction layers"):
+        prepare(parse_recipe(after), resume=True)
+    del before["model"]["config"]
+    before["run"]["dir"] = str(tmp_path / "run1")
+    prepare(parse_recipe(before), resume=True)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "mimo"])
+def test_random_weights_have_none_to_keep(family: str, tmp_path: Path) -> None:
+    source = make(family, tmp_path / "source")
+    asking = asked(source, tmp_path / "run", run={"export_every": 1})
+    asking["model"]["init"] = "random"
+    with pytest.raises(UnsupportedError, match="random weights have none to keep") as raised:
+        prepare(parse_recipe(asking), dry=True)
+    assert raised.value.hint and "leave model.config.mtp_num_layers as config.json has it" in raised.value.hint
+    config = json.loads((source / "config.json").read_text())
+    unsaved = {**asking, "run": {**asking["run"], "save": False, "export_every": 0}}
+    prepare(parse_recipe(unsaved), dry=True)
+    del asking["model"]["config"]
+    prepare(parse_recipe(asking), dry=True)
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    prepare(parse_recipe(asking), dry=True)

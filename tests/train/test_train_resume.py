@@ -128,3 +128,27 @@ def test_only_the_last_checkpoints_stay(tmp_path: Path) -> None:
     job["train"] = {**job["train"], "steps": 4}
     run_here(job)
     assert sorted(p.name for p in (tmp_path / "run").glob("iter_*")) == ["iter_0000003", "iter_0000004"]
+
+
+def test_adapters_keep_the_base_that_they_began_on(tmp_path: Path) -> None:
+    """A run that others started from goes on; their frozen weights stay those of the iteration that it had."""
+    every: dict[str, object] = {"save_every": 1, "keep": 0}
+
+    def plain(steps: int) -> Raw:
+        return raw(tmp_path / "first", train={"steps": steps, "global_batch": 2}, run=every)
+
+    def again(**state: str) -> list[float]:
+        shutil.rmtree(adapters / "iter_0000002")
+        (adapters / "latest_checkpointed_iteration.txt").write_text("1")
+        said.write_text(json.dumps(json.loads(said.read_text()) | state))
+        return run_here(asked, resume=True)
+
+    adapters = tmp_path / "adapters"
+    said = adapters / "iter_0000001" / "mbx_train.json"
+    asked = raw(adapters, train={"steps": 2, "global_batch": 2}, lora={"rank": 2}, run=every)
+    run_here(plain(1))
+    expected = run_here(asked, init_from=str(tmp_path / "first"))
+    run_here(plain(2), resume=True)
+    assert json.loads(said.read_text())["base"] == str(tmp_path / "first" / "iter_0000001")
+    assert again() == expected[1:]
+    assert again(base=str(tmp_path / "first")) != expected[1:]  # as older releases recorded it: read, and newer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from converters.errors import StorageError, UsageError
 from mbx.formats.adapter_folder import is_adapter
-from mbx.formats.torch_dist import TRACKER
+from mbx.formats.torch_dist import TRACKER, find_iteration
 from mbx.train.checkpoints.state import finished, latest
 from mbx.train.recipe.sections import Recipe
 from mbx.train.run.log import only_begun
@@ -52,7 +52,9 @@ def decide(recipe: Recipe, init_from: str | None, resume: bool, anew: bool = Fal
                 f"‹init-from›: `{init_from}` holds adapters, and lora.rank 0 trains every weight",
                 hint="lora.rank=N continues them on model.path; `mbx convert merge` makes a base that includes them",
             )
-        return Start("init", Path(init_from), f"new run in {run}, weights from {init_from}")
+        # by the iteration: a run that goes on has another one later, and an adapter's base is read again
+        path = find_iteration(Path(init_from)) or Path(init_from)
+        return Start("init", path, f"new run in {run}, weights from {path}")
     if recipe.model.init == "random":
         if recipe.lora.rank and recipe.run.save:
             raise UsageError(

@@ -11,7 +11,7 @@ from mbx.formats import hf
 from mbx.formats.adapter_folder import is_adapter
 from mbx.train.budget.blocks import check_blocks
 from mbx.train.budget.images import Looks, looks_of
-from mbx.train.checkpoints.beside import said_of
+from mbx.train.checkpoints.beside import check_predictions, check_random, check_tower, said_of
 from mbx.train.checkpoints.state import (
     check_continues,
     check_same_rows,
@@ -127,6 +127,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
         recipe = replace(recipe, lora=continued(recipe.lora, read_recipe(resumed).lora))
         check_continues(recipe, resumed)
         check_vocabulary(resumed, plan.padded_vocab, recipe.parallel.tp)
+        check_predictions(blueprint(read_recipe(resumed)), plan)
     if plan.table is not None and plan.table.unsupported:
         raise UnsupportedError(
             f"another model would be trained: {plan.table.unsupported}",
@@ -167,14 +168,21 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
     start, data = replace(start, why=start.why + why), read_data(recipe, plan) if why else data
     if resumed:
         check_same_rows(resumed, data.identity)
-    start = _with_left_out(recipe, plan, start)
+    start = _with_beside(recipe, plan, start, data)
     recipe = with_steps(recipe, data)
     logits = _logits(recipe, plan, data)
     return Prepared(recipe, start, ranks, plan, data, teacher, logits)
 
 
-def _with_left_out(recipe: Recipe, plan: Blueprint, start: Start) -> Start:
-    """The start, and what it says of prediction layers that are left out: the checkpoints of a run carry them."""
+def _with_beside(recipe: Recipe, plan: Blueprint, start: Start, data: Dataset) -> Start:
+    """The start, and what it says of prediction layers that are left out: the checkpoints of a run carry them.
+
+    What lies beside the model where it starts has to be what the run has beside it.
+    """
+    if data.eyes is not None and start.how == "init" and start.path:
+        check_tower(plan, start.path)
+    if start.how == "random" and (recipe.run.save or recipe.run.export_every):
+        check_random(plan)
     if not recipe.run.save or recipe.lora.rank:
         return start
     resumed = start.path if start.how == "resume" else None
