@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from converters.codecs.decode import Encoded
 from converters.engine.plan import FLOATS, Draft, Entry, Plan, Unit, as_it_is, with_heads_present
 from converters.engine.regions import matrix
 from converters.errors import CoverageError
+from converters.mcore.keys import bare
 from converters.mcore.layout import Layout
 from converters.mcore.torch_dist import Home
 from converters.planning.join import PADDED, Joiner, moves
@@ -67,7 +68,8 @@ def plan_export(
     rows = rows + _repeats_beside(joiner, rows, sources, origin)
     planner = _Exporter(joiner, sources, origin, dtype, exact_norms)
     own = [(row, joiner.homes(row, sources)) for row in rows if row.same_as is None]
-    own = [(row, homes) for row, homes in own if not _is_beside(row, homes, sources, origin)]
+    away = _layers_beside(own, sources, origin)
+    own = [(row, homes) for row, homes in own if _layer_of(row) not in away]
     missing, unused = settle(
         table.name, "checkpoint", sources, [home.key for _, homes in own for home in homes], waivers
     )
@@ -105,9 +107,25 @@ def plan_export(
     )
 
 
-def _is_beside(row: Row, homes: tuple[Home, ...], sources: Mapping[str, StoredTensor], origin: Origin) -> bool:
-    """Whether a row is of a layer that the model was built without, whose tensors travelled beside it."""
-    return all(name in origin.kept for name in row.hf) and not any(home.key in sources for home in homes)
+def _layer_of(row: Row) -> tuple[str, int | None]:
+    """The layer that a row is of, by where its stack's names begin, and its number there."""
+    return row.site.partition("{")[0], row.index
+
+
+def _layers_beside(
+    rows: Iterable[tuple[Row, tuple[Home, ...]]], sources: Mapping[str, StoredTensor], origin: Origin
+) -> set[tuple[str, int | None]]:
+    """Prediction layers that the model was built without, whose tensors travelled beside it: wholly, or not at all.
+
+    Of any other row what travelled is the original, whose values a run has changed since.
+    """
+    ahead = [(row, homes) for row, homes in rows if bare(row.site).startswith("mtp.")] if origin.kept else []
+    held = {
+        _layer_of(row)
+        for row, homes in ahead
+        if any(home.key in sources for home in homes) or not all(name in origin.kept for name in row.hf)
+    }
+    return {_layer_of(row) for row, _ in ahead} - held
 
 
 def _repeats_beside(joiner: Joiner, rows: list[Row], sources: Mapping[str, StoredTensor], origin: Origin) -> list[Row]:
@@ -115,14 +133,11 @@ def _repeats_beside(joiner: Joiner, rows: list[Row], sources: Mapping[str, Store
     if not origin.kept or origin.recorded is None:
         return []
     every = [row for row in joiner.table.expand(joiner.env, origin.recorded) if not (row.spec.drop or row.kept)]
-    away = {
-        (row.site.partition("{")[0], row.index)
-        for row in every
-        if row.same_as is None and _is_beside(row, joiner.homes(row, sources), sources, origin)
-    }
+    own = [(row, joiner.homes(row, sources)) for row in every if row.same_as is None]
+    away = _layers_beside(own, sources, origin)
     known = {name for row in rows for name in row.hf} | origin.kept.keys()
     copies = [row for row in every if row.same_as is not None and row.hf[0] not in known]
-    return [row for row in copies if (row.site.partition("{")[0], row.index) in away]
+    return [row for row in copies if _layer_of(row) in away]
 
 
 @dataclass(slots=True)

@@ -86,6 +86,7 @@ def _document(found: Diff) -> dict[str, Any]:
             }
             for change in found.changes
         ],
+        "gaps": list(found.gaps),
         "config_compared": found.has_settings,
         "config": [{"key": key, "left": old, "right": new} for key, old, new in found.config],
     }
@@ -94,6 +95,7 @@ def _document(found: Diff) -> dict[str, Any]:
 def _lines(found: Diff, top: int) -> list[str]:
     lines = [f"- `{name}`" for name in found.removed[:top]] + _more(len(found.removed) - top, "removed")
     lines += [f"+ `{name}`" for name in found.added[:top]] + _more(len(found.added) - top, "added")
+    lines += [f"! {gap}" for gap in found.gaps]
     lines += [f"~ config `{key}`: {old!r} → {new!r}" for key, old, new in found.config]
     if shown := found.changes[:top]:
         rows = [("relative", "max |Δ|", "values", "tensor"), *map(_row, shown)]

@@ -23,6 +23,7 @@ from converters.protocols import Source
 from converters.tensors import Chunk, Shape, StoredTensor, nbytes_of
 from mbx.formats import hf
 from mbx.formats.architecture import architecture_of, table_of
+from mbx.formats.kept import fitting_kept, not_written
 from mbx.formats.tensors import NamedTensors, Spec
 
 if TYPE_CHECKING:
@@ -93,9 +94,12 @@ def hf_view(opened: Checkpoint, mapping: str | None = None) -> View:
     if files is not None and quantization is not None:
         files = hf.decoded_layout(files, quantization)
     recorded = None if files is None else {n: tensor for file in files for n, tensor in file.tensors.items()}
-    kept = {} if found.reference is None else hf.kept_tensors(opened.home, found.reference)
+    kept = fitting_kept(opened.home, found.reference, recorded)
     fields = found.table.config.to_mcore(found.config)
-    return View(plan_export(found.table, fields, opened.tensors, Origin(recorded, kept)), opened)
+    plan = plan_export(found.table, fields, opened.tensors, Origin(recorded, kept))
+    if recorded is not None:
+        not_written(plan, found.config, recorded, kept)
+    return View(plan, opened)
 
 
 def hf_tensors(opened: Checkpoint, mapping: str | None = None) -> tuple[Mapping[str, StoredTensor], Source]:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from converters.codecs import quantization_of
 from converters.codecs.decode import Encoded, decoded_view
-from converters.engine.plan import Draft, Plan, requested_dtype
+from converters.engine.plan import Plan, requested_dtype
 from converters.errors import MbxError, UnsupportedError, UsageError
 from converters.mcore.cuts import is_vocab
 from converters.mcore.flavours import flavoured, in_flavour, usual_of
 from converters.mcore.keys import parse_key
 from converters.mcore.layout import Layout
 from converters.planning.importer import plan_import
-from converters.planning.pairing import Pairing, pair_by_name, pair_by_table, same_units
+from converters.planning.pairing import Pairing, pair_by_name, pair_by_table
 from converters.protocols import Source
 from converters.rows.expr import Value
 from converters.rows.table import Table
@@ -23,9 +23,10 @@ from converters.tensors import StoredTensor
 from mbx.formats.architecture import known_config, table_of
 from mbx.formats.beside import with_config
 from mbx.formats.checkpoint import Checkpoint
-from mbx.formats.hf import config_file, kept_tensors
+from mbx.formats.hf import config_file
 from mbx.formats.registry import open_checkpoint
 from mbx.formats.views import ViewSource, hf_view
+from mbx.proof.carried import ahead_of, beside_of, carried_by, heads_of, with_carried, without_heads
 from mbx.proof.gaps import Gap
 from mbx.proof.respelling import respelt
 from mbx.tables import table_for
@@ -122,18 +123,21 @@ def pair_sides(
     folder, checkpoint = (first, second) if first.spelling == "hf" else (second, first)
     table = flavoured(table_of(folder, folder.config, mapping), checkpoint.tensors)
     plan = plan_import(table, folder.config, folder.tensors, Layout(), dtype=requested_dtype(dtype))
+    ahead = ahead_of(checkpoint, table, table.config.to_mcore(folder.config, allow_unused=folder.config))
+    plan = without_heads(plan) if ahead else plan
     wanted = [draft.name for draft in plan.drafts]
     actual = respelt(checkpoint.tensors, wanted, source[id(checkpoint)])
     known = set(wanted)
-    carried = _carried(checkpoint, plan.ledger.beside)
+    carried = carried_by(checkpoint, (*plan.ledger.beside, *(name for name in ahead if name in plan.sources)))
+    lacking = [name for name in heads_of(table, plan) if name not in carried] if ahead else []
     left_beside = tuple(name for name in plan.ledger.beside if name not in carried)
     return Pair(
         folder,
         checkpoint,
-        _with_carried(plan, carried),
+        with_carried(plan, carried),
         {**actual, **carried},
-        tuple(name for name in wanted if name not in actual),
-        tuple(name for name in actual if name not in known),
+        (*(name for name in wanted if name not in actual), *lacking),
+        tuple(name for name in (*actual, *ahead) if name not in known and name not in carried),
         left_beside,
         plan.config,
         _limits(plan.config, actual),
@@ -150,20 +154,6 @@ def _alone(names: Collection[str], noun: str) -> tuple[Gap, ...]:
     return (Gap("not compared", f"{plural(len(names), 'tensor')} beside the text model, which {noun} alone has"),)
 
 
-def _carried(checkpoint: Checkpoint, beside: tuple[str, ...]) -> dict[str, StoredTensor]:
-    """Of the tensors `beside` the folder's text model (a vision tower), those that travel with the checkpoint."""
-    kept = {} if checkpoint.hf is None or not beside else kept_tensors(checkpoint.home, checkpoint.hf)
-    return {name: kept[name] for name in beside if name in kept}
-
-
-def _with_carried(plan: Plan, carried: Mapping[str, StoredTensor]) -> Plan:
-    """`plan` that also makes what travels with a checkpoint, as it is."""
-    own = [plan.sources[name] for name in carried]
-    units = [unit for tensor in own for unit in same_units(tensor, carried[tensor.name], 0)]
-    drafts = tuple(Draft(tensor.name, tensor.dtype, tensor.shape, ()) for tensor in own)
-    return replace(plan, drafts=(*plan.drafts, *drafts), units=(*plan.units, *units))
-
-
 def _mcore_pair(first: Checkpoint, second: Checkpoint, source: Mapping[int, Source], mapping: str | None) -> Pair:
     if mapping is not None:
         table_for({}, mapping)  # known_config would go on without a table that is not there
@@ -172,25 +162,12 @@ def _mcore_pair(first: Checkpoint, second: Checkpoint, source: Mapping[int, Sour
         return _by_folder(first, second, fields, mapping)
     actual = respelt(second.tensors, first.tensors, source[id(second)])
     found = pair_by_name(first.tensors, actual, lambda name: parse_key(name).depth, fields)
-    mine, other = (_beside_of(side, mapping) for side in (first, second))
+    mine, other = (beside_of(side, mapping) for side in (first, second))
     both = {name: other[name] for name in mine if name in other}
     plan = replace(found.plan, sources={**found.plan.sources, **{name: mine[name] for name in both}})
-    pair = _pair(first, second, replace(found, plan=_with_carried(plan, both)), {**actual, **both}, fields)
+    pair = _pair(first, second, replace(found, plan=with_carried(plan, both)), {**actual, **both}, fields)
     alone = _alone(mine.keys() - both.keys(), "the first") + _alone(other.keys() - both.keys(), "the second")
     return replace(pair, gaps=alone)
-
-
-def _beside_of(checkpoint: Checkpoint, mapping: str | None) -> dict[str, StoredTensor]:
-    """Tensors of a model around the text model (a vision tower) that travel with a Megatron checkpoint."""
-    config = config_file(checkpoint)
-    if config is None or checkpoint.hf is None:
-        return {}
-    try:
-        table = table_for(config, mapping)
-    except MbxError:
-        return {}
-    kept = kept_tensors(checkpoint.home, checkpoint.hf)
-    return {name: tensor for name, tensor in kept.items() if table.travels(name)}
 
 
 def _arranged_otherwise(first: Checkpoint, second: Checkpoint, mapping: str | None) -> bool:

@@ -44,7 +44,8 @@ class Diff:
     """What changed; `changes` are sorted by `relative`, largest first, those without a figure before them.
 
     `removed` are tensors of the left side alone, `added` of the right. `relative` is that of all values together.
-    `config` are (key, left, right); `has_settings` says whether both state settings under the same names.
+    `config` are (key, left, right); `has_settings` says whether both state settings under the same names. `gaps` say
+    what one side alone has beside its model.
     """
 
     left: str
@@ -56,11 +57,12 @@ class Diff:
     relative: float | None
     config: tuple[tuple[str, Value, Value], ...]
     has_settings: bool = True
+    gaps: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
         """Whether nothing differs at all."""
-        return not (self.removed or self.added or self.changes or self.config)
+        return not (self.removed or self.added or self.changes or self.config or self.gaps)
 
 
 def diff(
@@ -161,6 +163,7 @@ def _report(pair: Pair, left: Path, right: Path, totals: Mapping[str, Tally]) ->
         _relative(change, norm),
         tuple(settings or ()),
         settings is not None,
+        tuple(gap.line for gap in pair.gaps),
     )
     return _turned(found) if pair.swapped else found
 

@@ -25,6 +25,7 @@ from converters.tensors import StoredTensor
 from mbx.formats import hf
 from mbx.formats.architecture import Architecture, architecture_of, table_of
 from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.kept import fitting_kept, not_written
 from mbx.formats.placement import Order, Placement
 from mbx.formats.registry import format_named, open_hf, open_model
 from mbx.formats.shards import settle_index
@@ -266,7 +267,7 @@ def export_plan(
     recorded: dict[str, HfTensor] | None = None
     if plain is not None:
         recorded = {name: tensor for file in plain for name, tensor in file.tensors.items()}
-    kept = {} if reference is None else hf.kept_tensors(opened.iteration, reference)
+    kept = fitting_kept(opened.iteration, reference, recorded)
 
     def planned(codes: Codes) -> Plan:
         return plan_export(
@@ -280,6 +281,7 @@ def export_plan(
         )
 
     plan = planned(codes)
+    lost = () if recorded is None else not_written(plan, config, recorded, kept)
     if options.exclude and options.codec not in FRESH:
         raise UsageError("‹exclude› is for a ‹codec› that is chosen now", hint=f"one of {', '.join(FRESH)}")
     folds = folds_for(options.codec, options.calibration, table, plan.config, recorded, opened.tensors)
@@ -291,7 +293,7 @@ def export_plan(
     scaled = changes_of(plain_plan, folds, measured, encoded) if measured is not None and folds else {}
     plan = calibrated(plan, scaled, codes.given)
     folded = [f"scales of channels are folded into {len(scaled):,} tensors; the model is the same"] if scaled else []
-    left_out = [f"not carried: {what}" for what in opened.left_out]
+    left_out = [*lost, *(f"not carried: {what}" for what in opened.left_out)]
     left_out += [] if reference is None else left_out_of(reference)
     idle = _idle(options, plan, table, config)
     kept_codes = []

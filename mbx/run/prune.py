@@ -25,6 +25,7 @@ from converters.tensors import StoredTensor
 from mbx.formats import hf
 from mbx.formats.architecture import Architecture, architecture_of, config_text, table_of
 from mbx.formats.checkpoint import Checkpoint
+from mbx.formats.kept import fitting_kept
 from mbx.formats.placement import Order
 from mbx.formats.prediction import lie_beside
 from mbx.formats.registry import format_named, open_hf, open_model, sniff
@@ -164,15 +165,19 @@ class _Change:
         plain, encoded = decoded_view(folder.tensors, quantization_of(folder.config))
         return prune_hf(*self.joiners(), self.kept, plain, encoded, options.waivers)
 
-    def recorded(self) -> Pruned | None:
-        """The pruned tensors that a checkpoint's model had as a folder, values aside; None where nothing says them."""
+    def folder(self) -> dict[str, HfTensor] | None:
+        """Tensors that a checkpoint's model had as a folder, decoded; None where nothing says them."""
         found = self.found
         files = None if found.reference is None else hf.recorded_layout(found.reference)
-        if files is None:
-            return None
-        if (quantization := quantization_of(found.config)) is not None:
+        if files is not None and (quantization := quantization_of(found.config)) is not None:
             files = hf.decoded_layout(files, quantization)
-        tensors = {n: StoredTensor(n, t.dtype, t.shape, ()) for file in files for n, t in file.tensors.items()}
+        return None if files is None else {n: tensor for file in files for n, tensor in file.tensors.items()}
+
+    def recorded(self) -> Pruned | None:
+        """The pruned tensors that a checkpoint's model had as a folder, values aside; None where nothing says them."""
+        if (known := self.folder()) is None:
+            return None
+        tensors = {name: StoredTensor(name, one.dtype, one.shape, ()) for name, one in known.items()}
         return prune_hf(*self.joiners(), self.kept, tensors, {})
 
 
@@ -234,7 +239,7 @@ def _exported(change: _Change, target: Path, options: Options) -> Job:
     pruned = prune_mcore(*change.joiners(), change.kept, opened.tensors)
     origin = Origin()
     if recorded is not None and found.reference is not None:
-        kept = hf.kept_tensors(opened.iteration, found.reference)
+        kept = fitting_kept(opened.iteration, found.reference, change.folder())
         origin = Origin(
             {name: HfTensor(tensor.dtype, tensor.shape) for name, tensor in recorded.tensors.items()},
             {

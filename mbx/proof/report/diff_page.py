@@ -32,6 +32,7 @@ def diff_page(found: Diff) -> str:
             f"<p>From <code>{escape(found.left)}</code> to <code>{escape(found.right)}</code><br>"
             f'<span class="soft">{counts}, {plural(found.unchanged, "tensor")} unchanged; '
             f"|Δ| / |A| over all: {over_all}</span></p>",
+            *(f'<p class="open">{escape(gap)}</p>' for gap in found.gaps),
             _settings(found),
             _named("Removed", found.removed),
             _named("Added", found.added),
