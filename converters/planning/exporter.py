@@ -12,7 +12,7 @@ from converters.engine.regions import matrix
 from converters.errors import CoverageError
 from converters.mcore.layout import Layout
 from converters.mcore.torch_dist import Home
-from converters.planning.join import PADDED, Joiner, moves
+from converters.planning.join import PADDED, Joiner, moves, one_dtype
 from converters.rows.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, settle
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_groups
@@ -146,7 +146,7 @@ class _Exporter:
         tensors = [self.sources[home.key] for home in homes]
         joined = self.joiner.from_mcore(row, homes, tensors)
         check_shape(row, joined.shape, self.joiner.fields_of(row))
-        stored = tensors[0].dtype
+        stored = one_dtype(row, tensors)
         # a tensor that stands twice in a row is read for both atoms, and written from the first
         places = tuple({place.tensor: place for place in reversed(joined.hf)}.values())[::-1]
         for place in places:
