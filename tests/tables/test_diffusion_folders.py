@@ -16,10 +16,12 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 from _diffusion import stored_state  # noqa: E402
 from _diffusion_cases import exported, imported  # noqa: E402
-from _scaffold import plan_headers, same_files  # noqa: E402
+from _scaffold import plan_headers, same_files, stored  # noqa: E402
 
-from converters.errors import LayoutError, MbxError, StorageError, UnsupportedError  # noqa: E402
+from converters.errors import CoverageError, LayoutError, MbxError, StorageError, UnsupportedError  # noqa: E402
 from converters.mcore.layout import Layout  # noqa: E402
+from converters.planning.importer import plan_import  # noqa: E402
+from converters.rows.coverage import Waivers  # noqa: E402
 from converters.rows.expr import Value  # noqa: E402
 from fixtures.diffusion import make_pipeline, make_transformer, tiny_config  # noqa: E402
 from fixtures.index import load_index  # noqa: E402
@@ -146,9 +148,35 @@ def test_a_config_that_is_not_covered_is_refused(reference: str, keys: dict[str,
         plan_headers(table_for(config), ({**config, **keys}, headers))
 
 
+@pytest.mark.parametrize(
+    "lost",
+    ["image_embedder.norm1.bias", "image_embedder.ff.", "image_embedder.pos_embed", "39.attn2.add_k", "image", "add"],
+)
+def test_an_image_branch_that_the_config_speaks_of_is_there(lost: str) -> None:
+    config, headers = load_index("Wan2.1-I2V-14B-480P")
+    config = {**config, "pos_embed_seq_len": 514}
+    headers = {**headers, "condition_embedder.image_embedder.pos_embed": ("F32", (1, 514, 1280))}
+    whole = plan_headers(table_for(config), (config, headers))
+    gone = [name for name in headers if lost in name]
+    assert gone and set(gone) <= set(whole.ledger.beside)
+    kept = {name: header for name, header in headers.items() if lost not in name}
+    with pytest.raises(CoverageError, match=f"{len(gone)} tensor.* needs are missing") as error:
+        plan_headers(table_for(config), (config, kept))
+    assert sorted(gone)[0] in str(error.value)
+    with pytest.raises(CoverageError, match="cannot be invented"):
+        plan_import(table_for(config), config, stored(kept), Layout(), waivers=Waivers(missing=("*",)))
+
+
 def test_fluxs_blocks_have_no_pipeline(folder: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="no pipeline"):
         plan_hf_to_mcore(folder("flux"), tmp_path / "mcore", Options(layout=Layout(pp=2)))
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+@pytest.mark.parametrize("layout", [Layout(ep=2), Layout(etp=2)])
+def test_none_has_experts(folder: Callable[[str], Path], tmp_path: Path, name: str, layout: Layout) -> None:
+    with pytest.raises(LayoutError, match="this model has no experts"):
+        plan_hf_to_mcore(folder(name), tmp_path / "mcore", Options(layout=layout))
 
 
 def test_what_holds_language_models_alone_is_refused(folder: Callable[[str], Path], tmp_path: Path) -> None:
