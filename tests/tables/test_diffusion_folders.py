@@ -113,6 +113,22 @@ def test_both_transformers_of_a_pipeline_convert(tmp_path: Path) -> None:
     assert not torch.equal(*states)
 
 
+def test_every_door_names_the_transformers_of_a_pipeline(tmp_path: Path) -> None:
+    from mbx.formats.adapter_folder import open_base
+    from mbx.train.model.blueprint import blueprint
+    from mbx.train.recipe.catalogue import recipe_of_folder
+
+    pipeline = make_pipeline(tmp_path / "pipeline")
+    doors: list[Callable[[], object]] = [
+        lambda: open_base(pipeline),
+        lambda: blueprint(recipe_of_folder(str(pipeline), "lora")),
+        lambda: plan_hf_to_mcore(pipeline, tmp_path / "mcore", Options()),
+    ]
+    for ask in doors:
+        with pytest.raises(StorageError, match=r"pipeline of diffusers.*`transformer`, `transformer_2`"):
+            ask()
+
+
 def test_a_file_for_another_program_beside_a_pipeline_is_none_of_its_weights(tmp_path: Path) -> None:
     pipeline = make_pipeline(tmp_path / "pipeline")
     shutil.copy(pipeline / "transformer" / "diffusion_pytorch_model.safetensors", pipeline / "flux1-dev.safetensors")
