@@ -169,9 +169,16 @@ class _Exporter:
 
     def _padded(self, row: Row, name: str, rows: int) -> int:
         """Rows of a Hugging Face tensor that goes on with zeros: as the folder had it, or as the config says."""
-        recorded = self.origin.recorded or {}
-        known = recorded[name].shape[0] if name in recorded else self.joiner.at_row(row)[1].get("kda_padded", rows)
-        return max(rows, known)
+        padded = max(rows, self.joiner.at_row(row)[1].get("kda_padded", rows))
+        if (known := (self.origin.recorded or {}).get(name)) is None:
+            return padded
+        if known.shape not in ((rows,), (padded,)):
+            sizes = " or ".join(map(str, dict.fromkeys((rows, padded))))
+            raise CoverageError(
+                f"`{name}` is recorded with shape {list(known.shape)}; one dimension of {sizes} was expected",
+                hint="what is recorded beside the checkpoint is not of it: convert the folder again",
+            )
+        return known.shape[0]
 
     def _dtype(self, row: Row, name: str, stored: str) -> str:
         if stored not in FLOATS or name in self.origin.encode:
