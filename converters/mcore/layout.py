@@ -142,6 +142,7 @@ def check(layout: Layout, config: Mapping[str, Value], parts: Mapping[str, Mappi
 def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
     """Widths and counts that a parallel size does not divide."""
     experts, shared = config.get("num_moe_experts"), config.get("moe_shared_expert_intermediate_size")
+    layers = config.get("num_layers") or config.get("num_joint_layers") or config.get("num_single_layers")
     wanted: list[tuple[str, int, str]] = [("tp", layout.tp, "num_attention_heads")]
     if not config.get("multi_latent_attention"):
         wanted.append(("tp", layout.tp, "num_query_groups"))
@@ -153,9 +154,9 @@ def _width_reasons(layout: Layout, config: Mapping[str, Value]) -> list[str]:
     if experts:
         width = "moe_ffn_hidden_size" if config.get("moe_ffn_hidden_size") else "ffn_hidden_size"
         wanted += [("ep", layout.ep, "num_moe_experts"), ("etp", layout.expert_tp, width)]
-    elif layout.ep > 1 and config.get("num_layers"):
+    elif layout.ep > 1 and layers:
         reasons.append(f"‹ep› {layout.ep}: this model has no experts")
-    elif layout.expert_tp not in (1, layout.tp) and config.get("num_layers"):
+    elif layout.expert_tp not in (1, layout.tp) and layers:
         reasons.append(f"‹etp› {layout.expert_tp}: this model has no experts")
     for name, asked, field in wanted:
         size = config.get(field)

@@ -13,7 +13,7 @@ from converters.errors import CoverageError
 from converters.mcore.keys import bare
 from converters.mcore.layout import Layout
 from converters.mcore.torch_dist import Home
-from converters.planning.join import PADDED, Joiner, moves
+from converters.planning.join import PADDED, Joiner, moves, one_dtype
 from converters.rows.coverage import NO_WAIVERS, Ledger, Waivers, reject_twice, settle
 from converters.rows.expr import Value
 from converters.rows.isos import inexpressible_groups
@@ -161,7 +161,7 @@ class _Exporter:
         tensors = [self.sources[home.key] for home in homes]
         joined = self.joiner.from_mcore(row, homes, tensors)
         check_shape(row, joined.shape, self.joiner.fields_of(row))
-        stored = tensors[0].dtype
+        stored = one_dtype(row, tensors)
         # a tensor that stands twice in a row is read for both atoms, and written from the first
         places = tuple({place.tensor: place for place in reversed(joined.hf)}.values())[::-1]
         for place in places:
@@ -184,9 +184,16 @@ class _Exporter:
 
     def _padded(self, row: Row, name: str, rows: int) -> int:
         """Rows of a Hugging Face tensor that goes on with zeros: as the folder had it, or as the config says."""
-        recorded = self.origin.recorded or {}
-        known = recorded[name].shape[0] if name in recorded else self.joiner.at_row(row)[1].get("kda_padded", rows)
-        return max(rows, known)
+        padded = max(rows, self.joiner.at_row(row)[1].get("kda_padded", rows))
+        if (known := (self.origin.recorded or {}).get(name)) is None:
+            return padded
+        if known.shape not in ((rows,), (padded,)):
+            sizes = " or ".join(map(str, dict.fromkeys((rows, padded))))
+            raise CoverageError(
+                f"`{name}` is recorded with shape {list(known.shape)}; one dimension of {sizes} was expected",
+                hint="what is recorded beside the checkpoint is not of it: convert the folder again",
+            )
+        return known.shape[0]
 
     def _dtype(self, row: Row, name: str, stored: str) -> str:
         if stored not in FLOATS or name in self.origin.encode:

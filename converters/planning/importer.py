@@ -130,7 +130,7 @@ class _Importer:
     dtype_changes: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(self, row: Row) -> None:
-        if row.spec.drop:
+        if row.spec.drop and not (row.spec.beside and self.missing.intersection(row.hf)):
             (self.beside if row.spec.beside else self.dropped).extend(row.hf)
             return
         if row.same_as is not None:

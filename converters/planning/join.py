@@ -73,14 +73,15 @@ def moves(sources: Iterable[Place], targets: Iterable[Place]) -> tuple[Move, ...
 
 
 def one_dtype(row: Row, tensors: Iterable[StoredTensor]) -> str:
-    """The dtype of a row's Hugging Face tensors; CoverageError where they have several."""
+    """The dtype of a row's tensors on one side; CoverageError where they have several."""
     held = tuple(tensors)
     dtypes = {tensor.dtype for tensor in held}
     if len(dtypes) > 1:
         for tensor in held:
             if tensor.dtype not in STORABLE:
                 raise without_scales(tensor.name, tensor.dtype)
-        raise CoverageError(f"`{row.mcore}`: {', '.join(row.hf)} have different dtypes: {', '.join(sorted(dtypes))}")
+        names = ", ".join(dict.fromkeys(tensor.name for tensor in held))
+        raise CoverageError(f"`{row.mcore}`: {names} have different dtypes: {', '.join(sorted(dtypes))}")
     return dtypes.pop()
 
 
@@ -219,14 +220,18 @@ class Joiner:
         owns = [tensor.shape[len(home.stack) :] for home, tensor in zip(keys, tensors, strict=True)]
         if row.spec.op in ACROSS:
             owns = [own[::-1] for own in owns]
-            if any(own[1:] != owns[0][1:] for own in owns):
-                raise CoverageError(f"`{row.mcore}`: shapes {[t.shape for t in tensors]} do not stand side by side")
+        if any(own[1:] != owns[0][1:] for own in owns):
+            raise CoverageError(f"`{row.mcore}`: shapes {[t.shape for t in tensors]} do not stand side by side")
         own = owns[0]
         rows = sum(matrix(shape, 0)[0] for shape in owns)
         joined = self.join(row, rows, own[1:] if own else None, keys)
         wanted = sum(place.rows for place in joined.mcore)
         if rows < wanted or (rows > wanted and row.spec.op != "vocab"):
             raise _unexpected(row, tensors[0], wanted)
+        if len(keys) > 1:  # parameters that together have the right size may each have another's
+            for tensor, shape, place in zip(tensors, owns, joined.mcore, strict=True):
+                if matrix(shape, 0)[0] != place.rows:
+                    raise _unexpected(row, tensor, place.rows)
         return joined
 
 

@@ -262,7 +262,8 @@ class _Parser:
             dtype="F32" if dtype else None,
             keep_dtype=flags["keep_dtype"],
             when=str(spec["when"]) if "when" in spec else None,
-            optional=flags["optional"] or bool(left_out),
+            # a part that travels beside must be there where a condition says so; buffers come and go
+            optional=flags["optional"] or left_out == "drop" or left_out == "beside" and "when" not in spec,
             same_as=str(spec["same_as"]) if "same_as" in spec else None,
             drop=bool(left_out),
             beside=left_out == "beside",

@@ -30,6 +30,7 @@ from mbx.formats import hf
 from mbx.formats.architecture import architecture_of, table_of
 from mbx.formats.checkpoint import Checkpoint
 from mbx.formats.peft import CONFIG, PICKLE, WEIGHTS
+from mbx.formats.pipelines import PIPELINE
 from mbx.formats.registry import Sniffed, find, instead, sniff
 from mbx.tables import of_language
 from mbx.untrusted.small_files import read_json
@@ -91,7 +92,7 @@ def open_base(path: Path, mapping: str | None = None, allowed_keys: tuple[str, .
     `allowed_keys` are unknown ones of its config.json that the user waives.
     """
     found = find(path)
-    if found is None and path.is_dir() and not any(path.glob("iter_*")):
+    if found is None and path.is_dir() and not any(path.glob("iter_*")) and not (path / PIPELINE).is_file():
         raise StorageError(f"`{path}` is no model: neither a Hugging Face folder nor a Megatron checkpoint")
     found = found or sniff(path)
     if found.format.spelling == "peft":

@@ -24,6 +24,7 @@ from mbx.formats.bin_weights import has_bin_weights, read_bin_folder, safetensor
 from mbx.formats.bitsandbytes import with_shapes
 from mbx.formats.checkpoint import Checkpoint, Spelling
 from mbx.formats.files import MANIFEST as MANIFEST
+from mbx.formats.pipelines import PIPELINE, of_pipeline
 from mbx.formats.placement import Order, Placement
 from mbx.formats.safetensors import TensorRange, build_header, parse_header, read_header
 from mbx.formats.safetensors_folder import SafetensorsFolder, index_beside_bin, read_folder
@@ -36,8 +37,6 @@ from mbx.untrusted.small_files import open_regular, read_json
 CONFIG = "config.json"
 #: Where ModelOpt says how it quantised a folder whose config.json does not.
 QUANT_CONFIG = "hf_quant_config.json"
-#: What makes a folder a pipeline of diffusers: models in folders of their own, and what joins them.
-PIPELINE = "model_index.json"
 LAYOUT = "mbx_layout.json"
 #: Tensors without a Megatron Core counterpart (buffers Transformers recomputes), kept for a faithful export.
 KEPT = "mbx_kept.safetensors"
@@ -96,6 +95,8 @@ def read_config(folder: Path) -> dict[str, Value]:
             config["quantization_config"] = {"quant_method": "modelopt", **(said if isinstance(said, dict) else {})}
         return config
     except FileNotFoundError:
+        if (folder / PIPELINE).is_file():
+            raise of_pipeline(folder) from None
         raise StorageError(f"`{folder}` has no `{CONFIG}`") from None
     except NotADirectoryError:
         raise StorageError(f"`{folder}` is a file; a Hugging Face folder was expected") from None

@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from converters.errors import StorageError, UsageError
-from mbx.formats.hf import PIPELINE, TEMPLATES
+from mbx.formats.hf import TEMPLATES
 from mbx.formats.hub_errors import hub_errors
+from mbx.formats.pipelines import PIPELINE
 from mbx.untrusted.small_files import INDEX, read_json
 
 if TYPE_CHECKING:

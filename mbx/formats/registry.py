@@ -18,6 +18,7 @@ from mbx.formats.hf import HuggingFace
 from mbx.formats.legacy import Legacy
 from mbx.formats.peft import CONFIG as PEFT_CONFIG
 from mbx.formats.peft import Peft
+from mbx.formats.pipelines import PIPELINE, of_pipeline
 from mbx.formats.placement import Order, Placement
 from mbx.formats.torch_dist import TRACKER, TorchDist
 
@@ -134,8 +135,8 @@ def sniff(path: Path) -> Sniffed:
             f"`{path}` is no Megatron Core checkpoint: it has neither `metadata.json` nor `{TRACKER}`",
             hint=f"name an iteration: {path / unfinished[-1]}",
         )
-    if (path / hf.PIPELINE).is_file():
-        raise _pipeline(path)
+    if (path / PIPELINE).is_file():
+        raise of_pipeline(path)
     if below := _below(path):
         held = ", ".join(f"{one.format.title} `{one.path}`" for one in below)
         raise StorageError(
@@ -146,21 +147,6 @@ def sniff(path: Path) -> Sniffed:
         f"`{path}` is no checkpoint that mbx knows: neither a model of either kind nor an adapter",
         hint=f"a Megatron checkpoint has `{TRACKER}` or `.metadata`; it is no Hugging Face folder either: that has "
         f"`{hf.CONFIG}`, an adapter `{PEFT_CONFIG}`",
-    )
-
-
-def _pipeline(path: Path) -> StorageError:
-    """What to say of a pipeline of diffusers: which of its folders convert."""
-    parts = [part for part in sorted(path.glob("transformer*")) if part.is_dir() and find(part) is not None]
-    names = ", ".join(f"`{part.name}`" for part in parts)
-    if not parts:
-        return StorageError(
-            f"`{path}` is a pipeline of diffusers without a folder `transformer`",
-            hint="diffusion transformers convert, and no other kind of model that pipelines have",
-        )
-    return StorageError(
-        f"`{path}` is a pipeline of diffusers; its transformers convert, each to a checkpoint of its own: {names}",
-        hint=f"name that: {parts[0]}" if len(parts) == 1 else f"name one, then the other: {parts[0]}",
     )
 
 

@@ -112,7 +112,8 @@ def test_every_row_of_wan_is_needed_and_every_name_is_checked() -> None:
         "condition_embedder.image_embedder.pos_embed": ("F32", (1, 514, 1280)),
         **{f"blocks.{n}.attn2.norm_added_q.weight": ("F32", (5120,)) for n in range(2)},
     }
-    cases: list[Case] = [shortened("Wan2.1-T2V-1.3B"), (config, {**headers, **more})]
+    both = {**config, "pos_embed_seq_len": 514}
+    cases: list[Case] = [shortened("Wan2.1-T2V-1.3B"), (config, headers), (both, {**headers, **more})]
     assert_every_row_is_needed(shipped("wan"), cases)
 
 

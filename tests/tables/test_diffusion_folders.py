@@ -16,10 +16,12 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 from _diffusion import stored_state  # noqa: E402
 from _diffusion_cases import exported, imported  # noqa: E402
-from _scaffold import plan_headers, same_files  # noqa: E402
+from _scaffold import plan_headers, same_files, stored  # noqa: E402
 
-from converters.errors import LayoutError, MbxError, StorageError, UnsupportedError  # noqa: E402
+from converters.errors import CoverageError, LayoutError, MbxError, StorageError, UnsupportedError  # noqa: E402
 from converters.mcore.layout import Layout  # noqa: E402
+from converters.planning.importer import plan_import  # noqa: E402
+from converters.rows.coverage import Waivers  # noqa: E402
 from converters.rows.expr import Value  # noqa: E402
 from fixtures.diffusion import make_pipeline, make_transformer, tiny_config  # noqa: E402
 from fixtures.index import load_index  # noqa: E402
@@ -111,6 +113,22 @@ def test_both_transformers_of_a_pipeline_convert(tmp_path: Path) -> None:
     assert not torch.equal(*states)
 
 
+def test_every_door_names_the_transformers_of_a_pipeline(tmp_path: Path) -> None:
+    from mbx.formats.adapter_folder import open_base
+    from mbx.train.model.blueprint import blueprint
+    from mbx.train.recipe.catalogue import recipe_of_folder
+
+    pipeline = make_pipeline(tmp_path / "pipeline")
+    doors: list[Callable[[], object]] = [
+        lambda: open_base(pipeline),
+        lambda: blueprint(recipe_of_folder(str(pipeline), "lora")),
+        lambda: plan_hf_to_mcore(pipeline, tmp_path / "mcore", Options()),
+    ]
+    for ask in doors:
+        with pytest.raises(StorageError, match=r"pipeline of diffusers.*`transformer`, `transformer_2`"):
+            ask()
+
+
 def test_a_file_for_another_program_beside_a_pipeline_is_none_of_its_weights(tmp_path: Path) -> None:
     pipeline = make_pipeline(tmp_path / "pipeline")
     shutil.copy(pipeline / "transformer" / "diffusion_pytorch_model.safetensors", pipeline / "flux1-dev.safetensors")
@@ -146,9 +164,35 @@ def test_a_config_that_is_not_covered_is_refused(reference: str, keys: dict[str,
         plan_headers(table_for(config), ({**config, **keys}, headers))
 
 
+@pytest.mark.parametrize(
+    "lost",
+    ["image_embedder.norm1.bias", "image_embedder.ff.", "image_embedder.pos_embed", "39.attn2.add_k", "image", "add"],
+)
+def test_an_image_branch_that_the_config_speaks_of_is_there(lost: str) -> None:
+    config, headers = load_index("Wan2.1-I2V-14B-480P")
+    config = {**config, "pos_embed_seq_len": 514}
+    headers = {**headers, "condition_embedder.image_embedder.pos_embed": ("F32", (1, 514, 1280))}
+    whole = plan_headers(table_for(config), (config, headers))
+    gone = [name for name in headers if lost in name]
+    assert gone and set(gone) <= set(whole.ledger.beside)
+    kept = {name: header for name, header in headers.items() if lost not in name}
+    with pytest.raises(CoverageError, match=f"{len(gone)} tensor.* needs are missing") as error:
+        plan_headers(table_for(config), (config, kept))
+    assert sorted(gone)[0] in str(error.value)
+    with pytest.raises(CoverageError, match="cannot be invented"):
+        plan_import(table_for(config), config, stored(kept), Layout(), waivers=Waivers(missing=("*",)))
+
+
 def test_fluxs_blocks_have_no_pipeline(folder: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match="no pipeline"):
         plan_hf_to_mcore(folder("flux"), tmp_path / "mcore", Options(layout=Layout(pp=2)))
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+@pytest.mark.parametrize("layout", [Layout(ep=2), Layout(etp=2)])
+def test_none_has_experts(folder: Callable[[str], Path], tmp_path: Path, name: str, layout: Layout) -> None:
+    with pytest.raises(LayoutError, match="this model has no experts"):
+        plan_hf_to_mcore(folder(name), tmp_path / "mcore", Options(layout=layout))
 
 
 def test_what_holds_language_models_alone_is_refused(folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -12,11 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from converters.errors import CoverageError
 from converters.mcore.layout import Layout
+from converters.planning.exporter import HfTensor, Origin, plan_export
+from converters.planning.importer import plan_import
+from converters.tensors import StoredTensor
 from fixtures.make_tiny import make
+from mbx.formats.hf import open_hf
 from mbx.formats.registry import open_megatron
 from mbx.proof.parity import parity
 from mbx.run.execution import run
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf
+from mbx.tables import table_for
 
 A_LOG = "language_model.model.layers.0.self_attn.A_log"
 BESIDE = ("vision_tower.encoder.blocks.0.wqkv.weight", "mm_projector.proj.0.weight")
@@ -80,3 +85,21 @@ def test_fewer_numbers_than_heads_are_no_layer(tmp_path: Path, wrong: int) -> No
     (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(CoverageError):
         run(plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False)))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (9,), (8, 1), (0,)])
+def test_a_recorded_length_is_that_of_heads_or_of_zeros_too(shape: tuple[int, ...], tmp_path: Path) -> None:
+    folder = open_hf(make("kimi_k3", tmp_path / "source"))
+    table = table_for(folder.config)
+    plan = plan_import(table, folder.config, folder.tensors, Layout())
+    stored = {draft.name: StoredTensor(draft.name, draft.dtype, draft.shape, ()) for draft in plan.drafts}
+
+    def exported(length: tuple[int, ...]) -> tuple[int, ...]:
+        recorded = {name: HfTensor(tensor.dtype, tensor.shape) for name, tensor in folder.tensors.items()}
+        recorded[A_LOG] = HfTensor("F32", length)
+        drafts = plan_export(table, plan.config, stored, Origin(recorded)).drafts
+        return next(draft.shape for draft in drafts if draft.name == A_LOG)
+
+    assert [exported(length) for length in ((4,), (8,))] == [(4,), (8,)]
+    with pytest.raises(CoverageError, match="A_log` is recorded with shape"):
+        exported(shape)
