@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from converters.errors import UsageError
 from mbx.train.recipe.catalogue import load_recipe
-from mbx.train.recipe.mlm_args import FLAGS, SKIPPED, from_recipe, split_flags, to_recipe
+from mbx.train.recipe.mlm_args import from_recipe, split_flags, to_recipe
+from mbx.train.recipe.mlm_flags import FLAGS, SKIPPED, Flag
 from mbx.train.recipe.parse import parse_recipe
 from mbx.train.recipe.toml import dump_toml
 
@@ -57,7 +58,7 @@ def test_fp4_has_flags_of_its_own() -> None:
 
 
 def test_muon_is_megatron_lm_s_where_it_does_not_say_otherwise() -> None:
-    """`--muon-momentum` is 0.9 there without the flag, and ranks step their own blocks (its arguments.py, 0.19.2)."""
+    """`--muon-momentum` is 0.9 there without the flag, and ranks step their own blocks (core_v0.16.1 to 0.19.0)."""
     found = to_recipe(f"{COMMAND} --optimizer muon --muon-nesterov --muon-no-split-qkv --muon-num-ns-steps 6")
     optim = parse_recipe(found.result).optim
     assert (optim.muon_momentum, optim.muon_tp, optim.muon_steps) == (0.9, "blockwise", 6)
@@ -68,6 +69,43 @@ def test_muon_is_megatron_lm_s_where_it_does_not_say_otherwise() -> None:
     whole["optim"]["optimizer"] = "adam"  # type: ignore[index]
     back = from_recipe(whole)
     assert not any("muon" in word for word in (*back.flags, *back.skipped))
+
+
+def test_both_names_of_nesterov_s_momentum_are_read() -> None:
+    """core_v0.16.1 to 0.17.1 call it `--muon-use-nesterov`, core_v0.18.0 and later `--muon-nesterov`."""
+    for name in ("--muon-use-nesterov", "--muon-nesterov"):
+        found = to_recipe(f"{COMMAND} --optimizer muon {name}")
+        assert parse_recipe(found.result).optim.muon_nesterov and found.unknown == ("--frobnicate 3",)
+        flags = from_recipe(found.result).flags
+        assert "--muon-nesterov" in flags and "--muon-use-nesterov" not in flags
+
+
+@pytest.mark.parametrize(
+    ("words", "unknown", "skipped"),
+    [
+        ("--optimizer dist_muon", ["--optimizer dist_muon"], []),
+        ("--optimizer dist_muon --muon-momentum 0.9", ["--optimizer dist_muon", "--muon-momentum 0.9"], []),
+        ("--muon-num-ns-steps 8 --optimizer lion", ["--muon-num-ns-steps 8", "--optimizer lion"], []),
+        ("--optimizer muon --muon-fp32-matmul-prec low", ["--muon-fp32-matmul-prec low"], []),
+        ("--optimizer muon --muon-coefficient-type own", ["--muon-coefficient-type own"], []),
+        ("--lr-decay-style inverse-square-root", ["--lr-decay-style inverse-square-root"], []),
+        ("--optimizer adam --muon-momentum 0.9", [], ["--muon-momentum 0.9"]),
+        ("--muon-momentum 0.9", [], ["--muon-momentum 0.9"]),
+    ],
+)
+def test_what_a_recipe_does_not_take_is_named(words: str, unknown: list[str], skipped: list[str]) -> None:
+    """And what is left is a recipe: Megatron-LM reads Muon's flags beside Adam too, and does nothing by them."""
+    plain = to_recipe(COMMAND.replace("--lr-decay-style WSD", ""))
+    found = to_recipe(COMMAND.replace("--lr-decay-style WSD", "").replace("--frobnicate", f"{words} --frobnicate"))
+    assert found.unknown == (*unknown, *plain.unknown) and found.skipped == (*plain.skipped, *skipped)
+    parse_recipe(found.result)
+
+
+def test_a_precision_that_megatron_lm_lacks_is_named() -> None:
+    """Its `--muon-fp32-matmul-prec` takes low, medium and high."""
+    recipe = parse_recipe({"model": {"path": "x"}, "optim": {"optimizer": "muon", "muon_precision": "highest"}})
+    found = from_recipe(recipe.to_dict())
+    assert "optim.muon_precision = 'highest'" in found.skipped and "--muon-fp32-matmul-prec" not in found.flags
 
 
 def test_the_text_is_toml_of_the_same_values() -> None:
@@ -91,9 +129,10 @@ def test_a_shipped_recipe_names_what_has_no_flag() -> None:
 
 
 @given(st.sampled_from([flag for flag in FLAGS if flag.kind == "int"]), st.integers(1, 10**6))
-def test_numbers_arrive(flag: object, value: int) -> None:
-    result: object = to_recipe(f"{flag.name} {value}").result  # type: ignore[attr-defined]
-    for part in flag.key:  # type: ignore[attr-defined]
+def test_numbers_arrive(flag: Flag, value: int) -> None:
+    muon = "--optimizer muon" if flag.key[-1].startswith("muon_") else ""
+    result: object = to_recipe(f"{muon} {flag.name} {value}").result
+    for part in flag.key:
         assert isinstance(result, dict)
         result = result[part]
     assert result == value

@@ -338,6 +338,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         ({"hidden_layers": {"2": 5}}, {}, UsageError, "the teacher has layers 1 to 4, and no layer 5"),
         ({"hidden_layers": {"5": 1}}, {}, UsageError, "the student has layers 1 to 4, and no layer 5"),
         ({"hidden_layers": {"two": 1}}, {}, UsageError, "'two' is no number of a layer"),
+        ({"hidden_layers": {"2": 1, "02": 3}}, {}, UsageError, "'02' is no number of a layer"),
         (
             {"hidden_layers": {"2": 3}},
             {"parallel": {"pp": 2}},

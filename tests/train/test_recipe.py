@@ -145,6 +145,11 @@ def test_bad_overrides(override: str, fact: str, hint: str | None) -> None:
         (["data.kind=indexed", "data=x", "data.split=abc"], "data.split"),
         (["data.kind=indexed", "data=x", "data.split=0,1,1"], "data.split"),
         (["lora.rank=4", "lora.alpha=0"], "by 0"),
+        (["optim.muon_steps=9"], "optim.muon_steps is of Muon, and optim.optimizer is adam"),
+        (
+            ["optim.optimizer=sgd", "optim.muon_momentum=0.1"],
+            "optim.muon_momentum is of Muon, and optim.optimizer is sgd",
+        ),
     ],
 )
 def test_what_would_be_left_unread_is_refused(overrides: list[str], fact: str) -> None:

@@ -65,7 +65,7 @@ def _asked(given: Mapping[str, int], student: int, teacher: int) -> dict[int, in
     """The teacher's layer by the student's."""
     if not given:
         return {n: teacher - (student - n) * teacher // student for n in range(1, student + 1)}
-    if odd := next((key for key in given if not key.isascii() or not key.isdigit()), None):
+    if odd := next((key for key in given if not (key.isascii() and key.isdigit() and str(int(key)) == key)), None):
         raise UsageError(
             f"distill.hidden_layers: {odd!r} is no number of a layer",
             hint="distill.hidden_layers.2=4 pairs the student's layer 2 with the teacher's layer 4",

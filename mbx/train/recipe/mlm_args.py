@@ -25,6 +25,7 @@ from mbx.train.recipe.mlm_flags import (
     ZERO_IS_NONE,
     Flag,
 )
+from mbx.train.recipe.parse import choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +58,10 @@ def split_flags(text: str) -> list[tuple[str, list[str]]]:
 
 def to_recipe(text: str) -> Translation:
     """The recipe that a Megatron-LM command line means; UsageError for a value of the wrong kind."""
-    out: dict[str, object] = {}
-    skipped, unknown, seen = [], [], set()
     if not (found := split_flags(text)):
         raise UsageError("there is no flag in the command line", hint="a script or a line with `pretrain_gpt.py --…`")
-    for name, values in found:
-        seen.add(name)
-        if name in BY_NAME:
-            flag = BY_NAME[name]
-            _put(out, flag.key, _read(flag, values))
-        elif name in SKIPPED:
-            skipped.append(" ".join([name, *values]))
-        elif name not in SPECIAL and [NVFP4.get(name)] != values:
-            unknown.append(" ".join([name, *values]))
+    out, skipped, unknown = _sorted_out(found)
+    seen = {name for name, _ in found}
     has_shape = isinstance(model := out.get("model"), dict) and "shape" in model
     for flag in FLAGS:
         if flag.name not in seen and flag.absent is not None and (flag.key[1] != "shape" or has_shape):
@@ -96,6 +88,34 @@ def to_recipe(text: str) -> Translation:
         parallel["etp"] = parallel["tp"]
     _put(out, ("model", "init"), "random")
     return Translation(out, (), tuple(skipped), tuple(unknown))
+
+
+def _sorted_out(found: Sequence[tuple[str, list[str]]]) -> tuple[dict[str, object], list[str], list[str]]:
+    """The keys that flags set, and the words of those that do nothing, and of those that a recipe does not know."""
+    out: dict[str, object] = {}
+    skipped: list[str] = []
+    unknown: list[str] = []
+    optimizer = next((values for name, values in reversed(found) if name == "--optimizer"), [])
+    for name, values in found:
+        if name in BY_NAME:
+            flag, value = BY_NAME[name], _read(BY_NAME[name], values)
+            words = " ".join([name, *values])
+            if _refused(flag, value):
+                unknown.append(words)
+            elif flag.key[-1].startswith("muon_") and optimizer != ["muon"]:  # another kind of Muon may mean it
+                (unknown if _refused(BY_NAME["--optimizer"], *optimizer) else skipped).append(words)
+            else:
+                _put(out, flag.key, value)
+        elif name in SKIPPED:
+            skipped.append(" ".join([name, *values]))
+        elif name not in SPECIAL and [NVFP4.get(name)] != values:
+            unknown.append(" ".join([name, *values]))
+    return out, skipped, unknown
+
+
+def _refused(flag: Flag, value: object = None) -> bool:
+    """Whether a value is none of those that the recipe's key takes."""
+    return flag.kind == "str" and value is not None and value not in (choices(*flag.key[:2]) or (value,))
 
 
 def _read(flag: Flag, values: Sequence[str]) -> object:
@@ -158,9 +178,10 @@ def from_recipe(recipe: Mapping[str, object]) -> Translation:
         value = left.pop(flag.key)
         if flag.key[-1].startswith("muon_") and not _steps_by_muon(recipe.get("optim")):
             continue
-        if value is None or value == "" or (flag.key == ("train", "recompute") and value == "none"):
+        if _says_nothing(flag.key, value):
             continue
-        if value == 0 and flag.key in ZERO_IS_NONE:
+        if value in flag.lacks:
+            left[flag.key] = value
             continue
         if flag.key[0] == "fp8" and left.get(("fp8", "recipe"), value) in ("none", "nvfp4"):
             if value == "nvfp4":
@@ -191,6 +212,11 @@ def from_recipe(recipe: Mapping[str, object]) -> Translation:
     left.pop(("model", "init"), None)
     rest = [f"{'.'.join(key)} = {value!r}" for key, value in left.items() if value not in (None, "", (), 0, False)]
     return Translation({}, tuple(flags), tuple(rest), ())
+
+
+def _says_nothing(key: tuple[str, ...], value: object) -> bool:
+    nothing = value is None or value == "" or (key == ("train", "recompute") and value == "none")
+    return nothing or (value == 0 and key in ZERO_IS_NONE)
 
 
 def _steps_by_muon(optim: object) -> bool:

@@ -1,6 +1,7 @@
 """Flags of Megatron-LM's `pretrain_gpt.py` and the recipe keys that they set.
 
-Source: megatron/training/arguments.py of Megatron-LM with megatron-core 0.16.1.
+Source: megatron/training/arguments.py of Megatron-LM core_v0.16.1, Muon's of core_v0.18.0 and core_v0.19.0, which
+agree. Up to core_v0.17.1 Nesterov's momentum has another name there, and 0.16.1 has no `--muon-coefficient-type`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class Flag:
     """A flag and the recipe key it sets. `kind`: int, float, str, or on / off for a flag that takes no value.
 
     `absent` is what the key is when the flag is not given, None where the recipe's own default means the same.
-    `words` renames values: Megatron-LM's → the recipe's.
+    `words` renames values: Megatron-LM's → the recipe's. `lacks`: values of the recipe that the flag does not take.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Flag:
     kind: str
     absent: Value | None = None
     words: Mapping[str, str] | None = None
+    lacks: tuple[Value, ...] = ()
 
 
 def _shape(kind: str, fields: str) -> list[Flag]:
@@ -106,13 +108,16 @@ FLAGS: tuple[Flag, ...] = (
     Flag("--muon-extra-scale-factor", ("optim", "muon_extra_scale"), "float"),
     Flag("--muon-no-split-qkv", ("optim", "muon_split_qkv"), "off"),
     Flag("--muon-tp-mode", ("optim", "muon_tp"), "str"),
-    Flag("--muon-fp32-matmul-prec", ("optim", "muon_precision"), "str"),
+    Flag("--muon-fp32-matmul-prec", ("optim", "muon_precision"), "str", lacks=("highest",)),
 )
-#: What Megatron-LM takes where a run with Muon does not say it, and a recipe does otherwise.
+#: What Megatron-LM (core_v0.16.1 to core_v0.19.0 alike) takes where a run with Muon does not say it, and a recipe does
+#: otherwise.
 MUON_DEFAULTS = {"--muon-momentum": 0.9, "--muon-tp-mode": "blockwise"}
 #: Keys whose tables are values.
 WHOLE = tuple(flag.key for flag in FLAGS if flag.kind == "files")
 BY_NAME = {flag.name: flag for flag in FLAGS}
+#: A name up to core_v0.17.1 is read as well.
+BY_NAME["--muon-use-nesterov"] = BY_NAME["--muon-nesterov"]
 #: Flags that set several keys or none of their own, handled one by one.
 SPECIAL = ("--bf16", "--fp16", "--swiglu", "--squared-relu", "--mock-data", "--group-query-attention")
 #: What a recipe's `nvfp4` is there.

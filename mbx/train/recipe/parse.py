@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from converters.errors import UsageError
 from converters.rows.expr import Value
-from mbx.train.recipe.sections import Distill, Range, Recipe, places_of
+from mbx.train.recipe.sections import Distill, Optim, Range, Recipe, places_of
 
 SECTIONS: dict[str, type] = {name: kind for name, kind in get_type_hints(Recipe).items() if kind is not str}
 #: Up to three shares of Megatron-LM's `--split`, the first above 0.
@@ -53,6 +53,12 @@ def all_keys() -> list[str]:
 def field_types(section: str) -> dict[str, object]:
     """What each key of a section takes: a type, choices, or a number with its range."""
     return get_type_hints(SECTIONS[section], include_extras=True)
+
+
+def choices(section: str, field: str) -> tuple[str, ...]:
+    """The words that a key takes; none where it takes whatever is of its type."""
+    kind = field_types(section).get(field)
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def is_table(kind: object) -> bool:
@@ -147,6 +153,14 @@ def _said(places: Sequence[str]) -> str:
     return ",".join(places)
 
 
+def _unread(optim: Optim) -> str | None:
+    """A key of Muon's that says other than its default where another optimizer steps."""
+    if optim.optimizer == "muon":
+        return None
+    names = [field.name for field in fields(optim) if field.name.startswith("muon_")]
+    return next((name for name in names if getattr(optim, name) != getattr(Optim(), name)), None)
+
+
 def _check(recipe: Recipe) -> None:
     """What can be said of keys together without reading a file, and of keys that a run would leave unread."""
     d, t, o, lora, p = recipe.data, recipe.train, recipe.optim, recipe.lora, recipe.parallel
@@ -190,6 +204,11 @@ def _check(recipe: Recipe) -> None:
             o.min_lr > o.lr and o.schedule != "constant",
             f"optim.min_lr {o.min_lr:g} is above optim.lr {o.lr:g}",
             f"optim.min_lr={o.lr / 10:g}",
+        ),
+        (
+            unread := _unread(o),
+            f"optim.{unread} is of Muon, and optim.optimizer is {o.optimizer}",
+            "optim.optimizer=muon",
         ),
         (
             d.path and d.kind in ("mock", "pattern"),
