@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.errors import CoverageError, StorageError
+from fixtures.diffusion import make_transformer
 from fixtures.make_tiny import make
 from mbx.formats.architecture import architecture_of
 from mbx.formats.checkpoint import Checkpoint
@@ -114,3 +115,18 @@ def test_an_export_without_what_was_beside_says_so(checkpoint: Checkpoint) -> No
     plan = export_plan(checkpoint, architecture_of(checkpoint), Options())[0]
     assert EH not in {draft.name for draft in plan.drafts}
     assert any("not written: prediction layers" in note and "config.json" in note for note in plan.notes)
+
+
+def test_an_image_branch_comes_whole_or_is_said_to_lack(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="makes the folder")
+    source = make_transformer("wan_i2v", tmp_path / "wan")
+    at = run(plan_hf_to_mcore(source, tmp_path / "mcore", Options())).target
+    opened = open_model(at)
+    found = architecture_of(opened)
+    assert opened.hf is not None and not [n for n in export_plan(opened, found, Options())[0].notes if "written" in n]
+    edited(opened.hf / KEPT, lambda tensors: tensors.popitem())
+    with pytest.raises(StorageError, match="lacks 1 tensor of what stands beside the model"):
+        export_plan(opened, found, Options())
+    (opened.hf / KEPT).unlink()
+    notes = export_plan(opened, found, Options())[0].notes
+    assert any(note.startswith("not written: what stands beside the model") for note in notes)
