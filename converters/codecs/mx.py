@@ -23,7 +23,8 @@ class _Mx(Codec):
     `generate_mx_scales`), whose form this is: that of the block's largest magnitude less `offset`, floor(log2) of the
     largest code, and one more from a mantissa of 1.75 on. E4M3 codes then never saturate, E2M1 those between 6 and 7.
     The standard's example never adds one (OCP Microscaling Formats v1.0, 6.3); Transformer Engine and Model Optimizer
-    take the least exponent under which nothing saturates. Readers take any. Blocks of zeros get exponent 0.
+    take the least exponent under which nothing saturates. Readers take any. Blocks of zeros get exponent 0. Values so
+    near bf16's largest that their codes stand for infinity are refused; that tool's exponent for them is the NaN's.
     """
 
     __slots__ = ()

@@ -10,9 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.codecs import Mxfp4Packed, Mxfp8, codecs_for
+from converters.codecs import Mxfp4, Mxfp4Packed, Mxfp8, codecs_for
 from converters.codecs.arithmetic.common import scale_faults
+from converters.codecs.decode import Encoded
+from converters.codecs.encode import encode_rows
 from converters.errors import LayoutError, StorageError, UnsupportedError
+from converters.tensors import StoredTensor
 from tests.unit._torch_memory import peak_bytes
 
 CODECS = {"mxfp8": Mxfp8(), "mxfp4": Mxfp4Packed()}
@@ -101,6 +104,37 @@ def test_faults_are_named(codec: Mxfp8 | Mxfp4Packed) -> None:
     with pytest.raises(StorageError, match="part `scale`: expected"):
         codec.decode({**parts, "scale": parts["scale"].float()})
     assert scale_faults(torch.tensor([255, 0, 1], dtype=torch.uint8)) == {"NaN": 1}
+
+
+@pytest.mark.parametrize("codec", [*CODECS.values(), Mxfp4()], ids=[*CODECS, "mxfp4_experts"])
+def test_no_finite_value_is_stored_as_infinite(codec: Mxfp8 | Mxfp4Packed | Mxfp4) -> None:
+    """Every magnitude of bf16 in its last octave alone in a block: it comes back finite, or is refused."""
+    refused = []
+    for bits in range(0x7F00, 0x7F80):
+        x = torch.zeros(2, 64, dtype=torch.bfloat16)
+        x[1, 40] = torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16)
+        x = x.T.unsqueeze(0).contiguous() if isinstance(codec, Mxfp4) else x
+        assert x.isfinite().all()
+        try:
+            assert codec.decode(codec.encode(x)).isfinite().all()
+        except StorageError as error:
+            assert error.fact.startswith("1 finite values")
+            refused.append(bits)
+    first = 0x7F78 if isinstance(codec, Mxfp8) else 0x7F60  # 1.9375 and 1.75 times 2 ** 127
+    assert refused == list(range(first, 0x7F80))
+
+
+def test_the_tensor_is_named_whose_values_are_so_large() -> None:
+    shape = (4, 64)
+    parts = {
+        "codes": StoredTensor("w.weight", "F8_E4M3", shape, ()),
+        "scale": StoredTensor("w.weight_scale", "U8", (4, 2), ()),
+    }
+    whole = Encoded(StoredTensor("w.weight", "BF16", shape, ()), Mxfp8(), parts)
+    data = torch.full(shape, 3.38e38, dtype=torch.bfloat16).view(torch.uint8).numpy()
+    with pytest.raises(StorageError, match="mxfp8 would round them to infinity") as error:
+        encode_rows(SimpleNamespace(), whole, {}, (), 0, data, "BF16")
+    assert any("`w.weight`, rows 0 to 3" in line for line in error.value.details)
 
 
 @named

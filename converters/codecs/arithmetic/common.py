@@ -27,6 +27,8 @@ class Arithmetic(NamedTuple):
 CHUNK_ELEMENTS = 1 << 18
 #: The same on a GPU, which kernels have to fill: 128 MiB of fp32 scratch.
 DEVICE_ELEMENTS = 1 << 25
+#: Below this no block of MXFP8 or MXFP4 has a code that stands for 2 ** 128.
+_NEAR_INFINITY = 1.5 * 2.0**127
 
 
 def row_chunks(
@@ -61,6 +63,20 @@ def require_finite(amax: torch.Tensor, codec: str) -> None:
         raise StorageError(
             f"{bad} of {amax.numel()} blocks hold NaN or infinite values; {codec} cannot store them",
             hint="write the tensor without a codec, or find where the values became non-finite",
+        )
+
+
+def near_infinity(amax: torch.Tensor) -> bool:
+    """Whether a block's largest magnitude, fp32, may round to a code that stands for 2 ** 128."""
+    return bool((amax >= _NEAR_INFINITY).any())
+
+
+def require_no_overflow(decoded: torch.Tensor, codec: str) -> None:
+    """Raise StorageError where finite values were rounded to codes that are read back as infinite."""
+    if bad := int(torch.isinf(decoded).sum()):
+        raise StorageError(
+            f"{bad} finite values are so near the largest of bf16 that {codec} would round them to infinity",
+            hint="write the tensor without a codec, or find where the values became so large",
         )
 
 

@@ -12,9 +12,11 @@ from converters.codecs.arithmetic.common import (
     any_in_groups,
     check_given,
     in_groups,
+    near_infinity,
     pack_nibbles,
     part,
     require_finite,
+    require_no_overflow,
     row_chunks,
     scale_to_fp32,
     unpack_nibbles,
@@ -53,18 +55,23 @@ def encode_mx(
     check_given(scale, shapes["scale"])
     codes = torch.empty(shapes["codes"], dtype=torch.uint8 if codec.per_byte == 2 else FP8)
     scales = torch.empty(shapes["scale"], dtype=torch.uint8) if scale is None else scale
+    overflows = False
     for rows in row_chunks(*tensor.shape):
         blocks = in_groups(tensor[rows].to(torch.float32), GROUP)
         amax = blocks.abs().amax(dim=-1)
         require_finite(amax, codec.name)
         if scale is None:
             scales[rows] = _exponents_of(amax, codec.offset)
+            overflows = overflows or near_infinity(amax)
         scaled = (blocks / scale_to_fp32(scales[rows]).unsqueeze(-1)).flatten(1)
         if codec.per_byte == 2:
             codes[rows] = pack_nibbles(nearest_e2m1(scaled))
         else:
             codes[rows].copy_(scaled.clamp_(-FP8_MAX, FP8_MAX))
-    return {"codes": codes, "scale": scales}
+    parts = {"codes": codes, "scale": scales}
+    if overflows:
+        require_no_overflow(decode_mx(codec, parts, None), codec.name)
+    return parts
 
 
 def _exponents_of(amax: torch.Tensor, offset: int) -> torch.Tensor:

@@ -10,9 +10,11 @@ from converters.codecs.arithmetic.common import (
     Arithmetic,
     Parts,
     check_given,
+    near_infinity,
     pack_nibbles,
     part,
     require_finite,
+    require_no_overflow,
     row_chunks,
     unpack_nibbles,
 )
@@ -58,6 +60,7 @@ def encode_mxfp4(
     check_given(scale, shapes["scale"])
     blocks = torch.empty(shapes["blocks"], dtype=torch.uint8)
     scales = torch.empty(shapes["scale"], dtype=torch.uint8) if scale is None else scale
+    overflows = False
     for expert in range(tensor.shape[0]):
         for rows in row_chunks(tensor.shape[2], tensor.shape[1]):
             groups = tensor[expert, :, rows].contiguous().T.contiguous().to(torch.float32)
@@ -66,8 +69,12 @@ def encode_mxfp4(
             require_finite(amax, codec.name)
             if scale is None:
                 scales[expert, rows] = _exponents_of(amax)
+                overflows = overflows or near_infinity(amax)
             blocks[expert, rows] = pack_nibbles(_codes(groups, scales[expert, rows]))
-    return {"blocks": blocks, "scale": scales}
+    parts = {"blocks": blocks, "scale": scales}
+    if overflows:
+        require_no_overflow(decode_mxfp4(codec, parts, None), codec.name)
+    return parts
 
 
 def any_by_mxfp4_scale(codec: Mxfp4, mask: torch.Tensor) -> torch.Tensor:
