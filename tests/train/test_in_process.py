@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from _torchrun import records, workers
 from _trainings import ROOT, raw
 from test_stragglers import place
 
-from converters.errors import UsageError
+from converters.errors import StorageError, UsageError
 from mbx.train.recipe.parse import parse_recipe
 from mbx.train.recipe.toml import dump_toml
 from mbx.train.run import restarts, stragglers
@@ -112,15 +113,33 @@ def test_a_process_that_is_gone_ends_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_every_start_would_meet_is_said_at_once(tmp_path: Path) -> None:
-    """An error of the house that all ranks raise, as they do over a loss that is no number."""
+@pytest.mark.parametrize("ranks", ["0 1", "1"])
+def test_what_every_start_would_meet_is_said_at_once(tmp_path: Path, ranks: str) -> None:
+    """An error of the house that all ranks raise, as they do over a loss that is no number; or one, as over its disk,
+    which the other waits for: no start follows, and both end with its words."""
     beside = place()
-    what = "raise __import__('converters.errors', fromlist=['errors']).DifferenceError('as it is')"
-    process = started(tmp_path / "run", beside, "--in-process-restarts", "3", times=9, ranks="0 1", what=what)
+    what = "raise __import__('converters.errors', fromlist=['errors']).DifferenceError('as it is', hint='so be it')"
+    process = started(tmp_path / "run", beside, "--in-process-restarts", "3", times=9, ranks=ranks, what=what)
     assert ended(process) != 0
     log = (tmp_path / "run" / "log").read_text()
-    assert "error: as it is" in log and "resuming" not in log
+    assert "error: as it is" in log and "hint: so be it" in log and "resuming" not in log
+    assert "error: rank" not in log and "exitcode  : 1 " in log, log[-3000:]
     assert [step for step, _ in records(tmp_path / "run" / "run")] == [*range(1, FAULT)]
+
+
+def test_the_words_of_the_end_reach_every_rank() -> None:
+    """Through the store, as the kind that gives the exit code; the first of two stays."""
+
+    class OwnError(StorageError):
+        pass
+
+    store = torch.distributed.HashStore()
+    assert restarts._said(store) is None
+    restarts._say(store, OwnError("no room for ‹out›", hint="make some", details=lambda: ["a", "b"]))
+    restarts._say(store, UsageError("something else"))
+    found = restarts._said(store)
+    assert type(found) is StorageError and (found.fact, found.hint) == ("no room for ‹out›", "make some")
+    assert found.details == ("a", "b") and found.exit_code == 4
 
 
 def test_restarts_need_the_extension_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
