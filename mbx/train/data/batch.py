@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mbx.models.megatron.core.beside import Beside
-    from mbx.train.data.pictures import Eyes
     from mbx.train.data.rows import Row
     from mbx.train.distill.teaching import Teaching
-    from mbx.train.model.sight import Seeing
+    from mbx.train.model.sight import Seeing, Sight
 
 Batch = Mapping[str, "torch.Tensor | None"]
 #: In front of the names of what a teacher says of each token: [b, s, k], the rest [b, s].
@@ -85,11 +84,17 @@ def arguments_of(batch: Batch, model: nn.Module, beside: Beside) -> dict[str, ob
     return arguments | beside.masks(model, mask, batch["padding"])
 
 
-def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, seeing: Seeing | None = None) -> Batch:
+def to_device(
+    rows: list[Row],
+    ranks: Ranks,
+    cp: int,
+    sight: Sight | None = None,
+    images: Mapping[str, torch.Tensor] | None = None,
+) -> Batch:
     """A micro-batch as tensors [b, s]; packed rows as one long row with `cu_seqlens`, or with a mask where the
     local attention has no such kernel. `padding` [b, s] is True on padding, `owner` [b, s] numbers the segments of
-    packed rows; either is None where there is none. With `eyes`, `axes` [3, b, s] are positions where images have
-    them, and what a tower takes of the images is there under PIXELS and its own name where `seeing` has one. Rows that
+    packed rows; either is None where there is none. With `sight`, `axes` [3, b, s] are positions where images have
+    them, and `images`, what a tower takes of those of the rows, are there under PIXELS and their own names. Rows that
     say what a teacher thinks of them have that under HEARD.
 
     Copies to a GPU leave from pinned memory and are not waited for: a wait in front of each micro-batch drains the
@@ -129,11 +134,11 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, 
             owner, later = batch["owner"], torch.ones(len(at), len(at), dtype=torch.bool).triu(1)
             hidden = (owner[:, :, None] != owner[:, None, :]) | later.to(owner.device)
             extra["attention_mask"] = hidden[:, None]  # [b, 1, s, s], True is hidden
-    if eyes is not None:
-        looks = seeing is not None and seeing.tower is not None
-        extra |= {name: move(tensor) for name, tensor in _seen(rows, eyes, pixels=looks).items()}
-        if eyes.sight.two_way:
-            extra["attention_mask"] = _two_way(batch, eyes.sight.token, extra["attention_mask"])
+    if sight is not None:
+        seen = _axes(rows) | {PIXELS + name: value for name, value in (images or {}).items()}
+        extra |= {name: move(tensor) for name, tensor in seen.items()}
+        if sight.two_way:
+            extra["attention_mask"] = _two_way(batch, sight.token, extra["attention_mask"])
     if cp > 1:
         from mbx.models.megatron.core.groups import get_batch_on_this_cp_rank
 
@@ -141,19 +146,15 @@ def to_device(rows: list[Row], ranks: Ranks, cp: int, eyes: Eyes | None = None, 
     return {"padding": None, "owner": None, "axes": None} | batch | extra
 
 
-def _seen(rows: list[Row], eyes: Eyes, *, pixels: bool) -> dict[str, torch.Tensor]:
-    """Positions by axes of rows, where any has them, and the `pixels` of their images, as a tower takes them."""
+def _axes(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Positions of rows by axes, [3, b, s], where any has them."""
     import numpy as np
 
-    found: dict[str, torch.Tensor] = {}
-    if any(row.axes is not None for row in rows):
-        plain = [np.broadcast_to(row.positions, (3, len(row.positions))) for row in rows]
-        axes = [own if row.axes is None else row.axes for row, own in zip(rows, plain, strict=True)]
-        found["axes"] = torch.from_numpy(np.stack(axes, axis=1))
-    if pixels and (pictures := [one for row in rows for own in row.pictures for one in own]):
-        inputs = eyes.inputs([picture.read() for picture in pictures])
-        found |= {PIXELS + name: value for name, value in inputs.items()}
-    return found
+    if all(row.axes is None for row in rows):
+        return {}
+    plain = [np.broadcast_to(row.positions, (3, len(row.positions))) for row in rows]
+    axes = [own if row.axes is None else row.axes for row, own in zip(rows, plain, strict=True)]
+    return {"axes": torch.from_numpy(np.stack(axes, axis=1))}
 
 
 def _two_way(batch: Mapping[str, torch.Tensor], token: int, hidden: torch.Tensor | None) -> torch.Tensor:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mbx.train.data.ahead import Ahead
 from mbx.train.data.batch import Batch, forward_step, to_device
-from mbx.train.data.rows import Rows, micro_batches
+from mbx.train.data.rows import Row, Rows, micro_batches
 from mbx.train.distill.stored import Taught
 from mbx.train.model.parallel import Ranks
 from mbx.train.recipe.sections import Recipe
@@ -50,7 +51,10 @@ class Batches:
         from mbx.models.megatron.core.training import get_forward_backward_func
 
         self.recipe, self.ranks, self.chunks, self.beside = recipe, ranks, chunks, beside
-        self.eyes, self.seeing, self.teaching, self.stragglers = eyes, seeing, teaching, stragglers
+        self.seeing, self.teaching, self.stragglers = seeing, teaching, stragglers
+        self.sight = None if eyes is None else eyes.sight
+        looks = eyes is not None and seeing is not None and seeing.tower is not None
+        self.images = Ahead(eyes) if eyes is not None and looks else None
         self.learn = partial(learned, hooks) if hooks.token_losses else None
         self.forward_backward = get_forward_backward_func()
         one = partial(self._pass, count=1, forward_only=False)
@@ -59,7 +63,9 @@ class Batches:
         self.warm = 0
 
     def close(self) -> None:
-        """Let go of what was recorded: a communicator that a graph uses does not end before the graph."""
+        """Read no more, and let go of what was recorded: a communicator that a graph uses does not end before it."""
+        if self.images is not None:
+            self.images.close()
         if self.graph is not None:
             self.graph.close()
 
@@ -73,10 +79,10 @@ class Batches:
 
         t = self.recipe.train
         if self.graph is not None and not forward_only and self.warm >= WARM_STEPS:
-            results = self.graph.step(self._batches(rows, step, size, recorded=True))
+            results = self.graph.step(self._batches(rows, step, size, trained=True, recorded=True))
         else:
             count = size // (t.micro_batch * self.ranks.dp)
-            batches = [self._batches(rows, step, size) for _ in self.chunks]
+            batches = [self._batches(rows, step, size, trained=not forward_only) for _ in self.chunks]
             if self.stragglers is not None and not forward_only:
                 batches = [self.stragglers.rows(one) for one in batches]
             results = self._pass(batches, count=count, forward_only=forward_only)
@@ -120,17 +126,28 @@ class Batches:
             )
         return results
 
-    def _batches(self, rows: Rows, step: int, size: int, *, recorded: bool = False) -> Iterator[Batch]:
+    def _batches(self, rows: Rows, step: int, size: int, *, trained: bool, recorded: bool = False) -> Iterator[Batch]:
+        micros = self._micro_batches(rows, step, size)
+        coming: list[Row] | None = next(micros)
+        while coming is not None:
+            micro, coming = coming, next(micros, None)
+            images = None
+            if self.images is not None:
+                images = self.images.of(micro)
+                # behind a step's last comes the first of the next
+                if coming is not None or trained:
+                    self.images.begin(coming or next(self._micro_batches(rows, step + 1, size)))
+            batch = to_device(micro, self.ranks, self.recipe.parallel.cp, self.sight, images)
+            yield batch if self.seeing is None else self.seeing.look(batch, recorded=recorded)
+
+    def _micro_batches(self, rows: Rows, step: int, size: int) -> Iterator[list[Row]]:
         from mbx.models.megatron.core.groups import parallel_state as ps
 
-        t = self.recipe.train
-        for micro in micro_batches(
+        return micro_batches(
             rows,
             step,
             global_batch=size,
-            micro_batch=t.micro_batch,
+            micro_batch=self.recipe.train.micro_batch,
             dp=self.ranks.dp,
             dp_rank=ps.get_data_parallel_rank(),
-        ):
-            batch = to_device(micro, self.ranks, self.recipe.parallel.cp, self.eyes, self.seeing)
-            yield batch if self.seeing is None else self.seeing.look(batch, recorded=recorded)
+        )
