@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.recipe_runs import GIB, WARM, Record  # noqa: E402
+from benchmarks.recipe_runs import GIB, WARM, Record, step_by_step  # noqa: E402
 
 if TYPE_CHECKING:
     from mbx.train.run.prepare import Prepared
@@ -168,20 +168,7 @@ def run_peft(folder: Path, length: int, steps: int, tiny: bool) -> Record:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    network.train()
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
-    took, losses = [], []
-    if not tiny:
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(steps):
-        began = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16):
-            loss = network(**inputs, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))
-        took.append(time.perf_counter() - began)
+    took, losses = step_by_step(network, inputs, steps, device)
     return {
         "tokens": ids.numel(),
         "learned": int((labels >= 0).sum()),

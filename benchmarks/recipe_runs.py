@@ -8,9 +8,11 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from mbx.train.model.blueprint import Blueprint
     from mbx.train.recipe.sections import Recipe
 
@@ -188,21 +190,8 @@ def run_peft(spec: Spec, steps: int, memory_bytes: float, device: str = "cuda", 
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora.rank:
             network.enable_input_require_grads()
-    network.train()
-    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, plan.vocab, (recipe.train.micro_batch, recipe.data.length), device=device)
-    took, losses = [], []
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(steps):
-        began = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16):
-            loss = network(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))
-        took.append(time.perf_counter() - began)
+    took, losses = step_by_step(network, {"input_ids": ids, "labels": ids}, steps, device)
     peak = torch.cuda.max_memory_allocated() / GIB if device == "cuda" else None
     return {
         "layers": recipe.model.shape["num_layers"],
@@ -216,6 +205,32 @@ def run_peft(spec: Spec, steps: int, memory_bytes: float, device: str = "cuda", 
         "first_step_s": round(took[0], 2),
         "peak_gib": peak,
     }
+
+
+def step_by_step(
+    network: Any, inputs: Mapping[str, torch.Tensor], steps: int, device: str
+) -> tuple[list[float], list[float]]:
+    """Seconds and losses of AdamW's steps on one batch under bf16 autocast."""
+    import torch
+
+    from mbx.models.transformers.grouped_values import repeated_heads
+
+    network.train()
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4)
+    took, losses = [], []
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with repeated_heads(network):
+        for _ in range(steps):
+            began = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16):
+                loss = network(**inputs, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss))
+            took.append(time.perf_counter() - began)
+    return took, losses
 
 
 def drawn(names: Sequence[str], seed: int, count: int) -> list[Spec]:

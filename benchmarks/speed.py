@@ -35,6 +35,7 @@ from benchmarks.conversion import ROOT, Sample, compiled, mbx
 FIGURES: dict[str, tuple[str, str, bool, dict[str, float]]] = {
     "import": ("import", "cp", False, {"two cores": 0.9, "all cores": 0.4}),
     "export": ("export", "cp", False, {"two cores": 1.0, "all cores": 0.5}),
+    "export --codec fp8_block": ("export --codec fp8_block", "cp", False, {"all cores": 2.0}),
     "import --dtype fp16": ("import --dtype fp16", "cp", False, {"two cores": 1.5}),
     "verify integrity, speed": ("verify integrity", "cat", True, {"two cores": 0.9, "all cores": 0.9}),
 }
@@ -78,6 +79,9 @@ class Part:
             "cat": lambda: cat(self.mcore),
             "verify integrity": lambda: once(mbx("verify", "integrity", self.mcore)),
         }
+        to_fp8 = mbx("convert", "mcore-to-hf", self.mcore, self.back, quick, "--codec", "fp8_block")
+        if self.name == "all cores":
+            steps["export --codec fp8_block"] = lambda: self._made(to_fp8, self.back)
         if self.name == "two cores":
             steps["import --dtype fp16"] = lambda: self._made(to_half, self.half)
         return steps
@@ -118,6 +122,7 @@ class Part:
         commands = {
             "import": ("hf-to-mcore", self.source, self.copy),
             "export": ("mcore-to-hf", self.mcore, self.copy),
+            "export --codec fp8_block": ("export --codec fp8_block", "cp", False, {"all cores": 2.0}),
             "import --dtype fp16": ("hf-to-mcore", self.source, self.copy, "--dtype", "fp16"),
         }
         for name, words in commands.items():
@@ -151,6 +156,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file for the results; what it has of others is kept")
     parser.add_argument("--size", default="1b", choices=sorted(SIZES), help="of the part on two cores")
     parser.add_argument("--all-cores", choices=sorted(SIZES), help="also this size on all cores: 8b is 16 GB")
+    parser.add_argument("--only", choices=("two cores", "all cores"), help="the other part stays as it was measured")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="where to work; needs three times the size")
     parser.add_argument("--host", default=platform.platform(), help="how the page names this host")
@@ -158,13 +164,16 @@ def main() -> None:
     chosen = parser.parse_args()
     start, cores = time.monotonic(), len(os.sched_getaffinity(0))
     document = json.loads(chosen.json.read_text(encoding="utf-8")) if chosen.json.is_file() else {}
-    parts: dict[str, Any] = {}
+    before = document.get(f"{cores} cores", {}) if chosen.only else {}
+    parts: dict[str, Any] = before.get("parts", {})
     document[f"{cores} cores"] = {"host": chosen.host, "cores": cores, "parts": parts}
     # Two cores get at most 40 % of the time where all cores follow.
     plan = [("two cores", chosen.size, 2, 0.4 if chosen.all_cores else 1.0)]
     if chosen.all_cores:
         plan.append(("all cores", chosen.all_cores, None, 1.0))
     for name, size, processors, share in plan:
+        if chosen.only not in (None, name):
+            continue
 
         def save(result: dict[str, Any], name: str = name) -> None:
             parts[name] = result

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from converters.errors import DeviceError, UsageError
 from mbx.extras import install_line
+from mbx.models.transformers.grouped_values import repeated_heads
 from mbx.models.transformers.reference import decoding, silent_transformers
 from mbx.train.data.batch import to_device
 from mbx.train.data.rows import micro_batches
@@ -36,7 +37,9 @@ def baseline(prepared: Prepared, *, adapted: bool) -> dict[str, object]:
     if ranks.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
-        return _steps(prepared, _model(prepared, adapted))
+        model = _model(prepared, adapted)
+        with repeated_heads(model):
+            return _steps(prepared, model)
     except torch.cuda.OutOfMemoryError as error:
         raise DeviceError("out of memory: Transformers reached the end of this GPU", details=[str(error)]) from error
 
