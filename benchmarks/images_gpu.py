@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from mbx.train.run.prepare import Prepared
 
 RECIPE, LENGTH, RANK = "qwen35_9b_lora", 2048, 64
-#: What mbx is told of CUDA graphs, `off` in the environment's MBX_GRAPH runs kernel by kernel.
-GRAPH = os.environ.get("MBX_GRAPH", "on")
+#: What mbx is told of CUDA graphs: `off` in the environment's MBX_GRAPH runs kernel by kernel.
+GRAPH = os.environ.get("MBX_GRAPH", "auto")
 _SENTENCE = "The quick brown fox jumps over the lazy dog; the dog does not mind at all. "
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.seeing import EYES, image_chats, make_seeing
+from fixtures.wrapped import make_wrapped
 from mbx.train.model.graphs import why_not
 from mbx.train.recipe.catalogue import load_recipe
 from mbx.train.run import graph
@@ -73,5 +75,27 @@ def test_packed_rows_are_recorded(name: str, room: int, tmp_path: Path, monkeypa
         assert (why_not(prepared.recipe, prepared.plan.config, prepared.ranks) is None) == (word == "auto")
         losses.append(train(prepared, live=False).losses)
     assert len(made) == 1 if room == 32 else len(made) > 1
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.02
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_rows_with_images_are_recorded(kind: str, tmp_path: Path) -> None:
+    """What a frozen tower made of images of other sizes, or of none, is given to one recording."""
+    folder = (make_seeing if kind in EYES else make_wrapped)(kind, tmp_path / "model")
+    chats = image_chats(tmp_path / "chats", 8)
+    lines = chats.read_text("utf-8").splitlines()
+    lines[2] = json.dumps(
+        {"messages": [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "2"}]}
+    )
+    chats.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    losses, lengths = [], ["data.length=256", "train.micro_batch=1", "train.global_batch=4", "train.steps=8"]
+    for word in ("auto", "off"):
+        overrides = [f"model={folder}", f"data={chats}", "run.save=false", "optim.lr=1e-3", "optim.warmup_steps=0"]
+        overrides += [*lengths, f"train.cuda_graph={word}", f"run.dir={tmp_path / word}"]
+        prepared = prepare(load_recipe("llama32_1b_lora", overrides))
+        assert prepared.data.eyes is not None
+        assert (why_not(prepared.recipe, prepared.plan.config, prepared.ranks) is None) == (word == "auto")
+        losses.append(train(prepared, live=False).losses)
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.02
     assert losses[0][-1] < losses[0][0]

@@ -115,7 +115,7 @@ class Train:
     """How long and how large. `epochs`: passes over the data, fractions too, that count the steps in place of `steps`,
     which is 0 then. `global_batch` and `micro_batch` are in rows of `data.length` tokens.
 
-    `cuda_graph`: record a micro-batch's passes and replay them, where the run allows it; `on`: those with images too.
+    `cuda_graph`: record a micro-batch's passes and replay them, where the run allows it.
     `tower`: what becomes of the tower and projector of a model that sees, where rows show images.
 
     `per_token_loss`: every token of a global batch weighs the same; otherwise every micro-batch does, as in
@@ -132,7 +132,7 @@ class Train:
     global_batch: Size = 8
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     recompute: Literal["none", "selective", "full"] = "none"
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["auto", "off"] = "auto"
     tower: Literal["frozen", "trained"] = "frozen"
     seed: Seed = 1234
     deterministic: bool = False

@@ -235,8 +235,6 @@ def _with_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, data: Dataset) -
     if recipe.distill.teacher:
         raise UnsupportedError("a teacher reads text alone, and rows show images", hint="leave out distill.teacher")
     check_images(recipe, plan, ranks, data.eyes.sight)
-    if recipe.train.cuda_graph == "auto":  # until a GPU has recorded a row with images
-        recipe = replace(recipe, train=replace(recipe.train, cuda_graph="off"))
     if learns(recipe):  # which a micro-batch without images would not reach
         recipe = replace(recipe, parallel=replace(recipe.parallel, overlap_grad_reduce=False))
     if not (recipe.data.packs and ranks.te):  # whose packed rows turn by a count of their own
