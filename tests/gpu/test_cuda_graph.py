@@ -79,8 +79,10 @@ def test_packed_rows_are_recorded(name: str, room: int, tmp_path: Path, monkeypa
     assert losses[0][-1] < losses[0][0]
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
-def test_rows_with_images_are_recorded(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "fp8"), [("qwen2_5_vl", "none"), ("qwen3_vl", "none"), ("glm4v", "none"), ("qwen2_5_vl", "tensorwise")]
+)
+def test_rows_with_images_are_recorded(kind: str, fp8: str, tmp_path: Path) -> None:
     """What a frozen tower made of images of other sizes, or of none, is given to one recording."""
     folder = (make_seeing if kind in EYES else make_wrapped)(kind, tmp_path / "model")
     chats = image_chats(tmp_path / "chats", 8)
@@ -92,7 +94,7 @@ def test_rows_with_images_are_recorded(kind: str, tmp_path: Path) -> None:
     losses, lengths = [], ["data.length=256", "train.micro_batch=1", "train.global_batch=4", "train.steps=8"]
     for word in ("auto", "off"):
         overrides = [f"model={folder}", f"data={chats}", "run.save=false", "optim.lr=1e-3", "optim.warmup_steps=0"]
-        overrides += [*lengths, f"train.cuda_graph={word}", f"run.dir={tmp_path / word}"]
+        overrides += [*lengths, f"fp8.recipe={fp8}", f"train.cuda_graph={word}", f"run.dir={tmp_path / word}"]
         prepared = prepare(load_recipe("llama32_1b_lora", overrides))
         assert prepared.data.eyes is not None
         assert (why_not(prepared.recipe, prepared.plan.config, prepared.ranks) is None) == (word == "auto")

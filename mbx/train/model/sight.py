@@ -126,7 +126,11 @@ def check_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, sight: Sight) ->
             "a tower that learns is exported from a checkpoint",
             "run.export_every=0, and `mbx train export`",
         ),
-        (recipe.fp8.recipe != "none", "images are not trained under FP8", "fp8.recipe=none"),
+        (
+            recipe.fp8.recipe != "none" and learns(recipe),
+            "a tower that learns is not trained beside a text model in FP8",
+            "fp8.recipe=none",
+        ),
     )
     for broken, fact, hint in rules:
         if broken:
