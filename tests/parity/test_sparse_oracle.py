@@ -13,10 +13,11 @@ from _stores import changed_hf
 from converters.errors import LayoutError
 from fixtures.make_tiny import make
 from mbx.installed import core_release, core_version
-from mbx.models.megatron.build import build_model
-from mbx.models.megatron.core import layers
+from mbx.models.device import Spread
+from mbx.models.megatron.config import transformer_config
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
+from mbx.models.megatron.specs import gpt_block_spec
 from mbx.proof.parity import ParityReport, parity
 from mbx.run.job import Options, plan_hf_to_mcore, run
 from tests.oracles import compare_logits, hf_logits, loaded_model, mcore_logits
@@ -73,11 +74,13 @@ def test_a_choice_of_more_tokens_than_prompts_have_is_reached_and_a_wrong_one_fo
 
 
 @with_it
-def test_a_stage_that_begins_with_another_s_choice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_begins_with_another_s_choice_is_refused_on_every_rank(tmp_path: Path) -> None:
+    """Layers 1 and 2 of four take the choice of layer 0."""
     config = plan_hf_to_mcore(make("glm_5_2", tmp_path / "hf"), tmp_path / "mcore", Options()).plan.config
-    monkeypatch.setattr(layers, "get_transformer_layer_offset", lambda config, vp_stage=None: 2)
-    with megatron_on_cpu(), process_group(), pytest.raises(LayoutError, match="layer 2, which takes .* layer 0 chose"):
-        build_model(config)
+    with megatron_on_cpu(), process_group():  # rank 0 of two
+        built = transformer_config(config, Spread(pp=2))
+        with pytest.raises(LayoutError, match="layer 2, which takes the tokens that layer 0 chose"):
+            gpt_block_spec(built, use_te=False)
 
 
 @pytest.mark.skipif(SPARSE, reason="of releases without it")

@@ -131,18 +131,19 @@ def _put_parts(layer: ModuleSpec, parts: FamilyParts, norm: Callable[..., nn.Mod
 
 
 def _check_choices(config: TransformerConfig, vp_stage: int | None) -> None:
-    """LayoutError where this stage begins with a layer that takes the tokens which one before it chose."""
+    """LayoutError, on every rank, where a stage begins with a layer that takes the tokens which another chose."""
     from mbx.models.megatron.core.layers import get_transformer_layer_offset
     from mbx.models.megatron.core.sparse import is_dsa_skip_topk_layer, source_dsa_compute_layer
 
-    number = get_transformer_layer_offset(config, vp_stage=vp_stage) + 1
     pattern = (config.dsa_indexer_skip_topk_offset, config.dsa_indexer_topk_freq)
-    if is_dsa_skip_topk_layer(number, *pattern):
-        raise LayoutError(
-            f"a pipeline stage begins with layer {number - 1}, which takes the tokens that layer "
-            f"{source_dsa_compute_layer(number, *pattern) - 1} chose (counted from 0)",
-            hint="every stage has to begin with a layer that has an indexer",
-        )
+    for rank in range(config.pipeline_model_parallel_size):
+        number = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=rank) + 1
+        if is_dsa_skip_topk_layer(number, *pattern):
+            raise LayoutError(
+                f"a pipeline stage begins with layer {number - 1}, which takes the tokens that layer "
+                f"{source_dsa_compute_layer(number, *pattern) - 1} chose (counted from 0)",
+                hint="every stage has to begin with a layer that has an indexer",
+            )
 
 
 def _norm_rotated_layers_only(
