@@ -21,8 +21,8 @@ CORE_TESTS = tests/unit/test_releases.py tests/parity tests/train tests/adapters
   tests/formats/test_reshard.py tests/formats/test_sidecars.py tests/formats/test_planned.py tests/cli/test_reports.py \
   tests/formats/test_model_class.py
 # Of these, a minute's worth for every run of CI.
-CORE_SMOKE = tests/unit/test_releases.py tests/parity/test_hybrid_oracle.py tests/train/test_two_releases.py \
-  tests/train/test_muon.py
+CORE_SMOKE = tests/unit/test_releases.py tests/parity/test_hybrid_oracle.py tests/parity/test_sparse_oracle.py \
+  tests/train/test_two_releases.py tests/train/test_muon.py
 
 # Two workers, which take whole files in the order that tests/conftest.py gives.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

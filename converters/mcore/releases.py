@@ -59,9 +59,10 @@ class Release:
 
     Python: `hybrid_model` and `hybrid_stack` are (module, name) of the hybrid model's class and its layer spec, which
     the class takes as the argument `hybrid_spec`, and the pattern of layers as `hybrid_pattern`; `hybrid_without_te`
-    says that its attention and MLP layers can be Megatron Core's own. `model_class` is the kind that a transformer is
-    built as where nobody asks for the other. `async_save` are the arguments that make `dist_checkpointing.save` write
-    beside a run without further packages.
+    says that its attention and MLP layers can be Megatron Core's own, `sparse_attention` that a GPT model's layers
+    can attend to tokens that an indexer chooses, as models do that are published. `model_class` is the kind that a
+    transformer is built as where nobody asks for the other. `async_save` are the arguments that make
+    `dist_checkpointing.save` write beside a run without further packages.
 
     Memory: `wide_balance` says that an auxiliary loss holds sigmoid scores in fp32, `fla_convolution` that a gated
     delta net's convolution is flash-linear-attention's, and not causal-conv1d's where that is installed.
@@ -91,6 +92,7 @@ class Release:
     hybrid_spec: str
     hybrid_pattern: str
     hybrid_without_te: bool
+    sparse_attention: bool
     model_class: str
     wide_balance: bool
     fla_convolution: bool
@@ -172,6 +174,7 @@ RELEASE_0_16 = Release(
     hybrid_spec="mamba_stack_spec",
     hybrid_pattern="hybrid_override_pattern",
     hybrid_without_te=False,
+    sparse_attention=False,
     model_class="gpt",
     wide_balance=False,
     fla_convolution=False,
@@ -199,8 +202,10 @@ RELEASE_0_18 = replace(
     fla_convolution=True,
     muon=True,
 )
-#: The common state moved among the tensors. GPTModel warns that it is deprecated; Megatron-LM still trains it.
-RELEASE_0_19 = replace(RELEASE_0_18, version="0.19", common_file=None)
+#: The common state moved among the tensors. GPTModel warns that it is deprecated; Megatron-LM still trains it. Sparse
+#: attention became that of DeepSeek-V3.2 and GLM-5: its indexer got an epsilon and a rotation of its own, layers share
+#: choices, and fp32 is taken where before there was bf16 alone.
+RELEASE_0_19 = replace(RELEASE_0_18, version="0.19", common_file=None, sparse_attention=True)
 
 RELEASES = (RELEASE_0_16, RELEASE_0_17, RELEASE_0_18, RELEASE_0_19)
 #: The release that torch_dist checkpoints are written for: what it asks for, every later one finds as well.

@@ -94,8 +94,13 @@ def page(measured: Path = MEASURED) -> str:
         lines += _table(heads, precise)
     lines += ["", "## Measured with", ""]
     for run in runs.values():
-        versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-        lines.append(f"- {run['device']}, {run['date']}: {versions}")
+        lines.append(f"- {run['device']}, {run['date']}: {_numbered(run['versions'])}")
+        others: dict[tuple[str, str], list[str]] = {}
+        for name, found in _all(run):
+            if "versions" in found:
+                others.setdefault((found["date"], _numbered(found["versions"])), []).append(name)
+        for (date, versions), names in others.items():
+            lines.append(f"- {run['device']}, {date}, {', '.join(names)}: {versions}, the rest the same")
     return "\n".join(lines) + "\n"
 
 
@@ -131,6 +136,10 @@ def _sentence(text: str) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
+def _numbered(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
 #: A family's name and what was found of it.
 _Family: TypeAlias = tuple[str, Mapping[str, Any]]
 
@@ -158,6 +167,8 @@ def _remarks(families: Sequence[_Family]) -> Iterator[str]:
     """How a family was compared, where that is not the plain way."""
     for _, found in families:
         yield from found.get("notes", [])
+        if versions := found.get("versions"):
+            yield f"Measured with {_numbered(versions)}"
         if found.get("lent"):
             yield "Compared under Transformers' own rotary frequencies, as Megatron Core fixes other constants"
 

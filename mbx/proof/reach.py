@@ -22,6 +22,8 @@ _LENGTHS = {
     "attention_chunk_size": "attention in chunks",
     "floor_scale": "attention temperature",
 }
+#: The key that says how many tokens sparse attention attends to.
+_CHOSEN = "index_topk"
 #: Keys that say from which size of a value on a mechanism sets in, and what it is.
 _SIZES = {
     "swiglu_limit": "clamped activations",
@@ -115,6 +117,8 @@ def reach(
         found.gaps.append(Gap("not reached", "attention to other tokens: every prompt has one token"))
     for key, what in _LENGTHS.items():
         _length(found, key, what, config, longest, table if megatron else None, megatron)
+    if fields.get("experimental_attention_variant") == "dsa":
+        _choice(found, config, longest, table if megatron else None, megatron)
     for key, what in _SIZES.items() if transformers else ():
         _size(found, key, what, config, table if megatron else None, megatron)
     keys, context = keys_chosen(fields), config.get("max_position_embeddings")
@@ -161,6 +165,26 @@ def _length(
         return
     found.changes[key] = smaller
     found.reached.append(f"{what} of {size}, made {smaller} on both sides")
+
+
+def _choice(found: Reach, config: Mapping[str, Value], longest: int, table: Table | None, megatron: bool) -> None:
+    """A choice of as many tokens as `index_topk`, made one less than the longest prompt has.
+
+    Tokens whose scores are so near that rounding exchanges them are then the two least of all, of one position.
+    """
+    size, smaller, context = config.get(_CHOSEN), longest - 1, config.get("max_position_embeddings")
+    if not isinstance(size, int) or isinstance(size, bool):
+        return
+    if isinstance(context, int) and size >= context:
+        return  # as many as there can be: nothing is chosen
+    what = f"a choice of {size} tokens"
+    if size < longest:
+        found.reached.append(what)
+    elif smaller < 1 or megatron and not _expressed(table, config, _CHOSEN, smaller):
+        found.gaps.append(Gap("not reached", f"{what}, of prompts of {longest} tokens"))
+    else:
+        found.changes[_CHOSEN] = smaller
+        found.reached.append(f"{what}, made {smaller} on both sides")
 
 
 def _size(found: Reach, key: str, what: str, config: Mapping[str, Value], table: Table | None, megatron: bool) -> None:

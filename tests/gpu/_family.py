@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Value]] = {
 }
 #: The first of these that a model has gets two of its rows exchanged, for the negative control.
 _FUSED = (
+    "indexer.linear_wq_b.weight",
     "linear_qkv.weight",
     "linear_q_up_proj.weight",
     "linear_q_proj.weight",

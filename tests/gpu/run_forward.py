@@ -1,7 +1,8 @@
 """Forward parity of every family on one device: `python tests/gpu/run_forward.py --device cuda --out DIR`.
 
 Each family runs in a process of its own and none can stop another. DIR gets `forward.json`; a table goes to stdout.
-`--record` also puts the figures into `mappings/measured.json`, from which docs/models.md is written.
+`--record` also puts the figures into `mappings/measured.json`, from which docs/models.md is written. What another
+release of Megatron Core alone runs is measured under that one and recorded with `--beside`.
 """
 
 from __future__ import annotations
@@ -65,20 +66,34 @@ def _number(value: object) -> str:
     return f"{value:8.1e}" if isinstance(value, float) else "       -"
 
 
-def record(run: dict[str, Any]) -> None:
+def record(run: dict[str, Any], *, beside: bool = False) -> None:
     """Keep a run's figures as the measured ones of its device.
 
-    Families that were not in it stay from the run before, if that had the same versions of everything.
+    Families that were not in it stay from the run before, if that had the same versions of everything, or if this run
+    is put `beside` it: then its families say which versions of theirs are others. What was measured so stays as long
+    as the table is the same and the usual versions do not run it.
     """
     kept = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     last = kept.get(run["device"], {})
-    before = last["families"] if last.get("versions") == run["versions"] else {}
+    before = last["families"] if beside or last.get("versions") == run["versions"] else {}
     for found in run["families"].values():
         judge(found, run["device"])
     families = {name: compact(found, run["device"]) for name, found in run["families"].items()}
+    if beside:
+        others = {name: number for name, number in run["versions"].items() if last["versions"].get(name) != number}
+        families = {name: {**found, "date": run["date"], "versions": others} for name, found in families.items()}
+        run = {**run, "date": last["date"], "versions": last["versions"]}
+    else:
+        families = {name: found for name, found in families.items() if not _is_run_elsewhere(found, before.get(name))}
     kept[run["device"]] = {**run, "families": {**before, **families}}
     MEASURED.parent.mkdir(parents=True, exist_ok=True)
     MEASURED.write_text(json.dumps(kept, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_run_elsewhere(found: dict[str, Any], before: dict[str, Any] | None) -> bool:
+    """Whether what was not run now was measured under other versions `before`, of the same table."""
+    there = before is not None and "versions" in before and before.get("sha256") == found.get("sha256")
+    return there and found["status"] == "not run"
 
 
 def compact(found: dict[str, Any], device: str) -> dict[str, Any]:
@@ -136,10 +151,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--limit-s", type=float, default=330.0, help="all families together, in seconds")
     parser.add_argument("--record", action="store_true", help="also write mappings/measured.json")
+    parser.add_argument("--beside", action="store_true", help="record with the versions that differ from the others'")
     parser.add_argument("--record-from", type=Path, metavar="FILE", help="record an earlier forward.json; run nothing")
     arguments = parser.parse_args()
     if arguments.record_from:
-        record(json.loads(arguments.record_from.read_text(encoding="utf-8")))
+        record(json.loads(arguments.record_from.read_text(encoding="utf-8")), beside=arguments.beside)
         return 0
     script = scripts()
     names = arguments.names or list(script)
@@ -171,7 +187,7 @@ def main() -> int:
             # Written anew each time: whatever ends this process leaves the families before it.
             (arguments.out / "forward.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
     if arguments.record:
-        record(run)
+        record(run, beside=arguments.beside)
     return 1 if any(found["status"] == "failed" for found in families.values()) else 0
 
 

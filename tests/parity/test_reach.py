@@ -43,6 +43,14 @@ def test_a_choice_of_keys_that_no_prompt_comes_to_is_named() -> None:
     assert "choice among" not in gaps(reached("minimax_m3")), "no position is behind them"
 
 
+def test_a_choice_of_tokens_is_made_smaller_than_the_prompt_by_one() -> None:
+    """Rounding may exchange tokens at the edge of a choice: so small an edge is the least that tells it."""
+    found = reached("glm_5", index_topk=256)
+    assert found.changes == {"index_topk": 47} and "a choice of 256 tokens, made 47 on both sides" in found.line
+    assert not reached("glm_5", index_topk=16).changes, "prompts are longer"
+    assert "a choice of" not in reached("glm_5", index_topk=512).line, "no more than the context has"
+
+
 def test_one_token_comes_to_nothing() -> None:
     found = reached("gpt_oss", tokens=1)
     assert "attention to other tokens" in gaps(found) and not found.reached

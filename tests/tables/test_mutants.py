@@ -24,6 +24,7 @@ from fixtures.make_tiny import make  # noqa: E402
 from fixtures.wrapped import make_wrapped  # noqa: E402
 from mappings import table_names, table_text  # noqa: E402
 from mbx.formats.registry import open_hf  # noqa: E402
+from mbx.installed import core_release  # noqa: E402
 from mbx.tables import shipped, table_for  # noqa: E402
 
 #: Families that Transformers and Megatron Core both run on a CPU; the others need a GPU, or have no forward leg.
@@ -35,13 +36,16 @@ RUN = (
     *("internlm3", "hy3", "exaone_moe", "gpt2", "pythia", "command_r7b", "bailing_moe_v2", "deepseek"),
     *("ernie4_5_moe", "mimo_v2_flash", "gemma4_31b", "gemma4_e2b", "gemma4_26b", "step_3_5_flash"),
     "minimax_m3",
+    *(("deepseek_v32", "glm_5_2") if core_release().sparse_attention else ()),
 )
-#: Tables that a GPU alone runs; of one that is `unsupported` no forward leg runs, and no comparison is called proved.
-ON_A_GPU = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
+#: Tables that a GPU alone runs, or a newer Megatron Core; of one that is `unsupported` no forward leg runs, and no
+#: comparison is called proved.
+ELSEWHERE = ("nemotron_h", "qwen3_next", "qwen3_5", "qwen3_5_moe")
+ELSEWHERE += () if core_release().sparse_attention else ("deepseek_v32", "glm_moe_dsa")
 #: Models whose towers a table arranges by rows of its own; the others travel with their names and bytes as they are.
 WITH_TOWER_ROWS = ("gemma3", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "nemotron_nano_v2_vl")
 WITH_TOWER_ROWS += ("nemotron_nano_omni",)
-_LATENT = "(deepseek_v2|deepseek_v3|moonlight|glm_4_7_flash)"
+_LATENT = "(deepseek_v2|deepseek_v3|moonlight|glm_4_7_flash|deepseek_v32|glm_5_2)"
 _NOT_STRETCHED = "no frequency of the tiny head is one that Llama 3 stretches"
 _IDLE_YARN = "the tiny head turns with two frequencies, of which either length and slope take the same"
 #: Mutants, as their names begin, and why no pass depends on them; of one family where one is named.
@@ -64,13 +68,15 @@ REASONS = {
     r"(gpt_oss|phi3|ministral3|olmo3|olmoe) via \w+: model\.rope_scaling:": "read of plain positions alone",
     r"(qwen2_moe|qwen3_moe|mixtral|gpt_oss|olmoe|minimax_m2) config ffn_hidden_size:": "no layer without experts",
     r"gemma4_26b config ffn_hidden_size:": "no layer without experts",
+    r"deepseek_v32 via \w+: dsa_indexer_skip_topk_offset:": "read where layers share choices",
+    r"fixed dsa_indexer_k_norm_epsilon:": "moves scores by less than those of two tokens are apart",
     rf"{_LATENT} config num_query_groups:": "latent attention has no groups",
     rf"{_LATENT} fixed model\.position_embedding_type:": "latent attention has its own turn",
-    r"(deepseek_v2|deepseek_v3) via mla_rope: (beta_|original_)": _IDLE_YARN,
+    r"(deepseek_v2|deepseek_v3|deepseek_v32) via mla_rope: (beta_|original_)": _IDLE_YARN,
     r"(olmo2|olmo3|olmoe|minimax_m2) fixed qk_layernorm:": "norms that span all heads take their place",
     r"(ministral3|olmo3) via yarn: yarn_(beta_|original_|correction_)": "rounds to the tiny head's same frequencies",
     r"starcoder2 fixed add_qkv_bias:": "with `add_bias_linear` every projection has a bias, that one too",
-    r"(moonlight|glm_4_7_flash) via mla_rope: (mscale|rotary_scaling_factor)": "read with YaRN, beyond a factor of 1",
+    r"(moonlight|glm_4_7_flash|glm_5_2) via mla_rope: (mscale|rotary_scal)": "read with YaRN, beyond a factor of 1",
 }
 #: Where a condition does not hold its tensors are absent, and the cover refuses rows without tensors.
 SAME_PLAN_REASONS = (
@@ -84,7 +90,7 @@ def test_every_table_is_mutated_or_says_why_not() -> None:
     shown = {table_for(load_config(FAMILIES[name].reference)).name for name in RUN}
     tables = {name: shipped(name) for name in table_names()}
     aside = {name for name, table in tables.items() if table.unsupported or "[text]" in table_text(name)}
-    assert shown | aside | set(ON_A_GPU) == set(tables) and not shown & aside
+    assert shown | aside | set(ELSEWHERE) == set(tables) and not shown & aside
     kinds = {table_for(json.loads(wrapped_config(kind))).name for kind in WITH_TOWER_ROWS}
     assert kinds == {name for name, table in tables.items() if table.towers}
 

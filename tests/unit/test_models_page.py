@@ -11,6 +11,7 @@ from converters.errors import StorageError
 from mappings import table_names
 from mbx.catalogue.models_page import MEASURED, NOT_MEASURED, is_stale, page, rows
 from mbx.tables import shipped
+from tests.gpu import run_forward
 from tests.gpu.run_forward import scripts
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
@@ -73,6 +74,24 @@ def test_a_family_that_failed_is_named_beside_those_that_passed(tmp_path: Path) 
 def test_a_table_that_changed_since_is_said(tmp_path: Path) -> None:
     row = next(row for row in rows(write(tmp_path, {"cpu": run("passed", sha256="0")})) if row.table == "llama")
     assert "changed since it was measured on a CPU" in row.notes and "on a GPU" not in row.notes
+
+
+def test_what_another_release_alone_runs_is_recorded_beside_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "measured.json"
+    monkeypatch.setattr(run_forward, "MEASURED", path)
+    usual = {**run("not run", reason="old"), "versions": {"torch": "2", "megatron-core": "0.16.1"}}
+    newer = {**run("passed", 3e-6, control={"max_abs": 4.0}), "date": "2026-02-02"}
+    newer["versions"] = {"torch": "2", "megatron-core": "0.19.2"}
+    run_forward.record(usual)
+    run_forward.record(newer, beside=True)
+    for _ in range(2):  # the second time, of a run whose release does not run it
+        row = next(row for row in rows(path) if row.table == "llama")
+        assert row.forward_cpu == "3.0e-06" and "Measured with megatron-core 0.19.2." in row.notes and not row.reasons
+        assert "- cpu, 2026-02-02, llama: megatron-core 0.19.2, the rest the same" in page(path)
+        assert json.loads(path.read_text())["cpu"]["versions"] == usual["versions"]
+        run_forward.record(usual)
 
 
 def test_without_figures_nothing_is_claimed(tmp_path: Path) -> None:

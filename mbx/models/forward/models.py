@@ -90,6 +90,13 @@ class MegatronModel:
         """Rotary constants that Megatron Core cannot express, one line each."""
         return tuple(inexpressible_rope(self.hf_config)) if self.reference is not None else ()
 
+    def check(self, spread: Spread) -> None:
+        """UnsupportedError where the installed Megatron Core refuses the config; no weight is read."""
+        from mbx.models.megatron.config import transformer_config
+
+        # prediction layers are left out of the pass
+        transformer_config({**self.config, "mtp_num_layers": None}, spread, use_te=spread.device == "cuda")
+
     def weights(self, source: FileSource) -> StoredWeights:
         """The checkpoint's weights."""
         from mbx.models.megatron.weights import StoredWeights

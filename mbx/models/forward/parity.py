@@ -181,6 +181,9 @@ def compare_models(
             if megatron:
                 stack.enter_context(megatron_on(spread))
             by_model, seen = {}, tuple[Seen | None, ...]()
+            for model in models:
+                if isinstance(model, MegatronModel):
+                    model.check(spread)  # before Transformers' pass, which may take hours
             # Transformers' first: what its tower sees is what Megatron Core's decoder is given.
             for model in sorted(models, key=lambda model: isinstance(model, MegatronModel)):
                 if isinstance(model, MegatronModel):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from converters.errors import DeviceError, LayoutError, UnsupportedError, UsageError
 from converters.rows.expr import Value
 from converters.rows.isos.rope import YARN
-from mbx.installed import core_version
+from mbx.installed import core_release, core_version
 from mbx.models.device import DTYPES, ONE_PROCESS, Spread
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
     _check_te(spread.device, use_te)
     _check_layout(config, spread)
 
+    indexer = _indexer(config)
     mla = bool(config.get("multi_latent_attention"))
     config_class = core.MLATransformerConfig if mla else core.TransformerConfig
     if config.get("heterogeneous_block_specs"):
@@ -112,7 +113,13 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
             f"{low}={values[low]!r} needs a GPU with Transformer Engine", hint=f"build without {low}"
         )
 
-    arguments: dict[str, object] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **spread.sizes, **values}
+    arguments: dict[str, object] = {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        **indexer,
+        **spread.sizes,
+        **values,
+    }
     if "activation_func" in values:
         arguments["activation_func"] = _activation(values["activation_func"])
     if values.get("window_size") is not None:
@@ -163,6 +170,16 @@ def _mla_rotary(config: FlatConfig) -> dict[str, Value]:
     if config.get(MODEL_PREFIX + "rope_scaling"):
         raise UnsupportedError(f"{mcore_version()} ignores `model.rope_scaling` under multi_latent_attention")
     return moved
+
+
+def _indexer(config: FlatConfig) -> dict[str, Value]:
+    """How sparse attention chooses unless the config says it; UnsupportedError where Megatron Core has none."""
+    if config.get("experimental_attention_variant") != "dsa":
+        return {}
+    if not core_release().sparse_attention:
+        raise UnsupportedError(f"{mcore_version()} cannot build this model's sparse attention; 0.19 can")
+    # Turned by one orthogonal matrix, queries and keys have the same products; the package for it takes bf16 alone.
+    return {"dsa_indexer_rotate_activation": False}
 
 
 def _activation(name: Value) -> Callable[[torch.Tensor], torch.Tensor]:

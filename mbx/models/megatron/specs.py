@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converters.errors import UnsupportedError
+from converters.errors import LayoutError, UnsupportedError
 from mbx.models.megatron.config import mcore_version
 
 if TYPE_CHECKING:
@@ -43,13 +43,18 @@ def gpt_block_spec(
     if config.heterogeneous_block_specs:
         block = _heterogeneous_block_spec(config, use_te=use_te, vp_stage=vp_stage)
     elif config.experimental_attention_variant is not None:
-        if not use_te:
+        if config.experimental_attention_variant == "dsa":
+            _check_choices(config, vp_stage)
+        elif not use_te:
             raise UnsupportedError(
                 f"{mcore_version()} builds experimental_attention_variant={config.experimental_attention_variant!r} "
                 "with Transformer Engine only",
                 hint="run this leg on a GPU with Transformer Engine installed",
             )
-        block = layers.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
+        if use_te:
+            block = layers.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
+        else:
+            block = _local_block_spec(config, vp_stage)
     elif use_te:
         block = layers.get_gpt_decoder_block_spec(
             config,
@@ -123,6 +128,22 @@ def _put_parts(layer: ModuleSpec, parts: FamilyParts, norm: Callable[..., nn.Mod
         be_gemma4(layer, parts.kinds or Kinds(), parts.layer_inputs)
     elif parts.kinds is not None:
         attend_by_kind(layer, parts.kinds)
+
+
+def _check_choices(config: TransformerConfig, vp_stage: int | None) -> None:
+    """LayoutError, on every rank, where a stage begins with a layer that takes the tokens which another chose."""
+    from mbx.models.megatron.core.layers import get_transformer_layer_offset
+    from mbx.models.megatron.core.sparse import is_dsa_skip_topk_layer, source_dsa_compute_layer
+
+    pattern = (config.dsa_indexer_skip_topk_offset, config.dsa_indexer_topk_freq)
+    for rank in range(config.pipeline_model_parallel_size):
+        number = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=rank) + 1
+        if is_dsa_skip_topk_layer(number, *pattern):
+            raise LayoutError(
+                f"a pipeline stage begins with layer {number - 1}, which takes the tokens that layer "
+                f"{source_dsa_compute_layer(number, *pattern) - 1} chose (counted from 0)",
+                hint="every stage has to begin with a layer that has an indexer",
+            )
 
 
 def _norm_rotated_layers_only(
@@ -241,4 +262,8 @@ def local_layer_spec(config: TransformerConfig, *, num_experts: int | None) -> M
         if config.qk_layernorm and not config.qk_l2_norm:
             attention.q_layernorm = attention.k_layernorm = LocalNorm
     layer.sharded_state_dict_keys_map = keys
+    if config.experimental_attention_variant == "dsa":
+        from mbx.models.megatron.sparse_attention import attend_sparsely
+
+        attend_sparsely(spec, config)
     return spec

@@ -91,6 +91,11 @@ def blueprint(recipe: Recipe) -> Blueprint:
     positions = as_int(config, "model.max_sequence_length")
     if recipe.data.length > positions:
         raise UsageError(f"data.length {recipe.data.length} exceeds the model's {positions} positions")
+    if config.get("experimental_attention_variant") == "dsa":
+        raise UnsupportedError(
+            "the loss of tokens does not teach the indexer of sparse attention, and another model would be trained",
+            hint="conversions of this family carry its weights; no training does",
+        )
     if keys := keys_chosen(config):
         _check_choice(recipe, keys)
     if recipe.data.length % recipe.parallel.tp and recipe.parallel.sequence_parallel:
