@@ -75,6 +75,11 @@ def _training(self: Any, zxBCdt: torch.Tensor, packed_seq_params: object = None)
     return out
 
 
+def _no_kernel() -> None:
+    """A kernel that nothing calls."""
+    raise AssertionError("a kernel of mamba-ssm is called")
+
+
 def stand_in() -> None:
     """Let Megatron Core's MambaMixer, which nothing has imported yet, run on this module."""
     names = ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton")
@@ -86,7 +91,7 @@ def stand_in() -> None:
     modules = {name: types.ModuleType(name) for name in (*names, *kernels)}
     for name, functions in kernels.items():
         for function in functions:
-            setattr(modules[name], function, GatedRMSNorm if function == "RMSNorm" else None)
+            setattr(modules[name], function, GatedRMSNorm if function == "RMSNorm" else _no_kernel)
     sys.modules.update(modules)
     try:
         from megatron.core.ssm import mamba_context_parallel, mamba_mixer
