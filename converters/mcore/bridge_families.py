@@ -209,7 +209,7 @@ FAMILIES = (
     Family(
         "FalconH1ForCausalLM",
         f"{MODELS}falcon_h1.falconh1_provider.FalconH1ModelProvider",
-        implied={"model.mcore_model": "hybrid"},
+        implied={"model.mcore_model": "hybrid", "model.attention_beside_mamba": True},
         own=_FALCON_H1,
     ),
     # Families that share provider and spec with one above; some have no table here.

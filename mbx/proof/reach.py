@@ -48,7 +48,10 @@ _FIELDS: Mapping[str, tuple[str, tuple[Value, ...]]] = {
     "model.post_layernorms": ("norms behind sublayers", (False,)),
     "model.scale_embeddings": ("scaled embeddings", (False,)),
 }
-_MULTIPLIERS = "embedding_multiplier residual_multiplier attention_multiplier logits_scaling logit_scale".split()
+#: Keys of factors, one or a list of them.
+_MULTIPLIERS = """embedding_multiplier residual_multiplier attention_multiplier logits_scaling logit_scale
+attention_in_multiplier attention_out_multiplier key_multiplier ssm_in_multiplier ssm_out_multiplier ssm_multipliers
+mlp_multipliers lm_head_multiplier""".split()
 
 
 @dataclass(slots=True)
@@ -232,7 +235,8 @@ def _always(config: Mapping[str, Value], fields: Mapping[str, Value]) -> Iterato
     groups, chosen = config.get("n_group"), config.get("topk_group")
     if isinstance(groups, int) and isinstance(chosen, int) and groups > chosen:
         yield "groups of experts"
-    if any(config.get(key) not in (None, 1, 1.0) for key in _MULTIPLIERS):
+    stated = [config.get(key) for key in _MULTIPLIERS]
+    if any(factor not in (None, 1) for one in stated for factor in (one if isinstance(one, list) else [one])):
         yield "multipliers"
     for name, (what, unsaid) in _FIELDS.items():
         if fields.get(name) not in (None, *unsaid):

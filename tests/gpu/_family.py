@@ -5,6 +5,7 @@ A process of its own, started by `run_forward.py` through `_alone.py`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -64,17 +65,25 @@ def measure(name: str, device: str, tiny: Path | None, work: Path, found: Found)
     if table.unsupported:
         found["reason"] = table.unsupported
         return
-    if config.get("model.mcore_model") == "hybrid" and device == "cuda":
+    lent: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if config.get("model.mcore_model") == "hybrid":
         from _mamba_reference import stand_in
 
-        stand_in()
-        found["notes"] = ["Kernels of mamba-ssm replaced by their recurrence in torch"]
+        from tests.mamba_on_cpu import mamba_on_cpu
+
+        if device == "cuda":
+            stand_in()
+            found["notes"] = ["Kernels of mamba-ssm replaced by their recurrence in torch"]
+        else:
+            lent = mamba_on_cpu()
+            found["notes"] = ["On a CPU the tests lend the recurrence in torch, and `mbx verify` runs none"]
     if config.get("experimental_attention_variant") == "gated_delta_net" and device == "cuda":
         config["deterministic_mode"] = True  # Megatron Core's own torch code; the kernels take no fp32
         # It takes its l2norm from fla when imported, and fla is hidden from Transformers later.
         importlib.import_module("megatron.core.ssm.gated_delta_net")
         found["notes"] = ["Gated delta rule by Megatron Core's deterministic torch code"]
-    forward(name, device, source, work, config, found)
+    with lent:
+        forward(name, device, source, work, config, found)
 
 
 def checkpoint(name: str, tiny: Path | None, work: Path) -> Path:

@@ -56,7 +56,7 @@ def scan(
 
 def _training(self: Any, zxBCdt: torch.Tensor, packed_seq_params: object = None) -> torch.Tensor:
     """MambaMixer._ssm_training: [s, b, z|x|B|C|dt] → [s, b, inner]."""
-    assert packed_seq_params is None and self.rmsnorm and not self.D_has_hdim
+    assert packed_seq_params is None and not self.D_has_hdim
     cp = self.cp
     inner, groups, heads = cp.d_inner_local_tpcp, cp.ngroups_local_tpcp, cp.nheads_local_tpcp
     both = groups * self.d_state
@@ -70,9 +70,14 @@ def _training(self: Any, zxBCdt: torch.Tensor, packed_seq_params: object = None)
     B, C = (m.unflatten(-1, (groups, -1)).repeat_interleave(per_group, 2) for m in (B, C))
     step = F.softplus(dt.float() + cp.get_dt_bias().float())
     y = scan(x.unflatten(-1, (heads, -1)), step, -torch.exp(cp.get_A_log().float()), B, C, cp.get_D().float())
-    y = y.flatten(-2).to(zxBCdt.dtype)
-    out: torch.Tensor = self.norm(y.transpose(0, 1).contiguous(), z.transpose(0, 1).contiguous())
+    y, z = (m.transpose(0, 1).contiguous() for m in (y.flatten(-2).to(zxBCdt.dtype), z))
+    out: torch.Tensor = self.norm(y, z) if self.rmsnorm else y * F.silu(z)
     return out
+
+
+def _no_kernel() -> None:
+    """A kernel that nothing calls."""
+    raise AssertionError("a kernel of mamba-ssm is called")
 
 
 def stand_in() -> None:
@@ -86,13 +91,13 @@ def stand_in() -> None:
     modules = {name: types.ModuleType(name) for name in (*names, *kernels)}
     for name, functions in kernels.items():
         for function in functions:
-            setattr(modules[name], function, GatedRMSNorm if function == "RMSNorm" else None)
+            setattr(modules[name], function, GatedRMSNorm if function == "RMSNorm" else _no_kernel)
     sys.modules.update(modules)
     try:
-        from megatron.core.ssm import mamba_mixer
+        from megatron.core.ssm import mamba_context_parallel, mamba_mixer
     finally:
         for name in modules:
             del sys.modules[name]
     mixer: Any = mamba_mixer
-    mixer.HAVE_EINOPS = True  # only the paths replaced here use it
+    mixer.HAVE_EINOPS = mamba_context_parallel.HAVE_EINOPS = True  # only the paths replaced here use it
     mixer.MambaMixer._ssm_training = _training

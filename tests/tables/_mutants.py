@@ -93,6 +93,10 @@ def _altered(value: Value) -> list[Value]:
         return [10 * value if 0 < value < 1e-3 else value / 2 if value else 0.5]
     if isinstance(value, list) and value and all(isinstance(one, int) for one in value):
         return [[int(not one) for one in value] if set(value) <= {0, 1} else [value[0] + 1, *value[1:]]]  # type: ignore[operator]
+    if (
+        isinstance(value, list) and value and all(isinstance(one, float) and one for one in value)
+    ):  # one factor at a time
+        return [[one / 2 if n == place else one for n, one in enumerate(value)] for place in range(len(value))]  # type: ignore[operator]
     others = {"RMSNorm": "LayerNorm", "silu": "gelu", "softmax": "sigmoid", "sigmoid": "softmax", "rope": "none"}
     return [others[value]] if isinstance(value, str) and value in others else []
 

@@ -168,23 +168,28 @@ def main(out: Path) -> None:
     """One process of a world.
 
     A job is `{recipe, resume?, kill_at?, stop_at?, signal?, stall_from?, faults?, verify?, logits?, hooks?, delta?,
-    slow?, beside?}`. `slow`: [rank, step, seconds]: from this step on, a forward pass of the rank takes longer.
-    `beside`: a folder of packages that are not in the environment.
+    mamba?, slow?, beside?}`. `slow`: [rank, step, seconds]: from this step on, a forward pass of the rank takes
+    longer. `beside`: a folder of packages that are not in the environment.
 
-    `delta`: gated delta nets train, as `delta_on_cpu` has them, in all jobs. `verify`: the recipe's training is
-    compared rather than run; its result is the legs. `stall_from`: the writers of asynchronous checkpoints hang from
-    this step on. `faults`: by step, the rank and the place that cannot be written then. `logits`: the folder to which
-    the recipe's teacher is written rather than learned from; its result is the rows and the learned tokens.
+    `delta`: gated delta nets train, as `delta_on_cpu` has them, in all jobs; `mamba`: mixers, as `mamba_on_cpu` has
+    them. `verify`: the recipe's training is compared rather than run; its result is the legs. `stall_from`: the
+    writers of asynchronous checkpoints hang from this step on. `faults`: by step, the rank and the place that cannot
+    be written then. `logits`: the folder to which the recipe's teacher is written rather than learned from; its result
+    is the rows and the learned tokens.
     """
     import torch
 
     torch.set_num_threads(1)
     jobs = json.loads(out.with_suffix(".jobs").read_text())
-    if not any(job.get("delta") for job in jobs):
-        return carry_out(jobs, out)
-    from tests.delta_on_cpu import delta_on_cpu
+    with contextlib.ExitStack() as lent:
+        if any(job.get("delta") for job in jobs):
+            from tests.delta_on_cpu import delta_on_cpu
 
-    with delta_on_cpu():
+            lent.enter_context(delta_on_cpu())
+        if any(job.get("mamba") for job in jobs):
+            from tests.mamba_on_cpu import mamba_on_cpu
+
+            lent.enter_context(mamba_on_cpu())
         carry_out(jobs, out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from converters.errors import LayoutError, UnsupportedError, UsageError
@@ -11,6 +12,7 @@ from converters.rows.expr import Value
 from mbx.installed import core_release
 from mbx.models.device import ONE_PROCESS, Spread
 from mbx.models.megatron.config import (
+    BESIDE_MAMBA_FIELDS,
     MODEL_PREFIX,
     OWN_FIELDS,
     WINDOWED_FIELDS,
@@ -33,12 +35,14 @@ _LAYERS = """parallel_residual one_layernorm post_layernorms post_layernorms_onl
 qk_layernorm_over_heads""".split()
 _SWITCHES = ("scale_embeddings", "biased_softmax_router", "layer_scalars", "gate_by_head")
 _FAMILY = (*_LAYERS, *_SWITCHES, "rotary_base_local", "rotary_percent_local")
+#: The argument that makes every layer of a hybrid model attention beside Mamba-2.
+_BESIDE_MAMBA = "attention_beside_mamba"
 # What the installed Megatron Core has no module for: tensors of it are left in the checkpoint.
 _ABSENT = ("mtp_num_layers", "mtp_hybrid_override_pattern", "mtp_block_layers")
 #: What tables call the pattern of a hybrid model's layers.
 _PATTERN = "hybrid_override_pattern"
 _PATTERN_FIELD = MODEL_PREFIX + _PATTERN
-_NOT_CONSTRUCTOR = ("mcore_model", "latent_layernorm_epsilon", *_ABSENT, *_FAMILY)
+_NOT_CONSTRUCTOR = ("mcore_model", "latent_layernorm_epsilon", _BESIDE_MAMBA, *_ABSENT, *_FAMILY)
 
 
 def build_model(
@@ -68,11 +72,8 @@ def build_model(
     kind = config.get(MODEL_PREFIX + "mcore_model", "gpt")
     if kind not in ("gpt", "hybrid"):
         raise UsageError(f"model.mcore_model must be `gpt` or `hybrid`, got {kind!r}")
-    if kind == "hybrid" and not use_te and not (core_release().hybrid_without_te and config.get(_PATTERN_FIELD)):
-        raise UnsupportedError(
-            f"{mcore_version()} builds hybrid (Mamba) models with Transformer Engine only",
-            hint="run this leg on a GPU with Transformer Engine and mamba-ssm installed",
-        )
+    if kind == "hybrid" and not use_te:
+        check_hybrid_without_te(config)
     built = transformer_config(config, spread, use_te=use_te)
     try:
         gpt = kind == "gpt"
@@ -93,10 +94,11 @@ def build_model(
             f"{mcore_version()} cannot build this model on {spread.device} "
             f"({'Transformer Engine' if use_te else 'local'} spec): {error}"
         ) from error
-    if gpt:
+    if gpt or config.get(MODEL_PREFIX + _BESIDE_MAMBA):
         from mbx.models.megatron.family_hooks import add_family_hooks
 
         add_family_hooks(model, config)
+    if gpt:
         if (inputs := _layer_inputs(config)) is not None:
             from mbx.models.megatron.gemma4 import connect
 
@@ -113,9 +115,25 @@ def build_model(
     return model.to(spread.device)
 
 
+def check_hybrid_without_te(config: FlatConfig) -> None:
+    """UnsupportedError for a hybrid model that the installed Megatron Core builds with Transformer Engine only."""
+    if not (core_release().hybrid_without_te and config.get(_PATTERN_FIELD)):
+        raise UnsupportedError(
+            f"{mcore_version()} builds hybrid (Mamba) models with Transformer Engine only",
+            hint="run this leg on a GPU with Transformer Engine and mamba-ssm installed",
+        )
+
+
+def _refuse_own(config: FlatConfig, fields: Iterable[str], built_without: str) -> None:
+    """UnsupportedError that names those of `fields` that `config` has a use of."""
+    if added := [f"`{name}`" for name in fields if not is_idle(name, config.get(name))]:
+        raise UnsupportedError(f"{', '.join(added)}: {built_without} are built without")
+
+
 def _gpt_parts(
     config: FlatConfig, built: TransformerConfig, use_te: bool, vp_stage: int | None
 ) -> tuple[type[nn.Module], dict[str, object]]:
+    _refuse_own(config, (MODEL_PREFIX + _BESIDE_MAMBA, *BESIDE_MAMBA_FIELDS), "GPT models")
     from mbx.models.megatron.core.layers import GPTModel
     from mbx.models.megatron.specs import FamilyParts, gpt_block_spec, mtp_block_spec
 
@@ -169,14 +187,19 @@ def _layer_inputs(config: FlatConfig) -> LayerInputs | None:
 def _hybrid_parts(
     config: FlatConfig, built: TransformerConfig, use_te: bool, vp_stage: int | None
 ) -> tuple[type[nn.Module], dict[str, object]]:
-    asked = (*(MODEL_PREFIX + name for name in _FAMILY), *OWN_FIELDS)
-    added = [f"`{name}`" for name in asked if not is_idle(name, config.get(name))]
-    if added:
-        raise UnsupportedError(f"{', '.join(added)}: hybrid models are built without")
+    beside = bool(config.get(MODEL_PREFIX + _BESIDE_MAMBA))
+    had = ("embedding_multiplier",) if beside else ()
+    others = [*(MODEL_PREFIX + name for name in _FAMILY), *OWN_FIELDS, *(() if beside else BESIDE_MAMBA_FIELDS)]
+    _refuse_own(config, [name for name in others if name not in had], "hybrid models")
     if vp_stage is not None:
         raise UnsupportedError(f"{mcore_version()} has no virtual pipeline stages for hybrid models")
     from mbx.models.megatron.core.hybrid import HybridModel, hybrid_stack_spec
 
+    if beside:
+        from mbx.models.megatron.beside_mamba import beside_mamba_spec, beside_of
+
+        spec = beside_mamba_spec(built, beside_of(config), use_te=use_te)
+        return HybridModel, {core_release().hybrid_spec: spec, core_release().hybrid_pattern: "*" * built.num_layers}
     spec = hybrid_stack_spec
     if not use_te:
         from mbx.models.megatron.hybrid_layers import local_hybrid_spec
@@ -191,6 +214,7 @@ def _model_arguments(config: FlatConfig, model_class: type) -> dict[str, Value]:
     if _PATTERN in arguments:
         arguments[core_release().hybrid_pattern] = arguments.pop(_PATTERN)
     accepted = set(inspect.signature(model_class).parameters)
+    arguments = {k: v for k, v in arguments.items() if k in accepted or not is_idle(MODEL_PREFIX + k, v)}
     refuse_unknown([MODEL_PREFIX + k for k in sorted(set(arguments) - accepted)], model_class.__name__)
     missing = [MODEL_PREFIX + k for k in ("vocab_size", "max_sequence_length") if k not in arguments]
     if missing:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from mbx.models.megatron.config import FlatConfig
+from mbx.models.megatron.followed import follow
 
 
 def clamp_halves(layers: Iterable[Any], config: FlatConfig) -> None:
@@ -29,32 +30,18 @@ def clamp_halves(layers: Iterable[Any], config: FlatConfig) -> None:
             bounds = limits["experts" in path]
             bound = bounds[layer.layer_number - 1] if path[-1] == "linear_fc1" and isinstance(bounds, list) else None
             if bound:
-                kind: Any = type(linear)
-                linear.__class__, linear.bound = _clamped(kind), bound
+                follow(linear, Bound(bound))
 
 
-@cache
-def _clamped(linear: type[nn.Module]) -> type[nn.Module]:
-    """`linear`, a gate above another half, with what comes out of it bounded."""
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Bounds what comes out of a linear, a gate above another half: [..., 2 · width]."""
 
-    class ClampedLinear(linear):  # type: ignore[misc, valid-type]  # the base is Megatron Core's own choice
-        bound: float
+    bound: float
 
-        def forward(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-            """x: [..., in] → [..., 2 · width]"""
-            return self.behind(*self.product(*arguments))
-
-        def product(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-            """The linear alone."""
-            output, bias = super().forward(*arguments)
-            return output, bias
-
-        def behind(self, output: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, None]:
-            """What follows the product, an adapter's as well."""
-            gate, up = (output if bias is None else output + bias).chunk(2, dim=-1)
-            return torch.cat((gate.clamp(max=_before_silu(self.bound)), up.clamp(-self.bound, self.bound)), -1), None
-
-    return ClampedLinear
+    def __call__(self, output: torch.Tensor) -> torch.Tensor:
+        gate, up = output.chunk(2, dim=-1)
+        return torch.cat((gate.clamp(max=_before_silu(self.bound)), up.clamp(-self.bound, self.bound)), -1)
 
 
 @cache

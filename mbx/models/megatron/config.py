@@ -53,6 +53,9 @@ per_layer_vocab_size short_conv_layers short_conv_kernel_size swiglu_limits swig
 kda_num_heads kda_head_dim kda_conv_kernel_dim kda_gate_lower_bound attn_res_block_size
 lightning_indexer_layers index_n_heads index_head_dim index_block_size index_topk_blocks index_local_blocks""".split()
 OWN_FIELDS += [f"windowed_{name}" for name in WINDOWED_FIELDS]
+#: Fields of models with attention beside Mamba-2 in a layer.
+BESIDE_MAMBA_FIELDS = """rmsnorm norm_before_gate attention_in_multiplier attention_out_multiplier key_multiplier
+ssm_in_multiplier ssm_out_multiplier ssm_multipliers mlp_multipliers lm_head_multiplier""".split()
 # Any of these lets stages hold different numbers of layers; mcore checks those itself.
 _UNEVEN_STAGES = """num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage pipeline_model_parallel_layout
 account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split""".split()
@@ -91,7 +94,7 @@ def transformer_config(config: FlatConfig, spread: Spread = ONE_PROCESS, *, use_
         raise UnsupportedError(f"position_embedding_type=yarn needs {' and '.join(unsaid)}")
     extra = {field: value for field, value in said.items() if field not in known}
     # fields with a dot are the model's arguments, or of what stands beside the text
-    own = (*OWN_FIELDS, *(() if mla else ("v_head_dim",)))
+    own = (*OWN_FIELDS, *BESIDE_MAMBA_FIELDS, *(() if mla else ("v_head_dim",)))
     values = {k: v for k, v in config.items() if "." not in k and k not in extra and k not in own}
     values = {k: v for k, v in values.items() if k in known or k in _OWNED or (v is not None and v is not False)}
     if mla:

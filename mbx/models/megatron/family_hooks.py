@@ -47,11 +47,17 @@ def add_family_hooks(model: nn.Module, config: FlatConfig) -> None:
     if (share := number(config, "rope_proportion")) is not None:
         turn_a_share(model, share)
     clamp_halves(decoder.layers, config)
+    _hook_logits(model, config)
+
+
+def _hook_logits(model: nn.Module, config: FlatConfig) -> None:
+    """Scale and cap what comes out of the output layer; UnsupportedError where a fused loss never holds logits."""
     divisor, cap = number(config, "logits_scaling"), number(config, "final_logit_softcapping")
-    if (scale := number(config, "logit_scale")) is not None:  # Cohere multiplies where Granite divides
-        divisor = 1.0 / scale
+    for field in ("logit_scale", "lm_head_multiplier"):  # Cohere and Falcon-H1 multiply where Granite divides
+        if (scale := number(config, field)) is not None:
+            divisor = 1.0 / scale
     if (output := getattr(model, "output_layer", None)) is not None and (divisor is not None or cap is not None):
-        if getattr(decoder.config, "cross_entropy_fusion_impl", None) == "linear":
+        if getattr(cast("Any", model).config, "cross_entropy_fusion_impl", None) == "linear":
             raise UnsupportedError("logits are scaled or capped, which cross_entropy_fusion_impl=linear never holds")
         output.register_forward_hook(_Logits(divisor or 1.0, cap))
 

@@ -136,11 +136,14 @@ def _head(
     from torch import nn
 
     class Replay(nn.Module):
-        """Returns what the decoder returned."""
+        """Returns what the decoder returned; its constants are the decoder's (Falcon-H1: `lm_head_multiplier`)."""
 
-        def __init__(self, output: Any) -> None:
+        def __init__(self, decoder: Any, output: Any) -> None:
             super().__init__()
-            self.output = output
+            self.__dict__["decoder"], self.output = decoder, output
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.__dict__["decoder"], name)
 
         def forward(self, *arguments: Any, **keywords: Any) -> Any:
             """The recorded output, whatever is asked."""
@@ -149,9 +152,10 @@ def _head(
 
     def head(first: int, last: int) -> torch.Tensor:
         model = causal_model(parts.frame(range(first, last)).to(torch.device(device)))  # type: ignore[arg-type]
-        logits = []
+        name, logits = decoder_name(model), []
+        decoder = getattr(model, name)
         for batch, output in zip(batches, outputs, strict=True):
-            setattr(model, decoder_name(model), Replay(output))
+            setattr(model, name, Replay(decoder, output))
             with torch.no_grad():
                 found = model(batch.ids.to(device), use_cache=False, **_places(batch, device)).logits
             logits.append(found.float().cpu().reshape(-1, found.shape[-1]))

@@ -130,6 +130,8 @@ def shape_of(config: Mapping[str, Value]) -> Shape:
     variant = config.get("experimental_attention_variant")
     if variant not in (None, "gated_delta_net"):
         raise UnsupportedError(f"the budget does not cover {variant} attention")
+    if config.get("model.attention_beside_mamba"):
+        raise UnsupportedError("the budget does not cover attention beside Mamba-2 in a layer")
     hidden = as_int(config, "hidden_size")
     latent = _latent(config)
     experts, ffn = number(config, "num_moe_experts", 0), number(config, "ffn_hidden_size", 4 * hidden)

@@ -26,6 +26,8 @@ from mbx.train.recipe.sections import Lora
 #: leaves out the output layer as well, and adapts a router where it is one of Transformers' linears (Llama 4).
 ALL = "all-linear"
 _NAMED = ("router", "output_layer")
+#: PEFT refuses an adapter here, beside whose weight a fused kernel would not see it.
+_FUSED = "mixer.out_proj"
 _LINEAR = re.compile(r"linear_\w+|in_proj|out_proj|fc[12]_latent_proj|" + "|".join(_NAMED))
 _EXPRESSION = re.compile(r"[*+?\[\](){}|\\^$]")
 #: Parts of linears that a model without a table may have: Megatron Core's own names are all there are.
@@ -188,7 +190,7 @@ def matches(target: str, mcore: str, module: str) -> bool:
     """Whether a linear answers to one target."""
     leaf = mcore.rpartition(".")[2]
     if target == ALL:
-        return leaf not in _NAMED
+        return leaf not in _NAMED and not mcore.endswith(_FUSED)
     if _EXPRESSION.search(target):
         import re2
 

@@ -86,9 +86,10 @@ def reference(
     head = model.get_output_embeddings()
     # an adapter on the output layer has no rows for padding
     learns = any(own.requires_grad for name, own in head.named_parameters() if "lora_" not in name)
-    # Granite's and Cohere's, behind the output layer
+    # Granite's, Cohere's and Falcon-H1's, behind the output layer
     divisor = float(getattr(model.config, "logits_scaling", None) or 1.0)
-    divisor /= float(getattr(model.config, "logit_scale", None) or 1.0)
+    for factor in ("logit_scale", "lm_head_multiplier"):
+        divisor /= float(getattr(model.config, factor, None) or 1.0)
     hook = head.register_forward_pre_hook(lambda _, given: states.append(given[0]))
     for one, weight, inputs in examples:
         ids = torch.tensor(one.tokens)[None]

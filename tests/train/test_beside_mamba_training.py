@@ -1,0 +1,46 @@
+"""Attention beside Mamba-2 in training, against Transformers and PEFT on a CPU: gradients, adapters, layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from _trainings import Raw, run_world
+from test_proof_families import of_family
+
+from converters.errors import UnsupportedError
+from mbx.train.proof.training import verify_training
+from mbx.train.recipe.parse import parse_recipe
+from mbx.train.run.prepare import prepare
+from tests.mamba_on_cpu import mamba_on_cpu
+
+FAMILY = "falcon_h1_0_5b"
+#: No example is packed with another: a mixer carries its state along the row.
+NOT_RUN = [("packing", "not run")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+def test_every_leg_passes(adapters: bool, tmp_path: Path) -> None:
+    """PEFT loads the adapter of `all-linear`, and its gradients pass every multiplier."""
+    with mamba_on_cpu():
+        report = verify_training(parse_recipe(of_family(tmp_path, FAMILY, adapters)))
+    assert report is not None and len(report.legs) == 12
+    assert [(leg.name, leg.status) for leg in report.legs if leg.status != "passed"] == NOT_RUN
+
+
+@pytest.mark.slow
+def test_two_processes_pass(tmp_path: Path) -> None:
+    layouts: list[Raw] = [
+        of_family(tmp_path, FAMILY, adapters, parallel={axis: 2})
+        for axis in ("tp", "pp")
+        for adapters in (False, True)
+    ]
+    jobs: list[dict[str, object]] = [{"recipe": one, "verify": True, "mamba": True} for one in layouts]
+    for legs in run_world(2, jobs, tmp_path / "legs.json"):
+        assert [tuple(leg) for leg in legs if leg[1] != "passed"] == NOT_RUN  # type: ignore[arg-type,index]
+
+
+def test_a_cpu_without_kernels_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="Transformer Engine only"):
+        prepare(parse_recipe(of_family(tmp_path, FAMILY, False)))
