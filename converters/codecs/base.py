@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from converters.codecs.arithmetic.common import Arithmetic, Parts
 
 
+#: First element and the one behind the last of each dimension.
+Box = tuple[tuple[int, int], ...]
 ScaleDtype = Literal["BF16", "F16", "F32"]
 SCALE_DTYPES: tuple[ScaleDtype, ...] = ("BF16", "F16", "F32")
 #: Ends of names that belong to activations, to the cache of keys and values, or to the bounds of such scales.
@@ -56,6 +58,8 @@ class Codec(ABC):
     discards: ClassVar[tuple[str, ...]] = ()
     #: Roles of which a slab of rows needs all.
     whole_parts: ClassVar[tuple[str, ...]] = ()
+    #: The role whose elements beyond a box the box's largest magnitudes decide, together with those of others.
+    maxima_role: ClassVar[str | None] = None
     #: Whether a scale of zero over codes that are not destroys what they stood for; else small blocks have them.
     zero_scale_is_a_fault: ClassVar[bool] = True
 
@@ -131,6 +135,25 @@ class Codec(ABC):
         """Rows of a part that hold the decoded rows [start, stop), or None when the slab needs the whole part."""
         return None if role in self.whole_parts else (start, stop)
 
+    def grain(self, role: str, shape: Shape) -> Shape | None:
+        """How many elements of a tensor of `shape`, dim by dim, one element of a part is made of.
+
+        A box that begins and ends at multiples of the grains of all roles, or at the tensor's end, is encoded by
+        itself. None where no box is: every part needs the whole tensor.
+        """
+        return None
+
+    def of_all(self, role: str) -> bool:
+        """Whether a part is one for the whole tensor, of whatever shape."""
+        return role in self.whole_parts
+
+    def part_box(self, role: str, box: Box, shape: Shape) -> Box:
+        """The box of a part that a box of a tensor of `shape` is made into."""
+        grain = self.grain(role, shape)
+        if grain is None or self.of_all(role):
+            return tuple((0, size) for size in self.stored_shapes(shape)[role])
+        return tuple((start // size, ceil_div(stop, size)) for (start, stop), size in zip(box, grain, strict=True))
+
     @abstractmethod
     def arithmetic(self) -> Arithmetic:
         """What computes `decode`, `encode` and `any_by_scale`; imports torch."""
@@ -148,6 +171,19 @@ class Codec(ABC):
         Raises StorageError for NaN or infinite values: a scale derived from them would destroy their block.
         """
         return self.arithmetic().encode(self, tensor, scale, shape)
+
+    def encode_under(self, tensor: torch.Tensor, largest: torch.Tensor, *, shape: Shape) -> dict[str, torch.Tensor]:
+        """The parts of a box of a tensor of `shape`, whose part `maxima_role` reaches beyond it.
+
+        `largest`: fp32 magnitudes of all elements under each of that part's, shaped as the box's part.
+        """
+        found = self.arithmetic().of_largest
+        if found is None or self.maxima_role is None:
+            raise AssertionError(f"{self.name} has no scale that largest magnitudes decide")
+        fixed = found(self, largest)
+        if self.maxima_role in self.constant_parts:
+            return self.holding({self.maxima_role: fixed}).encode(tensor, shape=shape)
+        return self.encode(tensor, scale=fixed, shape=shape)
 
     def any_by_scale(self, mask: torch.Tensor) -> torch.Tensor:
         """Whether a bool `mask` of the logical shape is set anywhere under each scale; bool, shaped as the scales."""

@@ -85,6 +85,9 @@ class Fp8Block(Codec):
     def row_alignment(self, shape: Shape) -> int:
         return self.block[0] if len(shape) == 2 else 1
 
+    def grain(self, role: str, shape: Shape) -> Shape:
+        return (*(1,) * (len(shape) - 2), *((1, 1) if role == "weight" else self.block))
+
     def part_rows(
         self, role: str, start: int, stop: int, stored_shapes: Mapping[str, Shape]
     ) -> tuple[int, int] | None:
@@ -114,6 +117,7 @@ class Fp8Scaled(Codec):
     name = "fp8_scaled"
     suffixes = {"weight": "", "scale": "_scale"}
     discards = ACTIVATION_SCALES
+    maxima_role = "scale"
 
     def part_suffixes(self) -> Mapping[str, str]:
         return {"weight": "", "scale": self.scale_suffix}
@@ -145,6 +149,14 @@ class Fp8Scaled(Codec):
     def encode_alignment(self, shape: Shape) -> int:
         """All rows where they share one scale: it is derived from the whole tensor."""
         return 1 if self.strategy == "channel" else max(1, shape[0])
+
+    def grain(self, role: str, shape: Shape) -> Shape:
+        if role == "weight":
+            return (1, 1)
+        return shape if self.of_all(role) else (1, shape[1])
+
+    def of_all(self, role: str) -> bool:
+        return role == "scale" and self.strategy == "tensor"
 
     def part_rows(
         self, role: str, start: int, stop: int, stored_shapes: Mapping[str, Shape]

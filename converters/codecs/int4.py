@@ -71,6 +71,9 @@ class Int4Packed(Codec):
             )
         return shape
 
+    def grain(self, role: str, shape: Shape) -> Shape:
+        return (1, {"packed": CODES_PER_WORD, "scale": self.group or shape[1], "shape": 1}[role])
+
     def arithmetic(self) -> Arithmetic:
         from converters.codecs.arithmetic.int4 import INT4
 

@@ -33,6 +33,7 @@ class Int8(Codec):
     name = "int8"
     suffixes = {"codes": "", "scale": "_scale"}
     whole_parts = ("shape",)
+    maxima_role = "scale"
 
     def part_suffixes(self) -> Mapping[str, str]:
         return {"codes": "_packed", "scale": "_scale", "shape": "_shape"} if self.packed else self.suffixes
@@ -67,6 +68,10 @@ class Int8(Codec):
                 hint="check `strategy` and `group_size` in `quantization_config` of config.json",
             )
         return shape
+
+    def grain(self, role: str, shape: Shape) -> Shape:
+        codes = BYTES_PER_WORD if self.packed else 1
+        return (1, {"codes": codes, "scale": self.group or shape[1], "shape": 1}[role])
 
     def arithmetic(self) -> Arithmetic:
         from converters.codecs.arithmetic.int8 import INT8

@@ -55,6 +55,9 @@ class _Mx(Codec):
             )
         return shape
 
+    def grain(self, role: str, shape: Shape) -> Shape:
+        return (1, GROUP if role == "scale" else self.per_byte)
+
     def arithmetic(self) -> Arithmetic:
         from converters.codecs.arithmetic.mx import MX
 

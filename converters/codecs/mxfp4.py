@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converters.codecs.base import Codec
+from converters.codecs.base import Box, Codec
 from converters.errors import LayoutError, StorageError
 from converters.tensors import Shape
 
@@ -52,6 +52,13 @@ class Mxfp4(Codec):
                 f"got {list(blocks)} and {list(scale)}"
             )
         return (blocks[0], blocks[2] * GROUP, blocks[1])
+
+    def grain(self, role: str, shape: Shape) -> Shape:
+        return (1, GROUP, 1)
+
+    def part_box(self, role: str, box: Box, shape: Shape) -> Box:
+        experts, groups, rows = Codec.part_box(self, role, box, shape)  # a class with slots has no `super`
+        return (experts, rows, groups) if role == "scale" else (experts, rows, groups, (0, GROUP // 2))
 
     def arithmetic(self) -> Arithmetic:
         from converters.codecs.arithmetic.mxfp4 import MXFP4

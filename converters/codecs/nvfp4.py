@@ -33,6 +33,7 @@ class Nvfp4(Codec):
     name = "nvfp4"
     suffixes = {"codes": "", "scale": "_scale", "whole": "_scale_2"}
     whole_parts = ("whole",)
+    maxima_role = "whole"
     discards = ACTIVATION_SCALES
     zero_scale_is_a_fault = False  # blocks far smaller than the tensor's largest round to it
 
@@ -71,6 +72,9 @@ class Nvfp4(Codec):
     def encode_alignment(self, shape: Shape) -> int:
         """All rows: the tensor's own scale may have to be derived."""
         return max(1, shape[0])
+
+    def grain(self, role: str, shape: Shape) -> Shape:
+        return shape if role == "whole" else (1, self.group if role == "scale" else 2)
 
     def arithmetic(self) -> Arithmetic:
         from converters.codecs.arithmetic.nvfp4 import NVFP4

@@ -13,9 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mbx.live.attaching import attach
     from mbx.live.delta import Delta, Snapshot
     from mbx.live.held import Held
-    from mbx.live.model import Live, attach
+    from mbx.live.model import Live
     from mbx.live.routing import TensorSpec
     from mbx.live.sending import Bucket
     from mbx.live.transport import view_of
@@ -27,7 +28,7 @@ _HOMES = {
     "Live": "model",
     "Snapshot": "delta",
     "TensorSpec": "routing",
-    "attach": "model",
+    "attach": "attaching",
     "view_of": "transport",
 }
 

@@ -38,6 +38,7 @@ from mbx.live.held import Held
 from mbx.live.routing import TensorSpec
 from mbx.live.sending import in_shape
 from mbx.live.shards import Model, Shard, Views
+from mbx.live.staging import Staging
 from mbx.proof.compare import repeats
 from mbx.run.job import DEFAULT_MAX_MEMORY
 from mbx.tables import table_for
@@ -123,6 +124,7 @@ def _fill(full: Plan, shards: Sequence[Shard], views: Views, source: CountingSou
             hint="the mapping table and the built model disagree; `mbx models check` tests the table",
             details=missing,
         )
+    staging = Staging(views, shards)
     shapes = {draft.name: draft.shape for draft in full.drafts}
     for shard in shards:
         if (stored := shapes.get(shard.key)) is not None and tuple(stored) != shard.shape:
@@ -133,12 +135,12 @@ def _fill(full: Plan, shards: Sequence[Shard], views: Views, source: CountingSou
     by_key: dict[str, list[Shard]] = {}
     for shard in shards:
         by_key.setdefault(shard.key, []).append(shard)
-    targets, memory = {}, {}
+    targets, files = {}, {}
     for key, mine in by_key.items():
         chunks = []
         for number, shard in enumerate(mine):
             file = f"{key}#{number}"
-            memory[file] = views.memory(shard)
+            files[file] = shard
             chunks.append(Chunk(shard.offsets, shard.sizes, file, 0))
         targets[key] = StoredTensor(key, mine[0].dtype, mine[0].shape, tuple(chunks))
     units = []
@@ -149,7 +151,8 @@ def _fill(full: Plan, shards: Sequence[Shard], views: Views, source: CountingSou
     drafts = tuple(Draft(t.name, t.dtype, t.shape, ()) for t in targets.values())
     narrowed = replace(full, drafts=drafts, units=tuple(units))
     workers = min(4, os.cpu_count() or 1)
-    engine = Engine(narrowed, targets, source, MemorySink(memory), workers=workers, max_memory=DEFAULT_MAX_MEMORY)
+    sink = MemorySink(staging, files)
+    engine = Engine(narrowed, targets, source, sink, workers=workers, max_memory=DEFAULT_MAX_MEMORY)
     engine.work(local_pieces(engine))
     engine.checksums()  # every byte of every shard was written, once
 
@@ -210,12 +213,12 @@ class CountingSource:
 class MemorySink:
     """Writes into parameters: `file` names a shard, whose memory is its data as bytes."""
 
-    def __init__(self, shards: Mapping[str, torch.Tensor]) -> None:
-        self._bytes: dict[str, torch.Tensor] = {}
-        for name, tensor in shards.items():
-            if not tensor.is_contiguous():
+    def __init__(self, staging: Staging, shards: Mapping[str, Shard]) -> None:
+        self._staging, self._shards = staging, shards
+        for name, shard in shards.items():
+            own = shard.sizes[shard.stacked :]
+            if not torch.empty_strided(own, shard.strides, device="meta").is_contiguous():
                 raise StorageError(f"`{name}` is a shard with gaps in memory, which cannot be filled in place")
-            self._bytes[name] = tensor.detach().reshape(-1).view(torch.uint8)
 
     def data_start(self, chunk: Chunk) -> int:
         """A shard's memory starts at its first byte."""
@@ -223,10 +226,12 @@ class MemorySink:
 
     def write(self, file: str, start: int, data: memoryview) -> None:
         """Copy bytes into a shard, on whichever device it lives."""
-        self._bytes[file][start : start + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
+        memory = self._staging.memory(self._shards[file]).detach().reshape(-1).view(torch.uint8)
+        memory[start : start + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
 
     def finish_chunk(self, dtype: str, chunk: Chunk, crc32: int) -> None:
-        """Nothing surrounds a parameter."""
+        """A shard has all of its data."""
+        self._staging.wrote(self._shards[chunk.file])
 
 
 class Filler:
@@ -244,17 +249,15 @@ class Filler:
         boxes: Mapping[str, Sequence[Box]],
         idle: Iterable[str] = (),
     ) -> None:
-        self._views, self._idle = views, frozenset(idle)
+        self._idle = frozenset(idle)
         self._shards = [shard for shards in world.mine.values() for shard in shards]
         self._shapes = {spec.name: spec.shape for spec in specs}
-        self._held = {
-            spec.name: [
-                Held(spec.name, box.index, in_shape(views.memory(shard), box), False, spec.dtype, box.shift)
-                for box in boxes[spec.name]
-                for shard in world.mine.get((box.source, box.chunk), ())
-            ]
+        self._dtypes = {spec.name: spec.dtype for spec in specs}
+        self._parts = {
+            spec.name: [(box, s) for box in boxes[spec.name] for s in world.mine.get((box.source, box.chunk), ())]
             for spec in specs
         }
+        self._staging = Staging(views, (shard for parts in self._parts.values() for _, shard in parts))
         self._done: set[str] = set()
         self._written: dict[int, str] = {}
 
@@ -270,10 +273,17 @@ class Filler:
             raise CoverageError(f"`{name}` has shape {list(tensor.shape)}; the model has {list(self._shapes[name])}")
         self._done.add(name)
         with torch.no_grad():
-            for one in self._held[name]:
-                self._fill(one, tensor[one.index])
+            for box, shard in self._parts[name]:
+                view = in_shape(self._staging.memory(shard), box)
+                one = Held(name, box.index, view, False, self._dtypes[name], box.shift)
+                self._fill(one, tensor[one.index], alone=self._staging.stands_for(shard))
+                self._staging.wrote(shard)
 
-    def _fill(self, one: Held, values: torch.Tensor) -> None:
+    def _fill(self, one: Held, values: torch.Tensor, *, alone: bool) -> None:
+        """Write values, or compare them where another name has written there; `alone`: none can have."""
+        if alone:
+            one.fill(values)
+            return
         first = self._written.setdefault(one.view.data_ptr(), one.name)
         if first == one.name:
             one.fill(values)
@@ -288,6 +298,6 @@ class Filler:
         if missing := [name for name in self._shapes if name not in self._done]:
             raise CoverageError(f"{len(missing)} tensor(s) did not come, first `{missing[0]}`", details=missing)
         for shard in self._shards:
-            if is_vocab(shard.key):
+            if is_vocab(shard.key) and not self._staging.stands_for(shard):  # what stands for codes begins as zeros
                 with torch.no_grad():
-                    self._views.memory(shard)[max(0, vocab - shard.offsets[0]) :].zero_()
+                    self._staging.memory(shard)[max(0, vocab - shard.offsets[0]) :].zero_()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from converters.errors import MbxError, UnsupportedError, UsageError
+from converters.errors import UnsupportedError, UsageError
 from converters.mcore.cuts import is_vocab
 from converters.mcore.flavours import flavoured
 from converters.mcore.layout import Layout, count_of
@@ -21,14 +21,14 @@ from mbx.formats.registry import open_checkpoint
 from mbx.live.adapters import AdapterLayout, Adapters, Merger
 from mbx.live.codes import Codec, Coding, coding_of
 from mbx.live.delta import Delta, Snapshot, changes
-from mbx.live.exchange import World, exchange, gather_objects
+from mbx.live.exchange import World, gather_objects
 from mbx.live.held import Held
 from mbx.live.load import Filler, load_checkpoint
 from mbx.live.planned import Experts, Stream, as_built, chosen, left_out, plan_stream
 from mbx.live.routing import TensorSpec
 from mbx.live.sending import BUCKET, Bucket, Sender, To, in_shape
 from mbx.live.shards import Model, Values, unwrap
-from mbx.live.source import Source, source_of
+from mbx.live.source import Source
 
 #: Tensors to take: a pattern, names, or a predicate of names.
 Only = str | Iterable[str] | Callable[[str], bool]
@@ -84,6 +84,12 @@ class Live:
     ) -> tuple[TensorSpec, ...]:
         """Names, shapes, dtypes and groups of all tensors, in the order of `export`; nothing is sent or allocated."""
         return self.stream(experts, dtype).specs if codec is None else self.coding(codec, experts, dtype).specs
+
+    def quantization_config(
+        self, codec: Codec, *, experts: Experts = "folder", dtype: str | None = None
+    ) -> Mapping[str, Value] | None:
+        """What config.json says of an export by a codec, under `quantization_config`; nothing is sent."""
+        return self.coding(codec, experts, dtype).quantization
 
     def local(self, *, experts: Experts = "folder", values: Values | None = None) -> Iterator[Held]:
         """What this rank holds, box by box: a tied head as often as it has names. Nothing is sent or copied."""
@@ -283,34 +289,6 @@ class Live:
             mine[spec.name] = hashlib.sha256(flat.numpy().data).hexdigest()
         found = {name: digest for part in gather_objects(mine) for name, digest in part.items()}
         return {spec.name: found[spec.name] for spec in specs}
-
-
-def attach(
-    chunks: nn.Module | Sequence[nn.Module],
-    source: str | Path | Mapping[str, Value],
-    *,
-    mapping: str | None = None,
-    allowed_keys: Collection[str] = (),
-) -> Live:
-    """Attach to a running model: `chunks` as Megatron Core trains them, `source` the Hugging Face model that it is.
-
-    `source` is a folder or hub name, whose tensors tell dtypes and spelling, or a config alone. `mapping` is a table
-    of your own, `allowed_keys` are unknown keys of config.json that are waived. Collective: one exchange of objects,
-    in which no tensor moves. Raises CoverageError for parameters that no row has or that are not there, and where
-    ranks hold an element twice; UsageError for an offloaded model.
-    """
-    found: Source | None = None
-    model: Model | None = None
-    try:
-        found = source_of(source, mapping, allowed_keys)
-        model = Model([chunks] if isinstance(chunks, nn.Module) else list(chunks))
-        told: Sequence | MbxError = model.base  # type: ignore[type-arg]
-    except MbxError as error:
-        told = error
-    said = None if found is None else (found.table.digest, found.config, found.recorded)
-    world = exchange(told, said, adapted=model is not None and bool(model.adapters))
-    assert found is not None and model is not None
-    return Live(model, found, world)
 
 
 def _has_heads(model: Model) -> bool:

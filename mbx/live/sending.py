@@ -74,6 +74,12 @@ class Sender:
         self._model, self._world = model, world
         self._kept: dict[Hashable, tuple[Course, ...]] = {}
 
+    def giving(self, model: Holder) -> Sender:
+        """The same ranks and what was worked out for them, of the shards that another holder gives."""
+        other = Sender(model, self._world)
+        other._kept = self._kept
+        return other
+
     def views(self, values: Values | None = None) -> Callable[[Box], torch.Tensor]:
         """Access to the live memory of boxes that this rank holds; UsageError where the model was rebuilt."""
         views = self._model.views(values)

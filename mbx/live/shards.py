@@ -129,7 +129,7 @@ class Views:
 
     def __getitem__(self, shard: Shard) -> torch.Tensor:
         """A shard in its `sizes`, stacked ones included."""
-        return _view(self.plain(shard), shard)
+        return view_of_shard(self.plain(shard), shard)
 
     def plain(self, shard: Shard) -> torch.Tensor:
         """The parameter that a shard lies in, as plain values: the memory itself, unless it has them as codes."""
@@ -142,14 +142,12 @@ class Views:
         return (owner.dequantize() if computed else owner), computed
 
     def memory(self, shard: Shard) -> torch.Tensor:
-        """The same, to write into; UnsupportedError where values are computed from what is stored."""
-        owner = self.owner(shard)
-        if is_quantised(owner):
-            raise UnsupportedError(
-                f"`{shard.name}` is an FP8 parameter: its values cannot be written in place",
-                hint="load before the parameters are made FP8, or through Megatron Core",
-            )
-        return _view(owner, shard)
+        """The same, to write into: of a parameter that holds values, and not codes."""
+        return view_of_shard(self.owner(shard), shard)
+
+    def parameter(self, shard: Shard) -> torch.Tensor:
+        """The parameter that a shard lies in, itself: what one of codes keeps beside them is of no other tensor."""
+        return fsdp.local(self._named[shard.chunk][shard.name])
 
     def owner(self, shard: Shard) -> torch.Tensor:
         """The parameter that a shard lies in, or what stands for it; UsageError where it has no memory."""
@@ -181,7 +179,8 @@ def is_quantised(owner: torch.Tensor) -> bool:
     return hasattr(owner, "_quantizer") or type(owner).__name__.startswith("Float8")
 
 
-def _view(owner: torch.Tensor, shard: Shard) -> torch.Tensor:
+def view_of_shard(owner: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """A shard, in its `sizes`, of a tensor that is its parameter or stands for it."""
     own = shard.sizes[shard.stacked :]
     return owner.as_strided(own, shard.strides, owner.storage_offset() + shard.first).view(shard.sizes)
 

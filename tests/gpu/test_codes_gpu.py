@@ -1,4 +1,4 @@
-"""FP8 by blocks on a GPU: the codes and scales that a CPU makes, bit for bit."""
+"""Codecs on a GPU: the codes and scales that a CPU makes, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 
 from converters.codecs import Fp8Block
 from converters.codecs.arithmetic.reencode import reencode
+from converters.codecs.fresh import FRESH
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -32,3 +33,27 @@ def test_a_gpu_encodes_as_a_cpu(rule: str, dtype: torch.dtype, shape: tuple[int,
     values[..., 5, 7] += 3
     again, expected = reencode(codec, values.cuda(), gpu["scale"]), reencode(codec, values, cpu["scale"])
     assert all(torch.equal(bits(again[role]), bits(expected[role])) for role in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["gpt_oss", *FRESH])
+def test_every_codec_of_a_live_model(name: str, dtype: torch.dtype) -> None:
+    """Fresh scales, a source's, and those of what other ranks hold, too."""
+    fresh = FRESH["mxfp4"].own["gpt_oss"] if name == "gpt_oss" else FRESH[name]
+    codec, shape = fresh.codec, (2, 256, 96) if fresh.stacked else (1000, 4096)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    values[..., :128, :128] = 0
+    there = values.cuda()
+    cpu, gpu = codec.encode(values), codec.encode(there)
+    assert all(torch.equal(bits(gpu[role]), bits(cpu[role])) for role in cpu)
+    decoded = codec.decode(gpu, dtype=dtype)
+    assert torch.equal(bits(decoded), bits(codec.decode(cpu, dtype=dtype)))
+    values = decoded.cpu()
+    values[..., 5, 7] += 3
+    again, expected = reencode(codec, values.cuda(), gpu["scale"]), reencode(codec, values, cpu["scale"])
+    assert all(torch.equal(bits(again[role]), bits(expected[role])) for role in expected)
+    if codec.maxima_role is not None:
+        largest = torch.full(cpu[codec.maxima_role].shape, 7.3)
+        under = codec.encode_under(values, largest, shape=shape)
+        other = codec.encode_under(values.cuda(), largest.cuda(), shape=shape)
+        assert all(torch.equal(bits(other[role]), bits(under[role])) for role in under)

@@ -10,8 +10,9 @@ import torch
 from _jobs import BUCKET, Found, attached
 from _models import read_folder, same_bytes
 
+from converters.errors import StorageError
 from mbx.live import Live
-from mbx.live.codes import Codec
+from mbx.live.codes import CODECS, Codec
 from mbx.models.device import Spread
 
 
@@ -32,9 +33,11 @@ def coded(codec: Codec) -> Callable[[str, Spread, Path], Found]:
             odd += [n for n, t in pairs if t is not None and (n not in folder or not same_bytes(t, folder[n]))]
             found.setdefault("received", []).append(sum(t is not None for _, t in pairs))  # type: ignore[attr-defined]
         found["names"], found["odd"] = every, odd
-        found["codes_alone"] = [n for n, _ in live.export(codec=codec, only="*_proj.weight")]
+        some = dict(live.export(codec=codec, only=[spec.name for spec in specs][::3]))
+        odd += [name for name, tensor in some.items() if tensor is None or not same_bytes(tensor, folder[name])]
+        found["some"] = list(some)
         coding = live.coding(codec)
-        found["early"], found["late"] = len(coding.early), len(coding.late)
+        found["counts"] = [len(coding.early), len(coding.late), len(coding.shared)]
         found["digests"] = live.digest(codec=codec)
         saved = work / f"{family}.{codec}.{'.'.join(f'{k}{v}' for k, v in spread.sizes.items() if v and v > 1)}"
         live.save(saved, codec=codec, bucket=BUCKET)
@@ -45,9 +48,24 @@ def coded(codec: Codec) -> Callable[[str, Spread, Path], Found]:
             for chunk in live.chunks_kept  # type: ignore[attr-defined]
             for n, p in chunk.named_parameters()
         )
+        found["reduced"], found["refused"] = poisoned(live, codec) if coding.shared else (0, None)
         return found
 
     return job
+
+
+def poisoned(live: Live, codec: Codec) -> tuple[int, str]:
+    """How often ranks find maxima together, and what an export says of a value that is infinite on the last one."""
+    last = torch.distributed.get_world_size() - 1
+    if torch.distributed.get_rank() == last:
+        with torch.no_grad():
+            live.model.chunks()[0].decoder.layers[1].mlp.linear_fc2.weight[3, 4] = torch.nan  # type: ignore[union-attr, index]
+    with patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as counted:
+        try:
+            next(iter(live.export(codec=codec)))
+        except StorageError as error:
+            return counted.call_count, f"{error.fact} {error.details}"
+    return counted.call_count, "nothing"
 
 
 def sent(live: Live, codec: Codec | None) -> int:
@@ -74,4 +92,4 @@ def sent(live: Live, codec: Codec | None) -> int:
     return total
 
 
-CODED = {"fresh": coded("fp8_block"), "same": coded("same")}
+CODED = {codec: coded(codec) for codec in CODECS}

@@ -13,6 +13,7 @@ from _folders import stacked_fp8
 from _models import read_folder
 
 import mbx
+from converters.torch_casts import TORCH_DTYPES
 from fixtures.families import FAMILIES, Family
 from fixtures.make_tiny import make
 from mbx.formats.hf import MANIFEST
@@ -34,22 +35,29 @@ WIDE = Family(
         "num_key_value_heads": 2,
     },
 )
-#: Each with the tensors that travel as codes, and those that are encoded behind the gather.
+#: Each with the tensors that travel as codes, those that are encoded behind the gather, and those of the first with
+#: a scale that several ranks find together.
 CASES = {
-    "fresh@llama:tp=2": (0, 28),
-    "fresh@llama:pp=2": (28, 0),
-    "fresh@wide:tp=2": (10, 4),
-    "fresh@qwen3_moe:ep=2": (112, 0),
-    "fresh@qwen3_moe:tp=2": (96, 16),
-    "same@deepseek_v3_fp8:tp=2": (114, 22),
-    "same@deepseek_v3_fp8:ep=2": (136, 0),
-    "same@stacked:ep=2": (8, 0),
+    "fp8_block@llama:tp=2": (0, 28, 0),
+    "fp8_block@llama:pp=2": (28, 0, 0),
+    "fp8_block@wide:tp=2": (10, 4, 0),
+    "fp8_block@qwen3_moe:ep=2": (112, 0, 0),
+    "fp8_block@qwen3_moe:tp=2": (96, 16, 0),
+    "fp8_channel@wide:tp=2": (14, 0, 4),
+    "fp8_tensor@wide:tp=2": (14, 0, 14),
+    "int4_group@wide:tp=2": (14, 0, 0),
+    "mxfp4@gpt_oss:ep=2": (8, 0, 0),
+    "nvfp4@wide:tp=2": (14, 0, 14),
+    "nvfp4@qwen3_moe:ep=2": (112, 0, 0),
+    "same@deepseek_v3_fp8:tp=2": (114, 22, 0),
+    "same@deepseek_v3_fp8:ep=2": (136, 0, 0),
+    "same@stacked:ep=2": (8, 0, 0),
 }
 
 
 def split(case: str) -> tuple[str, str]:
-    job, _, family = case.partition(":")[0].partition("@")
-    return family, {"fresh": "fp8_block", "same": "same"}[job]
+    codec, _, family = case.partition(":")[0].partition("@")
+    return family, codec
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +65,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     work = tmp_path_factory.mktemp("codes")
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(FAMILIES, "wide", WIDE)
-        for family, codec in dict.fromkeys(map(split, CASES)):
+        for family in dict.fromkeys(split(case)[0] for case in CASES):
             stacked_fp8(work / family) if family == "stacked" else make(family, work / family)
             run(plan_hf_to_mcore(work / family, work / f"{family}.mcore", Options(sync=False)))
+        for family, codec in dict.fromkeys(map(split, CASES)):
             options = Options(sync=False, codec=codec)
             run(plan_mcore_to_hf(work / f"{family}.mcore", work / f"{family}.{codec}", options))
     yield work
@@ -76,18 +85,20 @@ def test_the_stream_is_the_converted_folder(two: Callable[[str], Ranks], work: P
     """Bit for bit, codes and scales, whoever receives them; the codes side by side with their scales."""
     family, codec = split(case)
     folder = read_folder(work / f"{family}.{codec}")
-    dtypes = {torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.bfloat16: "BF16"}
+    dtypes = {dtype: name for name, dtype in TORCH_DTYPES.items()}
     wanted = {name: [dtypes[tensor.dtype], list(tensor.shape)] for name, tensor in folder.items()}
     for rank in two(case):
         names = [name for name, _, _ in rank["spec"]]  # type: ignore[attr-defined]
         assert {name: what for name, *what in rank["spec"]} == wanted  # type: ignore[attr-defined]
         assert rank["names"] == [names] * 5 and rank["odd"] == [] and rank["kept"] is True
-        scales = [at for at, name in enumerate(names) if name.endswith("_scale_inv")]
-        assert len(scales) == rank["early"] + rank["late"] > 0  # type: ignore[operator]
-        assert all(names[at] == f"{names[at - 1]}_scale_inv" for at in scales)
+        ends = (".weight_scale", "_scale_inv", "_scales")
+        scales = [at for at, name in enumerate(names) if name.endswith(ends)]
+        assert len(scales) == sum(CASES[case][:2]) > 0
+        stems = [name.rpartition("_scale")[0] for name in names]
+        assert all(names[at - 1].removesuffix("_packed").removesuffix("_blocks") == stems[at] for at in scales)
         assert all(rank["groups"][at] == rank["groups"][at - 1] is not None for at in scales)  # type: ignore[index]
-        assert rank["codes_alone"] == [name for name in names if name.endswith("_proj.weight")]
-        assert (rank["early"], rank["late"]) == CASES[case]
+        assert rank["some"] == names[::3]
+        assert tuple(rank["counts"]) == CASES[case]  # type: ignore[arg-type]
     first, second = (rank["received"] for rank in two(case))
     assert first[0] == second[0] == first[1] == second[4] == len(folder)  # type: ignore[index]
     assert first[2] + second[2] == len(folder) and [first[3], second[3]] == [0, len(folder)]  # type: ignore[index]
@@ -110,9 +121,21 @@ def test_the_folder_that_is_saved_is_the_converted_one(two: Callable[[str], Rank
     assert not mbx.integrity(saved).changes
 
 
+@pytest.mark.parametrize("case", [case for case, (_, _, shared) in CASES.items() if shared])
+def test_scales_of_several_ranks_are_found_at_once(two: Callable[[str], Ranks], case: str) -> None:
+    """In one collective, however many tensors, before any bucket: what one rank cannot store stops all."""
+    first, second = two(case)
+    assert first["reduced"] == second["reduced"] == 1
+    assert first["refused"] == second["refused"]
+    assert "blocks hold NaN or infinite values" in str(first["refused"])
+    assert "`model.layers.1.mlp.down_proj.weight`" in str(first["refused"])
+
+
 def test_codes_travel_in_place_of_values(two: Callable[[str], Ranks]) -> None:
     """Fewer bytes where blocks are whole (embeddings, head, keys and values are not), as many as before where not."""
-    for rank in two("fresh@wide:tp=2"):
+    for rank in two("fp8_block@wide:tp=2"):
         assert rank["coded_bytes"] < 0.65 * rank["plain_bytes"]  # type: ignore[operator]
-    for rank in two("fresh@llama:tp=2"):
+    for rank in two("nvfp4@wide:tp=2"):
+        assert rank["coded_bytes"] < 0.36 * rank["plain_bytes"]  # type: ignore[operator]
+    for rank in two("fp8_block@llama:tp=2"):
         assert rank["coded_bytes"] >= 0.99 * rank["plain_bytes"]  # type: ignore[operator]

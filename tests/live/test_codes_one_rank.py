@@ -14,10 +14,12 @@ from _models import build, read_folder, same_bytes
 from torch import nn
 
 from converters.codecs import Fp8Block
+from converters.codecs.fresh import FRESH
 from converters.errors import CoverageError, StorageError, UnsupportedError, UsageError
 from fixtures.make_tiny import make
 from mbx.formats.hf import read_config
 from mbx.live import Live, attach, sending
+from mbx.live.codes import CODECS
 from mbx.models.device import Spread
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
@@ -128,10 +130,12 @@ def test_what_was_worked_out_is_kept_by_codec(tiny: Path) -> None:
     assert odd == ["model.layers.0.mlp.down_proj.weight_scale_inv"], "values twice as large have the same codes"
 
 
-def test_refusals(tiny: Path, tmp_path: Path) -> None:
+def test_refusals(tiny: Path) -> None:
     chunks, live = loaded(tiny / "llama")
-    with pytest.raises(UsageError, match="`codec` 'nvfp4' is not known"):
-        live.spec(codec="nvfp4")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="`codec` 'nf4' is not known"):
+        live.spec(codec="nf4")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="int4_group: no tensor takes it"):
+        live.spec(codec="int4_group")
     with pytest.raises(UsageError, match="the source was not quantised"):
         live.spec(codec="same")
     with torch.no_grad():
@@ -140,10 +144,29 @@ def test_refusals(tiny: Path, tmp_path: Path) -> None:
         list(live.export(codec="fp8_block"))
     assert "`model.layers.1.mlp.down_proj.weight`" in nan.value.details
 
-    converted(tiny / "llama", tmp_path, "fp8_channel")
+
+@pytest.mark.parametrize("codec", ["fp8_channel", "fp8_tensor", "mxfp8", "nvfp4", "int8_channel"])
+def test_a_folder_of_any_codec_comes_out_as_it_was(tiny: Path, tmp_path: Path, codec: str) -> None:
+    """Its scales among it; and after a change, what a conversion of the changed values says of them."""
+    expected = converted(tiny / "llama", tmp_path, codec)
     chunks, live = loaded(tmp_path / "hf")
-    with pytest.raises(UnsupportedError, match="stored by fp8_scaled"):
-        live.spec(codec="same")
+    given = dict(live.export(codec="same"))
+    assert given.keys() == expected.keys() and all(same_bytes(given[name], expected[name]) for name in expected)
+    assert live.quantization_config("same") == read_config(tmp_path / "hf")["quantization_config"]
+    with torch.no_grad():
+        chunks[0].decoder.layers[0].mlp.linear_fc2.weight.mul_(3)
+    odd = [name for name, tensor in live.export(codec="same") if not same_bytes(tensor, expected[name])]
+    assert {name.rpartition(".")[0] for name in odd} == {"model.layers.0.mlp.down_proj"}
+    assert any("scale" in name for name in odd)
+    del chunks
+
+
+def test_a_config_says_what_an_export_is(tiny: Path, tmp_path: Path) -> None:
+    converted(tiny / "llama", tmp_path, "nvfp4")
+    chunks, live = loaded(tiny / "llama")
+    assert live.quantization_config("nvfp4") == read_config(tmp_path / "hf")["quantization_config"]
+    assert set(CODECS) == {"same", *FRESH}
+    del chunks
 
 
 def test_refusals_of_a_quantised_folder(tmp_path: Path) -> None:

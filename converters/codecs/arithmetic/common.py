@@ -15,11 +15,15 @@ Parts = Mapping[str, torch.Tensor]
 
 
 class Arithmetic(NamedTuple):
-    """What computes a codec, function by function as `Codec` has it; each takes the codec first."""
+    """What computes a codec, function by function as `Codec` has it; each takes the codec first.
+
+    `of_largest` makes the part `maxima_role` of fp32 largest magnitudes, shaped as the part.
+    """
 
     decode: Callable[[Any, Parts, torch.dtype | None], torch.Tensor]
     encode: Callable[[Any, torch.Tensor, torch.Tensor | None, Shape | None], dict[str, torch.Tensor]]
     any_by_scale: Callable[[Any, torch.Tensor], torch.Tensor]
+    of_largest: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
 
 
 #: Elements a codec works on at a time: 256 Ki are 1 MiB of fp32 scratch, which stays in a core's own cache, and which
@@ -38,6 +42,12 @@ def row_chunks(
     step = max(1, elements // max(1, row_elements * alignment)) * alignment
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+def chunks_of(matrix: torch.Tensor, alignment: int = 1) -> Iterator[slice]:
+    """Row ranges of a matrix [n, m], as large as its device likes them."""
+    elements = CHUNK_ELEMENTS if matrix.device.type == "cpu" else DEVICE_ELEMENTS
+    return row_chunks(matrix.shape[0], matrix.shape[1], alignment, elements)
 
 
 def part(parts: Parts, role: str, *dtypes: torch.dtype) -> torch.Tensor:
@@ -130,6 +140,12 @@ def any_in_groups(codec: Any, mask: torch.Tensor) -> torch.Tensor:
     return in_groups(mask, codec.group).any(dim=-1)
 
 
+def over(values: torch.Tensor, by: float) -> torch.Tensor:
+    """fp32 values divided by a number: as a tensor, for a GPU multiplies by the reciprocal of a number, which rounds
+    otherwise."""
+    return values / torch.full_like(values, by)
+
+
 def divisors(scale: torch.Tensor) -> torch.Tensor:
     """Stored scales as fp32 to divide by, 1 for a zero."""
     found = scale.to(torch.float32)
@@ -143,11 +159,12 @@ def unpack_nibbles(packed: torch.Tensor, values: torch.Tensor, out: torch.Tensor
     One table of 256 value pairs, read as single integers, makes this one gather: 0.4 ns a byte on one core against
     3.8 for two gathers into strided halves.
     """
-    byte = torch.arange(256)
+    byte = torch.arange(256, device=packed.device)
+    values = values.to(packed.device)
     pairs = torch.stack((values[byte & 15], values[byte >> 4]), dim=-1)
     pair_dtype = torch.int32 if values.element_size() == 2 else torch.int64
     if out is None:
-        out = torch.empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=values.dtype)
+        out = torch.empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=values.dtype, device=packed.device)
     codes = packed.flatten().to(torch.int32)
     torch.index_select(pairs.view(pair_dtype).flatten(), 0, codes, out=out.view(pair_dtype).view(-1))
     return out

@@ -11,11 +11,12 @@ from torch.nn.functional import pad
 
 from converters.codecs.arithmetic.common import (
     CHUNK_ELEMENTS,
-    DEVICE_ELEMENTS,
     Arithmetic,
     Parts,
     as_scales,
     check_given,
+    chunks_of,
+    over,
     part,
     require_finite,
     row_chunks,
@@ -62,10 +63,9 @@ def encode_block(
     check_given(scale, scale_shape)
     weight = torch.empty(tensor.shape, dtype=FP8, device=tensor.device)
     used = scale_to_fp32(scale) if scale is not None else weight.new_empty(scale_shape, dtype=torch.float32)
-    elements = CHUNK_ELEMENTS if tensor.device.type == "cpu" else DEVICE_ELEMENTS
     grids = used.reshape(-1, *scale_shape[-2:])
     for x, s, w in zip(_matrices(tensor), grids, _matrices(weight), strict=True):
-        for rows in row_chunks(x.shape[0], x.shape[1], codec.block[0], elements):
+        for rows in chunks_of(x, codec.block[0]):
             blocks = _blocks(x[rows].to(torch.float32), codec.block)
             amax = blocks.abs().amax(dim=(1, 3))
             require_finite(amax, codec.name)
@@ -96,9 +96,9 @@ def decode_scaled(codec: Fp8Scaled, parts: Parts, dtype: torch.dtype | None) -> 
     weight = part(parts, "weight", FP8)
     scale = part(parts, "scale", torch.float32, torch.bfloat16, torch.float16)
     codec.decoded_shape({"weight": tuple(weight.shape), "scale": tuple(scale.shape)})
-    out = torch.empty(weight.shape, dtype=dtype or torch.bfloat16)
+    out = torch.empty(weight.shape, dtype=dtype or torch.bfloat16, device=weight.device)
     column = scale.to(torch.float32).reshape(-1, 1).expand(weight.shape[0], 1)
-    for rows in row_chunks(*weight.shape):
+    for rows in chunks_of(weight):
         out[rows].copy_(fp8_to_fp32(weight[rows]).mul_(column[rows]))
     return out
 
@@ -108,20 +108,23 @@ def encode_scaled(
 ) -> dict[str, torch.Tensor]:
     """`Fp8Scaled.encode`."""
     scale_shape = codec.stored_shapes(tuple(tensor.shape))["scale"]
-    chunks = list(row_chunks(*tensor.shape))
+    chunks = list(chunks_of(tensor))
     amax = torch.cat([tensor[rows].to(torch.float32).abs().amax(dim=1, keepdim=True) for rows in chunks])
     require_finite(amax, codec.name)
     if scale is None:
-        largest = amax if codec.strategy == "channel" else amax.amax()
-        # The codes belong to the scale that is stored, so round it first.
-        scale = as_scales(_scale_of(largest, "amax"), codec.scale_dtype).reshape(scale_shape)
+        scale = scaled_of_largest(codec, amax if codec.strategy == "channel" else amax.amax()).reshape(scale_shape)
     codec.decoded_shape({"weight": tuple(tensor.shape), "scale": tuple(scale.shape)})
     column = scale.to(torch.float32).reshape(-1, 1).expand(tensor.shape[0], 1)
-    weight = torch.empty(tensor.shape, dtype=FP8)
+    weight = torch.empty(tensor.shape, dtype=FP8, device=tensor.device)
     for rows in chunks:
         scaled = _divide(tensor[rows].to(torch.float32), column[rows])
         weight[rows].copy_(scaled.clamp_(-FP8_MAX, FP8_MAX))
     return {"weight": weight, "scale": scale}
+
+
+def scaled_of_largest(codec: Fp8Scaled, largest: torch.Tensor) -> torch.Tensor:
+    """Scales as they are stored, which the codes belong to, by the largest magnitudes under them."""
+    return as_scales(_scale_of(largest, "amax"), codec.scale_dtype)
 
 
 def any_by_scaled_scale(codec: Fp8Scaled, mask: torch.Tensor) -> torch.Tensor:
@@ -157,8 +160,7 @@ def fp8_to_fp32(codes: torch.Tensor) -> torch.Tensor:
 
 def _scale_of(amax: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
     """fp32 scale of a block by its largest magnitude; 1 where that is zero or too small for a scale to exist."""
-    # By a tensor, for a GPU multiplies by the reciprocal of a number, which rounds otherwise.
-    scale = amax / torch.full_like(amax, FP8_MAX) if rule == "amax" else 1.0 / (FP8_MAX / amax)
+    scale = over(amax, FP8_MAX) if rule == "amax" else 1.0 / (FP8_MAX / amax)
     if rule == "ue8m0":
         # frexp, not log2: exact at powers of two. Transformers stops at the least normal fp32, 2**-126.
         mantissa, exponent = torch.frexp(scale)
@@ -183,4 +185,4 @@ def _matrices(tensor: torch.Tensor) -> torch.Tensor:
 
 
 BLOCK = Arithmetic(decode_block, encode_block, any_by_block_scale)
-SCALED = Arithmetic(decode_scaled, encode_scaled, any_by_scaled_scale)
+SCALED = Arithmetic(decode_scaled, encode_scaled, any_by_scaled_scale, scaled_of_largest)

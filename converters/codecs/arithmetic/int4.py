@@ -13,12 +13,13 @@ from converters.codecs.arithmetic.common import (
     any_in_groups,
     as_scales,
     check_given,
+    chunks_of,
     divisors,
     in_groups,
+    over,
     pack_nibbles,
     part,
     require_finite,
-    row_chunks,
     unpack_nibbles,
 )
 from converters.codecs.base import ceil_div
@@ -43,8 +44,8 @@ def decode_int4(codec: Int4Packed, parts: Parts, dtype: torch.dtype | None) -> t
         raise StorageError(f"`weight_shape` says {declared}; the packed words hold {list(full)}")
     width = declared[1]
     values = torch.arange(-ZERO, ZERO).to(scale.dtype)
-    out = torch.empty((full[0], width), dtype=dtype or torch.bfloat16)
-    for rows in row_chunks(*full):
+    out = torch.empty((full[0], width), dtype=dtype or torch.bfloat16, device=packed.device)
+    for rows in chunks_of(out):
         # Little-endian words: their bytes, low nibble first, are the elements in order.
         chunk = unpack_nibbles(packed[rows].contiguous().view(torch.uint8), values)
         groups = in_groups(chunk, codec.group)
@@ -59,10 +60,10 @@ def encode_int4(
     shapes = codec.stored_shapes(tuple(tensor.shape))
     check_given(scale, shapes["scale"])
     width = tensor.shape[1]
-    packed = torch.empty(shapes["packed"], dtype=torch.int32)
+    packed = torch.empty(shapes["packed"], dtype=torch.int32, device=tensor.device)
     dtype = as_scales(torch.ones(()), codec.scale_dtype).dtype
-    scales = torch.empty(shapes["scale"], dtype=dtype) if scale is None else scale
-    for rows in row_chunks(*tensor.shape):
+    scales = torch.empty(shapes["scale"], dtype=dtype, device=tensor.device) if scale is None else scale
+    for rows in chunks_of(tensor):
         groups = in_groups(tensor[rows].to(torch.float32), codec.group)
         require_finite(groups.abs().amax(dim=-1), codec.name)
         if scale is None:
@@ -83,13 +84,13 @@ def _scales_of(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Scale [n, g] of each group [n, g, group] of fp32 values: one that is exact if there is one, else amax / 7.5."""
     flat = groups.flatten(0, 1)
     amax = flat.abs().amax(dim=-1)
-    scales = (amax / 7.5).clamp(min=torch.finfo(torch.float32).eps).to(dtype)
+    scales = over(amax, 7.5).clamp(min=torch.finfo(torch.float32).eps).to(dtype)
     # Groups still without an exact scale. A group of zeros needs none.
     pending = torch.nonzero(amax > 0).flatten()
     # Ordinary weights fail on their first elements; only survivors are worth a full look.
     probe = flat[:, :PROBE].contiguous()[pending]
     for k in range(ZERO, 0, -1):
-        nearest = (amax / k).to(dtype)
+        nearest = over(amax, k).to(dtype)
         for candidate in _with_neighbours(nearest) if k & (k - 1) else (nearest,):
             hopeful = _is_exact(probe, candidate[pending])
             if not bool(hopeful.any()):

@@ -12,11 +12,12 @@ from converters.codecs.arithmetic.common import (
     Parts,
     any_in_groups,
     as_scales,
+    chunks_of,
     divisors,
     in_groups,
+    over,
     part,
     require_finite,
-    row_chunks,
 )
 from converters.codecs.int8 import BYTES_PER_WORD
 from converters.errors import StorageError
@@ -38,8 +39,8 @@ def decode_int8(codec: Int8, parts: Parts, dtype: torch.dtype | None) -> torch.T
         if len(declared) != 2 or -(-declared[1] // BYTES_PER_WORD) != width or declared[0] < codes.shape[0]:
             raise StorageError(f"`weight_shape` says {declared}; the packed words are {list(codes.shape)}")
         width = declared[1]
-    out = torch.empty((codes.shape[0], width), dtype=dtype or torch.bfloat16)
-    for rows in row_chunks(*out.shape):
+    out = torch.empty((codes.shape[0], width), dtype=dtype or torch.bfloat16, device=codes.device)
+    for rows in chunks_of(out):
         chunk = codes[rows].contiguous()
         if codec.packed:  # little-endian words: their bytes are the elements in order
             chunk = (chunk.view(torch.uint8).to(torch.int16) - ZERO)[:, :width]
@@ -53,23 +54,30 @@ def encode_int8(
 ) -> dict[str, torch.Tensor]:
     """`Int8.encode`."""
     shapes = codec.stored_shapes(tuple(tensor.shape))
-    groups = in_groups(tensor.to(torch.float32), codec.group)
-    amax = groups.abs().amax(dim=-1)
+    chunks = list(chunks_of(tensor))
+    amax = torch.cat([in_groups(tensor[rows].to(torch.float32), codec.group).abs().amax(dim=-1) for rows in chunks])
     require_finite(amax, codec.name)
     if scale is None:
-        fresh = torch.where(amax > 0, amax / 127.5, torch.ones_like(amax))
-        scale = as_scales(fresh, codec.scale_dtype)
-    codes = (
-        (groups / divisors(scale).reshape(amax.shape).unsqueeze(-1))
-        .round_()
-        .clamp_(-128, 127)
-        .flatten(1)[:, : tensor.shape[1]]
-    )
+        scale = int8_of_largest(codec, amax)
+    divisor = divisors(scale).reshape(amax.shape).unsqueeze(-1)
+    codes = torch.empty(shapes["codes"], dtype=torch.int32 if codec.packed else torch.int8, device=tensor.device)
+    for rows in chunks:
+        groups = in_groups(tensor[rows].to(torch.float32), codec.group)
+        found = (groups / divisor[rows]).round_().clamp_(-128, 127).flatten(1)[:, : tensor.shape[1]]
+        if codec.packed:
+            stored = pad((found + ZERO).to(torch.uint8), (0, -tensor.shape[1] % BYTES_PER_WORD), value=ZERO)
+            codes[rows] = stored.contiguous().view(torch.int32)
+        else:
+            codes[rows] = found.to(torch.int8)
     if not codec.packed:
-        return {"codes": codes.to(torch.int8), "scale": scale}
-    stored = pad((codes + ZERO).to(torch.uint8), (0, -tensor.shape[1] % BYTES_PER_WORD), value=ZERO)
-    words = stored.contiguous().view(torch.int32).reshape(shapes["codes"])
-    return {"codes": words, "scale": scale, "shape": torch.tensor(shape or tensor.shape, dtype=torch.int64)}
+        return {"codes": codes, "scale": scale}
+    return {"codes": codes, "scale": scale, "shape": torch.tensor(shape or tensor.shape, dtype=torch.int64)}
 
 
-INT8 = Arithmetic(decode_int8, encode_int8, any_in_groups)
+def int8_of_largest(codec: Int8, largest: torch.Tensor) -> torch.Tensor:
+    """Scales as they are stored, by the largest magnitudes under them."""
+    fresh = torch.where(largest > 0, over(largest, 127.5), torch.ones_like(largest))
+    return as_scales(fresh, codec.scale_dtype)
+
+
+INT8 = Arithmetic(decode_int8, encode_int8, any_in_groups, int8_of_largest)

@@ -11,13 +11,13 @@ from converters.codecs.arithmetic.common import (
     Parts,
     any_in_groups,
     check_given,
+    chunks_of,
     in_groups,
     near_infinity,
     pack_nibbles,
     part,
     require_finite,
     require_no_overflow,
-    row_chunks,
     scale_to_fp32,
     unpack_nibbles,
 )
@@ -39,8 +39,8 @@ def decode_mx(codec: Mxfp8 | Mxfp4Packed, parts: Parts, dtype: torch.dtype | Non
     codes, scale = part(parts, "codes", torch.uint8 if packed else FP8), part(parts, "scale", torch.uint8)
     shape = codec.decoded_shape({"codes": tuple(codes.shape), "scale": tuple(scale.shape)})
     values = torch.tensor(MAGNITUDES + tuple(-v for v in MAGNITUDES))
-    out = torch.empty(shape, dtype=dtype or torch.bfloat16)
-    for rows in row_chunks(*shape):
+    out = torch.empty(shape, dtype=dtype or torch.bfloat16, device=codes.device)
+    for rows in chunks_of(out):
         chunk = codes[rows].contiguous()
         blocks = in_groups(unpack_nibbles(chunk, values) if packed else fp8_to_fp32(chunk), GROUP)
         out[rows].copy_(blocks.mul_(scale_to_fp32(scale[rows]).unsqueeze(-1)).flatten(1))
@@ -53,10 +53,10 @@ def encode_mx(
     """`encode` of both."""
     shapes = codec.stored_shapes(tuple(tensor.shape))
     check_given(scale, shapes["scale"])
-    codes = torch.empty(shapes["codes"], dtype=torch.uint8 if codec.per_byte == 2 else FP8)
-    scales = torch.empty(shapes["scale"], dtype=torch.uint8) if scale is None else scale
+    codes = torch.empty(shapes["codes"], dtype=torch.uint8 if codec.per_byte == 2 else FP8, device=tensor.device)
+    scales = torch.empty(shapes["scale"], dtype=torch.uint8, device=tensor.device) if scale is None else scale
     overflows = False
-    for rows in row_chunks(*tensor.shape):
+    for rows in chunks_of(tensor):
         blocks = in_groups(tensor[rows].to(torch.float32), GROUP)
         amax = blocks.abs().amax(dim=-1)
         require_finite(amax, codec.name)

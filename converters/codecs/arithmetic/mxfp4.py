@@ -10,12 +10,13 @@ from converters.codecs.arithmetic.common import (
     Arithmetic,
     Parts,
     check_given,
+    chunks_of,
     near_infinity,
+    over,
     pack_nibbles,
     part,
     require_finite,
     require_no_overflow,
-    row_chunks,
     unpack_nibbles,
 )
 from converters.codecs.mxfp4 import GROUP
@@ -40,11 +41,11 @@ def decode_mxfp4(codec: Mxfp4, parts: Parts, dtype: torch.dtype | None) -> torch
     blocks, scale = part(parts, "blocks", torch.uint8), part(parts, "scale", torch.uint8)
     shape = codec.decoded_shape({"blocks": tuple(blocks.shape), "scale": tuple(scale.shape)})
     doubled = 2 * torch.tensor(MAGNITUDES + tuple(-v for v in MAGNITUDES), dtype=dtype)
-    factors = _half_factors(dtype)
+    factors = _half_factors(dtype).to(blocks.device)
     experts, width, num_rows = shape
-    out = torch.empty((experts, num_rows, width), dtype=dtype)
+    out = torch.empty((experts, num_rows, width), dtype=dtype, device=blocks.device)
     for expert in range(experts):
-        for rows in row_chunks(num_rows, width):
+        for rows in chunks_of(out[expert]):
             tile = out[expert, rows]
             unpack_nibbles(blocks[expert, rows].flatten(1), doubled, tile)
             factor = factors.index_select(0, scale[expert, rows].flatten().to(torch.int32))
@@ -58,11 +59,11 @@ def encode_mxfp4(
     """`Mxfp4.encode`."""
     shapes = codec.stored_shapes(tuple(tensor.shape))
     check_given(scale, shapes["scale"])
-    blocks = torch.empty(shapes["blocks"], dtype=torch.uint8)
-    scales = torch.empty(shapes["scale"], dtype=torch.uint8) if scale is None else scale
+    blocks = torch.empty(shapes["blocks"], dtype=torch.uint8, device=tensor.device)
+    scales = torch.empty(shapes["scale"], dtype=torch.uint8, device=tensor.device) if scale is None else scale
     overflows = False
     for expert in range(tensor.shape[0]):
-        for rows in row_chunks(tensor.shape[2], tensor.shape[1]):
+        for rows in chunks_of(tensor[expert].T):
             groups = tensor[expert, :, rows].contiguous().T.contiguous().to(torch.float32)
             groups = groups.reshape(groups.shape[0], -1, GROUP)
             amax = groups.abs().amax(dim=-1)
@@ -90,14 +91,14 @@ def _half_factors(dtype: torch.dtype) -> torch.Tensor:
 
 def _exponents_of(amax: torch.Tensor) -> torch.Tensor:
     """Biased exponents ceil(log2(amax / 6)) + 127 as uint8, 0 for zero blocks; frexp is exact where log2 is not."""
-    mantissa, exponent = torch.frexp(amax / MAGNITUDES[-1])
+    mantissa, exponent = torch.frexp(over(amax, MAGNITUDES[-1]))
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent) + EXPONENT_BIAS
     return torch.where(amax > 0, exponent, torch.zeros_like(exponent)).clamp(0, LARGEST_EXPONENT).to(torch.uint8)
 
 
 def _codes(groups: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Nearest E2M1 codes, uint8 [n, g, 32]; groups: fp32 [n, g, 32], scales: uint8 [n, g]."""
-    return nearest_e2m1(groups / _half_factors(torch.float32)[scales.long()].unsqueeze(-1) / 2)
+    return nearest_e2m1(groups / _half_factors(torch.float32).to(scales.device)[scales.long()].unsqueeze(-1) / 2)
 
 
 def nearest_e2m1(scaled: torch.Tensor) -> torch.Tensor:

@@ -40,27 +40,29 @@ def encode_words4(
         raise StorageError(f"{codec.name}: the source's zeros are not at hand, about which its codes lie")
     values = tensor.t().to(torch.float32)
     require_finite(values.abs().amax(dim=0), codec.name)
-    zeros, group = _zeros(codec, codec.held), _group_of(codec, codec.held, None, tensor.shape[1])
+    held = {role: codec.held[role].to(tensor.device) for role in codec.constant_parts}
+    zeros, group = _zeros(codec, held), _group_of(codec, held, None, tensor.shape[1]).to(tensor.device)
     if scale is None:
         scale = _scales_of(values, zeros, group).to(torch.float16)
     codes = ((values / divisors(scale)[group]).round_() + zeros[group]).clamp_(0, _LARGEST).to(torch.int32)
     words = _pack(codes, True) if codec.awq else _pack(codes.t(), False).t()
-    return {"codes": words.contiguous(), "scale": scale, **{role: codec.held[role] for role in codec.constant_parts}}
+    return {"codes": words.contiguous(), "scale": scale, **held}
 
 
 def any_by_words4_scale(codec: Words4, mask: torch.Tensor) -> torch.Tensor:
     """`Words4.any_by_scale`."""
     inputs = mask.t()
     group = _group_of(codec, codec.held, None, inputs.shape[0])
-    count = torch.zeros((int(group.max()) + 1, inputs.shape[1]), dtype=torch.int32)
+    group = group.to(mask.device)
+    count = torch.zeros((int(group.max()) + 1, inputs.shape[1]), dtype=torch.int32, device=mask.device)
     return count.index_add_(0, group, inputs.to(torch.int32)) > 0
 
 
 def _scales_of(values: torch.Tensor, zeros: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """Least scale [groups, out] under which every value of a group lies between code 0 and 15."""
     index = group.unsqueeze(1).expand_as(values)
-    high = torch.zeros(zeros.shape).scatter_reduce_(0, index, values, "amax")
-    low = torch.zeros(zeros.shape).scatter_reduce_(0, index, values, "amin")
+    none = torch.zeros(zeros.shape, device=values.device)
+    high, low = none.scatter_reduce(0, index, values, "amax"), none.scatter_reduce(0, index, values, "amin")
     above, below = (_LARGEST - zeros).clamp(min=1), zeros.clamp(min=1)
     scale = torch.maximum(high / above, -low / below)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -81,12 +83,12 @@ def _group_of(codec: Words4, parts: Parts, codes: torch.Tensor | None, width: in
             raise StorageError(f"`g_idx` names groups beyond the {zeros.shape[0]} that are stored")
         return group
     inputs = width if codes is None else codes.shape[0]
-    return torch.arange(inputs) // (codec.group or inputs)
+    return torch.arange(inputs, device=parts["zeros"].device) // (codec.group or inputs)
 
 
 def _unpack(words: torch.Tensor, awq: bool) -> torch.Tensor:
     """int32 [n, m] → [n, 8 m] codes of 0 to 15."""
-    nibbles = (words.unsqueeze(-1) >> _SHIFTS) & _LARGEST
+    nibbles = (words.unsqueeze(-1) >> _SHIFTS.to(words.device)) & _LARGEST
     if awq:
         nibbles = nibbles[..., torch.argsort(_AWQ_ORDER)]
     return nibbles.flatten(1)
@@ -97,7 +99,7 @@ def _pack(codes: torch.Tensor, awq: bool) -> torch.Tensor:
     nibbles = codes.reshape(codes.shape[0], -1, PER_WORD)
     if awq:
         nibbles = nibbles[..., _AWQ_ORDER]
-    return (nibbles.to(torch.int32) << _SHIFTS).sum(-1, dtype=torch.int64).to(torch.int32)
+    return (nibbles.to(torch.int32) << _SHIFTS.to(codes.device)).sum(-1, dtype=torch.int64).to(torch.int32)
 
 
 WORDS4 = Arithmetic(decode_words4, encode_words4, any_by_words4_scale)
