@@ -13,6 +13,7 @@ def table_names() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
 
 
+@cache
 def table_text(name: str) -> str:
     """TOML text of a shipped table; KeyError when there is none of that name."""
     path = files(__name__) / f"{name}.toml"

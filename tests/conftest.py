@@ -40,6 +40,7 @@ _LONG = (
 )
 #: More threads than one test with live models has of its own.
 _MANY_THREADS = 100
+_TASKS = Path("/proc/self/task")
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 
 
@@ -68,15 +69,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(_LONG)))
 
 
+def pytest_collection_finish() -> None:
+    """What collection imported and made stays to the end: the collector's rounds pass it over."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def _kept_threads() -> list[int]:
+    """How many threads the last round of the collector left, in one place."""
+    return [0]
+
+
 @pytest.fixture(autouse=True)
-def _no_leftover_groups() -> Iterator[None]:
+def _no_leftover_groups(_kept_threads: list[int]) -> Iterator[None]:
     """Free the process groups of models that only the collector can free: each has threads that wake all the time.
 
-    A test with models leaves some twenty of them; after a few hundred tests they took half of every core.
+    A test with models leaves some twenty of them; after a few hundred tests they took half of every core. Threads that
+    a round cannot end are no reason for another round behind each test that follows.
     """
     yield
-    if len(os.listdir("/proc/self/task")) > _MANY_THREADS:
+    if len(os.listdir(_TASKS)) > _kept_threads[0] + _MANY_THREADS:
         gc.collect()
+        _kept_threads[0] = len(os.listdir(_TASKS))
 
 
 @pytest.fixture(scope="session")

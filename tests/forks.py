@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = (
@@ -139,6 +142,28 @@ def start(
             )
     parent = _parent(rank % 2)
     return Fork(parent.fork({"argv": words, "env": environment, "log": str(log), "own_group": own_group}), parent)
+
+
+def meet(rank: int, note: Path) -> TCPStore | None:
+    """Where the ranks of a world find each other: a port that rank 0 takes, keeps open and writes down in `note`.
+
+    A port that is looked up, closed and opened again later may be another process's by then. The result must live
+    until the process group is gone. Torch joins a store at MASTER_PORT, as torchrun's workers do, where the
+    environment says that another opened it.
+    """
+    from torch.distributed import TCPStore
+
+    store = None
+    if rank == 0:
+        store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        draft = note.with_name(f"{note.name}.tmp")
+        draft.write_text(str(store.port))
+        draft.replace(note)
+    deadline = time.monotonic() + 300
+    while not note.is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": note.read_text(), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store
 
 
 def serve() -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from typing import TypeAlias
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests" / "train"))
 
-from _trainings import meet  # noqa: E402
+from tests.forks import meet  # noqa: E402
 
 Raw: TypeAlias = dict[str, dict[str, object]]
 Curves: TypeAlias = dict[str, list[float]]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from _planted import Bits, convert, copy, edit
+from _ranks import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -150,26 +151,39 @@ def test_weights_that_transformers_would_invent_are_no_pass(tiny: Path, tmp_path
     assert found.details == ("model.layers.2.mlp.up_proj.weight",)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [("qwen3_moe", "--tp", "2", "--ep", "2"), pytest.param(("llama_tied", "--pp", "2"), marks=pytest.mark.slow)],
-)
-def test_torchrun_spreads_megatron_core_over_processes(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    name, *options = arguments
-    source = make(name, tmp_path / "hf")
-    target = convert(source, tmp_path / "mcore")
+def holds_over_processes(printed: str, *, axis: str) -> None:
+    """A report in JSON of a proof over two processes, which share `axis` out."""
+    report = json.loads(printed[printed.index("{") :])
+    assert report["legs"]["loss"]["status"] == "passed"
+    leg = report["legs"]["forward"]
+    assert report["passed"] and leg["status"] == "passed"
+    assert f"{axis} 2" in leg["details"][0]
+    assert [border["name"] for border in report["borders"]][1] == "layer 0" and len(report["borders"]) == 6
+
+
+def proof_of(name: str, folder: Path) -> list[str]:
+    """The words that prove a conversion of the family."""
+    source = make(name, folder / "hf")
+    target = convert(source, folder / "mcore")
+    return ["verify", "parity", str(source), str(target), "--forward", "--loss", "--json"]
+
+
+def test_processes_share_megatron_core(tmp_path: Path) -> None:
+    words = [*proof_of("qwen3_moe", tmp_path), "--tp", "2", "--ep", "2"]
+    run_ranks("_command_worker.py", 2, tmp_path, *words)
+    holds_over_processes((tmp_path / "printed.0").read_text(), axis="tp")
+    assert (tmp_path / "printed.1").read_text() == ""
+
+
+@pytest.mark.slow
+def test_torchrun_spreads_megatron_core_over_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "mbx", "verify", "parity", str(source), str(target), "--forward", "--loss", "--json", *options]
+    command += ["-m", "mbx", *proof_of("llama_tied", tmp_path), "--pp", "2"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout[done.stdout.index("{") :])
-    assert report["legs"]["loss"]["status"] == "passed"
-    leg = report["legs"]["forward"]
-    assert report["passed"] and leg["status"] == "passed"
-    assert f"{options[0][2:]} 2" in leg["details"][0]
-    assert [border["name"] for border in report["borders"]][1] == "layer 0" and len(report["borders"]) == 6
+    holds_over_processes(done.stdout, axis="pp")
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -87,10 +88,20 @@ def endpoint() -> Iterator[str]:
     server.server_close()
 
 
-def dry(endpoint: str, folder: Path, data: str) -> subprocess.CompletedProcess[str]:
+PROGRAM = """
+import sys
+from mbx.cli import main
+for data in sys.argv[1:]:
     words = [f"model={QWEN3}", f"data={data}", "data.length=64", "data.pack=false", "run.device=cpu", "run.dir=run"]
-    return subprocess.run(
-        [sys.executable, "-m", "mbx", "train", "--recipe", "qwen3_0_6b_sft", *words, "--dry-run", "--json"],
+    print(main(["train", "--recipe", "qwen3_0_6b_sft", *words, "--dry-run", "--json"]), "is the exit code")
+"""
+
+
+def dry(endpoint: str, folder: Path, *data: str) -> list[tuple[str, int]]:
+    """What dry runs on each of `data` print, and their exit codes; one process has them all: the Hub's address is read
+    where its library is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.replace("{QWEN3}", str(QWEN3)), *data],
         cwd=folder,
         env={
             **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
@@ -100,16 +111,17 @@ def dry(endpoint: str, folder: Path, data: str) -> subprocess.CompletedProcess[s
         text=True,
         timeout=300,
     )
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"(.*?)^(\d+) is the exit code\n", done.stdout, re.DOTALL | re.MULTILINE)
+    return [(printed, int(code)) for printed, code in said]
 
 
 def test_a_hub_id_names_a_split_of_a_data_set(endpoint: str, tmp_path: Path) -> None:
-    done = dry(endpoint, tmp_path, "org/chats")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["data"]
+    names = ("org/chats", '{"org/chats"=1,"org/chats:test"=1}', "org/none")
+    (one, zero), (two, nought), (none, failed) = dry(endpoint, tmp_path, *names)
+    assert (zero, nought) == (0, 0)
+    found = json.loads(one)["data"]
     assert (found["examples"], found["rows"], found["shape"]) == (3, 3, "chats of `messages`")
-    other = dry(endpoint, tmp_path, '{"org/chats"=1,"org/chats:test"=1}')
-    assert other.returncode == 0, other.stderr
-    mixed = json.loads(other.stdout)["data"]["mixture"]
-    assert [(one["place"], one["rows"]) for one in mixed] == [("org/chats", 3), ("org/chats:test", 1)]
-    none = dry(endpoint, tmp_path, "org/none")
-    assert none.returncode != 0 and "no data set that `datasets` can load" in none.stdout
+    mixed = json.loads(two)["data"]["mixture"]
+    assert [(part["place"], part["rows"]) for part in mixed] == [("org/chats", 3), ("org/chats:test", 1)]
+    assert failed != 0 and "no data set that `datasets` can load" in none

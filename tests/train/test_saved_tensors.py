@@ -103,25 +103,22 @@ class _Kept:
         return held
 
     def let_go(self) -> None:
-        """Part what a graph holds from what holds the graph, through which no collector sees."""
+        """Part what a graph holds from what holds the graph, through which no collector sees.
+
+        A graph keeps the hooks that packed for it, and so this object; a router's module keeps the graph.
+        """
         for reference in self.held:
             if (held := reference()) is not None:
                 held.value = None
-        for module in self.model.modules():  # a graph that stays holds modules, which hold groups and their threads
-            for name, value in list(vars(module).items()):
-                if (
-                    isinstance(value, torch.distributed.ProcessGroup)
-                    or type(value).__name__ == "ProcessGroupCollection"
-                ):
-                    setattr(module, name, None)
+        del self.model
 
     def by_layer(self) -> list[int]:
         seen: dict[int, tuple[str, int]] = {}
         for layer, alive, pointer, size in self.found:
             if alive() is not None and layer:
                 seen.setdefault(pointer, (layer, size))
-        self.let_go()
         count = len(self.model.decoder.layers)  # type: ignore[union-attr, arg-type]
+        self.let_go()
         return [sum(size for layer, size in seen.values() if layer == str(n)) for n in range(count)]
 
 
