@@ -158,8 +158,9 @@ def forward(name: str, device: str, source: Path, work: Path, config: dict[str, 
         found["loaded"] = True
         found["lent"] = list(lend_frequencies(model, source, hf_config))
         diffs = compared(model)
+        found_on = device if device in diffs else "cpu"
         found.update({f"against_transformers_on_{at}": _figures(diff) for at, diff in diffs.items()})
-        found["control"] = {"row": _swap_rows(model), **_figures(compared(model)["cpu"])}
+        found["control"] = {"row": _swap_rows(model), **_figures(compared(model)[found_on])}
         judge(found, device)
         del model
         if device == "cuda" and name in LOW_PRECISION:

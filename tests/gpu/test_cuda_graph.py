@@ -91,13 +91,15 @@ def test_rows_with_images_are_recorded(kind: str, fp8: str, tmp_path: Path) -> N
         {"messages": [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "2"}]}
     )
     chats.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # in fp32 what is recorded is what is launched; in FP8 a sum in another order becomes another code now and then
+    computed, near = (["train.precision=fp32"], 1e-3) if fp8 == "none" else ([f"fp8.recipe={fp8}"], 0.1)
     losses, lengths = [], ["data.length=256", "train.micro_batch=1", "train.global_batch=4", "train.steps=8"]
     for word in ("auto", "off"):
         overrides = [f"model={folder}", f"data={chats}", "run.save=false", "optim.lr=1e-3", "optim.warmup_steps=0"]
-        overrides += [*lengths, f"fp8.recipe={fp8}", f"train.cuda_graph={word}", f"run.dir={tmp_path / word}"]
+        overrides += [*lengths, *computed, f"train.cuda_graph={word}", f"run.dir={tmp_path / word}"]
         prepared = prepare(load_recipe("llama32_1b_lora", overrides))
         assert prepared.data.eyes is not None
         assert (why_not(prepared.recipe, prepared.plan.config, prepared.ranks) is None) == (word == "auto")
         losses.append(train(prepared, live=False).losses)
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.02
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < near
     assert losses[0][-1] < losses[0][0]
