@@ -65,6 +65,7 @@ def test_the_installed_package_is_what_its_release_says() -> None:
     defaults = {field.name: field.default for field in fields(MLATransformerConfig)}
     defaults |= {f"model.{name}": one.default for name, one in inspect.signature(GPTModel).parameters.items()}
     assert {name: defaults[name] for name in release.defaults} == release.defaults
+    assert ("dsa_indexer_rotate_activation" in defaults) == release.sparse_attention
     scaling = inspect.signature(RotaryEmbedding._apply_scaling).parameters
     assert {name: scaling[name].default for name in LLAMA3_FIXED} == LLAMA3_FIXED
 
