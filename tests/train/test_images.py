@@ -112,7 +112,9 @@ def test_adapters_learn_what_peft_learns_of_transformers_model(
     assert report is not None and not unlike(kind, report.legs)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["qwen3_vl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2_5_vl", "glm4v"))]
+)
 def test_what_is_recorded_has_one_shape_and_says_the_same(
     folder: Callable[[str], Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

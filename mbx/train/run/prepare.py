@@ -30,7 +30,7 @@ from mbx.train.model.hidden import check_hidden
 from mbx.train.model.kernels import check_kernels, unpacked_layers
 from mbx.train.model.muon import check_muon
 from mbx.train.model.parallel import Ranks, planned_ranks
-from mbx.train.model.sight import check_images, learns
+from mbx.train.model.sight import RECORDED, check_images, learns
 from mbx.train.model.teacher import Teacher, check_student, check_teacher, logits_of, of_teacher, teacher_of
 from mbx.train.model.weights import check_source
 from mbx.train.recipe.sections import LORA, Lora, Recipe
@@ -235,12 +235,16 @@ def _with_images(recipe: Recipe, plan: Blueprint, ranks: Ranks, data: Dataset) -
     if recipe.distill.teacher:
         raise UnsupportedError("a teacher reads text alone, and rows show images", hint="leave out distill.teacher")
     check_images(recipe, plan, ranks, data.eyes.sight)
+    said = ""
+    if (kind := data.eyes.sight.kind) not in RECORDED and ranks.te and recipe.train.cuda_graph != "off":
+        recipe = replace(recipe, train=replace(recipe.train, cuda_graph="off"))
+        said = f"; passes are launched: no GPU has compared recorded ones that show images to {kind}"
     if learns(recipe):  # which a micro-batch without images would not reach
         recipe = replace(recipe, parallel=replace(recipe.parallel, overlap_grad_reduce=False))
     if not (recipe.data.packs and ranks.te):  # whose packed rows turn by a count of their own
-        return recipe, ""
+        return recipe, said
     recipe = replace(recipe, data=replace(recipe.data, pack=False))
-    return recipe, "; one chat a row (data.pack=false): Transformer Engine packs no rows that show images"
+    return recipe, said + "; one chat a row (data.pack=false): Transformer Engine packs no rows that show images"
 
 
 def _begun(lora: Lora, plan: Blueprint) -> Lora:
