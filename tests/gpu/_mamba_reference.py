@@ -7,6 +7,7 @@ exact in fp32.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from typing import Any
@@ -94,10 +95,10 @@ def stand_in() -> None:
             setattr(modules[name], function, GatedRMSNorm if function == "RMSNorm" else _no_kernel)
     sys.modules.update(modules)
     try:
-        from megatron.core.ssm import mamba_context_parallel, mamba_mixer
+        mixer: Any = importlib.import_module("megatron.core.ssm.mamba_mixer")
+        parallel: Any = importlib.import_module("megatron.core.ssm.mamba_context_parallel")
     finally:
         for name in modules:
             del sys.modules[name]
-    mixer: Any = mamba_mixer
-    mixer.HAVE_EINOPS = mamba_context_parallel.HAVE_EINOPS = True  # only the paths replaced here use it
+    mixer.HAVE_EINOPS = parallel.HAVE_EINOPS = True  # only the paths replaced here use it
     mixer.MambaMixer._ssm_training = _training

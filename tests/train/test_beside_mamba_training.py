@@ -9,6 +9,9 @@ from _trainings import Raw, run_world
 from test_proof_families import of_family
 
 from converters.errors import UnsupportedError
+from mbx.train.budget.shape import shape_of
+from mbx.train.model.adapted import adapted
+from mbx.train.model.blueprint import blueprint
 from mbx.train.proof.training import verify_training
 from mbx.train.recipe.parse import parse_recipe
 from mbx.train.run.prepare import prepare
@@ -39,6 +42,18 @@ def test_two_processes_pass(tmp_path: Path) -> None:
     jobs: list[dict[str, object]] = [{"recipe": one, "verify": True, "mamba": True} for one in layouts]
     for legs in run_world(2, jobs, tmp_path / "legs.json"):
         assert [tuple(leg) for leg in legs if leg[1] != "passed"] == NOT_RUN  # type: ignore[arg-type,index]
+
+
+def test_its_memory_is_not_guessed(tmp_path: Path) -> None:
+    plan = blueprint(parse_recipe(of_family(tmp_path, FAMILY, False)))
+    with pytest.raises(UnsupportedError, match="the budget does not cover attention beside Mamba-2"):
+        shape_of(plan.config)
+
+
+def test_all_linear_is_without_what_peft_refuses(tmp_path: Path) -> None:
+    recipe = parse_recipe(of_family(tmp_path, FAMILY, True))
+    found = {name.removesuffix(".weight").rpartition(".")[2] for name in adapted(recipe.lora, blueprint(recipe))}
+    assert found == {"linear_qkv", "linear_proj", "in_proj", "linear_fc1", "linear_fc2"}
 
 
 def test_a_cpu_without_kernels_says_so(tmp_path: Path) -> None:
