@@ -77,6 +77,8 @@ def test_a_load_is_what_megatron_core_loads(folder: Path, scaling: str, way: str
             assert mine.keys() == other.keys() and len(mine) >= 2
             assert all(same_bytes(mine[part], other[part]) for part in mine), name
             assert not torch.equal(parameter.dequantize(), before[name])
+            drawn = parameter.get_high_precision_init_val()  # Core keeps it on the host until an optimizer takes it
+            assert drawn is not None and same_bytes(drawn.to("cuda"), state[name])
             error = (parameter.dequantize() - state[name]).abs().max() / state[name].abs().max()
             assert 0 < float(error) < 0.07  # half a step of E4M3 of the largest
         given = dict(live.export())
