@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -41,8 +42,11 @@ from mbx.run.job import Job, Options
 if TYPE_CHECKING:
     from mbx.live.planned import Stream
 
-#: Whose spelling of an adapter: PEFT's, as its folders have it; vLLM's, where all experts of a layer are one adapter.
+#: Whose spelling of an adapter: PEFT's, as its folders have it; vLLM's, where all experts of a layer are one adapter;
+#: SGLang's, where each expert has its own.
 AdapterLayout = Literal["peft", "vllm", "sglang"]
+#: What tells SGLang that a factor is of one expert.
+_EXPERT = re.compile(r"experts\.\d+\.")
 #: How parameters of B are called at their ends, in either spelling.
 _B = ("lora_b", "linear_out.weight")
 
@@ -67,14 +71,11 @@ class Adapters:
         """All factors in a spelling; UnsupportedError where it cannot say them."""
         if layout not in ("peft", "vllm", "sglang"):
             raise UsageError(f"‹layout› {layout!r} is not known", hint="choices: peft, vllm, sglang")
-        experts = [found for found in self.adapted if found.row.expert is not None]
-        if layout == "sglang" and experts:
-            raise UnsupportedError(
-                f"‹layout› sglang: `{experts[0].row.mcore}` is adapted, and how SGLang names experts' is not known",
-                hint="‹layout› peft names each expert",
-            )
         if layout not in self._plans:
-            recorded = self._together(experts) if layout == "vllm" and experts else None
+            experts = [found for found in self.adapted if found.row.expert is not None]
+            recorded = None
+            if experts and layout != "peft":
+                recorded = self._together(experts) if layout == "vllm" else self._apart(experts)
             s = self.source
             plan = plan_to_peft(s.table, s.fields, self.adapted, self.world.sources, recorded)
             self._plans[layout] = Factors.of(plan)
@@ -85,6 +86,25 @@ class Adapters:
         rows = (row for found in experts for row in spellings(self.source.table, found.row))
         names = {f"{PREFIX}{row.hf[0].rpartition('.')[0]}.lora_A.weight" for row in rows if row.spec.stacked}
         return names or None
+
+    def _apart(self, experts: list[Adapted]) -> set[str]:
+        """Names of PEFT's by which each expert is spelt for itself, as SGLang reads them (`lora/mem_pool.py`).
+
+        It knows an expert's factor by `experts.N.` in its name. PEFT's factors of a parameter of all experts, whose
+        rows are ranks times experts, it leaves out without a word (sgl-project/sglang#27381).
+        """
+        names = set[str]()
+        for found in experts:
+            rows = [row for row in spellings(self.source.table, found.row) if not row.spec.stacked]
+            own = [name for row in rows for name in row.hf if _EXPERT.search(name)]
+            if not own:
+                raise UnsupportedError(
+                    f"‹layout› sglang: `{found.row.mcore}` is adapted, and SGLang reads an adapter of experts under "
+                    f"the name of each, of which table `{self.source.table.name}` has none",
+                    hint="export ‹merged› weights to SGLang, or adapters to an engine that reads ‹layout› peft",
+                )
+            names.update(f"{PREFIX}{name.removesuffix('.weight')}.lora_A.weight" for name in own)
+        return names
 
     def export(self, layout: AdapterLayout, to: To, bucket: int) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Every factor by its name, whole; see `Live.export`. Collective."""

@@ -200,7 +200,7 @@ class Live:
         """Every factor of the model's adapters by its name, whole, in one order on all ranks; the base does not move.
 
         Collective. `layout` is whose names they have: PEFT's as its folders do; vLLM's, with one adapter of all
-        experts of a layer; SGLang's, for which experts' are refused. UsageError for a model without adapters.
+        experts of a layer; SGLang's, with one of each. UsageError for a model without adapters.
         """
         return self._found_adapters().export(layout, to, bucket)
 

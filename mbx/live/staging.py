@@ -57,7 +57,16 @@ class Staging:
             whole = None if self._left[place] else self._staged.pop(place)
         if whole is not None:  # threads of an engine begin on the first GPU
             with torch.no_grad(), torch.cuda.device(whole.device) if whole.is_cuda else nullcontext():
-                self._views.parameter(shard).copy_(whole)
+                _fill(self._views.parameter(shard), whole)
+
+
+def _fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    """Quantise values in place; and where a parameter still has those that it was drawn with, for an optimizer that
+    will begin its own copy with them, these."""
+    parameter.copy_(values)
+    drawn = getattr(parameter, "get_high_precision_init_val", None)
+    if drawn is not None and (first := drawn()) is not None:
+        first.copy_(values)
 
 
 def _check_scaling(name: str, parameter: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from _adapters import by_peft, by_sglang, factors_of
 from _copier import Part, copy, sent
 from _models import build, differing, fill, parameters, read_folder, same_bytes, scramble
 from torch import nn
@@ -204,56 +205,19 @@ def adapted(family: str, spread: Spread, work: Path) -> Found:
     found["odd"] = [name for name, tensor in live.adapters(bucket=BUCKET) if not same_bytes(tensor, factors[name])]
     found["names"], found["base"] = list(factors), unequal(live, folder)
     found["vllm"] = [name for name, _ in live.adapters("vllm")]
-    found["sglang"] = refusal(lambda: list(live.adapters("sglang")))
     merged = dict(live.merged(BUCKET, dtype="fp32"))
+    found["sglang"] = by_sglang(dict(live.adapters("sglang")), folder, merged)
     wrong = []
     for name, tensor in folder.items():
-        a, b = _factors_of(name, factors, experts=8, rank=4)
+        a, b = factors_of(name, factors, experts=8, rank=4)
         total = tensor.float() if a is None or b is None else tensor.float() + (b.float() @ a.float()) * 2.0
         if not torch.allclose(merged[name], total, rtol=1e-6, atol=1e-6):
             wrong.append(name)
     found["wrong"], found["moved"] = wrong, sum(not same_bytes(merged[n], t.float()) for n, t in folder.items())
     if torch.distributed.get_rank() == 0 and family == "llama":
-        found["peft"] = _by_peft(work, family, factors, merged)
+        found["peft"] = by_peft(work, family, factors, merged)
     torch.distributed.barrier()
     return found
-
-
-def _factors_of(
-    name: str, factors: dict[str, torch.Tensor], *, experts: int, rank: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A and B of a weight, from PEFT's names: of all experts of a layer in two adapters, gate and up below the other.
-
-    A: [experts · r, in]; B: [out, r · experts], the expert fastest.
-    """
-    stem = f"base_model.model.{name.removesuffix('.weight')}.lora_"
-    if f"{stem}A.weight" in factors or ".experts." not in name:
-        return factors.get(f"{stem}A.weight"), factors.get(f"{stem}B.weight")
-    layer, _, rest = name.partition(".experts.")
-    expert, part, _ = rest.split(".")
-    stem = f"base_model.model.{layer}.experts.{'' if part == 'down_proj' else 'base_layer.'}lora_"
-    a = factors[f"{stem}A.weight"].view(experts, rank, -1)[int(expert)]
-    b = factors[f"{stem}B.weight"].view(-1, rank, experts)[:, :, int(expert)]
-    return a, b if part == "down_proj" else b.chunk(2)[part == "up_proj"]
-
-
-def _by_peft(work: Path, family: str, factors: dict[str, torch.Tensor], merged: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that PEFT merges otherwise."""
-    import json
-
-    import peft
-    import transformers
-    from safetensors.torch import save_file
-
-    into = work / f"{family}.adapter"
-    into.mkdir()
-    save_file(factors, into / "adapter_model.safetensors")
-    modules = sorted({name.split(".")[-3] for name in factors})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8.0, "target_modules": modules}
-    (into / "adapter_config.json").write_text(json.dumps(config))
-    base = transformers.AutoModelForCausalLM.from_pretrained(work / family, dtype=torch.float32)
-    own = peft.PeftModel.from_pretrained(base, str(into)).merge_and_unload().state_dict()
-    return [name for name, tensor in merged.items() if not torch.equal(own[name], tensor)]
 
 
 def attached(folder: Path, spread: Spread, work: Path) -> Live:

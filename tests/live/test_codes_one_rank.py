@@ -24,6 +24,7 @@ from mbx.models.device import Spread
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
 from mbx.run.job import Options, plan_hf_to_mcore, plan_mcore_to_hf, run
+from tests.formats.test_quantised_kinds import quantised
 
 BF16 = Spread(dtype="bf16")
 SCALES = "iter_0000000/hf/mbx_scales.safetensors"
@@ -158,6 +159,19 @@ def test_a_folder_of_any_codec_comes_out_as_it_was(tiny: Path, tmp_path: Path, c
     odd = [name for name, tensor in live.export(codec="same") if not same_bytes(tensor, expected[name])]
     assert {name.rpartition(".")[0] for name in odd} == {"model.layers.0.mlp.down_proj"}
     assert any("scale" in name for name in odd)
+    del chunks
+
+
+@pytest.mark.parametrize("kind", ["FP8 blocks", "W8A16 group", "W4A16 channel", "GPTQ", "AWQ"])
+def test_folders_of_other_tools_come_out_as_they_were(kind: str, tmp_path: Path) -> None:
+    """Zeros and orders of inputs, which no value tells, among them; packed words lie across rows and travel late."""
+    quantised(kind, tmp_path / "hf")
+    stored, words = read_folder(tmp_path / "hf"), kind in ("GPTQ", "AWQ")
+    chunks, live = loaded(tmp_path / "hf", Spread(dtype="fp16" if words else "bf16"))
+    given = dict(live.export(codec="same"))
+    assert given.keys() == stored.keys() and all(same_bytes(given[name], stored[name]) for name in stored)
+    coding = live.coding("same")
+    assert [len(coding.early), len(coding.late)] == ([0, 28] if words else [28, 0])
     del chunks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -42,6 +43,9 @@ def test_codes_are_of_the_values_that_are_loaded(family: str, way: str, tmp_path
     scramble(chunks)
     codes = coded(chunks[0], CurrentScaling(), ends=ENDS)
     before = {name: (one.codes.data_ptr(), one.scale.data_ptr(), one.scale.clone()) for name, one in codes.items()}
+    drawn = {name: torch.zeros_like(one.codes, dtype=torch.bfloat16) for name, one in codes.items()}
+    for name, one in list(codes.items())[1:]:
+        one.get_high_precision_init_val = partial(drawn.get, name)  # type: ignore[attr-defined]
     tensors = read_folder(folder)
     if way == "mcore":
         run(plan_hf_to_mcore(folder, tmp_path / "mcore", Options(sync=False)))
@@ -66,6 +70,8 @@ def test_codes_are_of_the_values_that_are_loaded(family: str, way: str, tmp_path
         assert one.transposed is not None and same_bytes(one.transposed, one.codes.t())
         assert before[name][:2] == (one.codes.data_ptr(), one.scale.data_ptr())
         assert not torch.equal(before[name][2], one.scale)
+        if hasattr(one, "get_high_precision_init_val"):
+            assert same_bytes(drawn[name], values[name]), "what an optimizer would begin with"
     odd = [name for name in values if name not in codes and not same_bytes(values[name], now[name])]
     assert odd == []
     given = dict(live.export())

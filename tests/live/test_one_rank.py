@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from torch import nn
 import mbx
 from converters.errors import CoverageError, UnsupportedError, UsageError
 from converters.mcore.hybrid_form import hybrid_config
+from converters.rows.config_map import environment
 from fixtures.make_tiny import make
 from mbx.compat import AutoBridge
 from mbx.formats.hf import read_config
 from mbx.installed import core_release, core_version
 from mbx.live import attach
+from mbx.live.adapters import Adapters
 from mbx.live.routing import TensorSpec, together
 from mbx.models.device import Spread
 from mbx.models.megatron.build import build_model
@@ -245,6 +248,16 @@ def test_adapters_that_peft_put_on(tiny: Path) -> None:
     assert all(
         same_bytes(w, base[n].bfloat16()) for n, w in bridge.export_hf_weights(chunks, merge_adapter_weights=False)
     )
+
+
+def test_experts_without_names_of_their_own_are_not_for_sglang(tmp_path: Path) -> None:
+    config = read_config(make("gpt_oss", tmp_path))
+    table = table_for(config)
+    fields = table.config.to_mcore(config)
+    row = next(row for row in table.expand(environment(fields), None) if row.expert is not None)
+    one = SimpleNamespace(source=SimpleNamespace(table=table))
+    with pytest.raises(UnsupportedError, match="under the name of each, of which table `gpt_oss` has none"):
+        Adapters._apart(one, [SimpleNamespace(row=row)])  # type: ignore[arg-type, list-item]
 
 
 def test_megatron_bridges_names(tiny: Path, tmp_path: Path) -> None:
