@@ -297,13 +297,19 @@ def asked(run_dir: Path, chats: Path, **sections: dict[str, object]) -> Raw:
     return taught(run_dir, distill=distill, data=data, train=train, **sections)
 
 
+@pytest.fixture(scope="module")
+def live(records: Records, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of one process with the teacher beside it."""
+    return run_here(asked(tmp_path_factory.mktemp("live") / "run", records[0] / "chats.jsonl"))
+
+
 @pytest.mark.parametrize("name", WRITERS)
-def test_words_on_disk_are_those_of_a_live_teacher(tmp_path: Path, records: Records, name: str) -> None:
+def test_words_on_disk_are_those_of_a_live_teacher(
+    tmp_path: Path, records: Records, live: list[float], name: str
+) -> None:
     """Written by two ranks, heard by one: the losses of a run with the teacher beside it."""
     folder, _ = records
-    chats = folder / "chats.jsonl"
-    live = run_here(asked(tmp_path / "live", chats))
-    read = run_here(asked(tmp_path / "read", chats, distill={"teacher": str(folder / name)}))
+    read = run_here(asked(tmp_path / "read", folder / "chats.jsonl", distill={"teacher": str(folder / name)}))
     assert read == pytest.approx(live, rel=1e-5)
     assert [step["loss"] for step in steps(folder / "pp_from_disk")] == pytest.approx(live, rel=1e-4)
 
