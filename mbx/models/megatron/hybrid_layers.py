@@ -1,11 +1,12 @@
-"""HybridModel's layers without Transformer Engine: the two halves of our local GPT layers, each a layer of its own.
+"""HybridModel's layers without Transformer Engine: the two halves of our local GPT layers, each a layer of its own,
+and Megatron Core's mixers over its local linears.
 
 Like `local_modules` this file imports torch and megatron when imported.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from converters.errors import UnsupportedError
@@ -16,6 +17,9 @@ from mbx.models.megatron.core.hybrid import HybridStack, HybridStackSubmodules, 
 from mbx.models.megatron.core.layers import IdentityOp, ModuleSpec
 from mbx.models.megatron.local_modules import LocalNorm
 from mbx.models.megatron.specs import local_layer_spec
+
+#: The letter of a mixer in a pattern.
+_MAMBA = "M"
 
 
 class LocalHybridStack(HybridStack):  # type: ignore[misc]  # megatron is untyped
@@ -29,8 +33,11 @@ class LocalHybridStack(HybridStack):  # type: ignore[misc]  # megatron is untype
 
 
 def local_hybrid_spec(config: TransformerConfig, pattern: str) -> ModuleSpec:
-    """The stack for a `pattern` of attention, MLP and expert layers, heads included; UnsupportedError for others."""
-    if odd := sorted(set(pattern) - {ATTENTION, DENSE, EXPERTS, "|", "/"}):
+    """The stack for a `pattern` of mixers, attention, MLPs and experts, heads included; UnsupportedError for others.
+
+    Mixers need the kernels of mamba-ssm, which Megatron Core says itself where it builds one.
+    """
+    if odd := sorted(set(pattern) - {_MAMBA, ATTENTION, DENSE, EXPERTS, "|", "/"}):
         raise UnsupportedError(
             f"{mcore_version()} builds hybrid layers of kind {', '.join(map(repr, odd))} with Transformer Engine only",
             hint="run this leg on a GPU with Transformer Engine and mamba-ssm installed",
@@ -39,8 +46,26 @@ def local_hybrid_spec(config: TransformerConfig, pattern: str) -> ModuleSpec:
     layers = {"attention_layer": _half(dense, attention=True), "mlp_layer": _half(dense, attention=False)}
     if config.num_moe_experts is not None:
         layers["moe_layer"] = _half(local_layer_spec(config, num_experts=config.num_moe_experts), attention=False)
-    heads = _local_heads(dense.submodules.self_attention.submodules.linear_qkv)
-    return ModuleSpec(module=LocalHybridStack, submodules=HybridStackSubmodules(**layers, mtp_block_spec=heads))
+    if _MAMBA in pattern:
+        layers["mamba_layer"] = _mixer(dense)
+    if "mtp_block_spec" in {field.name for field in fields(HybridStackSubmodules)}:  # none before 0.17
+        layers["mtp_block_spec"] = _local_heads(dense.submodules.self_attention.submodules.linear_qkv)
+    return ModuleSpec(module=LocalHybridStack, submodules=HybridStackSubmodules(**layers))
+
+
+def _mixer(layer: ModuleSpec) -> ModuleSpec:
+    """A layer of Mamba-2 over the linears of the attention of `layer`, with the names of Transformer Engine's."""
+    from mbx.models.megatron.core.mamba import MambaLayer, MambaLayerSubmodules, MambaMixer, MambaMixerSubmodules
+
+    linears = layer.submodules.self_attention.submodules
+    parts = MambaMixerSubmodules(in_proj=linears.linear_qkv, out_proj=linears.linear_proj)
+    submodules = MambaLayerSubmodules(
+        norm=LocalNorm,
+        mixer=ModuleSpec(module=MambaMixer, submodules=parts),
+        mamba_bda=layer.submodules.self_attn_bda,
+        sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+    )
+    return ModuleSpec(module=MambaLayer, submodules=submodules)
 
 
 def _local_heads(linear: type) -> ModuleSpec:
