@@ -48,7 +48,6 @@ CASES = {
     "int4_group@wide:tp=2": (14, 0, 0),
     "mxfp4@gpt_oss:ep=2": (8, 0, 0),
     "nvfp4@wide:tp=2": (14, 0, 14),
-    "nvfp4@qwen3_moe:ep=2": (112, 0, 0),
     "same@deepseek_v3_fp8:tp=2": (114, 22, 0),
     "same@deepseek_v3_fp8:ep=2": (136, 0, 0),
     "same@stacked:ep=2": (8, 0, 0),
