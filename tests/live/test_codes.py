@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -52,6 +52,14 @@ CASES = {
     "same@deepseek_v3_fp8:ep=2": (136, 0, 0),
     "same@stacked:ep=2": (8, 0, 0),
 }
+#: Those of a kind that another case is of as well.
+MORE = ("fp8_block@llama:pp=2", "fp8_block@qwen3_moe:tp=2", "fp8_channel@wide:tp=2", "int4_group@wide:tp=2")
+MORE += ("fp8_tensor@wide:tp=2", "same@deepseek_v3_fp8:tp=2", "same@deepseek_v3_fp8:ep=2")
+
+
+def marked(cases: Iterable[str]) -> list[object]:
+    """Cases as parameters."""
+    return [pytest.param(case, marks=[pytest.mark.slow] if case in MORE else []) for case in cases]
 
 
 def split(case: str) -> tuple[str, str]:
@@ -60,26 +68,33 @@ def split(case: str) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def asked(request: pytest.FixtureRequest) -> list[str]:
+    """The cases of the tests that run."""
+    asked = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    return [case for case in CASES if case in asked]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, asked: list[str]) -> Iterator[Path]:
     work = tmp_path_factory.mktemp("codes")
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(FAMILIES, "wide", WIDE)
-        for family in dict.fromkeys(split(case)[0] for case in CASES):
+        for family in dict.fromkeys(split(case)[0] for case in asked):
             stacked_fp8(work / family) if family == "stacked" else make(family, work / family)
             run(plan_hf_to_mcore(work / family, work / f"{family}.mcore", Options(sync=False)))
-        for family, codec in dict.fromkeys(map(split, CASES)):
+        for family, codec in dict.fromkeys(map(split, asked)):
             options = Options(sync=False, codec=codec)
             run(plan_mcore_to_hf(work / f"{family}.mcore", work / f"{family}.{codec}", options))
     yield work
 
 
 @pytest.fixture(scope="module")
-def two(work: Path) -> Callable[[str], Ranks]:
-    run_ranks(str(WORKER), 2, work, *CASES)
+def two(work: Path, asked: list[str]) -> Callable[[str], Ranks]:
+    run_ranks(str(WORKER), 2, work, *asked)
     return lambda case: [json.loads((work / f"{case}.{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", marked(CASES))
 def test_the_stream_is_the_converted_folder(two: Callable[[str], Ranks], work: Path, case: str) -> None:
     """Bit for bit, codes and scales, whoever receives them; the codes side by side with their scales."""
     family, codec = split(case)
@@ -103,7 +118,7 @@ def test_the_stream_is_the_converted_folder(two: Callable[[str], Ranks], work: P
     assert first[2] + second[2] == len(folder) and [first[3], second[3]] == [0, len(folder)]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", marked(CASES))
 def test_the_folder_that_is_saved_is_the_converted_one(two: Callable[[str], Ranks], work: Path, case: str) -> None:
     """Every file but the manifest, byte for byte; and what engines compare are its tensors' hashes."""
     family, codec = split(case)
@@ -120,7 +135,7 @@ def test_the_folder_that_is_saved_is_the_converted_one(two: Callable[[str], Rank
     assert not mbx.integrity(saved).changes
 
 
-@pytest.mark.parametrize("case", [case for case, (_, _, shared) in CASES.items() if shared])
+@pytest.mark.parametrize("case", marked(case for case, (_, _, shared) in CASES.items() if shared))
 def test_scales_of_several_ranks_are_found_at_once(two: Callable[[str], Ranks], case: str) -> None:
     """In one collective, however many tensors, before any bucket: what one rank cannot store stops all."""
     first, second = two(case)
