@@ -122,7 +122,7 @@ class Part:
         commands = {
             "import": ("hf-to-mcore", self.source, self.copy),
             "export": ("mcore-to-hf", self.mcore, self.copy),
-            "export --codec fp8_block": ("export --codec fp8_block", "cp", False, {"all cores": 2.0}),
+            "export --codec fp8_block": ("mcore-to-hf", self.mcore, self.copy, "--codec", "fp8_block"),
             "import --dtype fp16": ("hf-to-mcore", self.source, self.copy, "--dtype", "fp16"),
         }
         for name, words in commands.items():

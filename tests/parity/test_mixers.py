@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,13 @@ def test_a_hybrid_model_passes_and_a_wrong_mixer_is_found(family: str, tmp_path:
             in_proj.data.copy_(in_proj.data.flip(0))
             logits = mcore_logits(model, IDS, vocab_size=251)
     assert not compare_logits(logits, hf_logits(source, IDS)).ok
+
+
+def test_the_norms_of_mixers_have_the_model_s_epsilon(tmp_path: Path) -> None:
+    source = make("nemotron_h", tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
+    run(plan_hf_to_mcore(source, tmp_path / "mcore", Options(sync=False)))
+    with mamba_on_cpu():
+        legs = {leg.name: leg for leg in parity(source, tmp_path / "mcore", forward=True).legs}
+    assert legs["forward"].status == "passed" and dict(legs["forward"].figures)["max_abs"] <= 1e-4

@@ -56,6 +56,13 @@ def test_all_linear_is_without_what_peft_refuses(tmp_path: Path) -> None:
     assert found == {"linear_qkv", "linear_proj", "in_proj", "linear_fc1", "linear_fc2"}
 
 
+def test_a_linear_that_peft_refuses_is_said_where_it_is_named(tmp_path: Path) -> None:
+    raw = of_family(tmp_path, FAMILY, True)
+    raw["lora"] = {**raw["lora"], "targets": ["linear_qkv", "out_proj"]}  # type: ignore[dict-item]
+    said = prepare(parse_recipe(raw), dry=True).start.why
+    assert "PEFT loads no adapter on `decoder.layers.0.mamba_mixer.out_proj` and 3 more" in said
+
+
 def test_a_cpu_without_kernels_says_so(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="Transformer Engine only"):
         prepare(parse_recipe(of_family(tmp_path, FAMILY, False)))

@@ -15,6 +15,7 @@ from mbx.train.recipe.world import check_world, smallest_world
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_parse_and_plan(name: str) -> None:
+    from mbx.train.model.adapted import adapted, unloaded
     from mbx.train.model.blueprint import blueprint
 
     recipe = load_recipe(name)
@@ -22,6 +23,7 @@ def test_shipped_recipes_parse_and_plan(name: str) -> None:
     plan = blueprint(recipe)
     assert plan.padded_vocab % recipe.parallel.tp == 0
     assert ("lora" in name or "dora" in name) == bool(recipe.lora.rank)
+    assert not recipe.lora.rank or not unloaded(adapted(recipe.lora, plan)), "PEFT loads what is trained"
 
 
 def test_shipped_shapes_are_those_of_the_hub() -> None:

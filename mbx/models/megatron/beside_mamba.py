@@ -122,8 +122,6 @@ class LayerBesideMamba(TransformerLayer):  # type: ignore[misc]  # megatron is u
             layer_number=self.layer_number,
             pg_collection=self.pg_collection,
         )
-        if beside.rmsnorm:  # Megatron Core has one epsilon for every model's
-            self.mamba_mixer.norm.eps = config.layernorm_epsilon
         self.self_attention.__dict__["mixer"] = self.mamba_mixer
         for linear, scale in self._scales(beside):
             if set(scale.factors) != {1.0}:

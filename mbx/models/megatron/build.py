@@ -112,6 +112,10 @@ def build_model(
         from mbx.models.megatron.family_layers import set_latent_epsilon
 
         set_latent_epsilon(model, latent)
+    if not gpt:
+        from mbx.models.megatron.hybrid_layers import set_mixer_epsilon
+
+        set_mixer_epsilon(model, built.layernorm_epsilon)
     return model.to(spread.device)
 
 

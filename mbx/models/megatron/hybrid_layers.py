@@ -6,8 +6,11 @@ Like `local_modules` this file imports torch and megatron when imported.
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from typing import Any
+
+from torch import nn
 
 from converters.errors import UnsupportedError
 from converters.mcore.hybrid_form import ATTENTION, DENSE, EXPERTS
@@ -20,6 +23,8 @@ from mbx.models.megatron.specs import local_layer_spec
 
 #: The letter of a mixer in a pattern.
 _MAMBA = "M"
+#: The norm of a layer with a mixer, and the mixer's own.
+_MIXER_NORM = re.compile(r"(layers\.\d+|mixer)\.norm$")
 
 
 class LocalHybridStack(HybridStack):  # type: ignore[misc]  # megatron is untyped
@@ -51,6 +56,16 @@ def local_hybrid_spec(config: TransformerConfig, pattern: str) -> ModuleSpec:
     if "mtp_block_spec" in {field.name for field in fields(HybridStackSubmodules)}:  # none before 0.17
         layers["mtp_block_spec"] = _local_heads(dense.submodules.self_attention.submodules.linear_qkv)
     return ModuleSpec(module=LocalHybridStack, submodules=HybridStackSubmodules(**layers))
+
+
+def set_mixer_epsilon(model: nn.Module, epsilon: float) -> None:
+    """Give the norms before mixers and behind their gates the model's `epsilon`; Megatron Core has 1e-5 for all.
+
+    Transformer Engine's norm before a mixer is a part of `in_proj`, which has the model's.
+    """
+    for name, module in model.named_modules():
+        if _MIXER_NORM.search(name) and hasattr(module, "eps"):
+            module.eps = epsilon
 
 
 def _mixer(layer: ModuleSpec) -> ModuleSpec:

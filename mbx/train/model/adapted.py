@@ -98,6 +98,16 @@ def adapted(lora: Lora, plan: Blueprint, held: Mapping[str, Adapted] | None = No
     return found
 
 
+def unloaded(found: Iterable[str]) -> str:
+    """In words, on which of the adapted linears, `found` by weight, PEFT loads none; empty where it loads all."""
+    names = [name for weight in found if (name := weight.rpartition(".")[0]).endswith(_FUSED)]
+    if not names:
+        return ""
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    where = f"`{names[0]}`{others}"
+    return f"PEFT loads no adapter on {where}: a merged export has what they learn (lora.exclude leaves them out)"
+
+
 def key_of(weight: str) -> str:
     """The weight that stands for a weight: of an expert's, the first expert's."""
     return re.sub(r"(?<=\.weight)\d+$", "0", weight)

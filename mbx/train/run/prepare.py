@@ -24,6 +24,7 @@ from mbx.train.data.rows import Rows
 from mbx.train.distill.stored import Logits
 from mbx.train.lora.attach import check_lora
 from mbx.train.lora.peft_folder import check_adapter, like_adapter, open_for
+from mbx.train.model.adapted import adapted, unloaded
 from mbx.train.model.blueprint import Blueprint, blueprint
 from mbx.train.model.fp8 import check_fp8
 from mbx.train.model.hidden import check_hidden
@@ -165,13 +166,20 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
     recipe, why = _with_images(recipe, plan, ranks, data)
     if data.eyes is not None and data.eyes.sight.turned:  # the fused kernel turns all rows of a micro-batch alike
         plan = replace(plan, config={**plan.config, "apply_rope_fusion": False})
-    start, data = replace(start, why=start.why + why), read_data(recipe, plan) if why else data
+    data = read_data(recipe, plan) if why else data
+    start = replace(start, why=start.why + why + _word_on_adapters(recipe.lora, plan))
     if resumed:
         check_same_rows(resumed, data.identity)
     start = _with_beside(recipe, plan, start, data)
     recipe = with_steps(recipe, data)
     logits = _logits(recipe, plan, data)
     return Prepared(recipe, start, ranks, plan, data, teacher, logits)
+
+
+def _word_on_adapters(lora: Lora, plan: Blueprint) -> str:
+    """What a run says of adapters that PEFT will not load."""
+    word = unloaded(adapted(lora, plan)) if lora.rank else ""
+    return f"; {word}" if word else ""
 
 
 def _with_beside(recipe: Recipe, plan: Blueprint, start: Start, data: Dataset) -> Start:
