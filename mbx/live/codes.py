@@ -53,6 +53,12 @@ class Coding:
         self.early = tuple(name for name, found in self._cuts.items() if found)
         self.late = {name: encode[name] for name, found in self._cuts.items() if not found}
         self.shared = tuple(name for name, (_, shared) in cut.items() if shared)
+        self._held = {
+            name: [
+                (box, world.mine[at][0]) for box in stream.boxes[name] if (at := (box.source, box.chunk)) in world.mine
+            ]
+            for name in encode
+        }
         boxes = {name: own for name, own in stream.boxes.items() if not self._cuts.get(name)}
         mine: dict[ChunkId, tuple[Shard, ...]] = dict(world.mine)
         holders = dict(world.holders)
@@ -114,12 +120,15 @@ class Coding:
             yield self._finished(one, wanted)
 
     def _largest(self, wanted: set[str], values: Values | None) -> Largest:
-        """The largest magnitudes that scales of `shared` tensors depend on. Collective where any is wanted."""
-        shared = [self._encode[name] for name in self.shared]
-        shared = [one for one in shared if wanted.intersection(part.name for part in one.parts.values())]
+        """The largest magnitudes that scales of `shared` tensors depend on; StorageError on every rank for values of
+        any tensor that no codec stores. Collective where any is wanted."""
+        asked = [one for one in self._encode.values() if wanted.intersection(part.name for part in one.parts.values())]
+        together = frozenset(self.shared)
+        shared = [one for one in asked if one.tensor.name in together]
         every = ((cut, held_of(cut, self._world)) for one in shared for cut in self._cuts[one.tensor.name])
         mine = [(cut, held) for cut, held in every if held]
-        return largest_of(shared, mine, self._model.views(values), self._model.device())
+        others = {one.tensor.name: self._held[one.tensor.name] for one in asked if one.tensor.name not in together}
+        return largest_of(shared, mine, others, self._model.views(values), self._model.device())
 
     def _finished(self, got: Bucket, wanted: set[str]) -> Bucket:
         """A bucket whose last tensors are encoded."""

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from converters.codecs.arithmetic.common import require_finite
 from converters.codecs.arithmetic.reencode import reencode
 from converters.codecs.decode import Encoded, read_part
-from converters.engine.boxes import Index, sizes_of
+from converters.engine.boxes import Box, Index, sizes_of
 from converters.errors import StorageError
 from converters.tensors import StoredTensor
 from converters.torch_casts import TORCH_DTYPES
@@ -126,19 +125,25 @@ def joined(views: Views, cut: Cut, held: Sequence[Shard]) -> torch.Tensor:
 
 
 def largest_of(
-    shared: Sequence[Encoded], mine: Iterable[tuple[Cut, Sequence[Shard]]], views: Views, device: torch.device
+    shared: Sequence[Encoded],
+    mine: Iterable[tuple[Cut, Sequence[Shard]]],
+    others: Mapping[str, Sequence[tuple[Box, Shard]]],
+    views: Views,
+    device: torch.device,
 ) -> Largest:
     """The largest magnitudes that scales of the tensors `shared` depend on, found by all ranks in one collective.
 
-    `mine` are this rank's cuts of them, each with the shards of its boxes. Raises StorageError on every rank for
-    values that are not finite on any.
+    `mine` are this rank's cuts of them, each with the shards of its boxes. `others` are the tensors beside them, each
+    with what this rank holds of it: no scale of theirs depends on other ranks, but a rank that met a value which no
+    codec stores only when it encodes would leave the rest waiting. Raises NotFinite on every rank for either.
     """
-    if not shared:
-        return {}
     parts = {whole.tensor.name: whole.parts[str(whole.codec.maxima_role)] for whole in shared}
-    every = torch.zeros(sum(prod(part.shape) for part in parts.values()), device=device)
-    split = torch.split(every, [prod(part.shape) for part in parts.values()])
-    found = {name: one.view(part.shape) for (name, part), one in zip(parts.items(), split, strict=True)}
+    shapes = {**{name: part.shape for name, part in parts.items()}, **dict.fromkeys(others, (1,))}
+    if not shapes:
+        return {}
+    every = torch.zeros(sum(map(prod, shapes.values())), device=device)
+    split = torch.split(every, list(map(prod, shapes.values())))
+    found = {name: one.view(shape) for (name, shape), one in zip(shapes.items(), split, strict=True)}
     for cut, held in mine:
         encoded, role = cut.encoded, str(cut.encoded.codec.maxima_role)
         grain = encoded.codec.grain(role, encoded.tensor.shape) or ()
@@ -147,12 +152,16 @@ def largest_of(
         into = found[encoded.tensor.name][part_index(encoded, role, cut.index)]
         # NaN is no largest to a collective; as infinity it is everybody's.
         into.copy_(torch.maximum(into, own.nan_to_num(torch.inf, torch.inf).to(device).view(into.shape)))
+    for name, boxes in others.items():
+        for box, shard in boxes:
+            least, most = in_shape(views[shard], box).aminmax()
+            found[name].add_((least * 0 + most * 0).float().nan_to_num(torch.inf).to(device))
     torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MAX)
     if not bool(every.isfinite().all()):
-        bad = next(whole for whole in shared if not bool(found[whole.tensor.name].isfinite().all()))
-        try:
-            require_finite(found[bad.tensor.name], bad.codec.name)
-        except StorageError as error:
-            error.details = (*error.details, f"`{bad.tensor.name}`")
-            raise
-    return found
+        bad = next(name for name, one in found.items() if not bool(one.isfinite().all()))
+        raise StorageError(
+            f"`{bad}` holds NaN or infinite values, which no codec stores",
+            hint="export it plainly, or find where the values became non-finite",
+            details=(f"`{bad}`",),
+        )
+    return {name: found[name] for name in parts}

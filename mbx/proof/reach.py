@@ -121,7 +121,8 @@ def reach(
     for key, what in _LENGTHS.items():
         _length(found, key, what, config, longest, table if megatron else None, megatron)
     if fields.get("experimental_attention_variant") == "dsa":
-        _choice(found, config, longest, table if megatron else None, megatron)
+        size = fields.get("dsa_indexer_topk")
+        _choice(found, size, config, longest, table if megatron else None, megatron)
     for key, what in _SIZES.items() if transformers else ():
         _size(found, key, what, config, table if megatron else None, megatron)
     keys, context = keys_chosen(fields), config.get("max_position_embeddings")
@@ -170,12 +171,15 @@ def _length(
     found.reached.append(f"{what} of {size}, made {smaller} on both sides")
 
 
-def _choice(found: Reach, config: Mapping[str, Value], longest: int, table: Table | None, megatron: bool) -> None:
-    """A choice of as many tokens as `index_topk`, made one less than the longest prompt has.
+def _choice(
+    found: Reach, size: Value, config: Mapping[str, Value], longest: int, table: Table | None, megatron: bool
+) -> None:
+    """A choice of `size` tokens, made one less than the longest prompt has where the config says it: what it leaves
+    out is the default of each library, which no other config changes.
 
     Tokens whose scores are so near that rounding exchanges them are then the two least of all, of one position.
     """
-    size, smaller, context = config.get(_CHOSEN), longest - 1, config.get("max_position_embeddings")
+    smaller, context = longest - 1, config.get("max_position_embeddings")
     if not isinstance(size, int) or isinstance(size, bool):
         return
     if isinstance(context, int) and size >= context:
@@ -183,7 +187,7 @@ def _choice(found: Reach, config: Mapping[str, Value], longest: int, table: Tabl
     what = f"a choice of {size} tokens"
     if size < longest:
         found.reached.append(what)
-    elif smaller < 1 or megatron and not _expressed(table, config, _CHOSEN, smaller):
+    elif smaller < 1 or config.get(_CHOSEN) != size or megatron and not _expressed(table, config, _CHOSEN, smaller):
         found.gaps.append(Gap("not reached", f"{what}, of prompts of {longest} tokens"))
     else:
         found.changes[_CHOSEN] = smaller

@@ -15,6 +15,9 @@ from mbx.live import Live
 from mbx.live.codes import CODECS, Codec
 from mbx.models.device import Spread
 
+#: Families whose second layer has an MLP.
+DENSE = ("llama", "wide")
+
 
 def coded(codec: Codec) -> Callable[[str, Spread, Path], Found]:
     def job(family: str, spread: Spread, work: Path) -> Found:
@@ -48,14 +51,14 @@ def coded(codec: Codec) -> Callable[[str, Spread, Path], Found]:
             for chunk in live.chunks_kept  # type: ignore[attr-defined]
             for n, p in chunk.named_parameters()
         )
-        found["reduced"], found["refused"] = poisoned(live, codec) if coding.shared else (0, None)
+        found["reduced"], found["refused"] = poisoned(live, codec) if family in DENSE else (0, None)
         return found
 
     return job
 
 
 def poisoned(live: Live, codec: Codec) -> tuple[int, str]:
-    """How often ranks find maxima together, and what an export says of a value that is infinite on the last one."""
+    """How often ranks tell each other of values, and what an export says of one that is NaN on the last of them."""
     last = torch.distributed.get_world_size() - 1
     if torch.distributed.get_rank() == last:
         with torch.no_grad():
@@ -64,7 +67,7 @@ def poisoned(live: Live, codec: Codec) -> tuple[int, str]:
         try:
             next(iter(live.export(codec=codec)))
         except StorageError as error:
-            return counted.call_count, f"{error.fact} {error.details}"
+            return counted.call_count, error.fact
     return counted.call_count, "nothing"
 
 

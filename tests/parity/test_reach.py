@@ -19,8 +19,8 @@ from mbx.tables import table_for
 LIMIT = "clamped activations of 7.0"
 
 
-def reached(name: str, tokens: int = 48, **changes: object) -> Reach:
-    config = {**tiny_config(name), **changes}
+def reached(name: str, tokens: int = 48, *, without: str = "", **changes: object) -> Reach:
+    config = {key: value for key, value in {**tiny_config(name), **changes}.items() if key != without}
     table = table_for(config)
     fields = table.config.to_mcore(config)
     read = Passes((Batch(torch.zeros(1, tokens, dtype=torch.int64)),), "drawn")
@@ -49,6 +49,8 @@ def test_a_choice_of_tokens_is_made_smaller_than_the_prompt_by_one() -> None:
     assert found.changes == {"index_topk": 47} and "a choice of 256 tokens, made 47 on both sides" in found.line
     assert not reached("glm_5", index_topk=16).changes, "prompts are longer"
     assert "a choice of" not in reached("glm_5", index_topk=512).line, "no more than the context has"
+    unsaid = reached("glm_5", without="index_topk", max_position_embeddings=4096)
+    assert not unsaid.changes and "a choice of 2048 tokens, of prompts of 48 tokens" in gaps(unsaid)
 
 
 def test_one_token_comes_to_nothing() -> None:
