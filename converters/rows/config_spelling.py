@@ -7,6 +7,8 @@ file back, so this reading never has to be undone.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from types import NoneType
@@ -68,9 +70,10 @@ def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
     Of a model that holds a text model beside a vision tower, the text model's: its own config (`text_key`) over the
     keys around it. Models with one rotary set per layer type keep the full-attention one under these names; the other
     becomes `rope_local_base_freq`. How positions in an image turn (`mrope_section`, `mrope_interleaved`) stands apart
-    from the scaling rule, whichever way it is said. UsageError when two spellings of one key disagree.
+    from the scaling rule, whichever way it is said. Floats that JSON has no number for are spelt as Transformers 5
+    does, whose older releases write `Infinity`. UsageError when two spellings of one key disagree.
     """
-    out = _text_of(config)
+    out = {key: _float_spelt(value) for key, value in _text_of(config).items()}
     if "dtype" in out:
         _put(out, "torch_dtype", out.pop("dtype"))
     if not isinstance(out.get("torch_dtype"), (str, NoneType)):
@@ -89,6 +92,13 @@ def canonical(config: Mapping[str, Value]) -> dict[str, Value]:
     if isinstance(scaling := out.get("rope_scaling"), Mapping):
         out["rope_scaling"] = _scaling(out, scaling, "rope_scaling")
     return out
+
+
+def _float_spelt(value: Value) -> Value:
+    """`{"__float__": "Infinity"}` for an infinite float or NaN, in a list as well; any other value as it is."""
+    if isinstance(value, list):
+        return [_float_spelt(one) for one in value]
+    return {"__float__": json.dumps(value)} if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scaling(out: dict[str, Value], said: Mapping[str, Value], where: str) -> dict[str, Value] | None:

@@ -11,7 +11,7 @@ import torch
 
 from converters.codecs.decode import Encoded
 from converters.engine.boxes import Box
-from converters.engine.plan import Draft
+from converters.engine.plan import Draft, Plan
 from converters.errors import CoverageError, UnsupportedError, UsageError
 from converters.rows.expr import Value
 from converters.tensors import StoredTensor
@@ -167,7 +167,7 @@ def coding_of(
     files = None if reference is None else hf.recorded_layout(reference)
     codes = codes_of(codec, source.config, files, folder, reference)
     if codec != SAME:
-        codes = quantised_now(codec, codes, streams[0].plan, ())
+        codes = quantised_now(codec, codes, _with_tower(streams[0].plan, source, left_out), ())
     if codes.beside:
         raise UnsupportedError(
             f"‹codec› {codec}: the folder has activation scales, first `{next(iter(codes.beside))}`, which no live "
@@ -185,6 +185,12 @@ def coding_of(
         if any(box.shift for box in streams[0].boxes.get(name, ())):
             raise CoverageError(f"`{name}` is stored by a codec, and its values are shifted: nothing encodes that")
     return Coding(model, world, source, streams, codes)
+
+
+def _with_tower(plan: Plan, source: Source, left_out: Sequence[str]) -> Plan:
+    """`plan` with what a saved folder has beside the model, whose modules `quantization_config` names as plain."""
+    held = {name: (source.recorded or {})[name] for name in left_out if name.startswith(source.table.beside)}
+    return replace(plan, drafts=(*plan.drafts, *(Draft.whole(name, t.dtype, t.shape) for name, t in held.items())))
 
 
 def _specs(spec: TensorSpec, encoded: Encoded) -> Iterator[TensorSpec]:

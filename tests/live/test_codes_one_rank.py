@@ -17,6 +17,7 @@ from converters.codecs import Fp8Block
 from converters.codecs.fresh import FRESH
 from converters.errors import CoverageError, StorageError, UnsupportedError, UsageError
 from fixtures.make_tiny import make
+from fixtures.wrapped import make_wrapped
 from mbx.formats.hf import read_config
 from mbx.live import Live, attach, sending
 from mbx.live.codes import CODECS
@@ -129,6 +130,17 @@ def test_what_was_worked_out_is_kept_by_codec(tiny: Path) -> None:
         chunks[0].decoder.layers[0].mlp.linear_fc2.weight.mul_(2)
     odd = [name for name, tensor in live.export(codec="fp8_block") if not same_bytes(tensor, first[name])]
     assert odd == ["model.layers.0.mlp.down_proj.weight_scale_inv"], "values twice as large have the same codes"
+
+
+def test_a_tower_beside_the_model_is_named_as_plain(tmp_path: Path) -> None:
+    """Engines would read codes where an ignored module has values."""
+    folder = make_wrapped("gemma3", tmp_path / "seeing")
+    converted(folder, tmp_path, "fp8_block")
+    chunks, live = loaded(folder)
+    live.save(tmp_path / "saved", codec="fp8_block")
+    assert read_config(tmp_path / "saved") == read_config(tmp_path / "hf")
+    assert "vision_tower" in str(live.quantization_config("fp8_block"))
+    del chunks
 
 
 def test_refusals(tiny: Path) -> None:

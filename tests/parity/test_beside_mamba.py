@@ -6,6 +6,7 @@ Megatron Core's own mixer runs, over the recurrence in torch; every multiplier o
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -162,7 +163,9 @@ def test_a_norm_behind_the_gate_has_the_model_s_epsilon(tmp_path: Path, megatron
     [
         ({"rmsnorm": True, "norm_before_gate": True}, UnsupportedError, "norm_before_gate"),
         ({"ssm_multipliers": [1.0, 2.0]}, UsageError, "ssm_multipliers"),
+        ({"ssm_multipliers": [1.0, False, 1.0, 1.0, 1.0]}, UsageError, "ssm_multipliers"),
         ({"key_multiplier": -1.0}, UsageError, "key_multiplier"),
+        ({"key_multiplier": math.nan}, UsageError, "key_multiplier"),
         ({"residual_multiplier": 2.0}, UnsupportedError, "residual_multiplier"),
         ({"model.rope_scaling": True}, UnsupportedError, "rope_scaling"),
         ({"model.mcore_model": "gpt"}, UnsupportedError, "attention_beside_mamba"),

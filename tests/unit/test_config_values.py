@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,8 @@ from converters.rows.config_spelling import canonical
 from converters.rows.expr import Value
 from converters.rows.table import Table
 from fixtures.index import load_config, load_index
-from mbx.tables import shipped
+from fixtures.make_tiny import tiny_config
+from mbx.tables import shipped, table_for
 from tests.tables._scaffold import stored
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -163,3 +165,15 @@ def test_numbers_that_nothing_can_be_made_of_are_refused(table: str, key: str, v
     assert shipped(table).config.to_mcore(config)
     with pytest.raises(UsageError, match=key if key != "query_pre_attn_scalar" else "scale"):
         shipped(table).config.to_mcore({**config, key: value})
+
+
+@pytest.mark.parametrize("name", ["falcon_h1_0_5b", "nemotron_h"])
+def test_an_infinite_limit_is_read_in_either_spelling(name: str) -> None:
+    """`Infinity`, as Transformers 4 writes it, and the object that Transformers 5 does; a finite one is another."""
+    config = {**tiny_config(name), "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    table = table_for(config)
+    infinite = json.loads(json.dumps({**config, "time_step_limit": [0.0, math.inf]}))
+    assert table.config.to_mcore(infinite) == table.config.to_mcore(config)
+    for other in ([0.0, 1e20], [0.0, math.nan], [0.0, -math.inf]):
+        with pytest.raises(UsageError, match="time_step_limit"):
+            table.config.to_mcore({**config, "time_step_limit": other})

@@ -82,7 +82,10 @@ def _factors(config: FlatConfig, field: str, count: int) -> tuple[float, ...]:
         return (1.0,) * count
     if not isinstance(values, list | tuple) or len(values) != count:
         raise UsageError(f"`{field}` must be {count} numbers above 0, got {values!r}")
-    return tuple(number({field: value}, field) or 1.0 for value in values)
+    factors = [number({field: value}, field) for value in values]
+    if None in factors:  # off is what a whole list can be
+        raise UsageError(f"`{field}` must be {count} numbers above 0, got {values!r}")
+    return tuple(factor for factor in factors if factor is not None)
 
 
 class AttentionBesideMamba(SelfAttention):  # type: ignore[misc]  # megatron is untyped

@@ -8,6 +8,7 @@ it is off (None or False), which is how that Megatron Core is.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, TypeAlias
@@ -251,6 +252,6 @@ def number(config: FlatConfig, field: str) -> float | None:
     value = config.get(field)
     if value is None or value is False:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UsageError(f"`{field}` must be a number above 0, got {value!r}")
     return float(value)
