@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from _trainings import Raw, run_world
 from test_proof_families import of_family
 
-from converters.errors import UnsupportedError
+from converters.errors import UnsupportedError, UsageError
 from mbx.train.budget.shape import shape_of
+from mbx.train.model import adapted as targets
 from mbx.train.model.adapted import adapted
 from mbx.train.model.blueprint import blueprint
 from mbx.train.proof.training import verify_training
 from mbx.train.recipe.parse import parse_recipe
+from mbx.train.run.loop import train
 from mbx.train.run.prepare import prepare
 from tests.mamba_on_cpu import mamba_on_cpu
 
@@ -61,6 +64,16 @@ def test_a_linear_that_peft_refuses_is_said_where_it_is_named(tmp_path: Path) ->
     raw["lora"] = {**raw["lora"], "targets": ["linear_qkv", "out_proj"]}  # type: ignore[dict-item]
     said = prepare(parse_recipe(raw), dry=True).start.why
     assert "PEFT loads no adapter on `decoder.layers.0.mamba_mixer.out_proj` and 3 more" in said
+
+
+def test_a_run_whose_targets_meant_more_is_not_resumed_without_them(tmp_path: Path) -> None:
+    raw = of_family(tmp_path, FAMILY, True, train={"steps": 1, "global_batch": 2, "micro_batch": 1})
+    raw["run"] = {**raw["run"], "save": True}
+    with mamba_on_cpu():
+        with patch.object(targets, "FUSED", "as it was before"):
+            train(prepare(parse_recipe(raw)), live=False)
+        with pytest.raises(UsageError, match="adapter on `decoder.layers.0.mamba_mixer.out_proj`"):
+            prepare(parse_recipe(raw), resume=True)
 
 
 def test_a_cpu_without_kernels_says_so(tmp_path: Path) -> None:

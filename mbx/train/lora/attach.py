@@ -16,18 +16,19 @@ from converters.errors import UnsupportedError, UsageError
 from converters.mcore.keys import HEAD, ROUTER
 from mbx.formats.hf import has_weights
 from mbx.formats.registry import open_hf
+from mbx.torchfile.dcp import read_dcp
 from mbx.train.lora.adapter import COLUMN, GROUPED_COLUMN, GROUPED_ROW, ROW, WHOLE, group_of, slots_of
 from mbx.train.lora.grouped import LoraGrouped
 from mbx.train.lora.layer import LoraLinear
 from mbx.train.lora.method import LOW_RANK, Method, Site
 from mbx.train.lora.product import ends_checkpoint, kind_of
 from mbx.train.lora.whole import thaw
-from mbx.train.model.adapted import Linear, adapted, key_of, linears, matches, plain
+from mbx.train.model.adapted import ALL, FUSED, Linear, adapted, key_of, linears, matches, plain
 from mbx.train.model.blueprint import Blueprint
 from mbx.train.model.trained_whole import Whole, whole_layers
 from mbx.train.recipe.sections import LORA, Lora, Recipe
 
-__all__ = ["LoraGrouped", "LoraLinear", "adapters", "attach", "base_of", "check_lora", "only_trained"]
+__all__ = ["LoraGrouped", "LoraLinear", "adapters", "attach", "base_of", "check_lora", "check_resumed", "only_trained"]
 
 #: Where checkpoints of Mixtral and MiniMax-M2 have experts and router; Transformers 5 calls that `mlp` and renames on
 #: loading what is no adapter.
@@ -69,6 +70,21 @@ def check_lora(recipe: Recipe, plan: Blueprint) -> None:
         )
     if lora.dora and recipe.fp8.recipe != "none":
         raise UnsupportedError("DoRA under FP8 is not supported: its norms would not be those of the FP8 weights")
+
+
+def check_resumed(lora: Lora, plan: Blueprint, path: Path) -> None:
+    """UsageError where a checkpoint at `path` has adapters that `all-linear` meant then, and not now."""
+    if (
+        not lora.rank or ALL not in lora.targets or lora.adapter
+    ):  # a name means what it did, as does an adapter to begin with
+        return
+    known = adapted(lora, plan)
+    held = (name.removesuffix(".lora_a") for name in read_dcp(path).tensors if name.endswith(f"{FUSED}.lora_a"))
+    if left := sorted(n for n in held if f"{n}.weight" not in known and plain(n, lora, plan) is None):
+        raise UsageError(
+            f"‹resume›: the checkpoint has an adapter on `{left[0]}`, which lora.targets={ALL} is without since",
+            hint="export the adapter, and start another run from it with ‹init-from› and run.dir=NAME",
+        )
 
 
 def _check_tower(lora: Lora, plan: Blueprint) -> None:

@@ -27,7 +27,7 @@ from mbx.train.recipe.sections import Lora
 ALL = "all-linear"
 _NAMED = ("router", "output_layer")
 #: PEFT refuses an adapter here, beside whose weight a fused kernel would not see it.
-_FUSED = "mixer.out_proj"
+FUSED = "mixer.out_proj"
 _LINEAR = re.compile(r"linear_\w+|in_proj|out_proj|fc[12]_latent_proj|" + "|".join(_NAMED))
 _EXPRESSION = re.compile(r"[*+?\[\](){}|\\^$]")
 #: Parts of linears that a model without a table may have: Megatron Core's own names are all there are.
@@ -100,7 +100,7 @@ def adapted(lora: Lora, plan: Blueprint, held: Mapping[str, Adapted] | None = No
 
 def unloaded(found: Iterable[str]) -> str:
     """In words, on which of the adapted linears, `found` by weight, PEFT loads none; empty where it loads all."""
-    names = [name for weight in found if (name := weight.rpartition(".")[0]).endswith(_FUSED)]
+    names = [name for weight in found if (name := weight.rpartition(".")[0]).endswith(FUSED)]
     if not names:
         return ""
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -200,7 +200,7 @@ def matches(target: str, mcore: str, module: str) -> bool:
     """Whether a linear answers to one target."""
     leaf = mcore.rpartition(".")[2]
     if target == ALL:
-        return leaf not in _NAMED and not mcore.endswith(_FUSED)
+        return leaf not in _NAMED and not mcore.endswith(FUSED)
     if _EXPRESSION.search(target):
         import re2
 

@@ -22,7 +22,7 @@ from mbx.train.checkpoints.state import (
 from mbx.train.data.examples import resolved
 from mbx.train.data.rows import Rows
 from mbx.train.distill.stored import Logits
-from mbx.train.lora.attach import check_lora
+from mbx.train.lora.attach import check_lora, check_resumed
 from mbx.train.lora.peft_folder import check_adapter, like_adapter, open_for
 from mbx.train.model.adapted import adapted, unloaded
 from mbx.train.model.blueprint import Blueprint, blueprint
@@ -129,6 +129,7 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
         check_continues(recipe, resumed)
         check_vocabulary(resumed, plan.padded_vocab, recipe.parallel.tp)
         check_predictions(blueprint(read_recipe(resumed)), plan)
+        check_resumed(recipe.lora, plan, resumed)
     if plan.table is not None and plan.table.unsupported:
         raise UnsupportedError(
             f"another model would be trained: {plan.table.unsupported}",
