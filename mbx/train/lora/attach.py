@@ -74,7 +74,8 @@ def check_lora(recipe: Recipe, plan: Blueprint) -> None:
 
 def check_resumed(lora: Lora, plan: Blueprint, path: Path) -> None:
     """UsageError where a checkpoint at `path` has adapters that `all-linear` meant then, and not now."""
-    if ALL not in lora.targets or lora.adapter:  # a name means what it did, as does an adapter to begin with
+    # a name means what it did, as does an adapter to begin with
+    if not lora.rank or ALL not in lora.targets or lora.adapter:
         return
     known = adapted(lora, plan)
     held = (name.removesuffix(".lora_a") for name in read_dcp(path).tensors if name.endswith(f"{FUSED}.lora_a"))
