@@ -11,7 +11,7 @@ from torch.distributed.tensor import distribute_tensor
 from converters.errors import UnsupportedError
 from mbx.live import fsdp
 from mbx.live.fsdp import Rows
-from mbx.live.shards import Shard, _view
+from mbx.live.shards import Shard, view_of_shard
 from mbx.models.megatron.core.cpu import megatron_on_cpu
 from mbx.models.megatron.processes import process_group
 
@@ -45,7 +45,7 @@ def test_every_element_is_in_one_rank(what: str, edges: tuple[int, ...]) -> None
         own = WHOLE[first:last].clone()
         where = tuple(slice(at, at + size) for at, size in zip(part.offsets, part.sizes, strict=True))
         assert (found[where] == -1).all()
-        found[where] = _view(own, part)
+        found[where] = view_of_shard(own, part)
     assert torch.equal(found, VIEWS[what])
 
 
