@@ -34,7 +34,8 @@ TRAINED = (
     *("gemma3", "glm4v", "glm4v_moe", "qwen2_5_vl", "qwen2_vl"),
     *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
 )
-#: Of these, whose recorded passes a GPU has compared with launched ones: `tests/gpu/test_cuda_graph.py`.
+#: Of these, whose recorded passes a GPU has compared: with launched ones (`tests/gpu/test_cuda_graph.py`), the last
+#: with PEFT (`benchmarks/images_gpu.py`).
 RECORDED = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 #: Why no image is trained on where a model does not see.
 TEXT_ALONE = "text alone is trained: leave other parts out"
