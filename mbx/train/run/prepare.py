@@ -164,10 +164,11 @@ def _prepare(recipe: Recipe, init_from: str | None, resume: bool, anew: bool, dr
         else:
             check_source(plan, source)
     data = read_data(recipe, plan)
+    asked = recipe.data
     recipe, why = _with_images(recipe, plan, ranks, data)
     if data.eyes is not None and data.eyes.sight.turned:  # the fused kernel turns all rows of a micro-batch alike
         plan = replace(plan, config={**plan.config, "apply_rope_fusion": False})
-    data = read_data(recipe, plan) if why else data
+    data = read_data(recipe, plan) if recipe.data != asked else data
     start = replace(start, why=start.why + why + _word_on_adapters(recipe.lora, plan))
     if resumed:
         check_same_rows(resumed, data.identity)
